@@ -1,0 +1,149 @@
+"""The devices XLA can compile for, present or not: one table of data.
+
+A row of the table holds what XLA needs to know of a device to compile for it. It is not a device
+driver, and nothing here imports JAX: ``compile`` turns a row into a topology.
+
+Figures are the vendors' public specifications (compute capability, multiprocessors, shared memory,
+registers, L2, bandwidth, boost clock); ``memory_bytes`` is what the driver reports as the device's
+total memory. XLA's decisions about memory depend on the architecture and the sizes, hardly on the
+clocks.
+"""
+
+import difflib
+from dataclasses import dataclass
+
+MIB = 2**20
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class GpuTarget:
+    """An NVIDIA GPU, as XLA's ``GpuTargetConfigProto`` describes it.
+
+    Attributes:
+      name: the name users give, e.g. ``"h200"``.
+      description: the name the driver reports.
+      compute_capability: ``(major, minor)``.
+      accelerated: whether the architecture has the ``a`` feature set (``sm_90a``).
+      memory_bytes: total device memory.
+      multiprocessors: streaming multiprocessors enabled.
+      fp32_lanes: FP32 lanes per multiprocessor.
+      threads_per_multiprocessor: resident threads, at most.
+      shared_bytes_per_multiprocessor: shared memory of a multiprocessor.
+      shared_bytes_per_block_optin: shared memory one block may opt in to.
+      l2_bytes: level-2 cache.
+      bandwidth_bytes_per_s: device memory bandwidth.
+      clock_ghz: boost clock.
+    """
+
+    name: str
+    description: str
+    compute_capability: tuple[int, int]
+    accelerated: bool
+    memory_bytes: int
+    multiprocessors: int
+    fp32_lanes: int
+    threads_per_multiprocessor: int
+    shared_bytes_per_multiprocessor: int
+    shared_bytes_per_block_optin: int
+    l2_bytes: int
+    bandwidth_bytes_per_s: int
+    clock_ghz: float
+
+
+TARGETS: dict[str, GpuTarget] = {
+    target.name: target
+    for target in (
+        GpuTarget(
+            name="h200",
+            description="NVIDIA H200 141GB HBM3e",
+            compute_capability=(9, 0),
+            accelerated=True,
+            memory_bytes=144_384 * MIB,
+            multiprocessors=132,
+            fp32_lanes=128,
+            threads_per_multiprocessor=2048,
+            shared_bytes_per_multiprocessor=228 * 1024,
+            shared_bytes_per_block_optin=227 * 1024,
+            l2_bytes=50 * MIB,
+            bandwidth_bytes_per_s=4_800_000_000_000,
+            clock_ghz=1.98,
+        ),
+        GpuTarget(
+            name="h100",
+            description="NVIDIA H100 80GB HBM3",
+            compute_capability=(9, 0),
+            accelerated=True,
+            memory_bytes=81_008 * MIB,
+            multiprocessors=132,
+            fp32_lanes=128,
+            threads_per_multiprocessor=2048,
+            shared_bytes_per_multiprocessor=228 * 1024,
+            shared_bytes_per_block_optin=227 * 1024,
+            l2_bytes=50 * MIB,
+            bandwidth_bytes_per_s=3_350_000_000_000,
+            clock_ghz=1.98,
+        ),
+    )
+}
+
+# The proto of a target, in protocol buffers' text form. cuDNN 9.10 is what XLA's own samples name;
+# without a device nothing is asked of cuDNN but which fusions its version knows.
+_TARGET_CONFIG = """\
+gpu_device_info {{
+  name: "{description}"
+  device_vendor: "NVIDIA Corporation"
+  platform_version: "Compute Capability {major}.{minor}"
+  cuda_compute_capability {{ major: {major} minor: {minor}{features} }}
+  core_count: {multiprocessors}
+  fpus_per_core: {fp32_lanes}
+  clock_rate_ghz: {clock_ghz}
+  device_memory_size: {memory_bytes}
+  memory_bandwidth: {bandwidth_bytes_per_s}
+  l2_cache_size: {l2_bytes}
+  shared_memory_per_block: 49152
+  shared_memory_per_block_optin: {shared_bytes_per_block_optin}
+  shared_memory_per_core: {shared_bytes_per_multiprocessor}
+  registers_per_block_limit: 65536
+  registers_per_core_limit: 65536
+  threads_per_warp: 32
+  threads_per_block_limit: 1024
+  threads_per_core_limit: {threads_per_multiprocessor}
+  thread_dim_limit_x: 1024
+  thread_dim_limit_y: 1024
+  thread_dim_limit_z: 64
+  block_dim_limit_x: 2147483647
+  block_dim_limit_y: 65535
+  block_dim_limit_z: 65535
+  device_address_bits: 64
+}}
+platform_name: "CUDA"
+dnn_version_info {{ major: 9 minor: 10 }}
+device_description_str: "{description}"
+"""
+
+
+def find(name: str) -> GpuTarget:
+    """The row of the table called ``name``.
+
+    Raises:
+      ValueError: no such target; the message lists the table and names the nearest.
+    """
+    if name in TARGETS:
+        return TARGETS[name]
+    nearest = difflib.get_close_matches(name.lower(), TARGETS, n=1, cutoff=0.0)[0]
+    raise ValueError(
+        f"target={name!r} is not a device lrjax knows; it knows {', '.join(sorted(TARGETS))}. "
+        f"Did you mean {nearest!r}?"
+    )
+
+
+def target_config(target: GpuTarget) -> str:
+    """``target`` as the text of an XLA ``GpuTargetConfigProto``."""
+    major, minor = target.compute_capability
+    return _TARGET_CONFIG.format(
+        **vars(target),
+        major=major,
+        minor=minor,
+        features=" feature_extension: ACCELERATED_FEATURES" if target.accelerated else "",
+    )
