@@ -1,0 +1,158 @@
+"""VGG-16 (Simonyan & Zisserman, arXiv 1409.1556, configuration D) in Flax Linen.
+
+The network as published, in plain Flax: nothing here knows of row blocks. What row-wise training
+needs is only the names of the five pooling outputs, `"pool1"` to `"pool5"`, given with
+`jax.ad_checkpoint.checkpoint_name`, so that `lrjax.rowwise(..., cuts=("pool2",))` can cut there.
+"""
+
+from typing import Any, Literal
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+
+Head = Literal["dense", "gap"]
+
+# (convolutions, channels) of each of the five stages; each ends with a 2x2 max pool.
+STAGES = ((2, 64), (2, 128), (3, 256), (3, 512), (3, 512))
+POOL_NAMES = tuple(f"pool{stage}" for stage in range(1, len(STAGES) + 1))
+DENSE_WIDTH = 4096
+DROPOUT_RATE = 0.5
+TOTAL_STRIDE = 2 ** len(STAGES)
+
+
+def scaled(channels: int, width: float) -> int:
+    """`channels` times the width multiplier, to the nearest whole channel and at least one."""
+    return max(1, round(channels * width))
+
+
+class VGGFeatures(nn.Module):
+    """VGG-16's convolution stack: 13 3x3 convolutions with bias and ReLU, five 2x2 max pools.
+
+    Maps `[B, H, W, C]` to `[B, H // 32, W // 32, 512 * width]`. Integer images (uint8) are
+    converted to `dtype` and scaled to [-1, 1]; floating-point inputs are taken as they are.
+
+    The outputs of the pools are named `"pool1"` .. `"pool5"`.
+
+    Attributes:
+      width: multiplier of every channel count; 1.0 is the published network (14,714,688 parameters
+        for three input channels).
+      dtype: of the computation.
+      param_dtype: of the parameters.
+    """
+
+    width: float = 1.0
+    dtype: Any = jnp.float32
+    param_dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, images: jax.Array) -> jax.Array:
+        _check_images(images)
+        x = _as_float(images, self.dtype)
+        for stage, (convolutions, channels) in enumerate(STAGES, start=1):
+            for layer in range(1, convolutions + 1):
+                x = nn.Conv(
+                    scaled(channels, self.width),
+                    (3, 3),
+                    padding=1,
+                    dtype=self.dtype,
+                    param_dtype=self.param_dtype,
+                    kernel_init=nn.initializers.he_normal(),
+                    name=f"conv{stage}_{layer}",
+                )(x)
+                x = nn.relu(x)
+            x = nn.max_pool(x, (2, 2), strides=(2, 2))
+            x = checkpoint_name(x, f"pool{stage}")
+        return x
+
+
+class VGG16(nn.Module):
+    """VGG-16: `VGGFeatures` and a classifier, `[B, H, W, C]` images to `[B, num_classes]` logits.
+
+    With the defaults and 224x224 RGB images it is the published network of 138,357,544 parameters.
+    The convolution stack is the submodule `features` and runs alone::
+
+        model = VGG16()
+        maps = model.apply(variables, images, method=lambda m, x: m.features(x))
+
+    Dropout is active with `train=True` and then takes its key from `rngs={"dropout": key}`.
+
+    Attributes:
+      num_classes: logits per image.
+      width: multiplier of the channels, and of the two hidden layers of the dense head.
+      head: `"dense"`, the published one: flatten, 4096, 4096, classes, with dropout; its size is
+        tied to the image size. `"gap"`: global average pool and one dense layer, for images of any
+        size. `None`: no classifier, the result is the feature map of `VGGFeatures`.
+      dropout_rate: of the dense head.
+      dtype: of the computation. Logits are float32 at least.
+      param_dtype: of the parameters.
+    """
+
+    num_classes: int = 1000
+    width: float = 1.0
+    head: Head | None = "dense"
+    dropout_rate: float = DROPOUT_RATE
+    dtype: Any = jnp.float32
+    param_dtype: Any = jnp.float32
+
+    def setup(self) -> None:
+        if self.head not in ("dense", "gap", None):
+            raise ValueError(
+                f'head: got {self.head!r}; use "dense" (flatten and three dense layers), '
+                '"gap" (global average pool and one dense layer) or None (no classifier)'
+            )
+        if not self.width > 0:
+            raise ValueError(f"width: got {self.width}; use a positive multiplier, such as 1.0")
+        self.features = VGGFeatures(self.width, self.dtype, self.param_dtype)
+        if self.head == "dense":
+            hidden = scaled(DENSE_WIDTH, self.width)
+            self.fc6 = self._dense(hidden)
+            self.fc7 = self._dense(hidden)
+            self.fc8 = self._dense(self.num_classes)
+            self.dropout = nn.Dropout(self.dropout_rate)
+        elif self.head == "gap":
+            self.classifier = self._dense(self.num_classes)
+
+    def __call__(self, images: jax.Array, *, train: bool = False) -> jax.Array:
+        x = self.features(images)
+        if self.head == "dense":
+            x = x.reshape(x.shape[0], -1)
+            x = self.dropout(nn.relu(self.fc6(x)), deterministic=not train)
+            x = self.dropout(nn.relu(self.fc7(x)), deterministic=not train)
+            return _at_least_float32(self.fc8(x))
+        if self.head == "gap":
+            return _at_least_float32(self.classifier(x.mean(axis=(1, 2))))
+        return x
+
+    def _dense(self, features: int) -> nn.Dense:
+        return nn.Dense(
+            features,
+            dtype=self.dtype,
+            param_dtype=self.param_dtype,
+            kernel_init=nn.initializers.he_normal(),
+        )
+
+
+def _check_images(images: jax.Array) -> None:
+    if images.ndim != 4:
+        raise ValueError(
+            f"images: got shape {images.shape}; VGG-16 takes [batch, height, width, channels]"
+        )
+    height, width = images.shape[1:3]
+    if min(height, width) < TOTAL_STRIDE:
+        raise ValueError(
+            f"images: got {height}x{width}; VGG-16 halves the size five times, so height and width "
+            f"must be at least {TOTAL_STRIDE}"
+        )
+
+
+def _as_float(images: jax.Array, dtype: Any) -> jax.Array:
+    if jnp.issubdtype(images.dtype, jnp.integer):
+        half = jnp.asarray(jnp.iinfo(images.dtype).max / 2, dtype)
+        return images.astype(dtype) / half - 1
+    return images.astype(dtype)
+
+
+def _at_least_float32(logits: jax.Array) -> jax.Array:
+    return logits.astype(jnp.promote_types(logits.dtype, jnp.float32))

@@ -1,0 +1,19 @@
+#!/usr/bin/env bash
+# Format, lint, types and the whole test suite, slow tests included, in this checkout's own .venv.
+# Arguments go to pytest: `bash scripts/test.sh tests/test_vgg.py -k gap`.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+source scripts/venv.sh
+
+# The CUDA wheels are there to compile for a GPU that is absent; everything runs on the CPU.
+export JAX_PLATFORMS=cpu
+make_venv .venv experiments,dev,cuda
+
+bin=.venv/bin
+"$bin/ruff" format --check .
+"$bin/ruff" check .
+"$bin/mypy"
+# Two workers at most: a compilation for a large device can take several GiB.
+workers=$(nproc)
+((workers > 2)) && workers=2
+exec "$PYTHON" -m pytest -n "$workers" --durations=10 "$@"
