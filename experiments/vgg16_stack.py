@@ -4,13 +4,17 @@ The stack is the one the memory claims are made of: 3x3 SAME convolutions, bias,
 pooling, no head. It uses no library but JAX, so that what is measured is JAX and lrjax.
 """
 
+import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+
+import lrjax
 
 Params = list[tuple[Any, Any]]
 
@@ -37,29 +41,82 @@ def structs(height: int, width: int, dtype: Any, batch: int = 1) -> tuple[Any, A
     return params, jax.ShapeDtypeStruct((batch, height, width, 3), dtype)
 
 
-def block(params: Params, x: jax.Array) -> jax.Array:
-    """The convolutions of one VGG block, and its max pooling."""
-    for kernel, bias in params:
-        x = lax.conv_general_dilated(
-            x, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
-        )
-        x = jax.nn.relu(x + bias)
+def convolution(kernel: jax.Array, bias: jax.Array, x: jax.Array) -> jax.Array:
+    """One 3x3 SAME convolution with bias and ReLU."""
+    y = lax.conv_general_dilated(
+        x, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+    )
+    return jax.nn.relu(y + bias)
+
+
+def max_pool(x: jax.Array) -> jax.Array:
+    """2x2 max pooling with stride 2."""
     return lax.reduce_window(x, -jnp.inf, lax.max, (1, 2, 2, 1), (1, 2, 2, 1), "VALID")
 
 
-def stack(params: Params, images: jax.Array, checkpoint_from: int | None = None) -> jax.Array:
+def stack(params: Params, images: jax.Array, checkpoint: str | None = None) -> jax.Array:
     """The whole stack: ``[N, H, W, 3]`` to ``[N, H//32, W//32, 512]``.
 
-    Blocks from number ``checkpoint_from`` on are under ``jax.checkpoint``; ``None``: none are.
+    ``checkpoint`` puts every ``"block"`` or every ``"layer"`` under ``jax.checkpoint``.
     """
+    per_layer = jax.checkpoint if checkpoint == "layer" else _unchanged
+    per_block = jax.checkpoint if checkpoint == "block" else _unchanged
+
+    def block(block_params: Params, x: jax.Array) -> jax.Array:
+        for kernel, bias in block_params:
+            x = per_layer(convolution)(kernel, bias, x)
+        return per_layer(max_pool)(x)
+
     x, remaining = images, list(params)
-    for number, channels in enumerate(BLOCKS):
+    for channels in BLOCKS:
         own, remaining = remaining[: len(channels)], remaining[len(channels) :]
-        checkpointed = checkpoint_from is not None and number >= checkpoint_from
-        x = (jax.checkpoint(block) if checkpointed else block)(own, x)
+        x = per_block(block)(own, x)
     return x
 
 
-def loss(params: Params, images: jax.Array) -> jax.Array:
-    """``mean(y**2)``, accumulated in float32."""
-    return jnp.mean(jnp.square(stack(params, images).astype(jnp.float32)))
+def loss(params: Params, images: jax.Array, checkpoint: str | None = None) -> jax.Array:
+    """``mean(y**2)`` of the stack's output, accumulated in float32."""
+    return jnp.mean(jnp.square(stack(params, images, checkpoint).astype(jnp.float32)))
+
+
+@dataclass(frozen=True)
+class Method:
+    """A way to run the stack.
+
+    Attributes:
+      name: ``"column"``, ``"checkpoint-block"``, ``"checkpoint-layer"`` or an lrjax strategy.
+      num_blocks: row blocks, for an lrjax strategy.
+    """
+
+    name: str
+    num_blocks: int | None = None
+
+    def __str__(self) -> str:
+        return self.name if self.num_blocks is None else f"{self.name}/{self.num_blocks}"
+
+    def loss(self) -> Callable[[Params, jax.Array], jax.Array]:
+        """``loss(params, images)``, run this way."""
+        if self.name == "column":
+            return loss
+        if self.name.startswith("checkpoint-"):
+            return functools.partial(loss, checkpoint=self.name.removeprefix("checkpoint-"))
+        return lrjax.rowwise(
+            loss, in_axes=(None, 1), num_blocks=self.num_blocks, strategy=self.name
+        )
+
+    def gradient(self) -> Callable[[Params, jax.Array], Params]:
+        """The gradient of ``loss`` with respect to the parameters, run this way."""
+        return jax.grad(self.loss())
+
+
+COLUMN = Method("column")
+
+
+def parse_method(text: str) -> Method:
+    """``"column"`` or ``"stream/128"``, as ``str(method)`` writes it."""
+    name, _, num_blocks = text.partition("/")
+    return Method(name, int(num_blocks) if num_blocks else None)
+
+
+def _unchanged(fun: Callable[..., Any]) -> Callable[..., Any]:
+    return fun

@@ -1,0 +1,28 @@
+"""The table of devices, and what is said when a name is not in it."""
+
+import pytest
+
+from lrjax.memory import TARGETS
+from lrjax.memory.targets import find, target_config
+
+
+@pytest.mark.parametrize("name", TARGETS)
+def test_every_row_is_found_under_its_name(name):
+    assert find(name).name == name
+
+
+@pytest.mark.parametrize(
+    ("given", "nearest"), [("h20", "h200"), ("H100", "h100"), ("gh200", "h200")]
+)
+def test_unknown_target_lists_the_table_and_names_the_nearest(given, nearest):
+    with pytest.raises(ValueError, match=f"Did you mean '{nearest}'") as raised:
+        find(given)
+    assert repr(given) in str(raised.value)
+    assert all(name in str(raised.value) for name in TARGETS)
+
+
+def test_target_config_carries_the_row():
+    text = target_config(find("h200"))
+    assert "core_count: 132" in text
+    assert f"device_memory_size: {144_384 * 2**20}" in text
+    assert 'platform_name: "CUDA"' in text

@@ -1,0 +1,52 @@
+"""The memory this project promises, asserted for the device it promises it on.
+
+The programs and their limits are those of ``experiments/vgg16_memory.py``. Nothing is executed:
+XLA compiles for an H200 that need not be there.
+"""
+
+import pytest
+
+from experiments import vgg16_memory as claims
+from experiments.vgg16_stack import COLUMN, Method
+from lrjax.memory import is_installed
+
+pytestmark = [
+    pytest.mark.cuda,
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        not is_installed("h200"), reason='needs XLA\'s CUDA plugin: pip install "lrjax[cuda]"'
+    ),
+]
+
+MIB = 2**20
+
+
+def test_column_is_the_baseline_the_limits_refer_to():
+    compiled = claims.compile_gradient(COLUMN, 4096)
+    assert compiled.peak_bytes / MIB == pytest.approx(claims.COLUMN_4096_MIB, rel=1e-3)
+
+
+@pytest.mark.parametrize("row", [row for row in claims.PEAKS if row.limit_mib], ids=str)
+def test_peak_memory(row):
+    assert claims.compile_gradient(row.method, row.size).peak_bytes / MIB <= row.limit_mib
+
+
+def test_streams_memory_does_not_depend_on_height():
+    residues = [claims.height_residue_bytes(height) for height in claims.HEIGHTS]
+    assert max(residues) <= claims.HEIGHTS_SPREAD * min(residues), residues
+
+
+@pytest.fixture(scope="module")
+def column_compile_seconds():
+    claims.compile_gradient(COLUMN, claims.COMPILE_SIZE)  # the first one warms the compiler up
+    return claims.compile_seconds(COLUMN, repeats=3)
+
+
+@pytest.mark.parametrize("strategy", claims.COMPILE_STRATEGIES)
+def test_compile_time(strategy, column_compile_seconds):
+    few, many = (
+        claims.compile_seconds(Method(strategy, num_blocks), repeats=2)
+        for num_blocks in claims.COMPILE_BLOCKS
+    )
+    assert max(few, many) <= claims.COMPILE_LIMIT * column_compile_seconds
+    assert many <= claims.COMPILE_GROWTH_LIMIT * few
