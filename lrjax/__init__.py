@@ -1,0 +1,7 @@
+"""Row-centric CNN training for JAX: whole images in a few percent of the memory."""
+
+from lrjax.transform import rowwise
+
+__version__ = "0.1.0"
+
+__all__ = ["__version__", "rowwise"]

@@ -1,0 +1,420 @@
+"""The three orders as differentiable functions: stream, 2PS and OverL.
+
+This module alone knows that there are two passes. Stream differentiates first and then tiles: the
+forward and the backward program are two row graphs. 2PS and OverL (LR-CNN, arXiv 2401.11471) tile
+first: one forward graph, whose step is differentiated by ``jax.vjp`` in a reverse loop.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.ad_checkpoint import checkpoint_name
+from jax.custom_derivatives import SymbolicZero
+
+from lrjax import calls as _calls  # noqa: F401  registers the rules of custom derivatives
+from lrjax import engine
+from lrjax.engine import Values
+from lrjax.graph import RowGraph, build
+from lrjax.inline import Atom, FlatEquation, FlatProgram, Literal, flatten, masks_from_outputs
+from lrjax.rowloop import RowLoop, row_loop
+from lrjax.rules.base import Array, RowOp
+
+Axes = Sequence[int | None]
+
+
+def evaluate(
+    program: FlatProgram, inputs: Sequence[Array], tags: dict[int, str] | None = None
+) -> list[Any]:
+    """Column execution of a flat program; values in ``tags`` are named for checkpoint policies."""
+    tags = tags or {}
+    values: dict[int, Any] = dict(program.constants)
+    values.update(zip(program.inputs, inputs, strict=True))
+
+    def read(atom: Atom) -> Any:
+        return jnp.asarray(atom.value, atom.dtype) if isinstance(atom, Literal) else values[atom]
+
+    for equation in program.equations:
+        results = equation.evaluate([read(v) for v in equation.inputs])
+        for v, result in zip(equation.outputs, results, strict=True):
+            values[v] = checkpoint_name(result, tags[v]) if v in tags else result
+    return [read(v) for v in program.outputs]
+
+
+@dataclasses.dataclass(frozen=True)
+class RowProgram:
+    """A function as a row graph with a row loop per stage, in one order."""
+
+    graph: RowGraph
+    loops: tuple[RowLoop | None, ...]
+
+    @property
+    def out_axes(self) -> list[int | None]:
+        outputs = self.graph.program.outputs
+        return [self.graph.row_axis.get(v) if isinstance(v, int) else None for v in outputs]
+
+    def run(self, inputs: Sequence[Array]) -> list[Array]:
+        return engine.run_graph(self.graph, self.loops, inputs)
+
+
+def row_program(graph: RowGraph, order: str, num_blocks: int) -> RowProgram:
+    loops = tuple(
+        row_loop(graph, stage, order=order, num_blocks=num_blocks, keeps_lines=order == "stream")
+        if graph.stage_nodes(stage)
+        else None
+        for stage in range(graph.stages)
+    )
+    return RowProgram(graph, loops)
+
+
+def traced_program(
+    function: Callable[..., Any], structs: Sequence[Any], axes: Axes, num_blocks: int
+) -> RowProgram:
+    """Trace at full shape and tile: the stream form of any function of arrays."""
+    program = masks_from_outputs(flatten(jax.make_jaxpr(function)(*structs)))
+    return row_program(build(program, axes), "stream", num_blocks)
+
+
+# --- Stream --------------------------------------------------------------------------------------
+
+
+def stream(program: FlatProgram, axes: Axes, num_blocks: int) -> Callable[..., list[Array]]:
+    """The program as one top-down pass, and its gradient as another.
+
+    The forward pass saves what ends a stage: reductions over rows and maps that column operations
+    take whole. Everything else is recomputed as cotangents arrive. Where the only output is a
+    scalar sum over rows, value and gradient are one pass and nothing is recomputed.
+    """
+    structs = [program.avals[v] for v in program.inputs]
+
+    @jax.custom_vjp
+    def call(*inputs: Array) -> list[Array]:
+        primal = traced_program(lambda *xs: evaluate(program, xs), structs, axes, num_blocks)
+        return primal.run(inputs)
+
+    def forward(*inputs: Any) -> Any:
+        perturbed = tuple(x.perturbed for x in inputs)
+        values = [x.value for x in inputs]
+        wrt = [
+            i
+            for i, (s, moves) in enumerate(zip(structs, perturbed, strict=True))
+            if moves and jnp.issubdtype(s.dtype, jnp.inexact)
+        ]
+        one_pass = _value_and_gradient(program, structs, axes, num_blocks, wrt)
+        if one_pass is not None:
+            value, *gradients = one_pass.run(values)
+            return [value], _OnePass(tuple(gradients), wrt)
+        passes = _two_passes(program, structs, axes, num_blocks, wrt)
+        outputs_and_residuals = passes.forward.run(values)
+        count = len(program.outputs)
+        return outputs_and_residuals[:count], _Recompute(
+            tuple(outputs_and_residuals[count:]), wrt, passes.backward
+        )
+
+    def backward(residuals: Any, cotangents: Sequence[Any]) -> tuple[Any, ...]:
+        gradients = residuals.gradients([_instantiated(ct) for ct in cotangents])
+        bars: list[Any] = [None] * len(structs)
+        for i, gradient in zip(residuals.wrt, gradients, strict=True):
+            bars[i] = gradient
+        return tuple(bars)
+
+    call.defvjp(forward, backward, symbolic_zeros=True)
+    return call
+
+
+def _instantiated(cotangent: Any) -> Any:
+    if isinstance(cotangent, SymbolicZero):
+        return jnp.zeros(cotangent.shape, cotangent.dtype)
+    return cotangent
+
+
+class _Residuals:
+    """Arrays from the forward rule to the backward rule, with static company."""
+
+    def __init__(self, arrays: tuple[Array, ...], wrt: Sequence[int], static: Any = None):
+        self.arrays, self.wrt, self.static = arrays, list(wrt), static
+
+    def __init_subclass__(cls) -> None:
+        jax.tree_util.register_pytree_node(
+            cls,
+            lambda self: (self.arrays, _Identity((self.wrt, self.static))),
+            lambda static, arrays: cls(tuple(arrays), *static.value),
+        )
+
+
+class _Identity:
+    """Static data of a pytree, compared by identity."""
+
+    def __init__(self, value: Any):
+        self.value = value
+
+
+class _OnePass(_Residuals):
+    """The gradient at cotangent 1, computed with the value."""
+
+    def gradients(self, cotangents: Sequence[Array]) -> list[Array]:
+        (ct,) = cotangents
+        return [(g * ct.astype(g.dtype)).astype(g.dtype) for g in self.arrays]
+
+
+class _Recompute(_Residuals):
+    """Residuals of ``jax.vjp`` under the checkpoint policy, and the program that uses them."""
+
+    def gradients(self, cotangents: Sequence[Array]) -> list[Array]:
+        inexact = [ct for ct in cotangents if ct.dtype != jax.dtypes.float0]
+        return self.static.run([*self.arrays, *inexact])
+
+
+@dataclasses.dataclass(frozen=True)
+class _TwoPasses:
+    forward: RowProgram
+    backward: RowProgram
+
+
+def _moving(
+    program: FlatProgram, wrt: Sequence[int], inputs: Sequence[Any], tags: dict[int, str]
+) -> tuple[Callable[..., list[Any]], list[Any]]:
+    """The program as a function of the inputs that are differentiated, and those inputs."""
+
+    def function(*moving: Any) -> list[Any]:
+        values = list(inputs)
+        for i, value in zip(wrt, moving, strict=True):
+            values[i] = value
+        return evaluate(program, values, tags)
+
+    return function, [inputs[i] for i in wrt]
+
+
+def _two_passes(
+    program: FlatProgram, structs: Sequence[Any], axes: Axes, num_blocks: int, wrt: Sequence[int]
+) -> _TwoPasses:
+    tags = saved_values(program, axes)
+    policy = jax.checkpoint_policies.save_only_these_names(*tags.values())
+    tree: Any = None
+
+    def forward(*inputs: Any) -> Any:
+        nonlocal tree
+        function, moving = _moving(program, wrt, inputs, tags)
+        outputs, pull = jax.vjp(jax.checkpoint(function, policy=policy), *moving)
+        leaves, tree = jax.tree.flatten(pull)
+        return outputs, leaves
+
+    first = traced_program(forward, structs, axes, num_blocks)
+    count = len(program.outputs)
+    outputs = [program.aval(v) for v in program.outputs]
+    graph = first.graph
+    residuals = [
+        jax.ShapeDtypeStruct(a.shape, a.dtype)
+        for a in (graph.program.aval(v) for v in graph.program.outputs[count:])
+    ]
+    inexact = [i for i, out in enumerate(outputs) if jnp.issubdtype(out.dtype, jnp.inexact)]
+
+    def backward(*arrays: Any) -> Any:
+        leaves, moving = arrays[: len(residuals)], arrays[len(residuals) :]
+        cotangents = [np.zeros(out.shape, jax.dtypes.float0) for out in outputs]
+        for i, ct in zip(inexact, moving, strict=True):
+            cotangents[i] = ct
+        return jax.tree.unflatten(tree, leaves)(cotangents)
+
+    out_axes = first.out_axes
+    second = traced_program(
+        backward,
+        [*residuals, *(outputs[i] for i in inexact)],
+        [*out_axes[count:], *(out_axes[i] for i in inexact)],
+        num_blocks,
+    )
+    return _TwoPasses(first, second)
+
+
+def saved_values(program: FlatProgram, axes: Axes) -> dict[int, str]:
+    """Values that the forward pass keeps for the backward pass, with their names.
+
+    Whatever ends a stage: results of reductions over rows, of column operations that depend on
+    rows, and the maps that column operations take whole (they exist whole anyway).
+    """
+    graph = build(program, axes)
+    late: set[int] = set()
+    for node in graph.nodes:
+        if node.is_reduction or (node.op is None and node.stage > 0):
+            late.update(node.equation.outputs)
+        if node.op is None:
+            inputs = (v for v in node.equation.inputs if isinstance(v, int))
+            late.update(v for v in inputs if v in graph.streamed)
+    made = {v for equation in program.equations for v in equation.outputs}
+    return {v: f"lrjax_{v}" for v in sorted(late & made)}
+
+
+def _value_and_gradient(
+    program: FlatProgram, structs: Sequence[Any], axes: Axes, num_blocks: int, wrt: Sequence[int]
+) -> RowProgram | None:
+    """Value and gradient as one pass, where the program is one scalar and nothing must wait."""
+    if len(program.outputs) != 1 or not wrt:
+        return None
+    out = program.aval(program.outputs[0])
+    if out.shape != () or not jnp.issubdtype(out.dtype, jnp.inexact):
+        return None
+
+    def both(*inputs: Any) -> Any:
+        function, moving = _moving(program, wrt, inputs, {})
+        (value,), pull = jax.vjp(function, *moving)
+        return value, *pull([jnp.ones((), out.dtype)])
+
+    found = traced_program(both, structs, axes, num_blocks)
+    return found if sum(loop is not None for loop in found.loops) == 1 else None
+
+
+# --- 2PS and OverL -------------------------------------------------------------------------------
+
+
+def _only_sums(equation: FlatEquation, op: RowOp) -> str | None:
+    if op.reduction not in (None, "sum"):
+        return f"{equation.primitive.name} over rows has no gradient block by block"
+    return None
+
+
+def two_phase_or_overlap(
+    program: FlatProgram, axes: Axes, order: str, num_blocks: int
+) -> Callable[..., list[Array]]:
+    """The paper's orders: row loops that are differentiated step by step, in reverse."""
+    rows = row_program(build(program, axes, _only_sums), order, num_blocks)
+
+    def call(*inputs: Array) -> list[Array]:
+        return engine.run_graph(rows.graph, rows.loops, inputs, run=_differentiable_loop)
+
+    return call
+
+
+def _differentiable_loop(loop: RowLoop, values: Values) -> Values:
+    names = tuple(dict.fromkeys((*loop.arrays, *loop.wholes)))
+
+    @jax.custom_vjp
+    def call(inputs: Values) -> Values:
+        return engine.run_loop(loop, inputs)
+
+    def forward(inputs: Values) -> Any:
+        perturbed = frozenset(v for v in names if inputs[v].perturbed)
+        plain = {v: inputs[v].value for v in names}
+        outputs, lines = _run_and_save_lines(loop, plain)
+        return outputs, _SavedLines((plain, lines), perturbed)
+
+    def backward(residuals: _SavedLines, cotangents: Values) -> tuple[Values]:
+        inputs, lines = residuals.arrays
+        instantiated = {v: _instantiated(ct) for v, ct in cotangents.items()}
+        bars = _reverse_loop(loop, inputs, lines, instantiated, residuals.perturbed)
+        return ({v: bars.get(v) for v in names},)
+
+    call.defvjp(forward, backward, symbolic_zeros=True)
+    return call({v: values[v] for v in names})
+
+
+@jax.tree_util.register_pytree_node_class
+@dataclasses.dataclass
+class _SavedLines:
+    arrays: tuple[Values, Values]
+    perturbed: frozenset[int]
+
+    def tree_flatten(self) -> tuple[Any, Any]:
+        return self.arrays, self.perturbed
+
+    @classmethod
+    def tree_unflatten(cls, perturbed: Any, arrays: Any) -> _SavedLines:
+        return cls(tuple(arrays), perturbed)  # type: ignore[arg-type]
+
+
+def _run_and_save_lines(loop: RowLoop, values: Values) -> tuple[Values, Values]:
+    """The forward loop, keeping the line buffers that every step starts with."""
+    clock = engine.clock_of(loop)
+
+    def step(carry: Any, row: Any) -> Any:
+        lines, outputs, sums = carry
+        now = clock.at(row)
+        windows = engine.slice_windows(loop, now, values)
+        result = engine.run_step(loop, now, lines, windows, values)
+        outputs = engine.write_outputs(loop, now, outputs, result.rows)
+        return (result.lines, outputs, engine.add_partial(loop, sums, result.partial)), lines
+
+    start = (engine.empty_lines(loop), engine.empty_outputs(loop), engine.empty_sums(loop))
+    (_, outputs, sums), saved = lax.scan(step, start, clock.table())
+    return {**outputs, **engine.finished_sums(loop, sums)}, saved
+
+
+def _inexact(values: dict[Any, Any]) -> dict[Any, Any]:
+    return {k: v for k, v in values.items() if jnp.issubdtype(v.dtype, jnp.inexact)}
+
+
+def _reverse_loop(
+    loop: RowLoop, values: Values, saved: Values, cotangents: Values, perturbed: frozenset[int]
+) -> Values:
+    """Walk the steps in reverse: halo gradients flow to the step above through the line buffers."""
+    clock = engine.clock_of(loop)
+    avals = loop.graph.program.avals
+    array_bars = {v: jnp.zeros_like(a) for v, a in _inexact(values).items() if v in loop.arrays}
+    array_bars = {v: a for v, a in array_bars.items() if v in perturbed}
+    wholes = {v: values[v] for v in loop.wholes}
+    moving_wholes = {v: a for v, a in _inexact(wholes).items() if v in perturbed}
+    whole_bars = {
+        v: jnp.zeros(a.shape, engine.accumulator_dtype(a.dtype)) for v, a in moving_wholes.items()
+    }
+    moving_windows = {(s.node, s.operand): s for s in loop.sliced if s.value in array_bars}
+
+    def step(carry: Any, row_and_lines: Any) -> Any:
+        line_bars, array_bars, whole_bars = carry
+        row, lines = row_and_lines
+        now = clock.at(row)
+        windows = engine.slice_windows(loop, now, values)
+
+        def function(lines_in: Values, windows_in: Any, wholes_in: Values) -> Any:
+            result = engine.run_step(
+                loop, now, {**lines, **lines_in}, {**windows, **windows_in}, {**wholes, **wholes_in}
+            )
+            return _inexact(result.lines), _inexact(result.rows), _inexact(result.partial)
+
+        moving = {name: windows[name] for name in moving_windows}
+        outputs, pull = jax.vjp(function, _inexact(lines), moving, moving_wholes)
+        row_bars = {v: _owned_rows(loop, now, v, cotangents[v]) for v in outputs[1]}
+        sum_bars = {v: cotangents[v].astype(x.dtype) for v, x in outputs[2].items()}
+        line_bars, window_bars, partial = pull((line_bars, row_bars, sum_bars))
+        for name, source in moving_windows.items():
+            array_bars = {
+                **array_bars,
+                source.value: engine.write_rows(
+                    array_bars[source.value],
+                    window_bars[name],
+                    now["window", *name],
+                    source.read.axis,
+                    now.bounds(("window", *name)),
+                    jnp.add,
+                ),
+            }
+        whole_bars = {v: bar + partial[v].astype(bar.dtype) for v, bar in whole_bars.items()}
+        return (line_bars, array_bars, whole_bars), None
+
+    start = (
+        {v: jnp.zeros(x.shape[1:], x.dtype) for v, x in _inexact(saved).items()},
+        array_bars,
+        whole_bars,
+    )
+    scanned = (clock.table(), saved)
+    (_, array_bars, whole_bars), _ = lax.scan(step, start, scanned, reverse=True)
+    bars = {v: bar.astype(avals[v].dtype) for v, bar in whole_bars.items()}
+    for v, bar in array_bars.items():
+        bars[v] = bars[v] + bar if v in bars else bar
+    return bars
+
+
+def _owned_rows(loop: RowLoop, clock: engine.Clock, value: int, cotangent: Array) -> Array:
+    """The cotangent of the rows that this step gives; rows given again elsewhere get none."""
+    producer, axis = loop.producer[value], loop.graph.row_axis[value]
+    track = loop.schedule.tracks[producer]
+    name = ("start", producer)
+    rows = engine.read_rows(cotangent, clock[name], track.rows, axis, 0, clock.bounds(name))
+    if track.is_steady:
+        return rows
+    low, high = clock["owned", producer], clock["stop", producer]
+    return engine.keep_rows(rows, clock[name], axis, low, high, 0)

@@ -1,0 +1,104 @@
+"""Row maps: which input rows an operation needs for a range of output rows.
+
+Plain Python on integers, no JAX. Rows are counted in *virtual* coordinates: they run below zero
+and beyond the height, so that every map stays affine; whoever reads rows outside the image
+fills them with the padding value.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from fractions import Fraction
+
+
+def ceil_div(numerator: int, denominator: int) -> int:
+    return -(-numerator // denominator)
+
+
+def round_up(rows: int, quantum: int) -> int:
+    return ceil_div(rows, quantum) * quantum
+
+
+def round_down(rows: int, quantum: int) -> int:
+    return rows // quantum * quantum
+
+
+@dataclasses.dataclass(frozen=True)
+class RowMap:
+    """A window sliding along rows (DESIGN section 4).
+
+    Output row ``i`` touches the positions ``i * stride - pad + [0, extent)`` of the input after
+    it was dilated by ``base`` (``base - 1`` empty positions between neighbouring rows).
+
+    Attributes:
+      stride: positions between the windows of neighbouring output rows.
+      extent: positions that one window spans, ``(kernel - 1) * dilation + 1``.
+      pad: low padding in positions; negative padding crops.
+      base: dilation of the input (``lhs_dilation``).
+    """
+
+    stride: int = 1
+    extent: int = 1
+    pad: int = 0
+    base: int = 1
+
+    @property
+    def quantum(self) -> int:
+        """The least shift of output rows that shifts the input rows by a whole number."""
+        return self.base // math.gcd(self.stride, self.base)
+
+    @property
+    def rate(self) -> Fraction:
+        """Input rows consumed per output row."""
+        return Fraction(self.stride, self.base)
+
+    def first(self, start: int) -> int:
+        """The first input row that output rows from ``start`` on need."""
+        return ceil_div(start * self.stride - self.pad, self.base)
+
+    def end(self, stop: int) -> int:
+        """One past the last input row that output rows before ``stop`` need."""
+        return ((stop - 1) * self.stride - self.pad + self.extent - 1) // self.base + 1
+
+    def frontier(self, rows: int) -> int:
+        """The largest ``stop`` whose input rows all lie before ``rows``."""
+        return (rows * self.base - 1 + self.pad - (self.extent - 1)) // self.stride + 1
+
+    def then(self, outer: RowMap | ChainedMap) -> ChainedMap:
+        """The map of an operation that needs ``self``'s rows of what ``outer`` gives."""
+        return ChainedMap((self, outer))
+
+
+@dataclasses.dataclass(frozen=True)
+class ChainedMap:
+    """Row maps applied one after the other, from the output towards the input."""
+
+    maps: tuple[RowMap | ChainedMap, ...]
+
+    @property
+    def rate(self) -> Fraction:
+        return math.prod((m.rate for m in self.maps), start=Fraction(1))
+
+    @property
+    def quantum(self) -> int:
+        quantum, rate = 1, Fraction(1)
+        for m in self.maps:
+            quantum = math.lcm(quantum, (m.quantum / rate).numerator)
+            rate *= m.rate
+        return quantum
+
+    def first(self, start: int) -> int:
+        return functools.reduce(lambda row, m: m.first(row), self.maps, start)
+
+    def end(self, stop: int) -> int:
+        return functools.reduce(lambda row, m: m.end(row), self.maps, stop)
+
+    def frontier(self, rows: int) -> int:
+        return functools.reduce(lambda row, m: m.frontier(row), reversed(self.maps), rows)
+
+
+AnyMap = RowMap | ChainedMap
+
+IDENTITY = RowMap()

@@ -1,0 +1,328 @@
+"""Flat program -> row graph: which values carry rows, what is row-local, and the stages.
+
+A value with a row axis is *streamed* where a row operation makes it, and *exists whole* where it
+is an input or a column operation makes it. A reduction over rows, and everything that needs a
+whole map, ends a stage: column operations run at the boundary before a stage's row loop.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable, Sequence
+from fractions import Fraction
+
+from lrjax.inline import Atom, FlatEquation, FlatProgram, Literal
+from lrjax.rules.base import Equation, NotRowLocal, Operand, RowOp, row_op
+from lrjax.rules.elementwise import ELEMENTWISE
+from lrjax.rules.shape import constant_along_rows
+
+
+@dataclasses.dataclass(frozen=True)
+class Node:
+    """An equation of the graph.
+
+    Attributes:
+      equation: the equation.
+      op: its row-wise form, None for a column operation.
+      stage: the row loop it belongs to; for a column operation, the loop before which it runs.
+      reason: why it fell back to column though it has row operands.
+    """
+
+    equation: FlatEquation
+    op: RowOp | None
+    stage: int = 0
+    reason: str | None = None
+
+    @property
+    def is_reduction(self) -> bool:
+        return self.op is not None and self.op.reduction is not None
+
+    def row_inputs(self) -> list[int]:
+        """Values that are read by rows."""
+        assert self.op is not None
+        pairs = zip(self.equation.inputs, self.op.reads, strict=True)
+        return [v for v, read in pairs if read is not None and isinstance(v, int)]
+
+
+@dataclasses.dataclass(frozen=True)
+class RowGraph:
+    """Nodes in topological order with their stages.
+
+    Attributes:
+      program: types, inputs and outputs; its equations are those of ``nodes``.
+      nodes: the operations.
+      row_axis: axis of every value that carries rows.
+      streamed: values that row operations make (reductions excluded).
+      rate: rows of a value per row of its component's root, and the root.
+    """
+
+    program: FlatProgram
+    nodes: tuple[Node, ...]
+    row_axis: dict[int, int]
+    streamed: frozenset[int]
+    rate: dict[int, tuple[int, Fraction]]
+
+    @property
+    def stages(self) -> int:
+        return 1 + max((node.stage for node in self.nodes), default=0)
+
+    def stage_nodes(self, stage: int) -> list[Node]:
+        return [n for n in self.nodes if n.op is not None and n.stage == stage]
+
+    def column_nodes(self, stage: int) -> list[Node]:
+        return [n for n in self.nodes if n.op is None and n.stage == stage]
+
+    @property
+    def fallbacks(self) -> list[Node]:
+        return [node for node in self.nodes if node.reason is not None]
+
+    def height(self, value: int) -> int:
+        return self.program.avals[value].shape[self.row_axis[value]]
+
+
+def build(
+    program: FlatProgram,
+    in_axes: Sequence[int | None],
+    accepts: Callable[[FlatEquation, RowOp], str | None] = lambda equation, op: None,
+) -> RowGraph:
+    """Type the program and cut it into stages.
+
+    Args:
+      program: the flat program.
+      in_axes: row axis of every input, None for one without rows.
+      accepts: names a reason to run a row operation column-wise all the same, or None.
+    """
+    typer = _Typer(program, in_axes, accepts)
+    for equation in program.equations:
+        typer.add(equation)
+    program, nodes = typer.finish()
+    nodes = _with_stages(program, nodes, typer.streamed)
+    return RowGraph(
+        program=program,
+        nodes=tuple(nodes),
+        row_axis=typer.row_axis,
+        streamed=frozenset(typer.streamed),
+        rate={v: typer.rates.find(v) for v in typer.row_axis},
+    )
+
+
+class _Rates:
+    """Union-find over values: how many rows of each come per row of its root."""
+
+    def __init__(self) -> None:
+        self.parent: dict[int, tuple[int, Fraction]] = {}
+
+    def find(self, value: int) -> tuple[int, Fraction]:
+        parent, rate = self.parent.get(value, (value, Fraction(1)))
+        if parent == value:
+            return value, Fraction(1)
+        root, parent_rate = self.find(parent)
+        self.parent[value] = (root, rate * parent_rate)
+        return self.parent[value]
+
+    def union(self, value: int, other: int, rows_per_row: Fraction) -> bool:
+        """``value`` has ``rows_per_row`` rows per row of ``other``; False if that contradicts."""
+        (root, rate), (other_root, other_rate) = self.find(value), self.find(other)
+        if root == other_root:
+            return rate == rows_per_row * other_rate
+        self.parent[root] = (other_root, rows_per_row * other_rate / rate)
+        return True
+
+
+class _Typer:
+    """Walks the equations once and decides what carries rows."""
+
+    def __init__(
+        self,
+        program: FlatProgram,
+        in_axes: Sequence[int | None],
+        accepts: Callable[[FlatEquation, RowOp], str | None],
+    ):
+        self.program = program
+        self.accepts = accepts
+        self.avals = list(program.avals)
+        self.row_axis = {
+            v: axis for v, axis in zip(program.inputs, in_axes, strict=True) if axis is not None
+        }
+        self.streamed: set[int] = set()
+        self.rates = _Rates()
+        self.nodes: list[Node] = []
+        self.producer: dict[int, FlatEquation] = {}
+        # Row axes of maps that column operations took whole: what comes back from them in such a
+        # shape (the cotangent of a flattened map, say) carries rows along the same axis.
+        self.whole_maps: dict[tuple[int, ...], int] = {
+            program.avals[v].shape: axis for v, axis in self.row_axis.items()
+        }
+
+    def add(self, equation: FlatEquation) -> None:
+        self.producer.update((v, equation) for v in equation.outputs)
+        if not any(v in self.row_axis for v in equation.inputs if isinstance(v, int)):
+            self.add_column(equation, None)
+            return
+        try:
+            self.add_rows(equation)
+        except NotRowLocal as reason:
+            self.add_column(equation, str(reason))
+
+    def add_column(self, equation: FlatEquation, reason: str | None) -> None:
+        for v in equation.inputs:
+            if isinstance(v, int) and v in self.row_axis:
+                self.whole_maps[self.avals[v].shape] = self.row_axis[v]
+        for v in equation.outputs:
+            shape = self.avals[v].shape
+            if len(shape) > 1 and shape in self.whole_maps:
+                self.row_axis[v] = self.whole_maps[shape]
+        self.nodes.append(Node(equation, None, reason=reason))
+
+    def add_rows(self, equation: FlatEquation) -> None:
+        op = row_op(self.described(equation))
+        refused = self.accepts(equation, op)
+        if refused is not None:
+            raise NotRowLocal(refused)
+        inputs = list(equation.inputs)
+        for i, (atom, read) in enumerate(zip(equation.inputs, op.reads, strict=True)):
+            if isinstance(atom, Literal):
+                if read is not None:
+                    raise NotRowLocal("a constant array is read by rows")
+                continue
+            axis = self.row_axis.get(atom)
+            if read is None and axis is not None:
+                raise NotRowLocal("an operand that carries rows is needed whole")
+            if read is None:
+                continue
+            if axis is not None and axis != read.axis:
+                raise NotRowLocal(f"rows on axis {axis} are read along axis {read.axis}")
+            if atom not in self.streamed:
+                inputs[i] = self.repeated(atom, read.axis)
+        equation = dataclasses.replace(equation, inputs=tuple(inputs))
+        self.unite_rates(equation, op)
+        self.nodes.append(Node(equation, op))
+        for v, axis in zip(equation.outputs, op.out_axes, strict=True):
+            if op.reduction is None and axis is not None:
+                self.row_axis[v] = axis
+                self.streamed.add(v)
+
+    def unite_rates(self, equation: FlatEquation, op: RowOp) -> None:
+        head = equation.outputs[0]
+        for atom, read in zip(equation.inputs, op.reads, strict=True):
+            if read is None or not isinstance(atom, int):
+                continue
+            fits = self.rates.union(head, atom, 1 / read.row_map.rate)
+            if not fits and atom in self.streamed:
+                raise NotRowLocal("operands advance at different rates along rows")
+        for v in equation.outputs[1:]:
+            self.rates.union(v, head, Fraction(1))
+
+    def repeated(self, value: int, axis: int) -> int:
+        """A row-wise copy of a whole value that is constant along rows, else the value."""
+        made = self.repeat(value, axis)
+        return value if made is None else made
+
+    def repeat(self, value: int, axis: int) -> int | None:
+        equation = self.producer.get(value)
+        if equation is None or len(equation.outputs) != 1:
+            return None
+        inputs: list[Atom] = list(equation.inputs)
+        op = constant_along_rows(self.described(equation), axis)
+        if op is None:
+            if equation.primitive.name not in ELEMENTWISE:
+                return None
+            for i, atom in enumerate(inputs):
+                if isinstance(atom, int) and self.avals[atom].shape:
+                    copy = self.repeat(atom, axis)
+                    if copy is None:
+                        return None
+                    inputs[i] = copy
+            changed = dataclasses.replace(equation, inputs=tuple(inputs))
+            if not any(v in self.row_axis for v in inputs if isinstance(v, int)):
+                return None
+            op = row_op(self.described(changed))
+        self.avals.append(self.avals[value])
+        copy = len(self.avals) - 1
+        copied = dataclasses.replace(equation, inputs=tuple(inputs), outputs=(copy,))
+        self.unite_rates(copied, op)
+        self.nodes.append(Node(copied, op))
+        self.row_axis[copy] = axis
+        self.streamed.add(copy)
+        return copy
+
+    def described(self, equation: FlatEquation) -> Equation:
+        def operand(atom: Atom) -> Operand:
+            if isinstance(atom, Literal):
+                return Operand(atom.shape, atom.dtype, None, literal=atom.scalar)
+            aval = self.avals[atom]
+            return Operand(aval.shape, aval.dtype, self.row_axis.get(atom))
+
+        return Equation(
+            equation.primitive,
+            equation.params,
+            tuple(operand(v) for v in equation.inputs),
+            tuple(self.avals[v] for v in equation.outputs),
+        )
+
+    def finish(self) -> tuple[FlatProgram, list[Node]]:
+        """Drop nodes that nobody reads any more."""
+        alive = {v for v in self.program.outputs if isinstance(v, int)}
+        kept = []
+        for node in reversed(self.nodes):
+            if node.equation.has_effects or alive.intersection(node.equation.outputs):
+                kept.append(node)
+                alive.update(v for v in node.equation.inputs if isinstance(v, int))
+        kept.reverse()
+        program = dataclasses.replace(
+            self.program,
+            avals=tuple(self.avals),
+            equations=tuple(node.equation for node in kept),
+        )
+        return program, kept
+
+
+def _with_stages(program: FlatProgram, nodes: list[Node], streamed: set[int]) -> list[Node]:
+    """Earliest stage first, then everything as late as its consumers allow.
+
+    Late is lean: a recomputed forward map belongs in the stage of the gradient that reads it, not
+    in an earlier one from where it would have to be kept whole.
+    """
+    earliest = _earliest_stages(nodes, streamed)
+    stages = list(earliest)
+    users: dict[int, list[int]] = {}
+    for i, node in enumerate(nodes):
+        for v in _values(node.equation.inputs):
+            users.setdefault(v, []).append(i)
+    outputs = set(_values(program.outputs))
+    for i in reversed(range(len(nodes))):
+        node = nodes[i]
+        if node.op is None or outputs.intersection(node.equation.outputs):
+            continue
+        limits = []
+        for v in node.equation.outputs:
+            for user in users.get(v, []):
+                reads_whole = nodes[user].op is None or node.is_reduction
+                limits.append(stages[user] - 1 if reads_whole else stages[user])
+        if limits:
+            stages[i] = max(stages[i], min(limits))
+    return [dataclasses.replace(n, stage=s) for n, s in zip(nodes, stages, strict=True)]
+
+
+def _earliest_stages(nodes: list[Node], streamed: set[int]) -> list[int]:
+    """A value made whole by stage ``s`` can be used whole from stage ``s + 1`` on."""
+    whole_from: dict[int, int] = {}
+    rows_from: dict[int, int] = {}
+    stages = []
+    for node in nodes:
+        if node.op is None:
+            stage = max((whole_from.get(v, 0) for v in _values(node.equation.inputs)), default=0)
+        else:
+            stage = 0
+            for v in _values(node.equation.inputs):
+                stage = max(stage, rows_from.get(v, whole_from.get(v, 0)))
+        stages.append(stage)
+        for v in node.equation.outputs:
+            if v in streamed:
+                rows_from[v] = stage
+            whole_from[v] = stage if node.op is None else stage + 1
+    return stages
+
+
+def _values(atoms: Iterable[Atom]) -> list[int]:
+    return [v for v in atoms if isinstance(v, int)]

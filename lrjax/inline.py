@@ -1,0 +1,191 @@
+"""Jaxpr -> a flat list of equations with fresh values at each call.
+
+JAX shares sub-jaxprs between call sites, so that the same variable may stand for two values; here
+every value has a number of its own. Calls (``jit``, ``checkpoint``, custom derivatives, ...) are
+inlined; loops and branches stay whole.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.extend.core import Literal as JaxLiteral
+
+from lrjax.compat import bind, open_jaxpr
+
+# The parameter that holds the body of a call, by primitive.
+_CALLS = {
+    "jit": "jaxpr",
+    "pjit": "jaxpr",
+    "closed_call": "call_jaxpr",
+    "core_call": "call_jaxpr",
+    "checkpoint": "jaxpr",
+    "remat": "jaxpr",
+    "remat2": "jaxpr",
+}
+_CUSTOM_CALLS = {
+    "custom_jvp_call": "call_jaxpr",
+    "custom_vjp_call": "call_jaxpr",
+    "custom_vjp_call_jaxpr": "fun_jaxpr",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Literal:
+    """A constant operand."""
+
+    value: Any
+    dtype: Any
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return np.shape(self.value)
+
+    @property
+    def scalar(self) -> Any:
+        return self.value if np.ndim(self.value) == 0 else None
+
+
+Atom = int | Literal
+
+
+@dataclasses.dataclass(frozen=True)
+class FlatEquation:
+    primitive: Any
+    params: dict[str, Any]
+    inputs: tuple[Atom, ...]
+    outputs: tuple[int, ...]
+    has_effects: bool = False
+
+    def evaluate(self, values: Sequence[Any]) -> list[Any]:
+        return bind(self.primitive, values, self.params)
+
+
+@dataclasses.dataclass(frozen=True)
+class FlatProgram:
+    """Equations in topological order; ``avals[v]`` is the type of value ``v``.
+
+    ``constants`` are arrays that the program closes over, by value.
+    """
+
+    avals: tuple[jax.ShapeDtypeStruct, ...]
+    equations: tuple[FlatEquation, ...]
+    inputs: tuple[int, ...]
+    outputs: tuple[Atom, ...]
+    constants: Mapping[int, Any] = dataclasses.field(default_factory=dict)
+
+    def aval(self, atom: Atom) -> Any:
+        return atom if isinstance(atom, Literal) else self.avals[atom]
+
+
+def flatten(
+    closed: Any, *, keep_custom_rules: bool = False, constants_are_inputs: bool = False
+) -> FlatProgram:
+    """Inline every call.
+
+    Args:
+      closed: the traced function.
+      keep_custom_rules: leave ``custom_jvp`` and ``custom_vjp`` calls as single equations, so that
+        a program that is differentiated later keeps its own derivatives.
+      constants_are_inputs: closed-over arrays become leading inputs (they may be tracers, whose
+        gradients somebody wants) instead of constants.
+    """
+    flattener = _Flattener(dict(_CALLS) if keep_custom_rules else {**_CALLS, **_CUSTOM_CALLS})
+    if constants_are_inputs:
+        consts = [flattener.fresh(v.aval) for v in closed.jaxpr.constvars]
+    else:
+        consts = [flattener.constant(c) for c in closed.consts]
+    arguments = [flattener.fresh(v.aval) for v in closed.jaxpr.invars]
+    outputs = flattener.inline(closed.jaxpr, [*consts, *arguments])
+    program = FlatProgram(
+        tuple(flattener.avals),
+        tuple(flattener.equations),
+        tuple([*consts, *arguments] if constants_are_inputs else arguments),
+        tuple(outputs),
+        flattener.constants,
+    )
+    return without_dead_equations(program)
+
+
+class _Flattener:
+    def __init__(self, calls: dict[str, str]):
+        self.calls = calls
+        self.avals: list[jax.ShapeDtypeStruct] = []
+        self.equations: list[FlatEquation] = []
+        self.constants: dict[int, Any] = {}
+
+    def constant(self, value: Any) -> int:
+        made = self.fresh(jax.ShapeDtypeStruct(np.shape(value), jax.numpy.result_type(value)))
+        self.constants[made] = value
+        return made
+
+    def fresh(self, aval: Any) -> int:
+        self.avals.append(jax.ShapeDtypeStruct(getattr(aval, "shape", ()), aval.dtype))
+        return len(self.avals) - 1
+
+    def inline(self, jaxpr: Any, arguments: Sequence[Atom]) -> list[Atom]:
+        """Emit the equations of a jaxpr whose constvars and invars are ``arguments``."""
+        known: dict[Any, Atom] = dict(
+            zip((*jaxpr.constvars, *jaxpr.invars), arguments, strict=True)
+        )
+
+        def atom(v: Any) -> Atom:
+            return Literal(v.val, v.aval.dtype) if isinstance(v, JaxLiteral) else known[v]
+
+        for eqn in jaxpr.eqns:
+            inputs = tuple(atom(v) for v in eqn.invars)
+            body = self.calls.get(eqn.primitive.name)
+            if body is None:
+                outputs: Sequence[Atom] = [self.fresh(v.aval) for v in eqn.outvars]
+                self.equations.append(
+                    FlatEquation(
+                        eqn.primitive, eqn.params, inputs, tuple(outputs), bool(eqn.effects)
+                    )
+                )
+            else:
+                outputs = self.call(eqn.params[body], inputs)
+            known.update(zip(eqn.outvars, outputs, strict=True))
+        return [atom(v) for v in jaxpr.outvars]
+
+    def call(self, body: Any, inputs: Sequence[Atom]) -> list[Atom]:
+        jaxpr, consts = open_jaxpr(body)
+        return self.inline(jaxpr, [*map(self.constant, consts), *inputs])
+
+
+def without_dead_equations(program: FlatProgram) -> FlatProgram:
+    """Drop equations that no output and no effect depends on."""
+    alive = {v for v in program.outputs if not isinstance(v, Literal)}
+    kept = []
+    for equation in reversed(program.equations):
+        if equation.has_effects or alive.intersection(equation.outputs):
+            kept.append(equation)
+            alive.update(v for v in equation.inputs if not isinstance(v, Literal))
+    return dataclasses.replace(program, equations=tuple(reversed(kept)))
+
+
+def masks_from_outputs(program: FlatProgram) -> FlatProgram:
+    """``x > 0`` -> ``max(x, 0) > 0`` where ``max(x, 0)`` is computed anyway.
+
+    The two are equal for every ``x``, NaN included. Rows of the ReLU's output are kept for the
+    weight gradients in any case; the mask, or its input, then need not be (185 of 578 MiB of
+    line buffers in VGG-16 at 4096x4096).
+    """
+    rectified: dict[int, int] = {}
+    equations = []
+    for equation in program.equations:
+        name, inputs = equation.primitive.name, equation.inputs
+        if name == "max" and isinstance(inputs[0], int) and _is_zero(inputs[1]):
+            rectified.setdefault(inputs[0], equation.outputs[0])
+        elif name == "gt" and inputs[0] in rectified and _is_zero(inputs[1]):
+            operands = (rectified[inputs[0]], inputs[1])  # type: ignore[index]
+            equation = dataclasses.replace(equation, inputs=operands)
+        equations.append(equation)
+    return without_dead_equations(dataclasses.replace(program, equations=tuple(equations)))
+
+
+def _is_zero(atom: Atom) -> bool:
+    return isinstance(atom, Literal) and atom.scalar is not None and atom.scalar == 0

@@ -1,0 +1,118 @@
+"""What ``rowwise`` was asked for, checked before anything is traced or compiled."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+from lrjax.graph import RowGraph, build
+from lrjax.rowloop import reference_height
+from lrjax.segments import Segment
+
+DEFAULT_ROWS_PER_STEP = 64
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    num_blocks: int | tuple[int, ...] | None
+    strategy: str | tuple[str, ...]
+    cuts: tuple[str, ...] | int
+
+
+@dataclasses.dataclass(frozen=True)
+class Choice:
+    """Strategy and number of blocks of one segment."""
+
+    strategy: str
+    num_blocks: int
+
+
+def checked_options(
+    num_blocks: Any, strategy: Any, cuts: Any, plan: Any, strategies: Sequence[str]
+) -> Options:
+    """Everything that can be judged without arguments."""
+    if plan is not None:
+        raise ValueError("plan: there is no planner yet; give num_blocks, strategy and cuts.")
+    chosen = (strategy,) if isinstance(strategy, str) else tuple(strategy)
+    for name in chosen:
+        if name not in strategies:
+            raise ValueError(
+                f"strategy={name!r} is unknown; choose one of {', '.join(map(repr, strategies))}."
+            )
+    counts = num_blocks if isinstance(num_blocks, Sequence) else (num_blocks,)
+    for count in counts:
+        if count is not None and (isinstance(count, bool) or not isinstance(count, int)):
+            raise ValueError(f"num_blocks={count!r} must be an int; give at least 1.")
+        if count is not None and count < 1:
+            raise ValueError(f"num_blocks={count} must be at least 1 (1 runs all rows at once).")
+    if isinstance(cuts, str):
+        cuts = (cuts,)
+    if isinstance(cuts, int):
+        if isinstance(cuts, bool) or cuts < 1:
+            raise ValueError(f"cuts={cuts} must be at least 1, the number of segments.")
+    else:
+        cuts = tuple(cuts)
+        if not all(isinstance(name, str) for name in cuts):
+            raise ValueError(f"cuts={cuts!r} must be names, or one number of segments.")
+    return Options(
+        tuple(num_blocks) if isinstance(num_blocks, Sequence) else num_blocks,
+        strategy if isinstance(strategy, str) else chosen,
+        cuts,
+    )
+
+
+def checked_segments(options: Options, segments: Sequence[Segment]) -> list[Choice]:
+    """Strategy and number of blocks per segment, checked against its rows."""
+    count = len(segments)
+    strategies = _per_segment("strategy", options.strategy, count)
+    numbers = _per_segment("num_blocks", options.num_blocks, count)
+    graphs = [build(segment.program, segment.axes) for segment in segments]
+    if not any(node.op is not None for graph in graphs for node in graph.nodes):
+        reasons = sorted({n.reason for g in graphs for n in g.nodes if n.reason is not None})
+        raise ValueError(
+            "fun has no operation that is local in rows, so there is nothing to run row by row"
+            + (f" ({'; '.join(reasons)})" if reasons else "")
+            + "; check in_axes, or call fun directly."
+        )
+    return [
+        Choice(strategy, _checked_count(strategy, number, graph))
+        for strategy, number, graph in zip(strategies, numbers, graphs, strict=True)
+    ]
+
+
+def _per_segment(name: str, value: Any, count: int) -> tuple[Any, ...]:
+    if not isinstance(value, tuple):
+        return (value,) * count
+    if len(value) != count:
+        raise ValueError(
+            f"{name} has {len(value)} entries for {count} segments; give one value, or one entry "
+            "per segment."
+        )
+    return value
+
+
+def _checked_count(strategy: str, number: int | None, graph: RowGraph) -> int:
+    order = strategy if strategy in ("2ps", "overl") else "stream"
+    heights = [
+        reference_height(graph, stage, order)
+        for stage in range(graph.stages)
+        if graph.stage_nodes(stage)
+    ]
+    if not heights:
+        return 1
+    if order == "stream":
+        inputs = [graph.height(v) for v in graph.program.inputs if v in graph.row_axis]
+        most = max(inputs, default=max(heights))
+    else:
+        most = max(heights)
+    if number is None:
+        tallest = max((graph.height(v) for v in graph.row_axis), default=most)
+        return max(1, min(most, tallest // DEFAULT_ROWS_PER_STEP))
+    if number > most and strategy != "column":
+        where = "input" if order == "stream" else "output"
+        raise ValueError(
+            f"num_blocks={number} is more than the {most} {where} rows that strategy "
+            f"{strategy!r} divides; the largest allowed is {most}."
+        )
+    return min(number, most)

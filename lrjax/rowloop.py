@@ -1,0 +1,274 @@
+"""A stage of a row graph with its schedule: everything about a row loop that is decided before
+anything runs. Static; ``engine`` runs it."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Iterable, Sequence
+from fractions import Fraction
+from typing import Any
+
+from lrjax.geometry import ceil_div
+from lrjax.graph import Node, RowGraph
+from lrjax.rules.base import RowRead
+from lrjax.schedule import Read, Schedule, Task, Track, overlap_schedule, shared_schedule
+
+ORDERS = ("stream", "2ps", "overl")
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """A read of one operand: the node and operand it belongs to and the value it reads."""
+
+    node: int
+    operand: int
+    value: int
+    read: RowRead
+
+
+@dataclasses.dataclass(frozen=True)
+class RowLoop:
+    """One stage, ready to run.
+
+    Attributes:
+      graph: the graph it is a stage of.
+      nodes: its row operations; task ``i`` of ``schedule`` is node ``i``.
+      schedule: the steps.
+      row_outputs: streamed values that must exist whole after the loop.
+      producer: node that makes a streamed value of this stage.
+      keeps_lines: line buffers may be ring buffers (written in place); False where the state of
+        every step is saved and must be small.
+    """
+
+    graph: RowGraph
+    nodes: tuple[Node, ...]
+    schedule: Schedule
+    row_outputs: tuple[int, ...]
+    producer: dict[int, int]
+    keeps_lines: bool
+
+    @property
+    def steps(self) -> int:
+        return self.schedule.steps
+
+    @functools.cached_property
+    def reductions(self) -> tuple[int, ...]:
+        """Values of this stage that are whole after it by accumulation."""
+        return tuple(v for n in self.nodes if n.is_reduction for v in n.equation.outputs)
+
+    @functools.cached_property
+    def sources(self) -> tuple[Source, ...]:
+        """Every read by rows, in the order of the schedule's reads."""
+        return tuple(s for i in range(len(self.nodes)) for s in self.sources_of(i))
+
+    def sources_of(self, index: int) -> list[Source]:
+        node = self.nodes[index]
+        assert node.op is not None
+        return [
+            Source(index, operand, v, read)
+            for operand, (v, read) in enumerate(
+                zip(node.equation.inputs, node.op.reads, strict=True)
+            )
+            if read is not None and isinstance(v, int)
+        ]
+
+    @functools.cached_property
+    def sliced(self) -> tuple[Source, ...]:
+        """Reads of values that exist whole."""
+        return tuple(s for s in self.sources if s.value not in self.producer)
+
+    @functools.cached_property
+    def wholes(self) -> tuple[int, ...]:
+        """Values that operations of this stage use whole."""
+        found: dict[int, None] = {}
+        for node in self.nodes:
+            assert node.op is not None
+            for v, read in zip(node.equation.inputs, node.op.reads, strict=True):
+                if read is None and isinstance(v, int):
+                    found[v] = None
+        return tuple(found)
+
+    @functools.cached_property
+    def arrays(self) -> tuple[int, ...]:
+        """Values that exist whole and are sliced by rows."""
+        return tuple(dict.fromkeys(s.value for s in self.sliced))
+
+    def track(self, value: int) -> Track:
+        return self.schedule.tracks[self.producer[value]]
+
+    def window(self, source: Source, step: int) -> tuple[int, int]:
+        rows, row_map = self.schedule.tracks[source.node], source.read.row_map
+        return row_map.first(rows.start(step)), row_map.end(rows.stop(step))
+
+    def leaves_image(self, source: Source) -> bool:
+        """Some step reads rows outside the image that must hold the fill value."""
+        if source.read.fill is None:
+            return False
+        height = self.graph.program.avals[source.value].shape[source.read.axis]
+        node = self.nodes[source.node]
+        assert node.op is not None
+        if not node.is_reduction:
+            row_map = source.read.row_map
+            return row_map.first(0) < 0 or row_map.end(node.op.height) > height
+        windows = [self.window(source, step) for step in range(self.steps)]
+        return any(start < 0 or stop > height for start, stop in windows)
+
+    @functools.cached_property
+    def production_fill(self) -> dict[int, Any]:
+        """Streamed values whose rows outside the image are set as they are made.
+
+        One select fused into the value's own producer serves all consumers; where they disagree
+        on the value, each masks its window.
+        """
+        wanted: dict[int, set[Any]] = {}
+        for s in self.sources:
+            if s.value in self.producer and self.leaves_image(s):
+                wanted.setdefault(s.value, set()).add(s.read.fill)
+        return {v: next(iter(fills)) for v, fills in wanted.items() if len(fills) == 1}
+
+    def masked_at_read(self, source: Source) -> bool:
+        return (
+            source.value in self.producer
+            and source.value not in self.production_fill
+            and self.leaves_image(source)
+        )
+
+    def is_ring(self, value: int) -> bool:
+        """The line buffer is a ring of slabs, written in place, instead of rows that shift.
+
+        Shifting moves the whole buffer in every step and needs it twice; a ring wants steady
+        slabs, and pays off where the buffer is deeper than a slab.
+        """
+        track = self.track(value)
+        return (
+            self.keeps_lines
+            and track.is_steady
+            and track.depth >= 3 * track.rows
+            and all(len(set(self.look_back(s))) == 1 for s in self.sources if s.value == value)
+        )
+
+    def look_back(self, source: Source) -> list[int]:
+        """Per step, how far before the value's frontier a window starts."""
+        track = self.track(source.value)
+        return [track.stop(t) - self.window(source, t)[0] for t in range(self.steps)]
+
+
+def row_loop(
+    graph: RowGraph,
+    stage: int,
+    *,
+    order: str,
+    num_blocks: int,
+    keeps_lines: bool,
+) -> RowLoop:
+    """Schedule one stage in one of the ``ORDERS``."""
+    nodes = graph.stage_nodes(stage)
+    producer = {
+        v: i
+        for i, node in enumerate(nodes)
+        if not node.is_reduction
+        for v in node.equation.outputs
+        if v in graph.row_axis
+    }
+    row_outputs = tuple(v for v in producer if v in _wanted_whole(graph, stage))
+    speeds = _speeds(graph, nodes, producer, row_outputs, order, num_blocks)
+    tasks = []
+    for i, node in enumerate(nodes):
+        assert node.op is not None
+        reads = tuple(
+            Read(producer.get(v), read.row_map)
+            for v, read in zip(node.equation.inputs, node.op.reads, strict=True)
+            if read is not None and isinstance(v, int)
+        )
+        is_sink = node.is_reduction or any(v in row_outputs for v in node.equation.outputs)
+        tasks.append(Task(reads, node.op.height, speeds[i], is_sink))
+    make = overlap_schedule if order == "overl" else shared_schedule
+    return RowLoop(graph, tuple(nodes), make(tasks), row_outputs, producer, keeps_lines)
+
+
+def reference_height(graph: RowGraph, stage: int, order: str) -> int:
+    """Rows that ``num_blocks`` divides: the largest input's, or the smallest output's."""
+    nodes = graph.stage_nodes(stage)
+    heights = [_heights(graph, nodes, order, stage)[root] for root in _roots(graph, nodes)]
+    return max(heights, default=1)
+
+
+def _wanted_whole(graph: RowGraph, stage: int) -> set[int]:
+    """Values that somebody outside the stage's row loop reads."""
+    wanted = {v for v in graph.program.outputs if isinstance(v, int)}
+    for node in graph.nodes:
+        if node.op is None or node.stage != stage:
+            wanted.update(v for v in node.equation.inputs if isinstance(v, int))
+    return wanted
+
+
+def _root(graph: RowGraph, node: Node) -> tuple[int, Fraction]:
+    """Component of a node and its rows per row of the component's root."""
+    head = node.equation.outputs[0]
+    if head in graph.rate:
+        return graph.rate[head]
+    assert node.op is not None
+    for v, read in zip(node.equation.inputs, node.op.reads, strict=True):
+        if read is not None and isinstance(v, int):
+            root, rate = graph.rate[v]
+            return root, rate / read.row_map.rate
+    raise AssertionError("a reduction that reads no rows")
+
+
+def _roots(graph: RowGraph, nodes: Sequence[Node]) -> list[int]:
+    return list(dict.fromkeys(_root(graph, node)[0] for node in nodes))
+
+
+def _heights(
+    graph: RowGraph, nodes: Sequence[Node], order: str, stage: int
+) -> dict[int, int]:
+    return {
+        root: height
+        for root, (height, _) in _references(graph, nodes, order, _sinks(graph, nodes, stage))
+    }
+
+
+def _sinks(graph: RowGraph, nodes: Sequence[Node], stage: int) -> list[Node]:
+    wanted = _wanted_whole(graph, stage)
+    return [n for n in nodes if n.is_reduction or wanted.intersection(n.equation.outputs)]
+
+
+def _references(
+    graph: RowGraph, nodes: Sequence[Node], order: str, sinks: Sequence[Node]
+) -> list[tuple[int, tuple[int, Fraction]]]:
+    """Per component: height and rate of the value whose rows are divided into blocks."""
+    found: dict[int, list[tuple[int, Fraction]]] = {}
+    for node in sinks if order != "stream" else nodes:
+        root, rate = _root(graph, node)
+        assert node.op is not None
+        found.setdefault(root, []).append((node.op.height, rate))
+        if order != "stream":
+            continue
+        for v in node.row_inputs():
+            if v not in graph.streamed and v in graph.rate and graph.rate[v][0] == root:
+                found[root].append((graph.height(v), graph.rate[v][1]))
+    choose = max if order == "stream" else min
+    return [(root, choose(candidates)) for root, candidates in found.items()]
+
+
+def _speeds(
+    graph: RowGraph,
+    nodes: Sequence[Node],
+    producer: dict[int, int],
+    row_outputs: Iterable[int],
+    order: str,
+    num_blocks: int,
+) -> list[Fraction]:
+    """Rows that every node gives per step."""
+    outputs = set(row_outputs)
+    sinks = [n for n in nodes if n.is_reduction or outputs.intersection(n.equation.outputs)]
+    per_root: dict[int, Fraction] = {}
+    for root, (height, rate) in _references(graph, nodes, order, sinks):
+        rows = ceil_div(max(height, 1), min(num_blocks, max(height, 1)))
+        per_root[root] = rows / rate
+    speeds = []
+    for node in nodes:
+        root, rate = _root(graph, node)
+        speeds.append(per_root[root] * rate)
+    return speeds

@@ -1,0 +1,67 @@
+"""Operations that act on every element alone: an output row needs the same input row."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from lrjax.geometry import IDENTITY
+from lrjax.rules.base import Array, Equation, NotRowLocal, RowOp, RowRead, Rows, rule
+
+# fmt: off
+ELEMENTWISE = (
+    "abs", "acos", "acosh", "add", "add_any", "and", "asin", "asinh", "atan", "atan2", "atanh",
+    "bessel_i0e", "bessel_i1e", "cbrt", "ceil", "clamp", "clz", "complex", "conj",
+    "convert_element_type", "copy", "copy_p", "cos", "cosh", "digamma", "div", "eq", "eq_to",
+    "erf", "erf_inv", "erfc", "exp", "exp2", "expm1", "floor", "ge", "gt", "igamma",
+    "igamma_grad_a", "igammac", "imag", "integer_pow", "is_finite", "le", "le_to", "lgamma", "log",
+    "log1p", "logistic", "lt", "lt_to", "max", "min", "mul", "name", "ne", "neg", "nextafter",
+    "not", "optimization_barrier", "or", "polygamma", "population_count", "pow", "real",
+    "reduce_precision", "regularized_incomplete_beta", "rem", "round", "rsqrt", "select_n",
+    "shift_left", "shift_right_arithmetic", "shift_right_logical", "sign", "sin", "sinh", "sqrt",
+    "square", "stop_gradient", "sub", "tan", "tanh", "xor", "zeta",
+)
+# fmt: on
+
+
+@rule(*ELEMENTWISE)
+def elementwise(equation: Equation) -> RowOp:
+    axis, height = equation.row_axis, equation.height
+    ndim = len(equation.operands[equation.row_operand].shape)
+    reads: list[RowRead | None] = []
+    for operand in equation.operands:
+        if operand.row_axis is None and (not operand.shape or operand.shape[axis] == 1):
+            reads.append(None)  # a scalar, or the same for all rows
+        elif len(operand.shape) != ndim or operand.row_axis not in (None, axis):
+            raise NotRowLocal(f"rows on axis {operand.row_axis} meet rows on axis {axis}")
+        elif operand.shape[axis] != height:
+            raise NotRowLocal("one row is combined with many")
+        else:
+            reads.append(RowRead(IDENTITY, axis))
+
+    def evaluate(windows: Sequence[Array], rows: Rows) -> Sequence[Array]:
+        return equation.bind(*windows)
+
+    elements = max(int(np.prod(out.shape)) for out in equation.outputs) // max(height, 1)
+    return RowOp(
+        reads=tuple(reads),
+        out_axes=tuple(axis if out.shape else None for out in equation.outputs),
+        height=height,
+        evaluate=evaluate,
+        flops=elements * len(equation.outputs),
+    )
+
+
+@rule("cumsum", "cumprod", "cummax", "cummin", "cumlogsumexp")
+def cumulative(equation: Equation) -> RowOp:
+    if equation.params["axis"] == equation.row_axis:
+        raise NotRowLocal(f"{equation.primitive.name} along rows")
+    return elementwise(equation)
+
+
+@rule("sort")
+def sort(equation: Equation) -> RowOp:
+    if equation.params["dimension"] == equation.row_axis:
+        raise NotRowLocal("sort along rows")
+    return elementwise(equation)

@@ -1,0 +1,139 @@
+"""Reductions and dot products: over other axes row by row, over rows as a sum over steps."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from lrjax.geometry import IDENTITY
+from lrjax.rules.base import (
+    Array,
+    Equation,
+    NotRowLocal,
+    Operand,
+    RowOp,
+    RowRead,
+    Rows,
+    highest,
+    lowest,
+    removed_axes,
+    rule,
+)
+
+_COMBINE = {
+    "reduce_sum": "sum",
+    "reduce_max": "max",
+    "reduce_min": "min",
+    "reduce_prod": "prod",
+    "reduce_and": "and",
+    "reduce_or": "or",
+}
+
+
+def identity_of(reduction: str, dtype: object) -> object:
+    """What rows outside the image must hold so that a reduction does not see them."""
+    return {
+        "sum": 0,
+        "prod": 1,
+        "max": lowest(dtype),
+        "min": highest(dtype),
+        "and": True if dtype == np.bool_ else -1,
+        "or": 0,
+    }[reduction]
+
+
+@rule(*_COMBINE)
+def reduce(equation: Equation) -> RowOp:
+    axis, axes = equation.row_axis, equation.params["axes"]
+    over_rows = axis in axes
+    combine = _COMBINE[equation.primitive.name]
+    fill = identity_of(combine, equation.operands[0].dtype) if over_rows else None
+
+    def evaluate(windows: Sequence[Array], rows: Rows) -> Sequence[Array]:
+        return equation.bind(*windows)
+
+    return RowOp(
+        reads=(RowRead(IDENTITY, axis, fill=fill),),
+        out_axes=(None if over_rows else removed_axes(axis, axes),),
+        height=equation.height,
+        evaluate=evaluate,
+        reduction=combine if over_rows else None,
+        drivers=(0,) if over_rows else (),
+        flops=float(np.prod(equation.operands[0].shape)) / max(equation.height, 1),
+    )
+
+
+@rule("argmax", "argmin")
+def arg_reduce(equation: Equation) -> RowOp:
+    axis, axes = equation.row_axis, equation.params["axes"]
+    if axis in axes:
+        raise NotRowLocal(f"{equation.primitive.name} over rows")
+
+    def evaluate(windows: Sequence[Array], rows: Rows) -> Sequence[Array]:
+        return equation.bind(*windows)
+
+    return RowOp(
+        reads=(RowRead(IDENTITY, axis),),
+        out_axes=(removed_axes(axis, axes),),
+        height=equation.height,
+        evaluate=evaluate,
+    )
+
+
+@rule("dot_general")
+def dot_general(equation: Equation) -> RowOp:
+    lhs, rhs = equation.operands
+    (lhs_contract, rhs_contract), (lhs_batch, rhs_batch) = equation.params["dimension_numbers"]
+
+    def evaluate(windows: Sequence[Array], rows: Rows) -> Sequence[Array]:
+        return equation.bind(*windows)
+
+    flops = 2.0 * float(np.prod(equation.outputs[0].shape))
+    flops *= float(np.prod([lhs.shape[a] for a in lhs_contract]))
+
+    def op(
+        axes: tuple[int | None, int | None], out_axis: int | None, is_reduction: bool = False
+    ) -> RowOp:
+        fill = 0 if is_reduction else None
+        return RowOp(
+            reads=tuple(None if a is None else RowRead(IDENTITY, a, fill=fill) for a in axes),
+            out_axes=(out_axis,),
+            height=equation.height,
+            evaluate=evaluate,
+            reduction="sum" if is_reduction else None,
+            drivers=(0, 1) if is_reduction else (),
+            flops=flops / max(equation.height, 1),
+        )
+
+    paired = _paired_axis(lhs, rhs, lhs_contract, rhs_contract)
+    if paired is not None:
+        return op(paired, None, is_reduction=True)
+    paired = _paired_axis(lhs, rhs, lhs_batch, rhs_batch)
+    if paired is not None:
+        return op(paired, lhs_batch.index(paired[0]))
+    if lhs.row_axis is not None and rhs.row_axis is not None:
+        raise NotRowLocal("every row of one operand meets every row of the other")
+    batch = len(lhs_batch)
+    if lhs.row_axis is not None:
+        free = _free_axes(lhs, lhs_contract, lhs_batch)
+        return op((lhs.row_axis, None), batch + free.index(lhs.row_axis))
+    free = _free_axes(rhs, rhs_contract, rhs_batch)
+    lhs_free = len(lhs.shape) - len(lhs_contract) - batch
+    return op((None, rhs.row_axis), batch + lhs_free + free.index(rhs.row_axis))
+
+
+def _free_axes(operand: Operand, contract: Sequence[int], batch: Sequence[int]) -> list[int]:
+    return [a for a in range(len(operand.shape)) if a not in contract and a not in batch]
+
+
+def _paired_axis(
+    lhs: Operand, rhs: Operand, lhs_axes: Sequence[int], rhs_axes: Sequence[int]
+) -> tuple[int, int] | None:
+    """The pair of contracted (or batch) axes that carries rows in either operand."""
+    for a, b in zip(lhs_axes, rhs_axes, strict=True):
+        if a == lhs.row_axis or b == rhs.row_axis:
+            if lhs.row_axis not in (None, a) or rhs.row_axis not in (None, b):
+                raise NotRowLocal("a product whose operands carry rows on different axes")
+            return a, b
+    return None

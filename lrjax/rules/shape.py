@@ -1,0 +1,232 @@
+"""Operations that move elements: broadcasts, reshapes that keep rows whole, slices, padding."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+from jax import lax
+
+from lrjax.geometry import IDENTITY, RowMap
+from lrjax.rules.base import (
+    Array,
+    Equation,
+    NotRowLocal,
+    RowOp,
+    RowRead,
+    Rows,
+    removed_axes,
+    rule,
+)
+
+
+def _row_by_row(equation: Equation, out_axis: int, **block_params: object) -> RowOp:
+    """One row operand, whose rows keep their order; parameters may depend on the row count.
+
+    ``block_params`` maps a parameter to a function of the number of rows.
+    """
+    reads: list[RowRead | None] = [None] * len(equation.operands)
+    reads[equation.row_operand] = RowRead(IDENTITY, equation.row_axis)
+
+    def evaluate(windows: Sequence[Array], rows: Rows) -> Sequence[Array]:
+        changed = {name: of_rows(rows.count) for name, of_rows in block_params.items()}  # type: ignore[operator]
+        return equation.bind(*windows, **changed)
+
+    return RowOp(
+        reads=tuple(reads),
+        out_axes=(out_axis,) * len(equation.outputs),
+        height=equation.outputs[0].shape[out_axis],
+        evaluate=evaluate,
+    )
+
+
+def _with(shape: Sequence[int], axis: int, size: int) -> tuple[int, ...]:
+    return tuple(size if a == axis else s for a, s in enumerate(shape))
+
+
+@rule("broadcast_in_dim")
+def broadcast_in_dim(equation: Equation) -> RowOp:
+    axis, params = equation.row_axis, equation.params
+    out_axis = params["broadcast_dimensions"][axis]
+    if params["shape"][out_axis] != equation.height:
+        raise NotRowLocal("one row is broadcast to many")
+    return _row_by_row(equation, out_axis, shape=lambda n: _with(params["shape"], out_axis, n))
+
+
+def constant_along_rows(equation: Equation, axis: int) -> RowOp | None:
+    """The row form of an equation without row operands whose output repeats, or counts, rows.
+
+    Returns None where the equation is neither; its output must then exist whole.
+    """
+    name, params = equation.primitive.name, equation.params
+    shape = equation.outputs[0].shape
+    if name == "broadcast_in_dim" and equation.operands and len(equation.operands) == 1:
+        operand = equation.operands[0].shape
+        for source, target in enumerate(params["broadcast_dimensions"]):
+            if target == axis and operand[source] != 1:
+                return None
+
+        def evaluate(windows: Sequence[Array], rows: Rows) -> Sequence[Array]:
+            return equation.bind(*windows, shape=_with(shape, axis, rows.count))
+
+    elif name == "iota" and len(equation.operands) == 0:
+
+        def evaluate(windows: Sequence[Array], rows: Rows) -> Sequence[Array]:
+            block = equation.bind(shape=_with(shape, axis, rows.count))[0]
+            if params["dimension"] == axis:
+                block = block + jax.numpy.asarray(rows.start).astype(block.dtype)
+            return [block]
+
+    else:
+        return None
+    return RowOp(
+        reads=(None,) * len(equation.operands),
+        out_axes=(axis,),
+        height=shape[axis],
+        evaluate=evaluate,
+    )
+
+
+@rule("reshape")
+def reshape(equation: Equation) -> RowOp:
+    axis, shape = equation.row_axis, equation.operands[0].shape
+    new_sizes = equation.params["new_sizes"]
+    if equation.params.get("dimensions") is not None:
+        raise NotRowLocal("a reshape that also transposes")
+    before = int(np.prod(shape[:axis]))
+    for out_axis, size in enumerate(new_sizes):
+        if size == shape[axis] and int(np.prod(new_sizes[:out_axis])) == before:
+            return _row_by_row(
+                equation,
+                out_axis,
+                new_sizes=lambda n, a=out_axis: _with(new_sizes, a, n),
+            )
+    raise NotRowLocal(f"reshape {shape} -> {tuple(new_sizes)} does not keep rows whole")
+
+
+@rule("squeeze")
+def squeeze(equation: Equation) -> RowOp:
+    dimensions = equation.params["dimensions"]
+    if equation.row_axis in dimensions:
+        raise NotRowLocal("the row axis is squeezed away")
+    return _row_by_row(equation, removed_axes(equation.row_axis, dimensions))
+
+
+@rule("expand_dims")
+def expand_dims(equation: Equation) -> RowOp:
+    axis = equation.row_axis
+    for dimension in sorted(equation.params["dimensions"]):
+        axis += dimension <= axis
+    return _row_by_row(equation, axis)
+
+
+@rule("transpose")
+def transpose(equation: Equation) -> RowOp:
+    return _row_by_row(equation, equation.params["permutation"].index(equation.row_axis))
+
+
+@rule("rev")
+def rev(equation: Equation) -> RowOp:
+    if equation.row_axis in equation.params["dimensions"]:
+        raise NotRowLocal("rows are reversed")
+    return _row_by_row(equation, equation.row_axis)
+
+
+@rule("slice")
+def slice_(equation: Equation) -> RowOp:
+    axis, params = equation.row_axis, equation.params
+    stride = 1 if params["strides"] is None else params["strides"][axis]
+    start = params["start_indices"][axis]
+    row_map = RowMap(stride=stride, pad=-start)
+
+    def evaluate(windows: Sequence[Array], rows: Rows) -> Sequence[Array]:
+        return equation.bind(
+            *windows,
+            start_indices=_with(params["start_indices"], axis, 0),
+            limit_indices=_with(params["limit_indices"], axis, (rows.count - 1) * stride + 1),
+        )
+
+    return RowOp(
+        reads=(RowRead(row_map, axis, fill=0),),
+        out_axes=(axis,),
+        height=equation.outputs[0].shape[axis],
+        evaluate=evaluate,
+    )
+
+
+@rule("pad")
+def pad(equation: Equation) -> RowOp:
+    operand, value = equation.operands
+    axis = operand.row_axis
+    if axis is None:
+        raise NotRowLocal("the padding value carries rows")
+    low, high, interior = equation.params["padding_config"][axis]
+    config = equation.params["padding_config"]
+    touches_rows = (low, high, interior) != (0, 0, 0)
+    if touches_rows and value.literal is None:
+        raise NotRowLocal("rows are padded with a value that is not a constant")
+    row_map = RowMap(pad=low, base=interior + 1)
+
+    def evaluate(windows: Sequence[Array], rows: Rows) -> Sequence[Array]:
+        window, filler = windows
+        before = row_map.first(0) * row_map.base + low
+        dilated = max((window.shape[axis] - 1) * row_map.base + 1, 0)
+        after = rows.count - before - dilated
+        edges = (before, after, interior)
+        return equation.bind(
+            window,
+            filler,
+            padding_config=tuple(edges if a == axis else c for a, c in enumerate(config)),
+        )
+
+    return RowOp(
+        reads=(RowRead(row_map, axis, fill=value.literal if touches_rows else None), None),
+        out_axes=(axis,),
+        height=equation.outputs[0].shape[axis],
+        evaluate=evaluate,
+    )
+
+
+@rule("concatenate")
+def concatenate(equation: Equation) -> RowOp:
+    axis = equation.row_axis
+    if equation.params["dimension"] == axis:
+        raise NotRowLocal("rows are concatenated")
+    reads = tuple(RowRead(IDENTITY, axis) for _ in equation.operands)
+    if any(operand.row_axis not in (None, axis) for operand in equation.operands):
+        raise NotRowLocal("operands carry rows on different axes")
+
+    def evaluate(windows: Sequence[Array], rows: Rows) -> Sequence[Array]:
+        return equation.bind(*windows)
+
+    return RowOp(reads=reads, out_axes=(axis,), height=equation.height, evaluate=evaluate)
+
+
+@rule("split")
+def split(equation: Equation) -> RowOp:
+    if equation.params["axis"] == equation.row_axis:
+        raise NotRowLocal("rows are split")
+    return _row_by_row(equation, equation.row_axis)
+
+
+@rule("dynamic_slice")
+def dynamic_slice(equation: Equation) -> RowOp:
+    operand = equation.operands[0]
+    axis, sizes = operand.row_axis, equation.params["slice_sizes"]
+    if axis is None or sizes[axis] != operand.shape[axis]:
+        raise NotRowLocal("rows are sliced at a position known only at run time")
+
+    def evaluate(windows: Sequence[Array], rows: Rows) -> Sequence[Array]:
+        starts = [
+            jax.numpy.zeros_like(start) if a == axis else start
+            for a, start in enumerate(windows[1:])
+        ]
+        return [lax.dynamic_slice(windows[0], starts, _with(sizes, axis, rows.count))]
+
+    return RowOp(
+        reads=(RowRead(IDENTITY, axis),) + (None,) * (len(equation.operands) - 1),
+        out_axes=(axis,),
+        height=operand.shape[axis],
+        evaluate=evaluate,
+    )

@@ -1,0 +1,129 @@
+"""Pooling windows and their gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from jax import lax
+
+from lrjax.geometry import RowMap
+from lrjax.rules.base import (
+    Array,
+    Equation,
+    NotRowLocal,
+    RowOp,
+    RowRead,
+    Rows,
+    highest,
+    lowest,
+    rule,
+)
+
+
+@rule("reduce_window_max", "reduce_window_min", "reduce_window_sum")
+def reduce_window(equation: Equation) -> RowOp:
+    params, axis = equation.params, equation.row_axis
+    row_map = RowMap(
+        stride=params["window_strides"][axis],
+        extent=(params["window_dimensions"][axis] - 1) * params["window_dilation"][axis] + 1,
+        pad=params["padding"][axis][0],
+        base=params["base_dilation"][axis],
+    )
+
+    def evaluate(windows: Sequence[Array], rows: Rows) -> Sequence[Array]:
+        low = row_map.first(0) * row_map.base + row_map.pad
+        dilated = max((windows[0].shape[axis] - 1) * row_map.base + 1, 0)
+        high = (rows.count - 1) * row_map.stride + row_map.extent - low - dilated
+        return equation.bind(*windows, padding=_replaced(params["padding"], axis, (low, high)))
+
+    height = equation.outputs[0].shape[axis]
+    return RowOp(
+        reads=(RowRead(row_map, axis, fill=_identity(equation)),),
+        out_axes=(axis,),
+        height=height,
+        evaluate=evaluate,
+        flops=_window_flops(equation) / max(height, 1),
+    )
+
+
+@rule("select_and_scatter_add")
+def select_and_scatter_add(equation: Equation) -> RowOp:
+    """Max-pool gradient: a row needs, whole, every window that touches it."""
+    params = equation.params
+    source, operand = equation.operands
+    axis = equation.row_axis
+    if {source.row_axis, operand.row_axis} - {None, axis}:
+        raise NotRowLocal("rows of a pooling gradient on different axes")
+    stride, low = params["window_strides"][axis], params["padding"][axis][0]
+    size = params["window_dimensions"][axis]
+    windows_of = RowMap(stride=1, extent=size, pad=size - 1 - low, base=stride)
+    rows_of = RowMap(stride=stride, extent=size, pad=low)
+    operand_map = windows_of.then(rows_of)
+    chooses_max = params["select_prim"] is lax.ge_p
+
+    def evaluate(windows: Sequence[Array], rows: Rows) -> Sequence[Array]:
+        source_rows, operand_rows = windows
+        scattered = equation.bind(
+            source_rows, operand_rows, padding=_replaced(params["padding"], axis, (0, 0))
+        )[0]
+        start = -operand_map.first(0)
+        return [lax.slice_in_dim(scattered, start, start + rows.count, axis=axis)]
+
+    height = operand.shape[axis]
+    fill = lowest(operand.dtype) if chooses_max else highest(operand.dtype)
+    return RowOp(
+        reads=(RowRead(windows_of, axis, fill=0), RowRead(operand_map, axis, fill=fill)),
+        out_axes=(axis,),
+        height=height,
+        evaluate=evaluate,
+        flops=_window_flops(equation) / max(height, 1),
+    )
+
+
+@rule("select_and_gather_add")
+def select_and_gather_add(equation: Equation) -> RowOp:
+    """Max-pool tangent: the tangent at every window's chosen element."""
+    params, axis = equation.params, equation.row_axis
+    tangent, operand = equation.operands
+    if {tangent.row_axis, operand.row_axis} - {None, axis}:
+        raise NotRowLocal("rows of a pooling tangent on different axes")
+    if params["base_dilation"][axis] != 1:
+        raise NotRowLocal("a pooling tangent with base dilation")
+    row_map = RowMap(
+        stride=params["window_strides"][axis],
+        extent=(params["window_dimensions"][axis] - 1) * params["window_dilation"][axis] + 1,
+        pad=params["padding"][axis][0],
+    )
+
+    def evaluate(windows: Sequence[Array], rows: Rows) -> Sequence[Array]:
+        return equation.bind(*windows, padding=_replaced(params["padding"], axis, (0, 0)))
+
+    chooses_max = params["select_prim"] is lax.ge_p
+    fill = lowest(operand.dtype) if chooses_max else highest(operand.dtype)
+    height = equation.outputs[0].shape[axis]
+    return RowOp(
+        reads=(RowRead(row_map, axis, fill=0), RowRead(row_map, axis, fill=fill)),
+        out_axes=(axis,),
+        height=height,
+        evaluate=evaluate,
+        flops=_window_flops(equation) / max(height, 1),
+    )
+
+
+def _identity(equation: Equation) -> Any:
+    dtype = equation.operands[0].dtype
+    name = equation.primitive.name
+    if name == "reduce_window_sum":
+        return 0
+    return lowest(dtype) if name == "reduce_window_max" else highest(dtype)
+
+
+def _window_flops(equation: Equation) -> float:
+    window = float(np.prod(equation.params["window_dimensions"]))
+    return window * float(np.prod(equation.outputs[0].shape))
+
+
+def _replaced(paddings: Sequence[tuple[int, int]], axis: int, padding: tuple[int, int]) -> Any:
+    return tuple(padding if a == axis else p for a, p in enumerate(paddings))

@@ -1,0 +1,208 @@
+"""Row graph -> steps: how far every value has come after each step, and what is kept.
+
+Plain Python on integers, no JAX. The rows that task ``v`` owns in step ``t`` are
+``frontier[v][t - 1] : frontier[v][t]`` in virtual coordinates (see ``geometry``): frontiers
+start at or below row 0 and end at or beyond the height, so that every step has the same shape.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from fractions import Fraction
+
+from lrjax.geometry import AnyMap, ceil_div, round_up
+
+
+@dataclasses.dataclass(frozen=True)
+class Read:
+    """A task's read of another task's rows (``task``), or of a value that exists whole (None)."""
+
+    task: int | None
+    row_map: AnyMap
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """One operation of a row loop, in topological order.
+
+    Attributes:
+      reads: what it reads by rows.
+      height: rows of its output, or of the operand that drives a reduction.
+      speed: rows that the steady state gives per step.
+      is_sink: its rows leave the loop (an output or a reduction).
+      recompute: halo rows are computed again in every step instead of kept (overlap).
+    """
+
+    reads: tuple[Read, ...]
+    height: int
+    speed: Fraction
+    is_sink: bool = False
+    recompute: bool = False
+
+    @property
+    def quantum(self) -> int:
+        quantum = 1
+        for read in self.reads:
+            quantum = math.lcm(quantum, read.row_map.quantum)
+        return quantum
+
+
+@dataclasses.dataclass(frozen=True)
+class Track:
+    """What one task does over the steps.
+
+    Attributes:
+      frontier: one past its last row after step ``t``; entry 0 is the state before step 0.
+      rows: rows computed in a step, ``frontier - rows : frontier``; more than the step owns
+        where halo rows are recomputed or the speed is fractional.
+      depth: rows that must be at hand after the step's own are there, counted from the frontier
+        back; ``rows`` if nothing older is read.
+    """
+
+    frontier: tuple[int, ...]
+    rows: int
+    depth: int
+
+    def stop(self, step: int) -> int:
+        return self.frontier[step + 1]
+
+    def start(self, step: int) -> int:
+        """The first row computed in ``step``."""
+        return self.frontier[step + 1] - self.rows
+
+    def owned(self, step: int) -> tuple[int, int]:
+        return self.frontier[step], self.frontier[step + 1]
+
+    @property
+    def advances(self) -> tuple[int, ...]:
+        return tuple(b - a for a, b in zip(self.frontier, self.frontier[1:], strict=False))
+
+    @property
+    def is_steady(self) -> bool:
+        """Every step gives exactly the rows it owns."""
+        return all(advance == self.rows for advance in self.advances)
+
+    @property
+    def carried(self) -> int:
+        """Rows kept between steps (the line buffer)."""
+        return 0 if self.depth <= self.rows else self.depth - min(self.advances)
+
+
+@dataclasses.dataclass(frozen=True)
+class Schedule:
+    """The steps of one row loop; ``tracks`` has one entry per task."""
+
+    tasks: tuple[Task, ...]
+    tracks: tuple[Track, ...]
+    steps: int
+
+    def window(self, task: int, read: int, step: int) -> tuple[int, int]:
+        """Input rows ``[start, stop)`` of a read in a step."""
+        track, row_map = self.tracks[task], self.tasks[task].reads[read].row_map
+        return row_map.first(track.start(step)), row_map.end(track.stop(step))
+
+    def waste(self) -> float:
+        """Rows computed over rows of the image, less one, averaged over the tasks."""
+        ratios = [
+            self.steps * track.rows / max(task.height, 1)
+            for task, track in zip(self.tasks, self.tracks, strict=True)
+        ]
+        return sum(ratios) / len(ratios) - 1 if ratios else 0.0
+
+
+def shared_schedule(tasks: Sequence[Task]) -> Schedule:
+    """Every row is computed once, as late as its consumers allow (stream and 2PS).
+
+    First every frontier goes as far as its inputs allow, at most its share of the step; then
+    what nobody needs yet is held back, so that nothing waits in a line buffer for no reason.
+    """
+    eager = _eager_frontiers(tasks)
+    lazy = _held_back(tasks, eager)
+    return _with_tracks(tasks, lazy)
+
+
+def overlap_schedule(tasks: Sequence[Task]) -> Schedule:
+    """Steps own the sinks' rows and recompute every halo (OverL): nothing is kept."""
+    tasks = [dataclasses.replace(task, recompute=True) for task in tasks]
+    frontiers: list[list[int]] = [[] for _ in tasks]
+    sinks = [i for i, task in enumerate(tasks) if task.is_sink]
+    step = -1
+    while True:
+        for i in sinks:
+            rows = tasks[i].speed * (step + 1)
+            frontiers[i].append(round_up(ceil_div(*rows.as_integer_ratio()), tasks[i].quantum))
+        if step >= 0 and all(frontiers[i][-1] >= tasks[i].height for i in sinks):
+            break
+        step += 1
+    floor = -(1 << 60)
+    for i, task in enumerate(tasks):
+        if not task.is_sink:
+            frontiers[i] = [floor] * (step + 2)
+    return _with_tracks(tasks, _raised_to_demand(tasks, frontiers))
+
+
+def _eager_frontiers(tasks: Sequence[Task]) -> list[list[int]]:
+    frontiers: list[list[int]] = [[] for _ in tasks]
+    step = -1
+    while True:
+        for i, task in enumerate(tasks):
+            share = task.speed * (step + 1)
+            reach = share.numerator // share.denominator
+            for read in task.reads:
+                if read.task is not None:
+                    reach = min(reach, read.row_map.frontier(frontiers[read.task][-1]))
+            frontiers[i].append(reach // task.quantum * task.quantum)
+        if step >= 0 and all(
+            frontiers[i][-1] >= task.height for i, task in enumerate(tasks) if task.is_sink
+        ):
+            return frontiers
+        step += 1
+
+
+def _held_back(tasks: Sequence[Task], eager: list[list[int]]) -> list[list[int]]:
+    """Lower every frontier to what its consumers need in that step; sinks stay."""
+    floor = -(1 << 60)
+    lazy = [
+        list(rows) if task.is_sink else [floor] * len(rows)
+        for task, rows in zip(tasks, eager, strict=True)
+    ]
+    return _raised_to_demand(tasks, lazy)
+
+
+def _raised_to_demand(tasks: Sequence[Task], frontiers: list[list[int]]) -> list[list[int]]:
+    for i in reversed(range(len(tasks))):
+        quantum = tasks[i].quantum
+        frontiers[i] = [round_up(rows, quantum) for rows in frontiers[i]]
+        for read in tasks[i].reads:
+            if read.task is not None:
+                wanted = frontiers[read.task]
+                for step, rows in enumerate(frontiers[i]):
+                    wanted[step] = max(wanted[step], read.row_map.end(rows))
+    return frontiers
+
+
+def _with_tracks(tasks: Sequence[Task], frontiers: list[list[int]]) -> Schedule:
+    """Rows computed per step and kept between steps, from the last task to the first."""
+    steps = len(frontiers[0]) - 1
+    reach = [0] * len(tasks)  # rows that consumers look back from the frontier
+    tracks: list[Track] = [Track((), 0, 0)] * len(tasks)
+    for i in reversed(range(len(tasks))):
+        task, frontier = tasks[i], frontiers[i]
+        rows = max(b - a for a, b in zip(frontier, frontier[1:], strict=False))
+        if task.recompute:
+            rows = max(rows, round_up(reach[i], task.quantum))
+        rows = max(rows, task.quantum)
+        tracks[i] = Track(tuple(frontier), rows, max(reach[i], rows))
+        for read in task.reads:
+            if read.task is not None:
+                source = frontiers[read.task]
+                for step in range(steps):
+                    start = read.row_map.first(frontier[step + 1] - rows)
+                    reach[read.task] = max(reach[read.task], source[step + 1] - start)
+    return Schedule(tuple(tasks), tuple(tracks), steps)
+
+
+
+

@@ -1,0 +1,140 @@
+"""A function and its arguments -> a flat program with the row axis of every input."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+
+from lrjax.inline import FlatProgram, flatten
+
+
+@dataclasses.dataclass(frozen=True)
+class Traced:
+    """A traced call.
+
+    Attributes:
+      program: custom derivatives kept; inputs are closed-over arrays, then the call's arrays.
+      inputs: the arrays of those inputs.
+      axes: their row axes.
+      out_tree: structure of the call's result.
+    """
+
+    program: FlatProgram
+    inputs: tuple[Any, ...]
+    axes: tuple[int | None, ...]
+    out_tree: Any
+
+
+def trace(
+    fun: Callable[..., Any], in_axes: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Traced:
+    """Trace ``fun(*args, **kwargs)`` at full shape.
+
+    Keyword arguments that are not arrays (flags, strings, None) stay as they are.
+
+    Raises:
+      ValueError: where ``in_axes`` does not fit the arguments.
+    """
+    axes = flat_axes(in_axes, args)
+    leaves, tree = jax.tree.flatten(args)
+    keyword_leaves, keyword_tree = jax.tree.flatten(kwargs)
+    traced_keywords = [i for i, leaf in enumerate(keyword_leaves) if _is_array(leaf)]
+    out_tree: Any = None
+
+    def flat(*arrays: Any) -> list[Any]:
+        nonlocal out_tree
+        keywords = list(keyword_leaves)
+        for i, array in zip(traced_keywords, arrays[len(leaves) :], strict=True):
+            keywords[i] = array
+        positional = jax.tree.unflatten(tree, arrays[: len(leaves)])
+        result = fun(*positional, **jax.tree.unflatten(keyword_tree, keywords))
+        outputs, out_tree = jax.tree.flatten(result)
+        return outputs
+
+    arrays = [*leaves, *(keyword_leaves[i] for i in traced_keywords)]
+    try:
+        closed = jax.make_jaxpr(flat)(*arrays)
+    except (TypeError, ValueError) as error:
+        _explain_heights(leaves, axes, error)
+        raise
+    program = flatten(closed, keep_custom_rules=True, constants_are_inputs=True)
+    return Traced(
+        program,
+        (*closed.consts, *arrays),
+        (*(None,) * len(closed.consts), *axes, *(None,) * len(traced_keywords)),
+        out_tree,
+    )
+
+
+def flat_axes(in_axes: Any, args: tuple[Any, ...]) -> tuple[int | None, ...]:
+    """Row axis of every leaf of the positional arguments, checked and non-negative."""
+    if isinstance(in_axes, list):
+        in_axes = tuple(in_axes)
+    if isinstance(in_axes, tuple) and len(in_axes) != len(args):
+        raise ValueError(
+            f"in_axes has {len(in_axes)} entries for {len(args)} positional arguments; give one "
+            "entry per argument (an int, None, or a pytree of them)."
+        )
+
+    def spread(axis: Any, subtree: Any) -> list[Any]:
+        return [axis] * len(jax.tree.leaves(subtree))
+
+    try:
+        spreads = jax.tree.map(spread, in_axes, args, is_leaf=lambda axis: axis is None)
+    except (ValueError, TypeError) as error:
+        raise ValueError(
+            f"in_axes={in_axes!r} is not a pytree prefix of the positional arguments: {error}"
+        ) from error
+    if isinstance(in_axes, int) or in_axes is None:
+        flat = spread(in_axes, args)
+    else:
+        flat = sum(jax.tree.leaves(spreads, is_leaf=lambda x: isinstance(x, list)), [])
+    paths = [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(args)]
+    leaves = jax.tree.leaves(args)
+    checked = tuple(
+        _checked_axis(axis, leaf, f"args{path}")
+        for axis, leaf, path in zip(flat, leaves, paths, strict=True)
+    )
+    if all(axis is None for axis in checked):
+        raise ValueError(
+            f"in_axes={in_axes!r}: no argument carries rows; name the row axis of at least one "
+            "argument, e.g. in_axes=(None, 1) for fun(params, images) with images in NHWC order."
+        )
+    return checked
+
+
+def _checked_axis(axis: Any, leaf: Any, name: str) -> int | None:
+    if axis is None:
+        return None
+    if isinstance(axis, bool) or not isinstance(axis, int | np.integer):
+        raise ValueError(f"in_axes: the entry for {name} is {axis!r}; it must be an int or None.")
+    shape = np.shape(leaf)
+    if not -len(shape) <= axis < len(shape):
+        raise ValueError(
+            f"in_axes: axis {axis} of {name} does not exist, its shape is {shape}; allowed are "
+            f"{-len(shape)} to {len(shape) - 1}, or None if it carries no rows."
+        )
+    axis = int(axis) % len(shape)
+    if shape[axis] == 0:
+        raise ValueError(
+            f"{name} has shape {shape}: its row axis {axis} is empty; give at least one row."
+        )
+    return axis
+
+
+def _explain_heights(leaves: list[Any], axes: tuple[int | None, ...], error: Exception) -> None:
+    heights = [np.shape(x)[a] for x, a in zip(leaves, axes, strict=True) if a is not None]
+    if len(set(heights)) > 1:
+        raise ValueError(
+            f"the row arguments have {heights} rows and fun cannot be traced with them, so they "
+            f"cannot be aligned: {error}. Give row arguments whose rows meet one to one, or at the "
+            "strides that fun applies."
+        ) from error
+
+
+def _is_array(leaf: Any) -> bool:
+    return isinstance(leaf, jax.Array | np.ndarray | np.generic)

@@ -1,0 +1,90 @@
+"""``rowwise``: the public transformation."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lrjax import autodiff
+from lrjax.options import checked_options, checked_segments
+from lrjax.tracing import trace
+from lrjax.segments import Segment, split
+
+STRATEGIES = ("stream", "2ps", "overl", "column")
+
+
+def rowwise(
+    fun: Callable[..., Any],
+    *,
+    in_axes: Any,
+    num_blocks: int | Sequence[int] | None = None,
+    strategy: str | Sequence[str] = "stream",
+    cuts: Sequence[str] | int = (),
+    plan: Any = None,
+) -> Callable[..., Any]:
+    """Run ``fun`` by blocks of rows, forward and backward: same values, same gradients.
+
+    Args:
+      fun: a JAX function of arrays (pytrees). Convolutions, pooling and whatever else is local in
+        rows runs block by block; the rest runs column-wise, on whole maps, and is reported by
+        ``lrjax.explain``.
+      in_axes: as in ``jax.vmap``, a pytree prefix of the positional arguments: the row axis of an
+        argument, or None for one that carries no rows. Keyword arguments carry no rows.
+      num_blocks: steps in which the rows are admitted: rows of the input for "stream", of the
+        output for "2ps" and "overl". A step admits ``ceil(rows / num_blocks)`` rows. One number,
+        or one per segment. Default: steps of about 64 rows.
+      strategy: "stream" (differentiate first, then tile; least memory), "2ps" or "overl" (LR-CNN,
+        arXiv 2401.11471), or "column" (whole maps, the baseline); one, or one per segment.
+      cuts: where to keep a whole map and start a new segment: names given by
+        ``jax.ad_checkpoint.checkpoint_name`` in ``fun``, or a number of segments.
+      plan: reserved for plans made by the planner.
+
+    Returns:
+      A function with ``fun``'s signature, outputs and dtypes, to be used under ``jit``, ``grad``,
+      ``vmap`` and inside other transformations.
+
+    Raises:
+      ValueError: for arguments that do not fit; raised when the returned function is called, before
+        anything is compiled.
+
+    Example:
+      >>> loss = lrjax.rowwise(loss_fn, in_axes=(None, 1), num_blocks=64)
+      >>> value, grads = jax.jit(jax.value_and_grad(loss))(params, images)
+    """
+    options = checked_options(num_blocks, strategy, cuts, plan, STRATEGIES)
+
+    @functools.wraps(fun)
+    def rowwise_fun(*args: Any, **kwargs: Any) -> Any:
+        traced = trace(fun, in_axes, args, kwargs)
+        segments = split(traced.program, traced.axes, options.cuts)
+        choices = checked_segments(options, segments)
+        values = dict(zip(traced.program.inputs, traced.inputs, strict=True))
+        values.update(traced.program.constants)
+        for segment, choice in zip(segments, choices, strict=True):
+            run = segment_function(segment, choice.strategy, choice.num_blocks)
+            outputs = run(*(jnp.asarray(values[v]) for v in segment.program.inputs))
+            values.update(zip(segment.made, outputs, strict=True))
+        outputs = [
+            values[v] if isinstance(v, int) else jnp.asarray(v.value, v.dtype)
+            for v in traced.program.outputs
+        ]
+        return jax.tree.unflatten(traced.out_tree, outputs)
+
+    return rowwise_fun
+
+
+def segment_function(
+    segment: Segment, strategy: str, num_blocks: int
+) -> Callable[..., Sequence[Any]]:
+    """A segment as a differentiable function of its inputs."""
+    program, axes = segment.program, segment.axes
+    if strategy == "column":
+        return lambda *inputs: autodiff.evaluate(program, inputs)
+    if strategy == "stream":
+        return autodiff.stream(program, axes, num_blocks)
+    return autodiff.two_phase_or_overlap(program, axes, strategy, num_blocks)
