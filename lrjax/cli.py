@@ -1,0 +1,308 @@
+"""The `lrjax` command: train a network under a strategy, and compare strategies."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+try:
+    import typer
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+except ModuleNotFoundError as error:
+    raise SystemExit(
+        f"lrjax: {error.name} is not installed; the command needs the experiments extra: "
+        "pip install 'lrjax[experiments]'"
+    ) from error
+
+app = typer.Typer(
+    help="Row-centric CNN training for JAX: the same gradients in less memory.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+console = Console()
+BAD_INPUT = 2
+FAILED = 1
+
+
+def main() -> None:
+    """The console script."""
+    app()
+
+
+def _stop(message: object, code: int = BAD_INPUT) -> NoReturn:
+    Console(stderr=True).print(f"[bold red]error:[/] {_escaped(message)}", soft_wrap=True)
+    raise typer.Exit(code)
+
+
+def _escaped(message: object) -> str:
+    return str(message).replace("[", r"\[")
+
+
+@app.callback()
+def lrjax_command() -> None:
+    """Row-centric CNN training for JAX: the same gradients in less memory."""
+
+
+@app.command()
+def train(
+    out: Annotated[Path, typer.Option(help="Directory for metrics, plot and parameters.")],
+    data: Annotated[
+        str,
+        typer.Option(help='Folder with one directory of images per class, or "digits" (built in).'),
+    ] = "digits",
+    image_size: Annotated[
+        str | None,
+        typer.Option(help="N or HEIGHTxWIDTH. Default: 512 for digits, else the images' own."),
+    ] = None,
+    fit: Annotated[
+        str,
+        typer.Option(help="Folder images of another size: native (crop and pad) or resize."),
+    ] = "native",
+    digits: Annotated[
+        str, typer.Option(help="Which digits are the classes of the built-in data.")
+    ] = "0,1,2,3,4,5,6,7,8,9",
+    num_images: Annotated[int, typer.Option(help="Canvases of the built-in data.")] = 1024,
+    model: Annotated[str, typer.Option(help="Network: vgg16.")] = "vgg16",
+    width: Annotated[float, typer.Option(help="Multiplier of the network's channels.")] = 1.0,
+    head: Annotated[str, typer.Option(help="Classifier: gap or dense.")] = "gap",
+    dtype: Annotated[
+        str, typer.Option(help="Of the computation: float32 or bfloat16.")
+    ] = "float32",
+    strategy: Annotated[str, typer.Option(help="column, stream, 2ps or overl.")] = "stream",
+    num_blocks: Annotated[
+        str | None, typer.Option(help="Row blocks: a number, or one per segment, such as 8,4.")
+    ] = None,
+    cuts: Annotated[
+        str | None, typer.Option(help="Cut into segments at these values, such as pool2,pool4.")
+    ] = None,
+    batch: Annotated[int, typer.Option(help="Images per step.")] = 2,
+    steps: Annotated[int, typer.Option(help="Training steps.")] = 20,
+    optimizer: Annotated[str, typer.Option(help="sgd (momentum 0.9) or adam.")] = "sgd",
+    lr: Annotated[float, typer.Option(help="Learning rate.")] = 1e-3,
+    seed: Annotated[int, typer.Option(help="Of parameters, data and dropout.")] = 0,
+) -> None:
+    """Train a network, and write losses, step times, peak memory, a plot and the parameters.
+
+    Memory is measured two ways: what XLA plans for the compiled step, and how much the process
+    grows while it trains.
+    """
+    options = {name: value for name, value in locals().items() if name != "out"}
+    # Imported here so that `--help` and a mistyped option do not wait for JAX.
+    from lrjax import report, training
+
+    try:
+        report.check_writable(out)
+        chosen = _strategy(strategy, num_blocks, cuts)
+        source = _source(data, image_size, fit, digits, num_images, seed)
+        network = _network(model, len(source.class_names), width, head, dtype)
+        update = _optimizer(optimizer, lr)
+        if steps < 1:
+            raise ValueError(f"steps: got {steps}; use 1 or more")
+        if batch < 1:
+            raise ValueError(f"batch: got {batch}; use 1 or more")
+        skipped = [str(file) for file in getattr(source, "skipped", ())]
+        _announce(source, skipped)
+        with console.status(f"{chosen.label}: compiling"):
+            compiled = training.compile_step(
+                network, source, update, chosen, batch_size=batch, seed=seed
+            )
+    except (ValueError, TypeError) as error:
+        _stop(error)
+
+    try:
+        with _progress() as progress:
+            task = progress.add_task(chosen.label, total=steps, loss="", seconds="")
+
+            def on_step(step: int, loss: float, seconds: float) -> None:
+                progress.update(
+                    task, completed=step, loss=f"loss {loss:.4f}", seconds=f"{seconds:.2f} s/step"
+                )
+
+            result = training.train(
+                compiled, source, batch_size=batch, steps=steps, seed=seed, on_step=on_step
+            )
+    except training.DivergedError as error:
+        _stop(error, FAILED)
+    metrics = report.metrics_of(result, chosen, options, skipped)
+    report.write_run(out, result, metrics)
+    console.print(
+        f"{chosen.label}: loss {result.losses[0]:.4f} -> {result.losses[-1]:.4f}, "
+        f"{result.seconds_per_step:.3f} s/step, compiled in {result.compile_seconds:.1f} s; "
+        f"peak memory: XLA {result.memory.xla_peak / report.MIB:.0f} MiB, "
+        f"RSS {result.memory.rss / report.MIB:.0f} MiB; written to {out}",
+        soft_wrap=True,
+        highlight=False,
+    )
+
+
+@app.command(
+    "compare-strategies",
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+)
+def compare_strategies(
+    context: typer.Context,
+    out: Annotated[Path, typer.Option(help="Directory for the runs, the comparison and its plot.")],
+    strategy: Annotated[
+        list[str],
+        typer.Option(help="name[:blocks][@cuts], such as 2ps:8,4@pool2; repeat for each run."),
+    ],
+    tolerance: Annotated[
+        float,
+        typer.Option(help="Largest relative difference of the losses from the first strategy's."),
+    ] = 1e-4,
+) -> None:
+    """Train the same network under several strategies and compare them with the first.
+
+    Every other option of `lrjax train` may be given too and holds for every run. Each run is a
+    process of its own, one after another, so that its memory is its own. Ends with status 1 where
+    losses differ by more than the tolerance.
+    """
+    from lrjax import report, training
+
+    try:
+        report.check_writable(out)
+        chosen = [training.Strategy.parse(spec) for spec in strategy]
+    except ValueError as error:
+        _stop(error)
+    if any(option.split("=")[0] in ("--num-blocks", "--cuts") for option in context.args):
+        _stop("give blocks and cuts within --strategy, as name[:blocks][@cuts]")
+
+    runs: list[Any] = []
+    for spec, parsed in zip(strategy, chosen, strict=True):
+        directory = out / spec.replace(":", "-").replace("@", "-")
+        command = [sys.executable, "-m", "lrjax.cli", "train", *context.args]
+        command += ["--out", str(directory), *_strategy_options(parsed)]
+        code = subprocess.run(command, env=os.environ, stdin=subprocess.DEVNULL).returncode
+        if code:
+            _stop(f"the run {spec} failed with status {code}", code if code > 0 else FAILED)
+        runs.append(report.read_metrics(directory))
+
+    report.write_plot(out / report.COMPARISON_PLOT_FILE, runs)
+    differences = [
+        report.largest_relative_difference(run["losses"], runs[0]["losses"]) for run in runs
+    ]
+    report.write_json(
+        out / report.COMPARISON_FILE,
+        [
+            {"largest_loss_difference": difference, **run}
+            for difference, run in zip(differences, runs, strict=True)
+        ],
+    )
+    console.print(report.comparison_table(runs))
+    console.print(f"plot: {out / report.COMPARISON_PLOT_FILE}", soft_wrap=True, highlight=False)
+    if max(differences) > tolerance:
+        _stop(
+            f"losses differ by {max(differences):.1e} from {runs[0]['label']}, "
+            f"more than {tolerance:.0e}",
+            FAILED,
+        )
+
+
+def _strategy_options(strategy: Any) -> list[str]:
+    options = ["--strategy", strategy.name]
+    if strategy.num_blocks is not None:
+        blocks = strategy.num_blocks
+        listed = blocks if isinstance(blocks, tuple) else (blocks,)
+        options += ["--num-blocks", ",".join(map(str, listed))]
+    if strategy.cuts:
+        options += ["--cuts", ",".join(strategy.cuts)]
+    return options
+
+
+def _strategy(name: str, num_blocks: str | None, cuts: str | None) -> Any:
+    from lrjax import training
+
+    return training.Strategy(
+        name,  # type: ignore[arg-type]  # checked when built
+        training.parse_num_blocks(num_blocks) if num_blocks else None,
+        tuple(cuts.split(",")) if cuts else (),
+    )
+
+
+def _source(
+    data: str, image_size: str | None, fit: str, digits: str, num_images: int, seed: int
+) -> Any:
+    from lrjax.data import ImageFolder, ScatteredDigits
+
+    size = _size(image_size) if image_size else None
+    if data == "digits":
+        return ScatteredDigits(
+            size or (512, 512), num_images=num_images, seed=seed, classes=_digit_classes(digits)
+        )
+    with console.status(f"checking the images in {data}"):
+        return ImageFolder(data, image_size=size, fit=fit)  # type: ignore[arg-type]  # checked there
+
+
+def _size(text: str) -> tuple[int, int]:
+    try:
+        numbers = [int(part) for part in text.lower().split("x")]
+    except ValueError:
+        numbers = []
+    if len(numbers) not in (1, 2) or min(numbers) < 1:
+        raise ValueError(f"image-size: got {text!r}; use N or HEIGHTxWIDTH, such as 512 or 512x768")
+    return numbers[0], numbers[-1]
+
+
+def _digit_classes(text: str) -> list[int]:
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise ValueError(f"digits: got {text!r}; use digits with commas, such as 0,1,7") from None
+
+
+def _network(model: str, num_classes: int, width: float, head: str, dtype: str) -> Any:
+    import jax.numpy as jnp
+
+    from lrjax.models import VGG16
+
+    if model != "vgg16":
+        raise ValueError(f"model: got {model!r}; use vgg16")
+    if head not in ("gap", "dense"):
+        raise ValueError(f"head: got {head!r}; use gap or dense")
+    dtypes = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+    if dtype not in dtypes:
+        raise ValueError(f"dtype: got {dtype!r}; use {' or '.join(dtypes)}")
+    return VGG16(num_classes=num_classes, width=width, head=head, dtype=dtypes[dtype])  # type: ignore[arg-type]
+
+
+def _optimizer(name: str, learning_rate: float) -> Any:
+    import optax
+
+    if not learning_rate > 0:
+        raise ValueError(f"lr: got {learning_rate}; use a positive number")
+    if name == "sgd":
+        return optax.sgd(learning_rate, momentum=0.9)
+    if name == "adam":
+        return optax.adam(learning_rate)
+    raise ValueError(f"optimizer: got {name!r}; use sgd or adam")
+
+
+def _announce(source: Any, skipped: list[str]) -> None:
+    height, width, _ = source.image_shape
+    console.print(
+        f"{len(source)} images of {height}x{width}, {len(source.class_names)} classes",
+        highlight=False,
+    )
+    if skipped:
+        console.print(f"[yellow]{len(skipped)} unreadable files left out:[/]")
+        for file in skipped:
+            console.print(f"  {_escaped(file)}", soft_wrap=True, highlight=False)
+
+
+def _progress() -> Progress:
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[loss]}"),
+        TextColumn("{task.fields[seconds]}"),
+        TimeElapsedColumn(),
+        console=console,
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,341 @@
+"""Train a Flax classifier under one of the strategies, and measure it: losses, time and memory.
+
+The strategy is `lrjax.rowwise` around the loss and nothing else; the model, the optimizer and the
+data are the same ones an ordinary Flax loop would use. `"column"` is that ordinary loop.
+"""
+
+import ctypes
+import gc
+import statistics
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from typing import Any, Literal, get_args
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import optax
+import psutil
+
+import lrjax
+from lrjax.data import ImageSource, batches
+
+StrategyName = Literal["column", "stream", "2ps", "overl"]
+_LABELS = {"column": "column", "stream": "stream", "2ps": "2PS", "overl": "OverL"}
+LossFunction = Callable[..., jax.Array]
+
+
+@dataclass(frozen=True)
+class Strategy:
+    """How the loss is run: the arguments of `lrjax.rowwise` that a training run chooses.
+
+    Attributes:
+      name: `"column"`, `"stream"`, `"2ps"` or `"overl"`.
+      num_blocks: steps the rows are admitted in, or one number per segment; default: lrjax chooses.
+      cuts: names of the values between segments; for VGG-16 `"pool1"` to `"pool5"`.
+    """
+
+    name: StrategyName = "stream"
+    num_blocks: int | tuple[int, ...] | None = None
+    cuts: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.name not in get_args(StrategyName):
+            raise ValueError(
+                f"strategy: got {self.name!r}; use one of {', '.join(get_args(StrategyName))}"
+            )
+        if self.name == "column" and (self.num_blocks is not None or self.cuts):
+            raise ValueError(
+                "strategy: column runs whole maps and takes neither num_blocks nor cuts; "
+                "leave them out or choose another strategy"
+            )
+        segments = len(self.cuts) + 1
+        if isinstance(self.num_blocks, tuple) and len(self.num_blocks) != segments:
+            raise ValueError(
+                f"num_blocks: got {len(self.num_blocks)} numbers for {segments} segments "
+                f"(cuts={list(self.cuts)}); give one number, or one per segment"
+            )
+
+    @classmethod
+    def parse(cls, spec: str) -> "Strategy":
+        """Reads `name[:blocks[,...]][@cut[,...]]`, such as `stream:16` or `2ps:8,2@pool2`."""
+        head, _, cuts = spec.partition("@")
+        name, _, blocks = head.partition(":")
+        return cls(
+            name,  # type: ignore[arg-type]  # checked when built
+            parse_num_blocks(blocks) if blocks else None,
+            tuple(cuts.split(",")) if cuts else (),
+        )
+
+    @property
+    def label(self) -> str:
+        """The name used in tables and plots; hybrids (with cuts) end in `-H`."""
+        return _LABELS[self.name] + ("-H" if self.cuts else "")
+
+    def apply(self, fun: LossFunction, in_axes: tuple[int | None, ...]) -> LossFunction:
+        """`fun` under this strategy; column is `fun` itself, so that the baseline is plain JAX."""
+        if self.name == "column":
+            return fun
+        return lrjax.rowwise(
+            fun,
+            in_axes=in_axes,
+            num_blocks=self.num_blocks,
+            strategy=self.name,
+            cuts=self.cuts,
+        )
+
+
+def parse_num_blocks(text: str) -> int | tuple[int, ...]:
+    """Reads `"8"` as 8 and `"8,4"` as one number per segment."""
+    try:
+        numbers = tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise ValueError(
+            f"num_blocks: got {text!r}; use a whole number, or one per segment such as 8,4"
+        ) from None
+    return numbers if len(numbers) > 1 else numbers[0]
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Peak memory of training, in bytes.
+
+    Attributes:
+      xla_temp: temporaries of the compiled step.
+      xla_peak: temporaries, arguments and outputs that alias none of them: what XLA plans to hold
+        at most, parameters and optimizer state included.
+      rss: largest resident size of the process while it trained, above that just before: on CPU the
+        temporaries as the operating system saw them.
+      device: the accelerator's own peak, where it reports one.
+    """
+
+    xla_temp: int
+    xla_peak: int
+    rss: int
+    device: int | None
+
+
+@dataclass(frozen=True)
+class Training:
+    """What a training run gave.
+
+    Attributes:
+      params: the trained parameters.
+      losses: of each step, before its update.
+      step_seconds: wall time of each step, loss on the host.
+      compile_seconds: wall time of tracing and compiling the step.
+      memory: the peaks.
+    """
+
+    params: Any = field(repr=False)
+    losses: tuple[float, ...]
+    step_seconds: tuple[float, ...]
+    compile_seconds: float
+    memory: Memory
+
+    @property
+    def seconds_per_step(self) -> float:
+        """Median step time; the first step, which also faults memory in, is left out."""
+        return statistics.median(self.step_seconds[1:] or self.step_seconds)
+
+
+class DivergedError(ArithmeticError):
+    """The loss is no longer finite."""
+
+
+def classification_loss(model: nn.Module) -> LossFunction:
+    """Mean softmax cross-entropy, as `loss(params, images, labels, dropout_key)`."""
+
+    def loss(
+        params: Any, images: jax.Array, labels: jax.Array, dropout_key: jax.Array
+    ) -> jax.Array:
+        logits = model.apply({"params": params}, images, train=True, rngs={"dropout": dropout_key})
+        return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+
+    return loss
+
+
+# Of `classification_loss`'s arguments only the images carry rows.
+LOSS_IN_AXES = (None, 1, None, None)
+
+
+@dataclass(frozen=True)
+class CompiledStep:
+    """One training step compiled for its arguments, and the state it starts from."""
+
+    call: Callable[..., tuple[Any, Any, jax.Array]] = field(repr=False)
+    params: Any = field(repr=False)
+    optimizer_state: Any = field(repr=False)
+    dropout_key: jax.Array
+    compile_seconds: float
+    xla_temp: int
+    xla_peak: int
+
+
+def compile_step(
+    model: nn.Module,
+    source: ImageSource,
+    optimizer: optax.GradientTransformation,
+    strategy: Strategy,
+    *,
+    batch_size: int,
+    seed: int,
+) -> CompiledStep:
+    """Initialises the parameters from `seed` and compiles a training step; trains nothing.
+
+    Raises:
+      ValueError: where the model does not take the images, or lrjax not the strategy.
+    """
+    init_key, dropout_key = jax.random.split(jax.random.key(seed))
+    images = jax.ShapeDtypeStruct((batch_size, *source.image_shape), jnp.uint8)
+    labels = jax.ShapeDtypeStruct((batch_size,), jnp.int32)
+    # Traced, not run: a convolution stack's parameters need no forward pass over a large image.
+    params = jax.jit(lambda key: model.init(key, jnp.zeros(images.shape, images.dtype))["params"])(
+        init_key
+    )
+    optimizer_state = jax.jit(optimizer.init)(params)
+    loss = strategy.apply(classification_loss(model), LOSS_IN_AXES)
+
+    def step(
+        params: Any, state: Any, images: jax.Array, labels: jax.Array, key: jax.Array
+    ) -> tuple[Any, Any, jax.Array]:
+        value, grads = jax.value_and_grad(loss)(params, images, labels, key)
+        updates, state = optimizer.update(grads, state, params)
+        return optax.apply_updates(params, updates), state, value
+
+    start = time.perf_counter()
+    compiled = (
+        jax.jit(step, donate_argnums=(0, 1))
+        .lower(params, optimizer_state, images, labels, dropout_key)
+        .compile()
+    )
+    temporaries, peak = _planned_bytes(compiled)
+    return CompiledStep(
+        call=compiled,
+        params=params,
+        optimizer_state=optimizer_state,
+        dropout_key=dropout_key,
+        compile_seconds=time.perf_counter() - start,
+        xla_temp=temporaries,
+        xla_peak=peak,
+    )
+
+
+def _planned_bytes(compiled: jax.stages.Compiled) -> tuple[int, int]:
+    """Temporaries, and temporaries with arguments and those outputs that alias none of them.
+
+    `peak_memory_in_bytes` is not used: on XLA:CPU (jax 0.10.2) it leaves the temporaries out.
+    """
+    analysis = compiled.memory_analysis()
+    if analysis is None:
+        raise RuntimeError("this JAX backend gives no memory analysis of a compiled program")
+    peak = (
+        analysis.temp_size_in_bytes
+        + analysis.argument_size_in_bytes
+        + analysis.output_size_in_bytes
+        - analysis.alias_size_in_bytes
+    )
+    return analysis.temp_size_in_bytes, peak
+
+
+def train(
+    compiled: CompiledStep,
+    source: ImageSource,
+    *,
+    batch_size: int,
+    steps: int,
+    seed: int,
+    on_step: Callable[[int, float, float], None] = lambda step, loss, seconds: None,
+) -> Training:
+    """Trains for `steps` steps on shuffled batches of `source`.
+
+    Args:
+      compiled: from `compile_step` with the same source and batch size; its state is used up.
+      source: the images.
+      batch_size: images per step.
+      steps: how many, at least one.
+      seed: of the order of the images.
+      on_step: called after each step with its number (from 1), loss and seconds.
+
+    Raises:
+      DivergedError: when a loss is not finite.
+    """
+    if steps < 1:
+        raise ValueError(f"steps: got {steps}; use 1 or more")
+    params, state = compiled.params, compiled.optimizer_state
+    losses: list[float] = []
+    seconds: list[float] = []
+    stream = batches(source, batch_size, seed=seed)
+    with measured_rss() as rss:
+        for number, batch in zip(range(1, steps + 1), stream, strict=False):
+            key = jax.random.fold_in(compiled.dropout_key, number)
+            start = time.perf_counter()
+            params, state, value = compiled.call(params, state, batch["image"], batch["label"], key)
+            losses.append(float(value))
+            seconds.append(time.perf_counter() - start)
+            if not jnp.isfinite(losses[-1]):
+                raise DivergedError(
+                    f"loss is {losses[-1]} at step {number}; use a smaller learning rate"
+                )
+            on_step(number, losses[-1], seconds[-1])
+    return Training(
+        params=params,
+        losses=tuple(losses),
+        step_seconds=tuple(seconds),
+        compile_seconds=compiled.compile_seconds,
+        memory=Memory(
+            xla_temp=compiled.xla_temp,
+            xla_peak=compiled.xla_peak,
+            rss=rss.peak - rss.baseline,
+            device=_device_peak(),
+        ),
+    )
+
+
+@dataclass
+class ResidentSize:
+    """Resident bytes of this process: before, and at most during, a measurement."""
+
+    baseline: int
+    peak: int
+
+
+@contextmanager
+def measured_rss(interval: float = 0.002) -> Iterator[ResidentSize]:
+    """Samples the process's resident size, every `interval` seconds, while the body runs.
+
+    Memory that compilation freed is handed back to the operating system first: the allocator would
+    otherwise reuse it and the training would seem to need less than it does.
+    """
+    gc.collect()
+    _trim_heap()
+    process = psutil.Process()
+    before = process.memory_info().rss
+    size = ResidentSize(before, before)
+    done = threading.Event()
+
+    def sample() -> None:
+        while not done.wait(interval):
+            size.peak = max(size.peak, process.memory_info().rss)
+
+    sampler = threading.Thread(target=sample, daemon=True)
+    sampler.start()
+    try:
+        yield size
+    finally:
+        done.set()
+        sampler.join()
+
+
+def _trim_heap() -> None:
+    # Only glibc has it; elsewhere there is nothing to do.
+    with suppress(AttributeError, OSError, TypeError):
+        ctypes.CDLL(None).malloc_trim(0)
+
+
+def _device_peak() -> int | None:
+    statistics_of_device = jax.local_devices()[0].memory_stats()
+    return (statistics_of_device or {}).get("peak_bytes_in_use")
