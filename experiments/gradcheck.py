@@ -5,14 +5,40 @@ from typing import Any
 import jax
 import numpy as np
 
+BFLOAT16_EPSILON = 2.0**-8
 
-def relative_error(values: Any, reference: Any) -> float:
-    """The largest difference over the leaves, each relative to its reference's largest value."""
-    errors = jax.tree.map(_leaf_error, values, reference)
+
+def max_error(values: Any, reference: Any) -> float:
+    """The largest difference in any leaf, relative to the largest value of that reference leaf."""
+    errors = jax.tree.map(_leaf_max_error, values, reference)
     return max(jax.tree.leaves(errors), default=0.0)
 
 
-def _leaf_error(value: Any, reference: Any) -> float:
-    value, reference = (np.asarray(leaf, np.float64) for leaf in (value, reference))
+def excess_error(values: Any, columns: Any, truth: Any) -> float:
+    """How much further from ``truth`` ``values`` are than ``columns``: 1 is just as far.
+
+    The largest ratio of Euclidean distances over the leaves. For low precision, where column
+    itself is off by percents (values near a ReLU's or a pooling's tie jump either way) and no
+    fixed tolerance says anything. A leaf column has exact counts as off by one rounding.
+    """
+
+    def excess(value: Any, column: Any, true: Any) -> float:
+        own, columns_own = _leaf_norm_error(value, true), _leaf_norm_error(column, true)
+        return own / max(columns_own, BFLOAT16_EPSILON)
+
+    return max(jax.tree.leaves(jax.tree.map(excess, values, columns, truth)), default=0.0)
+
+
+def _leaf_max_error(value: Any, reference: Any) -> float:
+    value, reference = _float64(value), _float64(reference)
     scale = float(np.max(np.abs(reference), initial=0.0)) or 1.0
     return float(np.max(np.abs(value - reference), initial=0.0)) / scale
+
+
+def _leaf_norm_error(value: Any, reference: Any) -> float:
+    value, reference = _float64(value), _float64(reference)
+    return float(np.linalg.norm(value - reference)) / (float(np.linalg.norm(reference)) or 1.0)
+
+
+def _float64(leaf: Any) -> np.ndarray:
+    return np.asarray(leaf, np.float64).ravel()

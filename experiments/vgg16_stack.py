@@ -94,19 +94,17 @@ class Method:
     def __str__(self) -> str:
         return self.name if self.num_blocks is None else f"{self.name}/{self.num_blocks}"
 
-    def loss(self) -> Callable[[Params, jax.Array], jax.Array]:
-        """``loss(params, images)``, run this way."""
+    def apply(self, fun: Callable[..., Any]) -> Callable[[Params, jax.Array], Any]:
+        """``stack`` or ``loss``, run this way."""
         if self.name == "column":
-            return loss
+            return fun
         if self.name.startswith("checkpoint-"):
-            return functools.partial(loss, checkpoint=self.name.removeprefix("checkpoint-"))
-        return lrjax.rowwise(
-            loss, in_axes=(None, 1), num_blocks=self.num_blocks, strategy=self.name
-        )
+            return functools.partial(fun, checkpoint=self.name.removeprefix("checkpoint-"))
+        return lrjax.rowwise(fun, in_axes=(None, 1), num_blocks=self.num_blocks, strategy=self.name)
 
     def gradient(self) -> Callable[[Params, jax.Array], Params]:
         """The gradient of ``loss`` with respect to the parameters, run this way."""
-        return jax.grad(self.loss())
+        return jax.grad(self.apply(loss))
 
 
 COLUMN = Method("column")

@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import jax
 
 from experiments import report
-from experiments.gradcheck import relative_error
+from experiments.gradcheck import max_error
 from experiments.vgg16_stack import COLUMN, Method, init, parse_method
 from lrjax import memory
 
@@ -88,7 +88,7 @@ def compile_program(method: Method, args: tuple[Any, Any], reference: Any) -> Pr
         compile_s=compile_s,
         peak_bytes=memory.peak_bytes(compiled),
         temp_bytes=memory.temp_bytes(compiled),
-        gradient_error=0.0 if reference is None else relative_error(run(), reference),
+        gradient_error=0.0 if reference is None else max_error(run(), reference),
     )
 
 
