@@ -65,7 +65,9 @@ class RowProgram:
 
 def row_program(graph: RowGraph, order: str, num_blocks: int) -> RowProgram:
     loops = tuple(
-        row_loop(graph, stage, order=order, num_blocks=num_blocks, keeps_lines=order == "stream")
+        row_loop(
+            graph, stage, order=order, num_blocks=num_blocks, is_differentiated=order != "stream"
+        )
         if graph.stage_nodes(stage)
         else None
         for stage in range(graph.stages)
@@ -84,6 +86,24 @@ def traced_program(
 # --- Stream --------------------------------------------------------------------------------------
 
 
+@dataclasses.dataclass(frozen=True)
+class StreamPrograms:
+    """Forward pass (outputs, then residuals) and backward pass; None where both are one pass."""
+
+    forward: RowProgram
+    backward: RowProgram | None
+
+
+def stream_programs(
+    program: FlatProgram, axes: Axes, num_blocks: int, wrt: Sequence[int]
+) -> StreamPrograms:
+    """The passes that give the gradient with respect to some of the inputs."""
+    one_pass = _value_and_gradient(program, axes, num_blocks, wrt)
+    if one_pass is not None:
+        return StreamPrograms(one_pass, None)
+    return _two_passes(program, axes, num_blocks, wrt)
+
+
 def stream(program: FlatProgram, axes: Axes, num_blocks: int) -> Callable[..., list[Array]]:
     """The program as one top-down pass, and its gradient as another.
 
@@ -91,7 +111,7 @@ def stream(program: FlatProgram, axes: Axes, num_blocks: int) -> Callable[..., l
     take whole. Everything else is recomputed as cotangents arrive. Where the only output is a
     scalar sum over rows, value and gradient are one pass and nothing is recomputed.
     """
-    structs = [program.avals[v] for v in program.inputs]
+    structs = _structs(program)
 
     @jax.custom_vjp
     def call(*inputs: Array) -> list[Array]:
@@ -99,33 +119,36 @@ def stream(program: FlatProgram, axes: Axes, num_blocks: int) -> Callable[..., l
         return primal.run(inputs)
 
     def forward(*inputs: Any) -> Any:
-        perturbed = tuple(x.perturbed for x in inputs)
-        values = [x.value for x in inputs]
         wrt = [
             i
-            for i, (s, moves) in enumerate(zip(structs, perturbed, strict=True))
-            if moves and jnp.issubdtype(s.dtype, jnp.inexact)
+            for i, (x, struct) in enumerate(zip(inputs, structs, strict=True))
+            if x.perturbed and jnp.issubdtype(struct.dtype, jnp.inexact)
         ]
-        one_pass = _value_and_gradient(program, structs, axes, num_blocks, wrt)
-        if one_pass is not None:
-            value, *gradients = one_pass.run(values)
-            return [value], _OnePass(tuple(gradients), wrt)
-        passes = _two_passes(program, structs, axes, num_blocks, wrt)
-        outputs_and_residuals = passes.forward.run(values)
+        programs = stream_programs(program, axes, num_blocks, wrt)
+        results = programs.forward.run([x.value for x in inputs])
         count = len(program.outputs)
-        return outputs_and_residuals[:count], _Recompute(
-            tuple(outputs_and_residuals[count:]), wrt, passes.backward
-        )
+        return results[:count], _Residuals(tuple(results[count:]), (wrt, programs.backward))
 
-    def backward(residuals: Any, cotangents: Sequence[Any]) -> tuple[Any, ...]:
-        gradients = residuals.gradients([_instantiated(ct) for ct in cotangents])
+    def backward(residuals: _Residuals, cotangents: Sequence[Any]) -> tuple[Any, ...]:
+        wrt, second = residuals.static
+        cotangents = [_instantiated(ct) for ct in cotangents]
+        if second is None:
+            (ct,) = cotangents
+            gradients = [(g * ct.astype(g.dtype)).astype(g.dtype) for g in residuals.arrays]
+        else:
+            inexact = [ct for ct in cotangents if ct.dtype != jax.dtypes.float0]
+            gradients = second.run([*residuals.arrays, *inexact])
         bars: list[Any] = [None] * len(structs)
-        for i, gradient in zip(residuals.wrt, gradients, strict=True):
+        for i, gradient in zip(wrt, gradients, strict=True):
             bars[i] = gradient
         return tuple(bars)
 
     call.defvjp(forward, backward, symbolic_zeros=True)
     return call
+
+
+def _structs(program: FlatProgram) -> list[jax.ShapeDtypeStruct]:
+    return [program.avals[v] for v in program.inputs]
 
 
 def _instantiated(cotangent: Any) -> Any:
@@ -134,47 +157,26 @@ def _instantiated(cotangent: Any) -> Any:
     return cotangent
 
 
+@jax.tree_util.register_pytree_node_class
 class _Residuals:
-    """Arrays from the forward rule to the backward rule, with static company."""
+    """Arrays from a forward rule to its backward rule, with static company."""
 
-    def __init__(self, arrays: tuple[Array, ...], wrt: Sequence[int], static: Any = None):
-        self.arrays, self.wrt, self.static = arrays, list(wrt), static
+    def __init__(self, arrays: Any, static: Any):
+        self.arrays, self.static = arrays, static
 
-    def __init_subclass__(cls) -> None:
-        jax.tree_util.register_pytree_node(
-            cls,
-            lambda self: (self.arrays, _Identity((self.wrt, self.static))),
-            lambda static, arrays: cls(tuple(arrays), *static.value),
-        )
+    def tree_flatten(self) -> tuple[tuple[Any], _ByIdentity]:
+        return (self.arrays,), _ByIdentity(self.static)
+
+    @classmethod
+    def tree_unflatten(cls, static: _ByIdentity, children: tuple[Any]) -> _Residuals:
+        return cls(children[0], static.value)
 
 
-class _Identity:
+class _ByIdentity:
     """Static data of a pytree, compared by identity."""
 
     def __init__(self, value: Any):
         self.value = value
-
-
-class _OnePass(_Residuals):
-    """The gradient at cotangent 1, computed with the value."""
-
-    def gradients(self, cotangents: Sequence[Array]) -> list[Array]:
-        (ct,) = cotangents
-        return [(g * ct.astype(g.dtype)).astype(g.dtype) for g in self.arrays]
-
-
-class _Recompute(_Residuals):
-    """Residuals of ``jax.vjp`` under the checkpoint policy, and the program that uses them."""
-
-    def gradients(self, cotangents: Sequence[Array]) -> list[Array]:
-        inexact = [ct for ct in cotangents if ct.dtype != jax.dtypes.float0]
-        return self.static.run([*self.arrays, *inexact])
-
-
-@dataclasses.dataclass(frozen=True)
-class _TwoPasses:
-    forward: RowProgram
-    backward: RowProgram
 
 
 def _moving(
@@ -192,8 +194,8 @@ def _moving(
 
 
 def _two_passes(
-    program: FlatProgram, structs: Sequence[Any], axes: Axes, num_blocks: int, wrt: Sequence[int]
-) -> _TwoPasses:
+    program: FlatProgram, axes: Axes, num_blocks: int, wrt: Sequence[int]
+) -> StreamPrograms:
     tags = saved_values(program, axes)
     policy = jax.checkpoint_policies.save_only_these_names(*tags.values())
     tree: Any = None
@@ -205,7 +207,7 @@ def _two_passes(
         leaves, tree = jax.tree.flatten(pull)
         return outputs, leaves
 
-    first = traced_program(forward, structs, axes, num_blocks)
+    first = traced_program(forward, _structs(program), axes, num_blocks)
     count = len(program.outputs)
     outputs = [program.aval(v) for v in program.outputs]
     graph = first.graph
@@ -229,7 +231,7 @@ def _two_passes(
         [*out_axes[count:], *(out_axes[i] for i in inexact)],
         num_blocks,
     )
-    return _TwoPasses(first, second)
+    return StreamPrograms(first, second)
 
 
 def saved_values(program: FlatProgram, axes: Axes) -> dict[int, str]:
@@ -251,7 +253,7 @@ def saved_values(program: FlatProgram, axes: Axes) -> dict[int, str]:
 
 
 def _value_and_gradient(
-    program: FlatProgram, structs: Sequence[Any], axes: Axes, num_blocks: int, wrt: Sequence[int]
+    program: FlatProgram, axes: Axes, num_blocks: int, wrt: Sequence[int]
 ) -> RowProgram | None:
     """Value and gradient as one pass, where the program is one scalar and nothing must wait."""
     if len(program.outputs) != 1 or not wrt:
@@ -265,7 +267,7 @@ def _value_and_gradient(
         (value,), pull = jax.vjp(function, *moving)
         return value, *pull([jnp.ones((), out.dtype)])
 
-    found = traced_program(both, structs, axes, num_blocks)
+    found = traced_program(both, _structs(program), axes, num_blocks)
     return found if sum(loop is not None for loop in found.loops) == 1 else None
 
 
@@ -278,11 +280,18 @@ def _only_sums(equation: FlatEquation, op: RowOp) -> str | None:
     return None
 
 
+def differentiable_program(
+    program: FlatProgram, axes: Axes, order: str, num_blocks: int
+) -> RowProgram:
+    """The forward program of 2PS or OverL, whose steps can be differentiated one by one."""
+    return row_program(build(program, axes, _only_sums), order, num_blocks)
+
+
 def two_phase_or_overlap(
     program: FlatProgram, axes: Axes, order: str, num_blocks: int
 ) -> Callable[..., list[Array]]:
     """The paper's orders: row loops that are differentiated step by step, in reverse."""
-    rows = row_program(build(program, axes, _only_sums), order, num_blocks)
+    rows = differentiable_program(program, axes, order, num_blocks)
 
     def call(*inputs: Array) -> list[Array]:
         return engine.run_graph(rows.graph, rows.loops, inputs, run=_differentiable_loop)
@@ -301,30 +310,16 @@ def _differentiable_loop(loop: RowLoop, values: Values) -> Values:
         perturbed = frozenset(v for v in names if inputs[v].perturbed)
         plain = {v: inputs[v].value for v in names}
         outputs, lines = _run_and_save_lines(loop, plain)
-        return outputs, _SavedLines((plain, lines), perturbed)
+        return outputs, _Residuals((plain, lines), perturbed)
 
-    def backward(residuals: _SavedLines, cotangents: Values) -> tuple[Values]:
+    def backward(residuals: _Residuals, cotangents: Values) -> tuple[Values]:
         inputs, lines = residuals.arrays
         instantiated = {v: _instantiated(ct) for v, ct in cotangents.items()}
-        bars = _reverse_loop(loop, inputs, lines, instantiated, residuals.perturbed)
+        bars = _reverse_loop(loop, inputs, lines, instantiated, residuals.static)
         return ({v: bars.get(v) for v in names},)
 
     call.defvjp(forward, backward, symbolic_zeros=True)
     return call({v: values[v] for v in names})
-
-
-@jax.tree_util.register_pytree_node_class
-@dataclasses.dataclass
-class _SavedLines:
-    arrays: tuple[Values, Values]
-    perturbed: frozenset[int]
-
-    def tree_flatten(self) -> tuple[Any, Any]:
-        return self.arrays, self.perturbed
-
-    @classmethod
-    def tree_unflatten(cls, perturbed: Any, arrays: Any) -> _SavedLines:
-        return cls(tuple(arrays), perturbed)  # type: ignore[arg-type]
 
 
 def _run_and_save_lines(loop: RowLoop, values: Values) -> tuple[Values, Values]:

@@ -58,9 +58,7 @@ def custom_call(equation: Equation) -> RowOp:
     call.defvjp(forward, backward)
 
     def evaluate(windows: Sequence[Array], rows: Rows) -> Sequence[Array]:
-        values = tuple(
-            jnp.asarray(w, o.dtype) for w, o in zip(windows, operands, strict=True)
-        )
+        values = tuple(jnp.asarray(w, o.dtype) for w, o in zip(windows, operands, strict=True))
         return call(_StaticRows(rows.start, rows.count), values)
 
     reads = tuple(None if axis is None else RowRead(IDENTITY, axis) for axis in axes)

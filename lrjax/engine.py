@@ -8,6 +8,7 @@ integers; most do not change.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -19,8 +20,9 @@ from jax import lax
 from lrjax.geometry import ceil_div
 from lrjax.graph import RowGraph
 from lrjax.inline import Atom, FlatEquation, Literal
-from lrjax.rowloop import RowLoop, Source
+from lrjax.rowloop import Band, RowLoop, Source
 from lrjax.rules.base import Array, Rows
+from lrjax.rules.reduction import identity_of
 
 Values = dict[int, Array]
 
@@ -105,7 +107,7 @@ def read_rows(
     count = min(size, height)
     inside = jnp.clip(start, 0, height - count)
     rows = lax.dynamic_slice_in_dim(array, inside, count, axis=axis)
-    return _shifted(rows, start - inside, size, axis, 0 if fill is None else fill)
+    return _shifted(rows, start - inside, size, axis, fill)
 
 
 def write_rows(
@@ -146,6 +148,7 @@ def keep_rows(block: Array, start: Any, axis: int, low: Any, high: Any, fill: An
 # --- Line buffers --------------------------------------------------------------------------------
 
 
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["rows"], meta_fields=["axis"])
 @dataclasses.dataclass(frozen=True)
 class AtHand:
     """Rows of a value within a step: contiguous rows that end at its frontier."""
@@ -160,6 +163,9 @@ class AtHand:
         return _slice(self.rows, self.rows.shape[self.axis] - back, size, self.axis)
 
 
+@functools.partial(
+    jax.tree_util.register_dataclass, data_fields=["slots", "slab", "step"], meta_fields=["axis"]
+)
 @dataclasses.dataclass(frozen=True)
 class Ring:
     """Rows of a value within a step: the newest slab, and older ones in their slots."""
@@ -190,11 +196,8 @@ class Ring:
 
 
 def _line_shape(loop: RowLoop, value: int) -> tuple[int, ...]:
-    track, shape = loop.track(value), list(loop.graph.program.avals[value].shape)
-    rows = track.carried
-    if loop.is_ring(value):
-        rows = ceil_div(track.depth, track.rows) * track.rows
-    shape[loop.graph.row_axis[value]] = rows
+    shape = list(loop.graph.program.avals[value].shape)
+    shape[loop.graph.row_axis[value]] = loop.line_rows(value)
     return tuple(shape)
 
 
@@ -205,7 +208,7 @@ def empty_lines(loop: RowLoop) -> Values:
             _line_shape(loop, v), loop.production_fill.get(v, 0), loop.graph.program.avals[v].dtype
         )
         for v in loop.producer
-        if loop.track(v).depth > loop.track(v).rows
+        if loop.line_rows(v)
     }
 
 
@@ -240,6 +243,27 @@ class StepResult:
     partial: Values
 
 
+@dataclasses.dataclass
+class _Progress:
+    """What a step has made so far."""
+
+    at_hand: dict[int, AtHand | Ring]
+    lines: Values
+    rows: Values
+    partial: Values
+
+    def updated(self, other: _Progress) -> _Progress:
+        return _Progress(
+            {**self.at_hand, **other.at_hand},
+            {**self.lines, **other.lines},
+            {**self.rows, **other.rows},
+            {**self.partial, **other.partial},
+        )
+
+
+jax.tree_util.register_dataclass(_Progress, ["at_hand", "lines", "rows", "partial"], [])
+
+
 def slice_windows(loop: RowLoop, clock: Clock, arrays: Values) -> dict[tuple[int, int], Array]:
     """The windows that a step reads from values that exist whole, by (node, operand)."""
     windows = {}
@@ -247,9 +271,20 @@ def slice_windows(loop: RowLoop, clock: Clock, arrays: Values) -> dict[tuple[int
         start, stop = loop.window(s, 0)
         name = ("window", s.node, s.operand)
         windows[s.node, s.operand] = read_rows(
-            arrays[s.value], clock[name], stop - start, s.read.axis, s.read.fill, clock.bounds(name)
+            arrays[s.value],
+            clock[name],
+            stop - start,
+            s.read.axis,
+            _fill(loop, s),
+            clock.bounds(name),
         )
     return windows
+
+
+def _fill(loop: RowLoop, source: Source) -> Any:
+    """What rows of a whole array are outside it: something, where nobody minds."""
+    fill = source.read.fill if loop.fill_of(source) is None else loop.fill_of(source)
+    return int(loop.is_differentiated) if fill is None else fill
 
 
 def run_step(
@@ -259,14 +294,42 @@ def run_step(
     windows: Mapping[tuple[int, int], Array],
     wholes: Values,
 ) -> StepResult:
-    """Every operation of the stage on this step's rows."""
-    at_hand: dict[int, AtHand | Ring] = {}
-    kept: Values = {}
-    rows: Values = {}
-    partial: Values = {}
-    for i, node in enumerate(loop.nodes):
-        op, track = node.op, loop.schedule.tracks[i]
+    """Every operation of the stage on this step's rows.
+
+    Bands of operations that have no row of the image in many steps sit under a ``cond``.
+    """
+    done = _Progress({}, {}, {}, {})
+    for band in loop.bands:
+
+        def compute(done: _Progress = done, band: Band = band) -> _Progress:
+            return _run_band(loop, clock, band, done, lines, windows, wholes)
+
+        def skip(band: Band = band) -> _Progress:
+            return _skip_band(loop, clock, band, lines)
+
+        if band.first == 0 and band.last == loop.steps - 1:
+            made = compute()
+        else:
+            is_active = (clock["step"] >= band.first) & (clock["step"] <= band.last)
+            made = lax.cond(is_active, compute, skip)
+        done = done.updated(made)
+    return StepResult(done.lines, done.rows, done.partial)
+
+
+def _run_band(
+    loop: RowLoop,
+    clock: Clock,
+    band: Band,
+    done: _Progress,
+    lines: Values,
+    windows: Mapping[tuple[int, int], Array],
+    wholes: Values,
+) -> _Progress:
+    made = _Progress({}, {}, {}, {})
+    for i in band.nodes:
+        node, op = loop.nodes[i], loop.nodes[i].op
         assert op is not None
+        at_hand = {**done.at_hand, **made.at_hand}
         sources = {s.operand: s for s in loop.sources_of(i)}
         operands = []
         for operand, atom in enumerate(node.equation.inputs):
@@ -276,18 +339,47 @@ def run_step(
                 operands.append(_window(loop, clock, sources[operand], at_hand, windows))
             else:
                 operands.append(wholes[atom])
-        results = op.evaluate(operands, Rows(clock["start", i], track.rows))
+        results = op.evaluate(operands, Rows(clock["start", i], loop.schedule.tracks[i].rows))
         if node.is_reduction:
-            partial.update(zip(node.equation.outputs, results, strict=True))
+            made.partial.update(zip(node.equation.outputs, results, strict=True))
             continue
         for v, slab in zip(node.equation.outputs, results, strict=True):
-            slab = _filled(loop, clock, v, slab)
-            at_hand[v], line = _extend(loop, clock, v, lines, slab)
-            if line is not None:
-                kept[v] = line
-            if v in loop.row_outputs:
-                rows[v] = slab
-    return StepResult(kept, rows, partial)
+            _keep(loop, clock, made, v, _filled(loop, clock, v, slab), lines)
+    return _exported(band, made)
+
+
+def _skip_band(loop: RowLoop, clock: Clock, band: Band, lines: Values) -> _Progress:
+    """Rows outside the image hold the fill value, and add nothing to reductions."""
+    made = _Progress({}, {}, {}, {})
+    avals = loop.graph.program.avals
+    for i in band.nodes:
+        node, track = loop.nodes[i], loop.schedule.tracks[i]
+        assert node.op is not None
+        for v in node.equation.outputs:
+            if node.op.reduction is not None:
+                fill = identity_of(node.op.reduction, avals[v].dtype)
+                made.partial[v] = jnp.full(avals[v].shape, fill, avals[v].dtype)
+                continue
+            shape = list(avals[v].shape)
+            shape[loop.graph.row_axis[v]] = track.rows
+            slab = jnp.full(shape, loop.production_fill.get(v, 0), avals[v].dtype)
+            _keep(loop, clock, made, v, slab, lines)
+    return _exported(band, made)
+
+
+def _keep(
+    loop: RowLoop, clock: Clock, made: _Progress, value: int, slab: Array, lines: Values
+) -> None:
+    made.at_hand[value], line = _extend(loop, clock, value, lines, slab)
+    if line is not None:
+        made.lines[value] = line
+    if value in loop.row_outputs:
+        made.rows[value] = slab
+
+
+def _exported(band: Band, made: _Progress) -> _Progress:
+    at_hand = {v: rows for v, rows in made.at_hand.items() if v in band.exports}
+    return dataclasses.replace(made, at_hand=at_hand)
 
 
 def _window(
@@ -305,7 +397,8 @@ def _window(
         back = clock["back", source.node, source.operand]
         window = at_hand[source.value].window(back, stop - start)
         if loop.masked_at_read(source):
-            window = keep_rows(window, clock[name], axis, 0, height, source.read.fill)
+            fill = loop.fill_of(source)
+            window = keep_rows(window, clock[name], axis, 0, height, fill)
     else:
         window = windows[source.node, source.operand]
     assert node.op is not None
@@ -348,12 +441,11 @@ def accumulator_dtype(dtype: Any) -> Any:
 
 def empty_sums(loop: RowLoop) -> Values:
     """Accumulators at their identities."""
-    from lrjax.rules.reduction import identity_of
-
     sums = {}
     for node in loop.nodes:
         if node.is_reduction:
-            assert node.op is not None and node.op.reduction is not None
+            assert node.op is not None
+            assert node.op.reduction is not None
             for v in node.equation.outputs:
                 aval = loop.graph.program.avals[v]
                 dtype = accumulator_dtype(aval.dtype)
@@ -365,7 +457,8 @@ def add_partial(loop: RowLoop, sums: Values, partial: Values) -> Values:
     combined = {}
     for node in loop.nodes:
         if node.is_reduction:
-            assert node.op is not None and node.op.reduction is not None
+            assert node.op is not None
+            assert node.op.reduction is not None
             for v in node.equation.outputs:
                 contribution = partial[v].astype(sums[v].dtype)
                 combined[v] = _COMBINE[node.op.reduction](sums[v], contribution)

@@ -10,6 +10,7 @@ from lrjax.graph import RowGraph, build
 from lrjax.rowloop import reference_height
 from lrjax.segments import Segment
 
+STRATEGIES = ("stream", "2ps", "overl", "column")
 DEFAULT_ROWS_PER_STEP = 64
 
 
@@ -28,17 +29,15 @@ class Choice:
     num_blocks: int
 
 
-def checked_options(
-    num_blocks: Any, strategy: Any, cuts: Any, plan: Any, strategies: Sequence[str]
-) -> Options:
+def checked_options(num_blocks: Any, strategy: Any, cuts: Any, plan: Any) -> Options:
     """Everything that can be judged without arguments."""
     if plan is not None:
         raise ValueError("plan: there is no planner yet; give num_blocks, strategy and cuts.")
     chosen = (strategy,) if isinstance(strategy, str) else tuple(strategy)
     for name in chosen:
-        if name not in strategies:
+        if name not in STRATEGIES:
             raise ValueError(
-                f"strategy={name!r} is unknown; choose one of {', '.join(map(repr, strategies))}."
+                f"strategy={name!r} is unknown; choose one of {', '.join(map(repr, STRATEGIES))}."
             )
     counts = num_blocks if isinstance(num_blocks, Sequence) else (num_blocks,)
     for count in counts:

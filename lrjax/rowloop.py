@@ -5,11 +5,15 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Iterable, Sequence
 from fractions import Fraction
 from typing import Any
 
-from lrjax.geometry import ceil_div
+import jax.numpy as jnp
+import numpy as np
+
+from lrjax.geometry import ceil_div, round_up
 from lrjax.graph import Node, RowGraph
 from lrjax.rules.base import RowRead
 from lrjax.schedule import Read, Schedule, Task, Track, overlap_schedule, shared_schedule
@@ -28,6 +32,29 @@ class Source:
 
 
 @dataclasses.dataclass(frozen=True)
+class Band:
+    """Neighbouring operations that have rows of the image in the same steps.
+
+    Attributes:
+      nodes: their indices.
+      first, last: the steps in which they run.
+      exports: values that operations outside the band read.
+    """
+
+    nodes: tuple[int, ...]
+    first: int
+    last: int
+    exports: frozenset[int]
+
+
+# Elementwise functions of a parameter and rows whose derivative is infinite where the rows are 0.
+SINGULAR = ("atan2", "div", "pow", "rem")
+
+# Bands are worth a branch where running everything in every step would waste more than this.
+SKIP_ABOVE = 0.1
+
+
+@dataclasses.dataclass(frozen=True)
 class RowLoop:
     """One stage, ready to run.
 
@@ -37,8 +64,8 @@ class RowLoop:
       schedule: the steps.
       row_outputs: streamed values that must exist whole after the loop.
       producer: node that makes a streamed value of this stage.
-      keeps_lines: line buffers may be ring buffers (written in place); False where the state of
-        every step is saved and must be small.
+      is_differentiated: steps are differentiated one by one: line buffers are saved for every
+        step and must be small, so they are no rings.
     """
 
     graph: RowGraph
@@ -46,7 +73,7 @@ class RowLoop:
     schedule: Schedule
     row_outputs: tuple[int, ...]
     producer: dict[int, int]
-    keeps_lines: bool
+    is_differentiated: bool
 
     @property
     def steps(self) -> int:
@@ -114,6 +141,21 @@ class RowLoop:
         windows = [self.window(source, step) for step in range(self.steps)]
         return any(start < 0 or stop > height for start, stop in windows)
 
+    def fill_of(self, source: Source) -> Any:
+        """What a window must hold outside the image, None if it does not matter.
+
+        A step that is differentiated multiplies what rows outside the image hold by cotangents
+        of zero, so they must hold something finite whose derivatives are finite too: 1.
+        """
+        if self.leaves_image(source):
+            return source.read.fill
+        node = self.nodes[source.node]
+        beside_parameter = len(self.sources_of(source.node)) < sum(
+            isinstance(v, int) for v in node.equation.inputs
+        )
+        is_singular = node.equation.primitive.name in SINGULAR and beside_parameter
+        return 1 if self.is_differentiated and is_singular else None
+
     @functools.cached_property
     def production_fill(self) -> dict[int, Any]:
         """Streamed values whose rows outside the image are set as they are made.
@@ -123,15 +165,65 @@ class RowLoop:
         """
         wanted: dict[int, set[Any]] = {}
         for s in self.sources:
-            if s.value in self.producer and self.leaves_image(s):
-                wanted.setdefault(s.value, set()).add(s.read.fill)
-        return {v: next(iter(fills)) for v, fills in wanted.items() if len(fills) == 1}
+            if s.value in self.producer and self.fill_of(s) is not None:
+                wanted.setdefault(s.value, set()).add(self.fill_of(s))
+        chosen = {v: next(iter(fills)) for v, fills in wanted.items() if len(fills) == 1}
+        if not self.is_differentiated:
+            return chosen
+        inexact = {
+            v: 1
+            for v in self.producer
+            if jnp.issubdtype(self.graph.program.avals[v].dtype, jnp.inexact)
+        }
+        return inexact | {v: fill for v, fill in chosen.items() if np.isfinite(fill)}
 
     def masked_at_read(self, source: Source) -> bool:
-        return (
-            source.value in self.producer
-            and source.value not in self.production_fill
-            and self.leaves_image(source)
+        """The window is masked where it is read, because the value itself holds another fill."""
+        if source.value not in self.producer:
+            return False
+        fill = self.fill_of(source)
+        return fill is not None and fill != self.production_fill.get(source.value)
+
+    def active_steps(self, index: int) -> tuple[int, int]:
+        """First and last step in which a node has rows of the image."""
+        track, node = self.schedule.tracks[index], self.nodes[index]
+        assert node.op is not None
+        active = [
+            t
+            for t in range(self.steps)
+            if track.stop(t) > 0
+            and (track.owned(t)[0] if node.is_reduction else track.start(t)) < node.op.height
+        ]
+        return (active[0], active[-1]) if active else (0, 0)
+
+    @functools.cached_property
+    def bands(self) -> tuple[Band, ...]:
+        """The nodes in order; one band for all where skipping saves too little."""
+        everything = range(len(self.nodes))
+        spans = [self.active_steps(i) for i in everything]
+        work = [n.op.flops * self.schedule.tracks[i].rows for i, n in enumerate(self.nodes) if n.op]
+        idle = sum(
+            w * (self.steps - (last - first + 1))
+            for w, (first, last) in zip(work, spans, strict=True)
+        )
+        if idle <= SKIP_ABOVE * self.steps * sum(work):
+            spans = [(0, self.steps - 1)] * len(self.nodes)
+        groups = [list(g) for _, g in itertools.groupby(everything, key=spans.__getitem__)]
+        readers: dict[int, set[int]] = {}
+        for s in self.sources:
+            readers.setdefault(s.value, set()).add(s.node)
+        return tuple(
+            Band(
+                tuple(group),
+                *spans[group[0]],
+                frozenset(
+                    v
+                    for i in group
+                    for v in self.nodes[i].equation.outputs
+                    if readers.get(v, set()).difference(group)
+                ),
+            )
+            for group in groups
         )
 
     def is_ring(self, value: int) -> bool:
@@ -142,11 +234,20 @@ class RowLoop:
         """
         track = self.track(value)
         return (
-            self.keeps_lines
+            not self.is_differentiated
             and track.is_steady
             and track.depth >= 3 * track.rows
             and all(len(set(self.look_back(s))) == 1 for s in self.sources if s.value == value)
         )
+
+    def line_rows(self, value: int) -> int:
+        """Rows of the value's line buffer, 0 for none."""
+        track = self.track(value)
+        if track.depth <= track.rows:
+            return 0
+        if self.is_ring(value):
+            return round_up(track.depth, track.rows)
+        return track.carried
 
     def look_back(self, source: Source) -> list[int]:
         """Per step, how far before the value's frontier a window starts."""
@@ -160,7 +261,7 @@ def row_loop(
     *,
     order: str,
     num_blocks: int,
-    keeps_lines: bool,
+    is_differentiated: bool,
 ) -> RowLoop:
     """Schedule one stage in one of the ``ORDERS``."""
     nodes = graph.stage_nodes(stage)
@@ -172,6 +273,8 @@ def row_loop(
         if v in graph.row_axis
     }
     row_outputs = tuple(v for v in producer if v in _wanted_whole(graph, stage))
+    if num_blocks == 1:
+        order = "overl"  # one step that computes everything; the same rows in every order
     speeds = _speeds(graph, nodes, producer, row_outputs, order, num_blocks)
     tasks = []
     for i, node in enumerate(nodes):
@@ -184,7 +287,7 @@ def row_loop(
         is_sink = node.is_reduction or any(v in row_outputs for v in node.equation.outputs)
         tasks.append(Task(reads, node.op.height, speeds[i], is_sink))
     make = overlap_schedule if order == "overl" else shared_schedule
-    return RowLoop(graph, tuple(nodes), make(tasks), row_outputs, producer, keeps_lines)
+    return RowLoop(graph, tuple(nodes), make(tasks), row_outputs, producer, is_differentiated)
 
 
 def reference_height(graph: RowGraph, stage: int, order: str) -> int:
@@ -220,9 +323,7 @@ def _roots(graph: RowGraph, nodes: Sequence[Node]) -> list[int]:
     return list(dict.fromkeys(_root(graph, node)[0] for node in nodes))
 
 
-def _heights(
-    graph: RowGraph, nodes: Sequence[Node], order: str, stage: int
-) -> dict[int, int]:
+def _heights(graph: RowGraph, nodes: Sequence[Node], order: str, stage: int) -> dict[int, int]:
     return {
         root: height
         for root, (height, _) in _references(graph, nodes, order, _sinks(graph, nodes, stage))

@@ -8,6 +8,7 @@ start at or below row 0 and end at or beyond the height, so that every step has 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Sequence
 from fractions import Fraction
@@ -77,7 +78,7 @@ class Track:
 
     @property
     def advances(self) -> tuple[int, ...]:
-        return tuple(b - a for a, b in zip(self.frontier, self.frontier[1:], strict=False))
+        return tuple(b - a for a, b in itertools.pairwise(self.frontier))
 
     @property
     def is_steady(self) -> bool:
@@ -190,7 +191,7 @@ def _with_tracks(tasks: Sequence[Task], frontiers: list[list[int]]) -> Schedule:
     tracks: list[Track] = [Track((), 0, 0)] * len(tasks)
     for i in reversed(range(len(tasks))):
         task, frontier = tasks[i], frontiers[i]
-        rows = max(b - a for a, b in zip(frontier, frontier[1:], strict=False))
+        rows = max(b - a for a, b in itertools.pairwise(frontier))
         if task.recompute:
             rows = max(rows, round_up(reach[i], task.quantum))
         rows = max(rows, task.quantum)
@@ -202,7 +203,3 @@ def _with_tracks(tasks: Sequence[Task], frontiers: list[list[int]]) -> Schedule:
                     start = read.row_map.first(frontier[step + 1] - rows)
                     reach[read.task] = max(reach[read.task], source[step + 1] - start)
     return Schedule(tuple(tasks), tuple(tracks), steps)
-
-
-
-

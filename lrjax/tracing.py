@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -92,7 +93,8 @@ def flat_axes(in_axes: Any, args: tuple[Any, ...]) -> tuple[int | None, ...]:
     if isinstance(in_axes, int) or in_axes is None:
         flat = spread(in_axes, args)
     else:
-        flat = sum(jax.tree.leaves(spreads, is_leaf=lambda x: isinstance(x, list)), [])
+        lists = jax.tree.leaves(spreads, is_leaf=lambda x: isinstance(x, list))
+        flat = list(itertools.chain.from_iterable(lists))
     paths = [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(args)]
     leaves = jax.tree.leaves(args)
     checked = tuple(

@@ -8,14 +8,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from lrjax import autodiff
 from lrjax.options import checked_options, checked_segments
-from lrjax.tracing import trace
 from lrjax.segments import Segment, split
-
-STRATEGIES = ("stream", "2ps", "overl", "column")
+from lrjax.tracing import trace
 
 
 def rowwise(
@@ -56,7 +53,7 @@ def rowwise(
       >>> loss = lrjax.rowwise(loss_fn, in_axes=(None, 1), num_blocks=64)
       >>> value, grads = jax.jit(jax.value_and_grad(loss))(params, images)
     """
-    options = checked_options(num_blocks, strategy, cuts, plan, STRATEGIES)
+    options = checked_options(num_blocks, strategy, cuts, plan)
 
     @functools.wraps(fun)
     def rowwise_fun(*args: Any, **kwargs: Any) -> Any:

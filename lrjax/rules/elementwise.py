@@ -31,12 +31,10 @@ def elementwise(equation: Equation) -> RowOp:
     ndim = len(equation.operands[equation.row_operand].shape)
     reads: list[RowRead | None] = []
     for operand in equation.operands:
-        if operand.row_axis is None and (not operand.shape or operand.shape[axis] == 1):
+        if not operand.shape or operand.shape[min(axis, len(operand.shape) - 1)] == 1 != height:
             reads.append(None)  # a scalar, or the same for all rows
         elif len(operand.shape) != ndim or operand.row_axis not in (None, axis):
             raise NotRowLocal(f"rows on axis {operand.row_axis} meet rows on axis {axis}")
-        elif operand.shape[axis] != height:
-            raise NotRowLocal("one row is combined with many")
         else:
             reads.append(RowRead(IDENTITY, axis))
 
