@@ -191,7 +191,8 @@ def compare_strategies(
             for difference, run in zip(differences, runs, strict=True)
         ],
     )
-    console.print(report.comparison_table(runs))
+    # Files and pipes count as 80 columns, too few for the table.
+    console.print(report.comparison_table(runs), width=max(console.width, 110), soft_wrap=False)
     console.print(f"plot: {out / report.COMPARISON_PLOT_FILE}", soft_wrap=True, highlight=False)
     if max(differences) > tolerance:
         _stop(

@@ -59,9 +59,9 @@ def batches(source: ImageSource, batch_size: int, *, seed: int) -> Iterator[Exam
     """
     if batch_size < 1:
         raise ValueError(f"batch_size: got {batch_size}; use 1 or more")
-    dataset = grain.MapDataset.source(source).seed(seed).shuffle().repeat().batch(batch_size)
-    reading = grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)
-    return iter(dataset.to_iter_dataset(read_options=reading))
+    dataset = grain.MapDataset.source(source).seed(seed).shuffle().repeat()
+    reading = grain.ReadOptions(num_threads=1, prefetch_buffer_size=2 * batch_size)
+    return iter(dataset.to_iter_dataset(read_options=reading).batch(batch_size))
 
 
 # --- A folder of images, one directory per class ------------------------------------------------

@@ -1,0 +1,186 @@
+"""Training learns, repeats itself from its seed, and reports the memory it really used."""
+
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from lrjax.data import Example, ScatteredDigits
+from lrjax.models import VGG16
+from lrjax.training import (
+    DivergedError,
+    Strategy,
+    Training,
+    compile_step,
+    measured_rss,
+    parse_num_blocks,
+    train,
+)
+
+BATCH = 2
+
+
+class BrightOrDark:
+    """An easy problem: label 1 is a bright image, label 0 a dark one."""
+
+    image_shape = (64, 32, 3)
+    class_names = ("dark", "bright")
+
+    def __len__(self):
+        return 8
+
+    def __getitem__(self, index):
+        label = index % 2
+        image = np.full(self.image_shape, 40 + 150 * label, np.uint8)
+        return Example(image=image, label=np.asarray(label, np.int32))
+
+
+def run(strategy=None, *, source=None, learning_rate=1e-3, steps=3, seed=0, **options):
+    source = source or BrightOrDark()
+    model = VGG16(num_classes=len(source.class_names), width=1 / 16, head="gap")
+    compiled = compile_step(
+        model,
+        source,
+        optax.sgd(learning_rate, momentum=0.9),
+        strategy or Strategy("column"),
+        batch_size=BATCH,
+        seed=seed,
+    )
+    return train(compiled, source, batch_size=BATCH, steps=steps, seed=seed, **options)
+
+
+def test_training_learns():
+    losses = run(steps=40, learning_rate=3e-3).losses
+    assert np.mean(losses[-4:]) < 0.5 * np.mean(losses[:4])
+
+
+def test_training_repeats_itself_from_its_seed():
+    first, again, other = run(seed=1), run(seed=1), run(seed=2)
+    assert first.losses == again.losses
+    assert first.losses != other.losses
+    assert jax.tree.all(jax.tree.map(lambda a, b: bool((a == b).all()), first.params, again.params))
+
+
+def test_first_loss_is_that_of_the_untrained_model():
+    source = BrightOrDark()
+    model = VGG16(num_classes=2, width=1 / 16, head="gap")
+    init_key, _ = jax.random.split(jax.random.key(0))
+    variables = model.init(init_key, jnp.zeros((BATCH, *source.image_shape), jnp.uint8))
+    by_label = [
+        optax.softmax_cross_entropy_with_integer_labels(
+            model.apply(variables, source[label]["image"][None]), jnp.array([label])
+        )[0]
+        for label in (0, 1)
+    ]
+    halves = [(by_label[a] + by_label[b]) / 2 for a, b in ((0, 0), (0, 1), (1, 1))]
+    assert np.isclose(run(steps=1).losses[0], halves, rtol=1e-5).any()
+
+
+@pytest.mark.parametrize(
+    "strategy",
+    [
+        Strategy("stream", 4),
+        Strategy("2ps", 2),
+        Strategy("overl", 2),
+        Strategy("2ps", 2, ("pool2",)),
+    ],
+    ids=lambda strategy: strategy.label,
+)
+def test_every_strategy_gives_the_columns_losses(strategy):
+    np.testing.assert_allclose(run(strategy, steps=4).losses, run(steps=4).losses, rtol=1e-4)
+
+
+def test_dropout_of_the_dense_head_is_active_and_seeded():
+    source = ScatteredDigits((32, 32), num_images=4, classes=(0, 1))
+
+    def losses(seed):
+        model = VGG16(num_classes=2, width=1 / 32, head="dense")
+        compiled = compile_step(
+            model, source, optax.sgd(0.0), Strategy("column"), batch_size=4, seed=seed
+        )
+        # Every batch holds the same four images and nothing is learned: what varies is dropout.
+        return train(compiled, source, batch_size=4, steps=3, seed=seed).losses
+
+    assert len({round(loss, 5) for loss in losses(0)}) == 3
+    assert losses(0) == losses(0)
+
+
+def test_progress_is_reported_every_step():
+    seen = []
+    result = run(on_step=lambda *report: seen.append(report))
+    assert seen == [
+        (step, loss, seconds)
+        for step, (loss, seconds) in enumerate(
+            zip(result.losses, result.step_seconds, strict=True), start=1
+        )
+    ]
+
+
+def test_memory_holds_parameters_and_temporaries():
+    memory = run().memory
+    assert memory.xla_peak > memory.xla_temp > 0
+    # At the least the first stage's two maps of 4 channels must have been there.
+    assert memory.xla_temp > 2 * 4 * BATCH * 64 * 32 * 4
+
+
+def test_divergence_stops_training():
+    with pytest.raises(DivergedError, match="use a smaller learning rate"):
+        run(learning_rate=1e12, steps=10)
+
+
+def test_rss_is_measured_above_the_baseline():
+    with measured_rss() as size:
+        block = np.ones(64 * 2**20, np.uint8)
+        time.sleep(0.2)
+        del block
+        time.sleep(0.05)
+    assert 56 * 2**20 < size.peak - size.baseline < 200 * 2**20
+
+
+def test_step_time_leaves_the_first_step_out():
+    def median(*seconds):
+        return Training(None, (), seconds, 0.0, None).seconds_per_step
+
+    assert median(9.0, 1.0, 2.0, 3.0) == 2.0
+    assert median(9.0) == 9.0
+
+
+@pytest.mark.parametrize(
+    ("spec", "expected", "label"),
+    [
+        ("column", Strategy("column"), "column"),
+        ("stream:16", Strategy("stream", 16), "stream"),
+        ("overl@pool3", Strategy("overl", None, ("pool3",)), "OverL-H"),
+        ("2ps:8,4,2@pool2,pool4", Strategy("2ps", (8, 4, 2), ("pool2", "pool4")), "2PS-H"),
+    ],
+)
+def test_strategy_is_read_from_its_spec(spec, expected, label):
+    assert Strategy.parse(spec) == expected
+    assert expected.label == label
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ("rows", "strategy: got 'rows'; use one of column, stream, 2ps, overl"),
+        ("stream:many", "num_blocks: got 'many'"),
+        ("2ps:8,4", "got 2 numbers for 1 segments"),
+        ("column:4", "column runs whole maps"),
+    ],
+)
+def test_bad_strategy_says_what_to_do(spec, message):
+    with pytest.raises(ValueError, match=message):
+        Strategy.parse(spec)
+
+
+def test_number_of_blocks_is_one_or_one_per_segment():
+    assert parse_num_blocks("8") == 8
+    assert parse_num_blocks("8,4") == (8, 4)
+
+
+def test_no_steps_is_refused():
+    with pytest.raises(ValueError, match="steps: got 0"):
+        run(steps=0)
