@@ -79,6 +79,9 @@ def train(
         str | None, typer.Option(help="Cut into segments at these values, such as pool2,pool4.")
     ] = None,
     batch: Annotated[int, typer.Option(help="Images per step.")] = 2,
+    balanced: Annotated[
+        bool, typer.Option("--balanced", help="Let the classes take turns within a batch.")
+    ] = False,
     steps: Annotated[int, typer.Option(help="Training steps.")] = 20,
     optimizer: Annotated[str, typer.Option(help="sgd (momentum 0.9) or adam.")] = "sgd",
     lr: Annotated[float, typer.Option(help="Learning rate.")] = 1e-3,
@@ -122,7 +125,13 @@ def train(
                 )
 
             result = training.train(
-                compiled, source, batch_size=batch, steps=steps, seed=seed, on_step=on_step
+                compiled,
+                source,
+                batch_size=batch,
+                steps=steps,
+                seed=seed,
+                balanced=balanced,
+                on_step=on_step,
             )
     except training.DivergedError as error:
         _stop(error, FAILED)
@@ -255,6 +264,7 @@ def _digit_classes(text: str) -> list[int]:
 
 
 def _network(model: str, num_classes: int, width: float, head: str, dtype: str) -> Any:
+    import jax
     import jax.numpy as jnp
 
     from lrjax.models import VGG16
@@ -266,7 +276,15 @@ def _network(model: str, num_classes: int, width: float, head: str, dtype: str) 
     dtypes = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
     if dtype not in dtypes:
         raise ValueError(f"dtype: got {dtype!r}; use {' or '.join(dtypes)}")
-    return VGG16(num_classes=num_classes, width=width, head=head, dtype=dtypes[dtype])  # type: ignore[arg-type]
+    # Without normalisation layers VGG-16 is ill-conditioned: from random logits its first steps
+    # overshoot, and rounding is amplified a thousandfold. From equal logits training is smooth.
+    return VGG16(
+        num_classes=num_classes,
+        width=width,
+        head=head,  # type: ignore[arg-type]  # checked above
+        classifier_init=jax.nn.initializers.zeros,
+        dtype=dtypes[dtype],
+    )
 
 
 def _optimizer(name: str, learning_rate: float) -> Any:

@@ -35,6 +35,7 @@ class ImageSource(Protocol):
     Attributes:
       image_shape: `(height, width, channels)` of every image.
       class_names: name of each label.
+      labels: label of each image, int32 `[len(source)]`.
     """
 
     @property
@@ -43,23 +44,44 @@ class ImageSource(Protocol):
     @property
     def class_names(self) -> tuple[str, ...]: ...
 
+    @property
+    def labels(self) -> np.ndarray: ...
+
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int) -> Example: ...
 
 
-def batches(source: ImageSource, batch_size: int, *, seed: int) -> Iterator[Example]:
+def batches(
+    source: ImageSource, batch_size: int, *, seed: int, balanced: bool = False
+) -> Iterator[Example]:
     """Endless shuffled batches: every image once per epoch, a new order each epoch.
 
-    The order is a function of `seed` and the length of the source; a batch may span two epochs, so
-    that every batch is full. Images are read by one thread, two batches ahead.
+    The order is a function of `seed` and the source's labels; a batch may span two epochs, so that
+    every batch is full. Images are read by one thread, two batches ahead.
+
+    Args:
+      source: the images.
+      batch_size: images per batch.
+      seed: of the order.
+      balanced: the classes take turns, each with epochs of its own, so that images of a rare class
+        come more often. A small batch of one class only pushes the bias to and fro; this avoids it.
 
     Returns:
       An iterator of `{"image": uint8 [batch_size, H, W, 3], "label": int32 [batch_size]}`.
     """
     if batch_size < 1:
         raise ValueError(f"batch_size: got {batch_size}; use 1 or more")
-    dataset = grain.MapDataset.source(source).seed(seed).shuffle().repeat()
+    classes = np.unique(source.labels) if balanced else [None]
+    groups = [
+        np.arange(len(source)) if label is None else np.flatnonzero(source.labels == label)
+        for label in classes
+    ]
+    shuffled = [
+        grain.MapDataset.source(indices).seed(seed + group).shuffle().repeat()
+        for group, indices in enumerate(groups)
+    ]
+    dataset = grain.MapDataset.mix(shuffled).map(lambda index: source[int(index)])
     reading = grain.ReadOptions(num_threads=1, prefetch_buffer_size=2 * batch_size)
     return iter(dataset.to_iter_dataset(read_options=reading).batch(batch_size))
 
@@ -125,7 +147,7 @@ class ImageFolder:
         self._fit = fit
         files, self.skipped = _readable_files(self.directory, self.class_names)
         self._paths = [file.path for file in files]
-        self._labels = [file.label for file in files]
+        self.labels = np.array([file.label for file in files], np.int32)
         height, width = image_size or _shared_size(files)
         self.image_shape: tuple[int, int, int] = (*_checked_size((height, width)), CHANNELS)
 
@@ -146,7 +168,7 @@ class ImageFolder:
                 continue
             image = _fitted(pixels, self.image_shape[:2], self._fit)
             return Example(
-                image=np.asarray(image), label=np.asarray(self._labels[position], np.int32)
+                image=np.asarray(image), label=self.labels[position : position + 1].reshape(())
             )
         raise UnreadableImageError(f"no image in {self.directory} is readable any more")
 
@@ -337,15 +359,15 @@ class ScatteredDigits:
         self.image_shape: tuple[int, int, int] = (height, width, CHANNELS)
         self.class_names: tuple[str, ...] = tuple(str(digit) for digit in classes)
         self._digits = [digits[digit] for digit in classes]
-        self._num_images = num_images
+        self.labels = np.arange(num_images, dtype=np.int32) % len(classes)
         self._seed = seed
         self._count = count
 
     def __len__(self) -> int:
-        return self._num_images
+        return len(self.labels)
 
     def __getitem__(self, index: int) -> Example:
-        label = index % len(self._digits)
+        label = self.labels[index]
         random = np.random.default_rng([self._seed, index])
         chosen = random.permutation(self._digits[label])[: self._count]
         height, width, _ = self.image_shape

@@ -248,6 +248,7 @@ def train(
     batch_size: int,
     steps: int,
     seed: int,
+    balanced: bool = False,
     on_step: Callable[[int, float, float], None] = lambda step, loss, seconds: None,
 ) -> Training:
     """Trains for `steps` steps on shuffled batches of `source`.
@@ -258,6 +259,7 @@ def train(
       batch_size: images per step.
       steps: how many, at least one.
       seed: of the order of the images.
+      balanced: the classes take turns; see `lrjax.data.batches`.
       on_step: called after each step with its number (from 1), loss and seconds.
 
     Raises:
@@ -268,7 +270,7 @@ def train(
     params, state = compiled.params, compiled.optimizer_state
     losses: list[float] = []
     seconds: list[float] = []
-    stream = batches(source, batch_size, seed=seed)
+    stream = batches(source, batch_size, seed=seed, balanced=balanced)
     with measured_rss() as rss:
         for number, batch in zip(range(1, steps + 1), stream, strict=False):
             key = jax.random.fold_in(compiled.dropout_key, number)

@@ -273,6 +273,16 @@ def test_images_keep_their_labels_in_batches(folder):
         np.testing.assert_array_equal(batch["label"], batch["image"][:, 0, 0, 0] // 10)
 
 
+def test_balanced_batches_let_the_classes_take_turns(folder):
+    (folder / "ant" / "1.png").unlink()
+    (folder / "ant" / "2.png").unlink()
+    stream = batches(ImageFolder(folder), 2, seed=0, balanced=True)
+    drawn_reds = [sorted(next(stream)["image"][:, 0, 0, 0].tolist()) for _ in range(6)]
+    assert [first for first, _ in drawn_reds] == [0] * 6
+    seconds = [second for _, second in drawn_reds]
+    assert sorted(seconds[:3]) == sorted(seconds[3:]) == [10, 11, 12]
+
+
 def test_empty_batch_is_refused(folder):
     with pytest.raises(ValueError, match="batch_size: got 0"):
         batches(ImageFolder(folder), 0, seed=0)

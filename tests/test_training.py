@@ -28,6 +28,7 @@ class BrightOrDark:
 
     image_shape = (64, 32, 3)
     class_names = ("dark", "bright")
+    labels = np.arange(8, dtype=np.int32) % 2
 
     def __len__(self):
         return 8

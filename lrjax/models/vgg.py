@@ -19,6 +19,7 @@ STAGES = ((2, 64), (2, 128), (3, 256), (3, 512), (3, 512))
 POOL_NAMES = tuple(f"pool{stage}" for stage in range(1, len(STAGES) + 1))
 DENSE_WIDTH = 4096
 DROPOUT_RATE = 0.5
+HE = nn.initializers.he_normal()
 TOTAL_STRIDE = 2 ** len(STAGES)
 
 
@@ -58,7 +59,7 @@ class VGGFeatures(nn.Module):
                     padding=1,
                     dtype=self.dtype,
                     param_dtype=self.param_dtype,
-                    kernel_init=nn.initializers.he_normal(),
+                    kernel_init=HE,
                     name=f"conv{stage}_{layer}",
                 )(x)
                 x = nn.relu(x)
@@ -85,6 +86,8 @@ class VGG16(nn.Module):
         tied to the image size. `"gap"`: global average pool and one dense layer, for images of any
         size. `None`: no classifier, the result is the feature map of `VGGFeatures`.
       dropout_rate: of the dense head.
+      classifier_init: initialiser of the last dense layer's weights. Zeros start training at equal
+        logits, and give the convolutions no gradient until the first update.
       dtype: of the computation. Logits are float32 at least.
       param_dtype: of the parameters.
     """
@@ -93,6 +96,7 @@ class VGG16(nn.Module):
     width: float = 1.0
     head: Head | None = "dense"
     dropout_rate: float = DROPOUT_RATE
+    classifier_init: nn.initializers.Initializer = HE
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
 
@@ -109,10 +113,10 @@ class VGG16(nn.Module):
             hidden = scaled(DENSE_WIDTH, self.width)
             self.fc6 = self._dense(hidden)
             self.fc7 = self._dense(hidden)
-            self.fc8 = self._dense(self.num_classes)
+            self.fc8 = self._dense(self.num_classes, self.classifier_init)
             self.dropout = nn.Dropout(self.dropout_rate)
         elif self.head == "gap":
-            self.classifier = self._dense(self.num_classes)
+            self.classifier = self._dense(self.num_classes, self.classifier_init)
 
     def __call__(self, images: jax.Array, *, train: bool = False) -> jax.Array:
         x = self.features(images)
@@ -125,12 +129,12 @@ class VGG16(nn.Module):
             return _at_least_float32(self.classifier(x.mean(axis=(1, 2))))
         return x
 
-    def _dense(self, features: int) -> nn.Dense:
+    def _dense(self, features: int, kernel_init: nn.initializers.Initializer = HE) -> nn.Dense:
         return nn.Dense(
             features,
             dtype=self.dtype,
             param_dtype=self.param_dtype,
-            kernel_init=nn.initializers.he_normal(),
+            kernel_init=kernel_init,
         )
 
 
