@@ -1,0 +1,258 @@
+"""The checker: does ``fun`` give the same values and gradients by rows as it does whole?
+
+Every rule, strategy and model goes through :func:`assert_same_as_column`, here and in code that
+uses lrjax. What is compared is exact arithmetic in another order, so the bounds are those of
+rounding: 1e-11 in float64, 1e-5 in float32, and in half precision as far from the truth as column is.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lrjax.transform import rowwise
+
+TOLERANCES = {"float64": 1e-11, "complex128": 1e-11, "float32": 1e-5, "complex64": 1e-5}
+HALF_PRECISION = ("bfloat16", "float16")
+
+# A check runs a small program once; without LLVM's optimisations it compiles in half the time.
+_QUICK_COMPILE = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+
+
+@dataclasses.dataclass(frozen=True)
+class Results:
+    """What a function gives: its outputs, and the gradients of their random contraction.
+
+    Attributes:
+      outputs: the function's result.
+      gradients: path of an argument's array -> gradient of ``sum(output * cotangent)``.
+    """
+
+    outputs: Any
+    gradients: dict[str, Any]
+
+
+def results(
+    fun: Callable[..., Any],
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    argnums: Sequence[int] | None = None,
+    seed: int = 0,
+) -> Results:
+    """Outputs and gradients of a function, from one compiled program.
+
+    Args:
+      fun: the function.
+      args: its positional arguments.
+      kwargs: its keyword arguments.
+      argnums: arguments to differentiate; all by default. Integer arrays are left out.
+      seed: of the cotangents that the outputs are contracted with.
+    """
+    kwargs = dict(kwargs or {})
+    paths, leaves = zip(*jax.tree_util.tree_leaves_with_path(tuple(args)), strict=True)
+    tree = jax.tree.structure(tuple(args))
+    wrt = [
+        i
+        for i, (path, leaf) in enumerate(zip(paths, leaves, strict=True))
+        if (argnums is None or path[0].idx in argnums)
+        and jnp.issubdtype(jnp.result_type(leaf), jnp.inexact)
+    ]
+    struct = jax.eval_shape(lambda *xs: fun(*xs, **kwargs), *args)
+    cotangents = _cotangents(struct, seed)
+
+    on_cpu = jax.default_backend() == "cpu"
+
+    @functools.partial(jax.jit, compiler_options=_QUICK_COMPILE if on_cpu else None)
+    def outputs_and_gradients(arrays: list[Any], cotangents: Any) -> Any:
+        def function(*moving: Any) -> Any:
+            full = list(arrays)
+            for i, value in zip(wrt, moving, strict=True):
+                full[i] = value
+            return fun(*jax.tree.unflatten(tree, full), **kwargs)
+
+        outputs, pull = jax.vjp(function, *(arrays[i] for i in wrt))
+        return outputs, pull(_with_integer_cotangents(cotangents, outputs))
+
+    outputs, gradients = outputs_and_gradients(list(leaves), cotangents)
+    names = [f"args{jax.tree_util.keystr(paths[i])}" for i in wrt]
+    return Results(outputs, dict(zip(names, gradients, strict=True)))
+
+
+def assert_same_as_column(
+    fun: Callable[..., Any],
+    args: Sequence[Any],
+    in_axes: Any,
+    *,
+    num_blocks: int | Sequence[int] | None,
+    strategy: str | Sequence[str] = "stream",
+    cuts: Sequence[str] | int = (),
+    kwargs: Mapping[str, Any] | None = None,
+    argnums: Sequence[int] | None = None,
+    tolerance: float | None = None,
+    seed: int = 0,
+    expected: Results | None = None,
+) -> Results:
+    """Assert that ``lrjax.rowwise(fun, ...)`` gives ``fun``'s outputs and gradients.
+
+    Outputs are contracted with fixed random cotangents and differentiated with respect to every
+    floating-point array among the arguments. Shapes and dtypes must be equal, values within a tolerance
+    of their dtype, relative to the largest magnitude of the same array of ``fun``'s. Outputs in
+    half precision, or in float32 but computed from half precision, may be off by twice what
+    column is off from the same function of float32 arguments.
+
+    Args:
+      fun: the function.
+      args: its positional arguments.
+      in_axes, num_blocks, strategy, cuts: as for :func:`lrjax.rowwise`.
+      kwargs: keyword arguments of ``fun``.
+      argnums: arguments to differentiate, all by default.
+      tolerance: instead of the dtype's.
+      seed: of the cotangents.
+      expected: what an earlier check of the same function with the same seed returned; saves
+        running column again.
+
+    Returns:
+      Column's results.
+
+    Raises:
+      AssertionError: naming every array that differs, by how much and where.
+    """
+    expected = expected or results(fun, args, kwargs, argnums=argnums, seed=seed)
+    row_fun = rowwise(fun, in_axes=in_axes, num_blocks=num_blocks, strategy=strategy, cuts=cuts)
+    found = results(row_fun, args, kwargs, argnums=argnums, seed=seed)
+    truth = None
+    if tolerance is None and _in_half_precision(args):
+        truth = results(fun, _widened(args), kwargs, argnums=argnums, seed=seed)
+    check(found, expected, truth=truth, tolerance=tolerance)
+    return expected
+
+
+def check(
+    found: Results,
+    expected: Results,
+    *,
+    truth: Results | None = None,
+    tolerance: float | None = None,
+) -> None:
+    """Compare results; ``truth`` is what half precision is measured against.
+
+    Raises:
+      AssertionError: naming every array that differs, by how much and where; also where nothing
+        could have differed, because all gradients are zero.
+    """
+    assert jax.tree.structure(found.outputs) == jax.tree.structure(expected.outputs)
+    pairs = {
+        f"output{jax.tree_util.keystr(path)}": leaf
+        for path, leaf in jax.tree_util.tree_leaves_with_path(expected.outputs)
+    }
+    names = [*pairs, *(f"gradient of {name}" for name in expected.gradients)]
+    lists = [
+        [*jax.tree.leaves(r.outputs), *r.gradients.values()]
+        if r is not None
+        else [None] * len(names)
+        for r in (found, expected, truth)
+    ]
+    complaints = [
+        complaint
+        for name, *leaves in zip(names, *lists, strict=True)
+        if (complaint := _difference(name, *leaves, tolerance)) is not None
+    ]
+    assert not complaints, "row by row is not column:\n  " + "\n  ".join(complaints)
+    if expected.gradients:
+        moving = any(np.any(_wide(g) != 0) for g in expected.gradients.values())
+        assert moving, "every gradient is zero, so the comparison says nothing"
+
+
+def max_error(value: Any, reference: Any) -> float:
+    """The largest difference of two arrays, relative to the reference's largest magnitude."""
+    value, reference = _wide(value), _wide(reference)
+    scale = float(np.max(np.abs(reference), initial=0.0)) or 1.0
+    return float(np.max(np.abs(value - reference), initial=0.0)) / scale
+
+
+def norm_error(value: Any, reference: Any) -> float:
+    """The Euclidean distance of two arrays, relative to the reference's norm."""
+    value, reference = _wide(value).ravel(), _wide(reference).ravel()
+    return float(np.linalg.norm(value - reference)) / (float(np.linalg.norm(reference)) or 1.0)
+
+
+def _difference(
+    name: str, found: Any, expected: Any, truth: Any, tolerance: float | None
+) -> str | None:
+    if np.shape(found) != np.shape(expected):
+        return f"{name}: shape {np.shape(found)}, column's is {np.shape(expected)}"
+    dtype = jnp.result_type(expected)
+    if jnp.result_type(found) != dtype:
+        return f"{name}: dtype {jnp.result_type(found)}, column's is {dtype}"
+    if not jnp.issubdtype(dtype, jnp.inexact):
+        wrong = int(np.sum(np.asarray(found) != np.asarray(expected)))
+        return f"{name}: {wrong} of {np.size(expected)} elements differ" if wrong else None
+    if not np.all(np.isfinite(_wide(expected))):
+        return f"{name}: column's has values that are not finite"
+    if not np.all(np.isfinite(_wide(found))):
+        return f"{name}: has values that are not finite, column's has none"
+    if truth is not None:
+        epsilon = 2.0 * max(float(jnp.finfo(t).eps) for t in (jnp.bfloat16, dtype))
+        own, columns_own = norm_error(found, truth), norm_error(expected, truth)
+        if own <= 2.0 * columns_own + epsilon:
+            return None
+        return f"{name}: error {own:.2e} against column's own {columns_own:.2e}"
+    allowed = TOLERANCES[dtype.name] if tolerance is None else tolerance
+    error = max_error(found, expected)
+    if error <= allowed:
+        return None
+    off = np.abs(_wide(found) - _wide(expected)) > allowed * np.max(np.abs(_wide(expected)))
+    first = tuple(int(i) for i in np.argwhere(off)[0]) if np.any(off) else ()
+    return (
+        f"{name}: relative error {error:.2e} (allowed {allowed:.0e}) in {int(np.sum(off))} of "
+        f"{off.size} elements of shape {off.shape}, the first at {first}"
+    )
+
+
+def _cotangents(struct: Any, seed: int) -> Any:
+    generator = np.random.default_rng(seed)
+
+    def cotangent(out: Any) -> Any:
+        if not jnp.issubdtype(out.dtype, jnp.inexact):
+            return None
+        values = generator.standard_normal(out.shape)
+        if jnp.issubdtype(out.dtype, jnp.complexfloating):
+            values = values + 1j * generator.standard_normal(out.shape)
+        return jnp.asarray(values, out.dtype)
+
+    return [cotangent(out) for out in jax.tree.leaves(struct)]
+
+
+def _with_integer_cotangents(cotangents: Sequence[Any], outputs: Any) -> Any:
+    leaves, tree = jax.tree.flatten(outputs)
+    return tree.unflatten(
+        np.zeros(np.shape(out), jax.dtypes.float0)
+        if ct is None
+        else ct.astype(jnp.result_type(out))
+        for ct, out in zip(cotangents, leaves, strict=True)
+    )
+
+
+def _in_half_precision(args: Any) -> bool:
+    return any(jnp.result_type(x).name in HALF_PRECISION for x in jax.tree.leaves(args))
+
+
+def _widened(args: Any) -> Any:
+    def widen(leaf: Any) -> Any:
+        is_half = jnp.result_type(leaf).name in HALF_PRECISION
+        return jnp.asarray(leaf, jnp.float32) if is_half else leaf
+
+    return jax.tree.map(widen, args)
+
+
+def _wide(array: Any) -> np.ndarray:
+    if jnp.issubdtype(jnp.result_type(array), jnp.complexfloating):
+        return np.asarray(array, np.complex128)
+    return np.asarray(array, np.float64)
