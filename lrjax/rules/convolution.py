@@ -120,9 +120,7 @@ def _rows_in_batch(equation: Equation) -> RowOp:
     )
 
 
-def _bind(
-    equation: Equation, lhs: Array, rhs: Array, dim: int, padding: tuple[int, int]
-) -> Array:
+def _bind(equation: Equation, lhs: Array, rhs: Array, dim: int, padding: tuple[int, int]) -> Array:
     paddings = list(equation.params["padding"])
     paddings[dim] = padding
     params = {**equation.params, "padding": tuple(paddings)}

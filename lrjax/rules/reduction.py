@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -31,7 +32,7 @@ _COMBINE = {
 }
 
 
-def identity_of(reduction: str, dtype: object) -> object:
+def identity_of(reduction: str, dtype: Any) -> Any:
     """What rows outside the image must hold so that a reduction does not see them."""
     return {
         "sum": 0,
@@ -118,6 +119,7 @@ def dot_general(equation: Equation) -> RowOp:
     if lhs.row_axis is not None:
         free = _free_axes(lhs, lhs_contract, lhs_batch)
         return op((lhs.row_axis, None), batch + free.index(lhs.row_axis))
+    assert rhs.row_axis is not None
     free = _free_axes(rhs, rhs_contract, rhs_batch)
     lhs_free = len(lhs.shape) - len(lhs_contract) - batch
     return op((None, rhs.row_axis), batch + lhs_free + free.index(rhs.row_axis))

@@ -167,6 +167,7 @@ def pad(equation: Equation) -> RowOp:
     if touches_rows and value.literal is None:
         raise NotRowLocal("rows are padded with a value that is not a constant")
     row_map = RowMap(pad=low, base=interior + 1)
+    filling = np.asarray(value.literal).item() if touches_rows else None
 
     def evaluate(windows: Sequence[Array], rows: Rows) -> Sequence[Array]:
         window, filler = windows
@@ -181,7 +182,7 @@ def pad(equation: Equation) -> RowOp:
         )
 
     return RowOp(
-        reads=(RowRead(row_map, axis, fill=value.literal if touches_rows else None), None),
+        reads=(RowRead(row_map, axis, fill=filling), None),
         out_axes=(axis,),
         height=equation.outputs[0].shape[axis],
         evaluate=evaluate,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
@@ -68,8 +69,10 @@ def select_and_scatter_add(equation: Equation) -> RowOp:
         scattered = equation.bind(
             source_rows, operand_rows, padding=_replaced(params["padding"], axis, (0, 0))
         )[0]
-        start = -operand_map.first(0)
-        return [lax.slice_in_dim(scattered, start, start + rows.count, axis=axis)]
+        # Cropped to the block; rows that windows skip (stride above size) are added at its edges.
+        low, high = operand_map.first(0), rows.count - operand_map.end(rows.count)
+        edges = [(low, high, 0) if a == axis else (0, 0, 0) for a in range(scattered.ndim)]
+        return [lax.pad(scattered, jnp.zeros((), scattered.dtype), edges)]
 
     height = operand.shape[axis]
     fill = lowest(operand.dtype) if chooses_max else highest(operand.dtype)
