@@ -2,7 +2,8 @@
 
 Every rule, strategy and model goes through :func:`assert_same_as_column`, here and in code that
 uses lrjax. What is compared is exact arithmetic in another order, so the bounds are those of
-rounding: 1e-11 in float64, 1e-5 in float32, and in half precision as far from the truth as column is.
+rounding: 1e-11 in float64, 1e-5 in float32, and in half precision twice column's own distance from
+the truth.
 """
 
 from __future__ import annotations
@@ -102,10 +103,10 @@ def assert_same_as_column(
     """Assert that ``lrjax.rowwise(fun, ...)`` gives ``fun``'s outputs and gradients.
 
     Outputs are contracted with fixed random cotangents and differentiated with respect to every
-    floating-point array among the arguments. Shapes and dtypes must be equal, values within a tolerance
-    of their dtype, relative to the largest magnitude of the same array of ``fun``'s. Outputs in
-    half precision, or in float32 but computed from half precision, may be off by twice what
-    column is off from the same function of float32 arguments.
+    floating-point array among the arguments. Shapes and dtypes must be equal, values within a
+    tolerance of their dtype, relative to the largest magnitude of the same array of ``fun``'s.
+    Where arguments are in half precision, everything may be twice as far as column is from what
+    ``fun`` gives for the same arguments in float32.
 
     Args:
       fun: the function.

@@ -272,7 +272,7 @@ def dense(net: Network) -> Layer:
 
 
 def u_shape(net: Network) -> Layer:
-    """Down by a strided convolution or pooling, up by a dilated one, joined with what was skipped."""
+    """Down by a strided convolution or pooling, up by a dilated one, joined with the skipped map."""
     factor = net.random.choice([2, 2, 3])
     up_kernel = net.random.choice([factor, factor + 1])
     down = net.parameter(3, 1, net.channels, 2)

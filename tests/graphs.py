@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -12,25 +11,18 @@ import jax.numpy as jnp
 import pytest
 
 import lrjax
-from lrjax.autodiff import _two_passes
+from lrjax.autodiff import stream_programs
 from lrjax.graph import RowGraph
 from lrjax.tracing import trace
 
 
-@dataclasses.dataclass(frozen=True)
-class Graphs:
-    """The row graphs of the two passes of stream."""
-
-    forward: RowGraph
-    backward: RowGraph
-
-
-def graphs_of(fun: Any, args: Sequence[Any], in_axes: Any) -> Graphs:
+def graphs_of(fun: Any, args: Sequence[Any], in_axes: Any) -> list[RowGraph]:
+    """Forward and backward of stream; a single graph where both are one pass."""
     traced = trace(fun, in_axes, tuple(args), {})
     structs = [traced.program.avals[v] for v in traced.program.inputs]
     wrt = [i for i, s in enumerate(structs) if jnp.issubdtype(s.dtype, jnp.inexact)]
-    passes = _two_passes(traced.program, structs, traced.axes, 1, wrt)
-    return Graphs(passes.forward.graph, passes.backward.graph)
+    programs = stream_programs(traced.program, traced.axes, 1, wrt)
+    return [p.graph for p in (programs.forward, programs.backward) if p is not None]
 
 
 def fallbacks(graph: RowGraph) -> list[str]:
@@ -39,9 +31,8 @@ def fallbacks(graph: RowGraph) -> list[str]:
 
 
 def assert_row_local(fun: Any, args: Sequence[Any], in_axes: Any) -> None:
-    """Forward and backward are one row loop each, and nothing falls back to column."""
-    graphs = graphs_of(fun, args, in_axes)
-    for graph in (graphs.forward, graphs.backward):
+    """Every pass is one row loop, and nothing falls back to column."""
+    for graph in graphs_of(fun, args, in_axes):
         assert [f"{n.equation.primitive.name}: {n.reason}" for n in graph.fallbacks] == []
         assert sum(bool(graph.stage_nodes(s)) for s in range(graph.stages)) == 1
 
