@@ -10,8 +10,7 @@ BFLOAT16_EPSILON = 2.0**-8
 
 def max_error(values: Any, reference: Any) -> float:
     """The largest difference in any leaf, relative to the largest value of that reference leaf."""
-    errors = jax.tree.map(_leaf_max_error, values, reference)
-    return max(jax.tree.leaves(errors), default=0.0)
+    return _largest(jax.tree.map(_leaf_max_error, values, reference))
 
 
 def excess_error(values: Any, columns: Any, truth: Any) -> float:
@@ -26,7 +25,12 @@ def excess_error(values: Any, columns: Any, truth: Any) -> float:
         own, columns_own = _leaf_norm_error(value, true), _leaf_norm_error(column, true)
         return own / max(columns_own, BFLOAT16_EPSILON)
 
-    return max(jax.tree.leaves(jax.tree.map(excess, values, columns, truth)), default=0.0)
+    return _largest(jax.tree.map(excess, values, columns, truth))
+
+
+def _largest(errors: Any) -> float:
+    """The largest leaf; NaN if any is NaN, which Python's ``max`` may lose."""
+    return float(np.max(jax.tree.leaves(errors), initial=0.0))
 
 
 def _leaf_max_error(value: Any, reference: Any) -> float:
