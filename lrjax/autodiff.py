@@ -306,13 +306,13 @@ def _differentiable_loop(loop: RowLoop, values: Values) -> Values:
     def call(inputs: Values) -> Values:
         return engine.run_loop(loop, inputs)
 
-    def forward(inputs: Values) -> Any:
+    def forward(inputs: dict[int, Any]) -> Any:
         perturbed = frozenset(v for v in names if inputs[v].perturbed)
         plain = {v: inputs[v].value for v in names}
         outputs, lines = _run_and_save_lines(loop, plain)
         return outputs, _Residuals((plain, lines), perturbed)
 
-    def backward(residuals: _Residuals, cotangents: Values) -> tuple[Values]:
+    def backward(residuals: _Residuals, cotangents: Values) -> tuple[dict[int, Any]]:
         inputs, lines = residuals.arrays
         instantiated = {v: _instantiated(ct) for v, ct in cotangents.items()}
         bars = _reverse_loop(loop, inputs, lines, instantiated, residuals.static)

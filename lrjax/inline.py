@@ -111,6 +111,10 @@ def flatten(
     return without_dead_equations(program)
 
 
+def _dtype(aval: Any) -> Any:
+    return aval.dtype
+
+
 class _Flattener:
     def __init__(self, calls: dict[str, str]):
         self.calls = calls
@@ -134,17 +138,16 @@ class _Flattener:
         )
 
         def atom(v: Any) -> Atom:
-            return Literal(v.val, v.aval.dtype) if isinstance(v, JaxLiteral) else known[v]
+            return Literal(v.val, _dtype(v.aval)) if isinstance(v, JaxLiteral) else known[v]
 
         for eqn in jaxpr.eqns:
             inputs = tuple(atom(v) for v in eqn.invars)
             body = self.calls.get(eqn.primitive.name)
             if body is None:
-                outputs: Sequence[Atom] = [self.fresh(v.aval) for v in eqn.outvars]
+                made = tuple(self.fresh(v.aval) for v in eqn.outvars)
+                outputs: Sequence[Atom] = made
                 self.equations.append(
-                    FlatEquation(
-                        eqn.primitive, eqn.params, inputs, tuple(outputs), bool(eqn.effects)
-                    )
+                    FlatEquation(eqn.primitive, eqn.params, inputs, made, bool(eqn.effects))
                 )
             else:
                 outputs = self.call(eqn.params[body], inputs)

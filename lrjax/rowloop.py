@@ -80,11 +80,6 @@ class RowLoop:
         return self.schedule.steps
 
     @functools.cached_property
-    def reductions(self) -> tuple[int, ...]:
-        """Values of this stage that are whole after it by accumulation."""
-        return tuple(v for n in self.nodes if n.is_reduction for v in n.equation.outputs)
-
-    @functools.cached_property
     def sources(self) -> tuple[Source, ...]:
         """Every read by rows, in the order of the schedule's reads."""
         return tuple(s for i in range(len(self.nodes)) for s in self.sources_of(i))

@@ -13,7 +13,7 @@ import math
 from collections.abc import Sequence
 from fractions import Fraction
 
-from lrjax.geometry import AnyMap, ceil_div, round_up
+from lrjax.geometry import AnyMap, ceil_div, round_down, round_up
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,14 +104,6 @@ class Schedule:
         track, row_map = self.tracks[task], self.tasks[task].reads[read].row_map
         return row_map.first(track.start(step)), row_map.end(track.stop(step))
 
-    def waste(self) -> float:
-        """Rows computed over rows of the image, less one, averaged over the tasks."""
-        ratios = [
-            self.steps * track.rows / max(task.height, 1)
-            for task, track in zip(self.tasks, self.tracks, strict=True)
-        ]
-        return sum(ratios) / len(ratios) - 1 if ratios else 0.0
-
 
 def shared_schedule(tasks: Sequence[Task]) -> Schedule:
     """Every row is computed once, as late as its consumers allow (stream and 2PS).
@@ -141,7 +133,11 @@ def overlap_schedule(tasks: Sequence[Task]) -> Schedule:
     for i, task in enumerate(tasks):
         if not task.is_sink:
             frontiers[i] = [floor] * (step + 2)
-    return _with_tracks(tasks, _raised_to_demand(tasks, frontiers))
+    frontiers = _raised_to_demand(tasks, frontiers)
+    for i in sinks:
+        # Rows that a later window reads ahead of would otherwise belong to no step.
+        frontiers[i][0] = min(frontiers[i][0], 0)
+    return _with_tracks(tasks, frontiers)
 
 
 def _eager_frontiers(tasks: Sequence[Task]) -> list[list[int]]:
@@ -154,7 +150,7 @@ def _eager_frontiers(tasks: Sequence[Task]) -> list[list[int]]:
             for read in task.reads:
                 if read.task is not None:
                     reach = min(reach, read.row_map.frontier(frontiers[read.task][-1]))
-            frontiers[i].append(reach // task.quantum * task.quantum)
+            frontiers[i].append(round_down(reach, task.quantum))
         if step >= 0 and all(
             frontiers[i][-1] >= task.height for i, task in enumerate(tasks) if task.is_sink
         ):

@@ -36,9 +36,7 @@ def split(
       ValueError: for a name that the program does not have, or too many segments.
     """
     row_axis = build(program, axes).row_axis if cuts else {}
-    row_axis.update(
-        {v: a for v, a in zip(program.inputs, axes, strict=True) if a is not None}
-    )
+    row_axis.update({v: a for v, a in zip(program.inputs, axes, strict=True) if a is not None})
     depends = _depends_on_rows(program, row_axis)
     if isinstance(cuts, int):
         part = _parts_by_width(program, depends, cuts)
@@ -60,9 +58,7 @@ def _is_tag(equation: FlatEquation, names: Sequence[str]) -> bool:
     return equation.primitive.name == "name" and equation.params["name"] in names
 
 
-def _parts_by_name(
-    program: FlatProgram, depends: set[int], names: Sequence[str]
-) -> dict[int, int]:
+def _parts_by_name(program: FlatProgram, depends: set[int], names: Sequence[str]) -> dict[int, int]:
     """Segment of every equation (by its first output) that depends on rows."""
     found = [e.params["name"] for e in program.equations if e.primitive.name == "name"]
     for name in names:

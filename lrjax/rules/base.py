@@ -150,10 +150,6 @@ def row_op(equation: Equation) -> RowOp:
     return _REGISTRY[name](equation)
 
 
-def has_rule(primitive_name: str) -> bool:
-    return primitive_name in _REGISTRY
-
-
 def removed_axes(axis: int, removed: Sequence[int]) -> int:
     """Where ``axis`` lands after other axes were removed."""
     return axis - sum(1 for other in removed if other < axis)
