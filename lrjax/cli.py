@@ -1,6 +1,7 @@
 """The `lrjax` command: train a network under a strategy, and compare strategies."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -181,7 +182,7 @@ def compare_strategies(
 
     runs: list[Any] = []
     for spec, parsed in zip(strategy, chosen, strict=True):
-        directory = out / spec.replace(":", "-").replace("@", "-")
+        directory = out / re.sub("[^a-z0-9]+", "-", spec)
         command = [sys.executable, "-m", "lrjax.cli", "train", *context.args]
         command += ["--out", str(directory), *_strategy_options(parsed)]
         code = subprocess.run(command, env=os.environ, stdin=subprocess.DEVNULL).returncode
@@ -201,7 +202,7 @@ def compare_strategies(
         ],
     )
     # Files and pipes count as 80 columns, too few for the table.
-    console.print(report.comparison_table(runs), width=max(console.width, 110), soft_wrap=False)
+    Console(width=max(console.width, 110)).print(report.comparison_table(runs))
     console.print(f"plot: {out / report.COMPARISON_PLOT_FILE}", soft_wrap=True, highlight=False)
     if max(differences) > tolerance:
         _stop(
