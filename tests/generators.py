@@ -145,7 +145,7 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "leaky": jax.nn.leaky_relu,
     "maximum": lambda x: jnp.maximum(x, 0),
     "clip": lambda x: jnp.clip(x, -0.7, 0.9),
-    "softmax": lambda x: jax.nn.softmax(x, axis=-1),
+    "softmax": lambda x: jax.nn.softmax(x, axis=(2, 3)),
 }
 
 
@@ -272,7 +272,7 @@ def dense(net: Network) -> Layer:
 
 
 def u_shape(net: Network) -> Layer:
-    """Down by a strided convolution or pooling, up by a dilated one, joined with the skipped map."""
+    """Down by a strided convolution or pooling, up by a dilated one, joined to the skipped map."""
     factor = net.random.choice([2, 2, 3])
     up_kernel = net.random.choice([factor, factor + 1])
     down = net.parameter(3, 1, net.channels, 2)

@@ -8,11 +8,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 import lrjax
 from lrjax.autodiff import stream_programs
 from lrjax.graph import RowGraph
+from lrjax.testing import assert_same_as_column
 from lrjax.tracing import trace
 
 
@@ -46,3 +48,46 @@ def largest_num_blocks(fun: Any, args: Sequence[Any], in_axes: Any, strategy: st
     found = re.search(r"largest allowed is (\d+)", str(error.value))
     assert found is not None
     return int(found.group(1))
+
+
+def check_rule(
+    op: Any,
+    *images: Any,
+    axes: int | tuple[int | None, ...] = 1,
+    falls_back: bool = False,
+    strategies: Sequence[str] = ("stream", "2ps", "overl"),
+    num_blocks: int = 3,
+) -> None:
+    """One operation on rows made in the loop: its graph, outputs and gradients.
+
+    Args:
+      op: the operation, of as many arrays as there are ``images``.
+      images: the arrays; floating-point ones are scaled by a parameter first, so that their
+        rows come from the row loop.
+      axes: their row axes.
+      falls_back: whether it should run column-wise (and be exact all the same).
+      strategies: those to check.
+      num_blocks: the number of blocks, at most.
+    """
+
+    def fun(scale: Any, *images: Any) -> Any:
+        scaled = (x * scale if jnp.issubdtype(x.dtype, jnp.inexact) else x for x in images)
+        return op(*scaled), (scale * images[0]).sum()
+
+    axes = axes if isinstance(axes, tuple) else (axes,) * len(images)
+    args, in_axes = (np.float64(1.25), *images), (None, *axes)
+    if falls_back:
+        assert any(fallbacks(graph) for graph in graphs_of(fun, args, in_axes))
+    else:
+        assert_row_local(fun, args, in_axes)
+    expected = None
+    for strategy in strategies:
+        most = largest_num_blocks(fun, args, in_axes, strategy)
+        expected = assert_same_as_column(
+            fun,
+            args,
+            in_axes,
+            num_blocks=min(num_blocks, most),
+            strategy=strategy,
+            expected=expected,
+        )
