@@ -63,10 +63,18 @@ class RowProgram:
         return engine.run_graph(self.graph, self.loops, inputs)
 
 
-def row_program(graph: RowGraph, order: str, num_blocks: int) -> RowProgram:
+def row_program(
+    graph: RowGraph, order: str, num_blocks: int, recomputed: frozenset[int] = frozenset()
+) -> RowProgram:
+    """A row loop per stage; halo rows of ``recomputed`` values are computed again, not kept."""
     loops = tuple(
         row_loop(
-            graph, stage, order=order, num_blocks=num_blocks, is_differentiated=order != "stream"
+            graph,
+            stage,
+            order=order,
+            num_blocks=num_blocks,
+            is_differentiated=order != "stream",
+            recomputed=recomputed,
         )
         if graph.stage_nodes(stage)
         else None

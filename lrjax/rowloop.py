@@ -257,8 +257,13 @@ def row_loop(
     order: str,
     num_blocks: int,
     is_differentiated: bool,
+    recomputed: frozenset[int] = frozenset(),
 ) -> RowLoop:
-    """Schedule one stage in one of the ``ORDERS``."""
+    """Schedule one stage in one of the ``ORDERS``.
+
+    Halo rows of the values in ``recomputed`` are computed again in every step instead of kept;
+    OverL does so for all.
+    """
     nodes = graph.stage_nodes(stage)
     producer = {
         v: i
@@ -280,7 +285,8 @@ def row_loop(
             if read is not None and isinstance(v, int)
         )
         is_sink = node.is_reduction or any(v in row_outputs for v in node.equation.outputs)
-        tasks.append(Task(reads, node.op.height, speeds[i], is_sink))
+        again = not recomputed.isdisjoint(node.equation.outputs)
+        tasks.append(Task(reads, node.op.height, speeds[i], is_sink, again))
     make = overlap_schedule if order == "overl" else shared_schedule
     return RowLoop(graph, tuple(nodes), make(tasks), row_outputs, producer, is_differentiated)
 
