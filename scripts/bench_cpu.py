@@ -47,7 +47,7 @@ TIME_LIMITS = {"2ps": 0.95, "stream": 1.05}
 MEMORY_LIMIT = 0.75
 
 # What the checker asks of small float32 cases; reported, and no part of the time and memory target.
-# At 512x512 column itself is 2.2e-4 from the float64 gradient, and the strategies 1.2e-5 from column.
+# At 512x512 column itself is 2.2e-4 from the float64 gradient; the strategies, 1.2e-5 from column.
 GRADIENT_LIMIT = 1e-5
 
 
