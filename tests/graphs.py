@@ -32,11 +32,12 @@ def fallbacks(graph: RowGraph) -> list[str]:
     return [node.equation.primitive.name for node in graph.fallbacks]
 
 
-def assert_row_local(fun: Any, args: Sequence[Any], in_axes: Any) -> None:
-    """Every pass is one row loop, and nothing falls back to column."""
+def assert_row_local(fun: Any, args: Sequence[Any], in_axes: Any, *, one_loop: bool = True) -> None:
+    """Nothing falls back to column, and every pass is one row loop."""
     for graph in graphs_of(fun, args, in_axes):
         assert [f"{n.equation.primitive.name}: {n.reason}" for n in graph.fallbacks] == []
-        assert sum(bool(graph.stage_nodes(s)) for s in range(graph.stages)) == 1
+        if one_loop:
+            assert sum(bool(graph.stage_nodes(s)) for s in range(graph.stages)) == 1
 
 
 def largest_num_blocks(fun: Any, args: Sequence[Any], in_axes: Any, strategy: str) -> int:
@@ -55,8 +56,10 @@ def check_rule(
     *images: Any,
     axes: int | tuple[int | None, ...] = 1,
     falls_back: bool = False,
+    one_loop: bool = True,
     strategies: Sequence[str] = ("stream", "2ps", "overl"),
     num_blocks: int = 3,
+    tolerance: float | None = None,
 ) -> None:
     """One operation on rows made in the loop: its graph, outputs and gradients.
 
@@ -66,8 +69,10 @@ def check_rule(
         rows come from the row loop.
       axes: their row axes.
       falls_back: whether it should run column-wise (and be exact all the same).
+      one_loop: whether there is no barrier in it.
       strategies: those to check.
       num_blocks: the number of blocks, at most.
+      tolerance: instead of the dtype's.
     """
 
     def fun(scale: Any, *images: Any) -> Any:
@@ -79,7 +84,7 @@ def check_rule(
     if falls_back:
         assert any(fallbacks(graph) for graph in graphs_of(fun, args, in_axes))
     else:
-        assert_row_local(fun, args, in_axes)
+        assert_row_local(fun, args, in_axes, one_loop=one_loop)
     expected = None
     for strategy in strategies:
         most = largest_num_blocks(fun, args, in_axes, strategy)
@@ -89,5 +94,6 @@ def check_rule(
             in_axes,
             num_blocks=min(num_blocks, most),
             strategy=strategy,
+            tolerance=tolerance,
             expected=expected,
         )

@@ -127,13 +127,28 @@ def test_three_dimensions(row_axis):
 
 
 def test_rows_in_the_batch():
+    """The weight gradient contracts rows as if they were features."""
     op, weights = convolution((3, 2, 2, 3))
     check(op, weights, normal(7, 4, 3, 2), row_axis=0)
 
 
-def test_rows_in_the_features_fall_back():
+def test_rows_in_the_features():
+    """A reduction over rows; its value is whole after the loop."""
     op, weights = convolution((3, 2, 6, 3))
-    check(op, weights, normal(1, 4, 3, 6), row_axis=3, falls_back=True)
+    check(op, weights, normal(1, 4, 3, 6), row_axis=3)
+
+
+def test_rows_in_the_filters():
+    def op(filters):
+        image = jnp.asarray(normal(2, 5, 4, 2, seed=4))
+        return lax.conv_general_dilated(image, filters, (1, 1), "SAME", dimension_numbers=NHWC)
+
+    check_rule(op, normal(3, 2, 2, 7), axes=3)
+
+
+def test_rows_in_the_batch_of_a_grouped_convolution_fall_back():
+    op, weights = convolution((3, 2, 1, 4), feature_group_count=2)
+    check_rule(op, normal(7, 4, 3, 2), weights, axes=(0, None), falls_back=True)
 
 
 @pytest.mark.parametrize("dilation", [1, 2])
@@ -199,4 +214,4 @@ def test_mixed_precision_accumulation():
     image, weights = (
         x.astype(np.float32).astype(float) for x in (normal(1, 9, 3, 2), normal(3, 3, 2, 2))
     )
-    check_rule(op, image, weights, axes=(1, None))
+    check_rule(op, image, weights, axes=(1, None), tolerance=1e-6)

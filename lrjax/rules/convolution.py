@@ -18,16 +18,12 @@ from lrjax.rules.base import Array, Equation, NotRowLocal, RowOp, RowRead, Rows,
 def convolution(equation: Equation) -> RowOp:
     lhs, rhs = equation.operands
     spec = equation.params["dimension_numbers"]
-    if lhs.row_axis is None and rhs.row_axis is None:
-        raise NotRowLocal("a convolution without rows")
     if lhs.row_axis in spec.lhs_spec[2:]:
         dim = spec.lhs_spec[2:].index(lhs.row_axis)
     elif lhs.row_axis is None and rhs.row_axis in spec.rhs_spec[2:]:
         dim = spec.rhs_spec[2:].index(rhs.row_axis)
-    elif lhs.row_axis == spec.lhs_spec[0] and rhs.row_axis is None:
-        return _rows_in_batch(equation)
     else:
-        raise NotRowLocal("rows in the features of a convolution")
+        return _rows_in_batch_or_features(equation)
     if rhs.row_axis is None:
         return _rows_in_image(equation, dim)
     if rhs.row_axis != spec.rhs_spec[2:][dim]:
@@ -102,20 +98,34 @@ def _rows_in_both(equation: Equation, dim: int) -> RowOp:
     )
 
 
-def _rows_in_batch(equation: Equation) -> RowOp:
-    """Rows are examples: every one is convolved alone."""
-    if equation.params["batch_group_count"] != 1:
-        raise NotRowLocal("rows in the batch of a grouped convolution")
-    spec = equation.params["dimension_numbers"]
+def _rows_in_batch_or_features(equation: Equation) -> RowOp:
+    """Rows are examples, filters, or (a reduction) the features that are contracted."""
+    params, spec = equation.params, equation.params["dimension_numbers"]
+    lhs, rhs = equation.operands
+    if params["batch_group_count"] != 1 or params["feature_group_count"] != 1:
+        raise NotRowLocal("rows in the batch or features of a grouped convolution")
+    (batch, features, *_), (filters, channels, *_) = spec.lhs_spec, spec.rhs_spec
+    is_reduction = lhs.row_axis in (features, None) and rhs.row_axis in (channels, None)
+    if is_reduction:
+        axes, out_axis = (features, channels), None
+    elif lhs.row_axis == batch and rhs.row_axis is None:
+        axes, out_axis = (batch, None), spec.out_spec[0]
+    elif lhs.row_axis is None and rhs.row_axis == filters:
+        axes, out_axis = (None, filters), spec.out_spec[1]
+    else:
+        raise NotRowLocal("rows of one operand meet other rows of the other")
 
     def evaluate(windows: Sequence[Array], rows: Rows) -> Sequence[Array]:
         return equation.bind(*windows)
 
+    fill = 0 if is_reduction else None
     return RowOp(
-        reads=(RowRead(IDENTITY, spec.lhs_spec[0]), None),
-        out_axes=(spec.out_spec[0],),
+        reads=tuple(None if a is None else RowRead(IDENTITY, a, fill=fill) for a in axes),
+        out_axes=(out_axis,),
         height=equation.height,
         evaluate=evaluate,
+        reduction="sum" if is_reduction else None,
+        drivers=(0, 1) if is_reduction else (),
         flops=_flops(equation) / max(equation.height, 1),
     )
 

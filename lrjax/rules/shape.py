@@ -92,9 +92,9 @@ def constant_along_rows(equation: Equation, axis: int) -> RowOp | None:
 def reshape(equation: Equation) -> RowOp:
     axis, shape = equation.row_axis, equation.operands[0].shape
     new_sizes = equation.params["new_sizes"]
-    if equation.params.get("dimensions") is not None:
-        raise NotRowLocal("a reshape that also transposes")
-    before = int(np.prod(shape[:axis]))
+    order = equation.params.get("dimensions")  # transposed like this first
+    order = tuple(range(len(shape))) if order is None else tuple(order)
+    before = int(np.prod([shape[a] for a in order[: order.index(axis)]]))
     for out_axis, size in enumerate(new_sizes):
         if size == shape[axis] and int(np.prod(new_sizes[:out_axis])) == before:
             return _row_by_row(
