@@ -140,9 +140,11 @@ def _along(axis: int, ndim: int, mask: Array) -> Array:
 
 def keep_rows(block: Array, start: Any, axis: int, low: Any, high: Any, fill: Any) -> Array:
     """Set rows of a block outside ``[low, high)`` to ``fill``; the first row is ``start``."""
-    position = start + jnp.arange(block.shape[axis])
-    kept = _along(axis, block.ndim, (position >= low) & (position < high))
-    return jnp.where(kept, block, jnp.asarray(fill, block.dtype))
+    # One unsigned comparison: a row before ``low`` wraps round to a large number.
+    inside = lax.iota(np.int32, block.shape[axis]) + jnp.asarray(start - low, np.int32)
+    kept = inside.astype(np.uint32) < jnp.asarray(high - low, np.uint32)
+    mask = lax.broadcast_in_dim(kept, block.shape, (axis,))
+    return lax.select(mask, block, lax.full_like(block, fill))
 
 
 # --- Line buffers --------------------------------------------------------------------------------
