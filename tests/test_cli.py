@@ -105,6 +105,7 @@ def test_divergence_ends_with_a_message_and_no_files(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_comparison_runs_each_strategy_and_passes_the_other_options_on(tmp_path):
     strategies = ["--strategy", "column", "--strategy", "stream:4"]
     result = invoke("compare-strategies", "--out", tmp_path, *strategies, *SMALL)

@@ -2,14 +2,15 @@
 
 import time
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.ad_checkpoint import checkpoint_name
 
-from lrjax.data import Example, ScatteredDigits
-from lrjax.models import VGG16
+from lrjax.data import Example
 from lrjax.training import (
     DivergedError,
     Strategy,
@@ -39,11 +40,25 @@ class BrightOrDark:
         return Example(image=image, label=np.asarray(label, np.int32))
 
 
-def run(strategy=None, *, source=None, learning_rate=1e-3, steps=3, seed=0, **options):
-    source = source or BrightOrDark()
-    model = VGG16(num_classes=len(source.class_names), width=1 / 16, head="gap")
+class SmallCNN(nn.Module):
+    """Two stages as VGG has them: what the loop needs of a network, and quick to compile."""
+
+    dropout_rate: float = 0.0
+
+    @nn.compact
+    def __call__(self, images, *, train=False):
+        x = images.astype(jnp.float32) / 127.5 - 1
+        for stage in (1, 2):
+            x = nn.relu(nn.Conv(4 * stage, (3, 3))(x))
+            x = checkpoint_name(nn.max_pool(x, (2, 2), (2, 2)), f"pool{stage}")
+        x = nn.Dropout(self.dropout_rate, deterministic=not train)(x.mean(axis=(1, 2)))
+        return nn.Dense(2)(x)
+
+
+def run(strategy=None, *, model=None, learning_rate=1e-2, steps=3, seed=0, **options):
+    source = BrightOrDark()
     compiled = compile_step(
-        model,
+        model or SmallCNN(),
         source,
         optax.sgd(learning_rate, momentum=0.9),
         strategy or Strategy("column"),
@@ -53,13 +68,18 @@ def run(strategy=None, *, source=None, learning_rate=1e-3, steps=3, seed=0, **op
     return train(compiled, source, batch_size=BATCH, steps=steps, seed=seed, **options)
 
 
+@pytest.fixture(scope="module")
+def column():
+    return run()
+
+
 def test_training_learns():
-    losses = run(steps=40, learning_rate=3e-3).losses
+    losses = run(steps=60, learning_rate=3e-2).losses
     assert np.mean(losses[-4:]) < 0.5 * np.mean(losses[:4])
 
 
-def test_training_repeats_itself_from_its_seed():
-    first, again, other = run(seed=1), run(seed=1), run(seed=2)
+def test_training_repeats_itself_from_its_seed(column):
+    first, again, other = column, run(), run(seed=2)
     assert first.losses == again.losses
     assert first.losses != other.losses
     assert jax.tree.all(jax.tree.map(lambda a, b: bool((a == b).all()), first.params, again.params))
@@ -67,7 +87,7 @@ def test_training_repeats_itself_from_its_seed():
 
 def test_first_loss_is_that_of_the_untrained_model():
     source = BrightOrDark()
-    model = VGG16(num_classes=2, width=1 / 16, head="gap")
+    model = SmallCNN()
     init_key, _ = jax.random.split(jax.random.key(0))
     variables = model.init(init_key, jnp.zeros((BATCH, *source.image_shape), jnp.uint8))
     by_label = [
@@ -86,26 +106,21 @@ def test_first_loss_is_that_of_the_untrained_model():
         Strategy("stream", 4),
         Strategy("2ps", 2),
         Strategy("overl", 2),
-        Strategy("2ps", 2, ("pool2",)),
+        Strategy("2ps", 2, ("pool1",)),
     ],
     ids=lambda strategy: strategy.label,
 )
-def test_every_strategy_gives_the_columns_losses(strategy):
-    np.testing.assert_allclose(run(strategy, steps=4).losses, run(steps=4).losses, rtol=1e-4)
+def test_every_strategy_gives_the_columns_losses(strategy, column):
+    np.testing.assert_allclose(run(strategy).losses, column.losses, rtol=1e-5)
 
 
-def test_dropout_of_the_dense_head_is_active_and_seeded():
-    source = ScatteredDigits((32, 32), num_images=4, classes=(0, 1))
-
+def test_dropout_is_active_and_seeded():
     def losses(seed):
-        model = VGG16(num_classes=2, width=1 / 32, head="dense")
-        compiled = compile_step(
-            model, source, optax.sgd(0.0), Strategy("column"), batch_size=4, seed=seed
-        )
-        # Every batch holds the same four images and nothing is learned: what varies is dropout.
-        return train(compiled, source, batch_size=4, steps=3, seed=seed).losses
+        # Labels take turns and nothing is learned: what varies from step to step is dropout.
+        model = SmallCNN(dropout_rate=0.5)
+        return run(model=model, learning_rate=0.0, balanced=True, seed=seed).losses
 
-    assert len({round(loss, 5) for loss in losses(0)}) == 3
+    assert len(set(losses(0))) == 3
     assert losses(0) == losses(0)
 
 
@@ -120,8 +135,8 @@ def test_progress_is_reported_every_step():
     ]
 
 
-def test_memory_holds_parameters_and_temporaries():
-    memory = run().memory
+def test_memory_holds_parameters_and_temporaries(column):
+    memory = column.memory
     assert memory.xla_peak > memory.xla_temp > 0
     # At the least the first stage's two maps of 4 channels must have been there.
     assert memory.xla_temp > 2 * 4 * BATCH * 64 * 32 * 4
@@ -129,7 +144,7 @@ def test_memory_holds_parameters_and_temporaries():
 
 def test_divergence_stops_training():
     with pytest.raises(DivergedError, match="use a smaller learning rate"):
-        run(learning_rate=1e12, steps=10)
+        run(learning_rate=1e30, steps=10)
 
 
 def test_rss_is_measured_above_the_baseline():
