@@ -63,7 +63,8 @@ def custom_call(equation: Equation) -> RowOp:
 
     reads = tuple(None if axis is None else RowRead(IDENTITY, axis) for axis in axes)
     flops = sum(node.op.flops for node in body.nodes if node.op is not None)
-    return RowOp(reads, out_axes, equation.height, evaluate, flops=flops)
+    is_tame = all(n.op is None or n.op.is_tame for g in (body, derivative) for n in g.nodes)
+    return RowOp(reads, out_axes, equation.height, evaluate, flops=flops, is_tame=is_tame)
 
 
 @jax.tree_util.register_pytree_node_class

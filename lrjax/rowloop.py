@@ -165,12 +165,26 @@ class RowLoop:
         chosen = {v: next(iter(fills)) for v, fills in wanted.items() if len(fills) == 1}
         if not self.is_differentiated:
             return chosen
-        inexact = {
-            v: 1
-            for v in self.producer
-            if jnp.issubdtype(self.graph.program.avals[v].dtype, jnp.inexact)
-        }
-        return inexact | {v: fill for v, fill in chosen.items() if np.isfinite(fill)}
+        return self.wild | {v: fill for v, fill in chosen.items() if np.isfinite(fill)}
+
+    @functools.cached_property
+    def wild(self) -> dict[int, int]:
+        """Values whose rows outside the image could turn a cotangent of zero into NaN.
+
+        They are set to 1 as they are made, which also stops cotangents there: what operations with
+        poles or overflows make and read, and windows over infinite padding.
+        """
+        found: dict[int, int] = {}
+        for i, node in enumerate(self.nodes):
+            assert node.op is not None
+            sources = self.sources_of(i)
+            fills = [s.read.fill for s in sources if self.leaves_image(s)]
+            if node.op.is_tame and all(map(np.isfinite, fills)):
+                continue
+            values = [*node.equation.outputs, *(s.value for s in sources)]
+            found.update((v, 1) for v in values if v in self.producer)
+        avals = self.graph.program.avals
+        return {v: 1 for v in found if jnp.issubdtype(avals[v].dtype, jnp.inexact)}
 
     def masked_at_read(self, source: Source) -> bool:
         """The window is masked where it is read, because the value itself holds another fill."""

@@ -116,6 +116,7 @@ class RowOp:
       reduction: "sum", "max", "min", "prod", "and" or "or": blocks are combined over steps.
       drivers: operands of a reduction whose rows are masked to those that the step owns.
       flops: operations per output row, to judge what is cheap to run again.
+      is_tame: finite rows give finite rows and finite derivatives.
     """
 
     reads: tuple[RowRead | None, ...]
@@ -125,6 +126,7 @@ class RowOp:
     reduction: str | None = None
     drivers: tuple[int, ...] = ()
     flops: float = 0.0
+    is_tame: bool = True
 
 
 Rule = Callable[[Equation], RowOp]

@@ -13,15 +13,24 @@ from lrjax.rules.base import Array, Equation, NotRowLocal, RowOp, RowRead, Rows,
 ELEMENTWISE = (
     "abs", "acos", "acosh", "add", "add_any", "and", "asin", "asinh", "atan", "atan2", "atanh",
     "bessel_i0e", "bessel_i1e", "cbrt", "ceil", "clamp", "clz", "complex", "conj",
-    "convert_element_type", "copy", "copy_p", "cos", "cosh", "digamma", "div", "eq", "eq_to",
-    "erf", "erf_inv", "erfc", "exp", "exp2", "expm1", "floor", "ge", "gt", "igamma",
-    "igamma_grad_a", "igammac", "imag", "integer_pow", "is_finite", "le", "le_to", "lgamma", "log",
-    "log1p", "logistic", "lt", "lt_to", "max", "min", "mul", "name", "ne", "neg", "nextafter",
-    "not", "optimization_barrier", "or", "polygamma", "population_count", "pow", "real",
-    "reduce_precision", "regularized_incomplete_beta", "rem", "round", "rsqrt", "select_n",
+    "convert_element_type", "copy", "copy_p", "cos", "cosh", "digamma", "div", "eq", "eq_to", "erf",
+    "erf_inv", "erfc", "exp", "exp2", "expm1", "floor", "ge", "gt", "igamma", "igamma_grad_a",
+    "igammac", "imag", "integer_pow", "is_finite", "le", "le_to", "lgamma", "log", "log1p", "log2",
+    "logistic", "lt", "lt_to", "max", "min", "mul", "mulhi", "name", "ne", "neg", "nextafter",
+    "not", "one_minus_square", "optimization_barrier", "or", "polygamma", "polynomial", "population_count",
+    "pow", "real", "reduce_precision", "regularized_incomplete_beta", "rem", "round", "rsqrt", "select_n",
     "shift_left", "shift_right_arithmetic", "shift_right_logical", "sign", "sin", "sinh", "sqrt",
     "square", "stop_gradient", "sub", "tan", "tanh", "xor", "zeta",
 )
+
+# Finite everywhere, with finite derivatives; what is left has poles or overflows.
+TAME = frozenset((
+    "abs", "add", "add_any", "and", "ceil", "clamp", "convert_element_type", "copy", "copy_p",
+    "cos", "eq", "erf", "erfc", "floor", "ge", "gt", "imag", "is_finite", "le", "logistic", "lt",
+    "max", "min", "mul", "name", "ne", "neg", "not", "optimization_barrier", "or", "real",
+    "one_minus_square", "reduce_precision", "round", "select_n", "sign", "sin", "sort", "cumsum",
+    "cummax", "cummin", "square", "stop_gradient", "sub", "tanh", "xor",
+))
 # fmt: on
 
 
@@ -48,7 +57,15 @@ def elementwise(equation: Equation) -> RowOp:
         height=height,
         evaluate=evaluate,
         flops=elements * len(equation.outputs),
+        is_tame=equation.primitive.name in TAME,
     )
+
+
+@rule("bitcast_convert_type")
+def bitcast(equation: Equation) -> RowOp:
+    if equation.outputs[0].shape != equation.operands[0].shape:
+        raise NotRowLocal("a bitcast between types of different widths")
+    return elementwise(equation)
 
 
 @rule("cumsum", "cumprod", "cummax", "cummin", "cumlogsumexp")

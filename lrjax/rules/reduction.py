@@ -62,6 +62,7 @@ def reduce(equation: Equation) -> RowOp:
         reduction=combine if over_rows else None,
         drivers=(0,) if over_rows else (),
         flops=float(np.prod(equation.operands[0].shape)) / max(equation.height, 1),
+        is_tame=combine != "prod",
     )
 
 

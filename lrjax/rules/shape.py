@@ -85,7 +85,12 @@ def constant_along_rows(equation: Equation, axis: int) -> RowOp | None:
         out_axes=(axis,),
         height=shape[axis],
         evaluate=evaluate,
+        is_tame=all(_is_finite(operand.literal) for operand in equation.operands),
     )
+
+
+def _is_finite(literal: object) -> bool:
+    return literal is None or bool(np.all(np.isfinite(np.asarray(literal, np.float64))))
 
 
 @rule("reshape")
@@ -186,6 +191,7 @@ def pad(equation: Equation) -> RowOp:
         out_axes=(axis,),
         height=equation.outputs[0].shape[axis],
         evaluate=evaluate,
+        is_tame=_is_finite(value.literal),
     )
 
 
@@ -208,6 +214,37 @@ def concatenate(equation: Equation) -> RowOp:
 def split(equation: Equation) -> RowOp:
     if equation.params["axis"] == equation.row_axis:
         raise NotRowLocal("rows are split")
+    return _row_by_row(equation, equation.row_axis)
+
+
+@rule("stack")
+def stack(equation: Equation) -> RowOp:
+    axis = equation.row_axis
+    if any(operand.row_axis not in (None, axis) for operand in equation.operands):
+        raise NotRowLocal("operands carry rows on different axes")
+
+    def evaluate(windows: Sequence[Array], rows: Rows) -> Sequence[Array]:
+        return equation.bind(*windows)
+
+    return RowOp(
+        reads=tuple(RowRead(IDENTITY, axis) for _ in equation.operands),
+        out_axes=(axis + (equation.params["axis"] <= axis),),
+        height=equation.height,
+        evaluate=evaluate,
+    )
+
+
+@rule("unstack")
+def unstack(equation: Equation) -> RowOp:
+    if equation.params["axis"] == equation.row_axis:
+        raise NotRowLocal("rows are unstacked")
+    return _row_by_row(equation, removed_axes(equation.row_axis, [equation.params["axis"]]))
+
+
+@rule("tile")
+def tile(equation: Equation) -> RowOp:
+    if equation.params["reps"][equation.row_axis] != 1:
+        raise NotRowLocal("rows are tiled")
     return _row_by_row(equation, equation.row_axis)
 
 
