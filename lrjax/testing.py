@@ -148,7 +148,8 @@ def check(
       AssertionError: naming every array that differs, by how much and where; also where nothing
         could have differed, because all gradients are zero.
     """
-    assert jax.tree.structure(found.outputs) == jax.tree.structure(expected.outputs)
+    structures: list[Any] = [jax.tree.structure(r.outputs) for r in (found, expected)]
+    assert structures[0] == structures[1], f"{structures[0]} is not column's {structures[1]}"
     pairs = {
         f"output{jax.tree_util.keystr(path)}": leaf
         for path, leaf in jax.tree_util.tree_leaves_with_path(expected.outputs)
@@ -162,8 +163,8 @@ def check(
     ]
     complaints = [
         complaint
-        for name, *leaves in zip(names, *lists, strict=True)
-        if (complaint := _difference(name, *leaves, tolerance)) is not None
+        for name, a, b, c in zip(names, *lists, strict=True)
+        if (complaint := _difference(name, a, b, c, tolerance)) is not None
     ]
     assert not complaints, "row by row is not column:\n  " + "\n  ".join(complaints)
     if expected.gradients:
@@ -233,12 +234,13 @@ def _cotangents(struct: Any, seed: int) -> Any:
 
 def _with_integer_cotangents(cotangents: Sequence[Any], outputs: Any) -> Any:
     leaves, tree = jax.tree.flatten(outputs)
-    return tree.unflatten(
+    full = [
         np.zeros(np.shape(out), jax.dtypes.float0)
         if ct is None
         else ct.astype(jnp.result_type(out))
         for ct, out in zip(cotangents, leaves, strict=True)
-    )
+    ]
+    return jax.tree.unflatten(tree, full)
 
 
 def _in_half_precision(args: Any) -> bool:

@@ -22,7 +22,7 @@ from jax.experimental import topologies
 from lrjax.memory import targets
 
 # Without the device there is nothing to time kernels on.
-_COMPILER_OPTIONS = {"xla_gpu_autotune_level": 0}
+_COMPILER_OPTIONS: dict[str, Any] = {"xla_gpu_autotune_level": 0}
 
 
 def compile_for(

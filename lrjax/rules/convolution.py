@@ -214,7 +214,8 @@ def _transposed(function: Any, primal: Array, cotangent: Array) -> list[Array]:
     for eqn in closed.jaxpr.eqns:
         inputs = [read(v) for v in eqn.invars]
         if eqn.primitive is lax.conv_general_dilated_p:
-            outputs = [_per_platform(*inputs, eqn.params)]
+            lhs, rhs = inputs
+            outputs = [_per_platform(lhs, rhs, eqn.params)]
         else:
             result = eqn.primitive.bind(*inputs, **eqn.params)
             outputs = result if eqn.primitive.multiple_results else [result]
