@@ -283,7 +283,7 @@ def _value_and_gradient(
 
 
 def _only_sums(equation: FlatEquation, op: RowOp) -> str | None:
-    if op.reduction not in (None, "sum"):
+    if op.reduction in ("max", "min", "prod"):
         return f"{equation.primitive.name} over rows has no gradient block by block"
     return None
 
@@ -327,7 +327,18 @@ def _differentiable_loop(loop: RowLoop, values: Values) -> Values:
         return ({v: bars.get(v) for v in names},)
 
     call.defvjp(forward, backward, symbolic_zeros=True)
-    return call({v: values[v] for v in names})
+    return {v: _without_tangent(x) for v, x in call({v: values[v] for v in names}).items()}
+
+
+def _without_tangent(value: Array) -> Array:
+    """Give an integer the symbolic zero tangent that other integers have.
+
+    Integer outputs of a ``custom_vjp`` carry a float0 array instead, on which a primitive without
+    a differentiation rule fails. ``x | x`` has a rule, and XLA removes it.
+    """
+    if jnp.issubdtype(value.dtype, np.integer) or value.dtype == np.bool_:
+        return lax.bitwise_or(value, value)
+    return value
 
 
 def _run_and_save_lines(loop: RowLoop, values: Values) -> tuple[Values, Values]:
