@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax import lax
 from jax.extend.core import Literal as JaxLiteral
 
 from lrjax.compat import bind, open_jaxpr
@@ -143,16 +144,25 @@ class _Flattener:
         for eqn in jaxpr.eqns:
             inputs = tuple(atom(v) for v in eqn.invars)
             body = self.calls.get(eqn.primitive.name)
-            if body is None:
-                made = tuple(self.fresh(v.aval) for v in eqn.outvars)
-                outputs: Sequence[Atom] = made
-                self.equations.append(
-                    FlatEquation(eqn.primitive, eqn.params, inputs, made, bool(eqn.effects))
-                )
-            else:
+            if body is not None:
                 outputs = self.call(eqn.params[body], inputs)
+            elif eqn.primitive is lax.optimization_barrier_p:
+                # One each: values with and without rows, or at several heights, may share one.
+                outputs = [
+                    self.emit(eqn, (value,), (v,))[0]
+                    for value, v in zip(inputs, eqn.outvars, strict=True)
+                ]
+            else:
+                outputs = self.emit(eqn, inputs, eqn.outvars)
             known.update(zip(eqn.outvars, outputs, strict=True))
         return [atom(v) for v in jaxpr.outvars]
+
+    def emit(self, eqn: Any, inputs: tuple[Atom, ...], outvars: Sequence[Any]) -> list[Atom]:
+        made = tuple(self.fresh(v.aval) for v in outvars)
+        self.equations.append(
+            FlatEquation(eqn.primitive, eqn.params, inputs, made, bool(eqn.effects))
+        )
+        return list(made)
 
     def call(self, body: Any, inputs: Sequence[Atom]) -> list[Atom]:
         jaxpr, consts = open_jaxpr(body)

@@ -330,7 +330,8 @@ def batch_norm(net: Network) -> Layer:
     def apply(params: Any, image: Array) -> Array:
         mean = image.mean((0, 1, 2))
         variance = ((image - mean) ** 2).mean((0, 1, 2))
-        return (image - mean) * lax.rsqrt(variance + 0.1) * params[scale]
+        normed = (image - mean) * lax.rsqrt(variance + 0.1)
+        return normed * params[scale] + normed**2 / 4
 
     return apply
 

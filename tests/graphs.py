@@ -35,9 +35,11 @@ def fallbacks(graph: RowGraph) -> list[str]:
 def assert_row_local(fun: Any, args: Sequence[Any], in_axes: Any, *, one_loop: bool = True) -> None:
     """Nothing falls back to column, and every pass is one row loop."""
     for graph in graphs_of(fun, args, in_axes):
-        assert [f"{n.equation.primitive.name}: {n.reason}" for n in graph.fallbacks] == []
+        column = [f"{n.equation.primitive.name}: {n.reason}" for n in graph.fallbacks]
+        assert not column, column
         if one_loop:
-            assert sum(bool(graph.stage_nodes(s)) for s in range(graph.stages)) == 1
+            loops = sum(bool(graph.stage_nodes(s)) for s in range(graph.stages))
+            assert loops == 1, f"{loops} row loops"
 
 
 def largest_num_blocks(fun: Any, args: Sequence[Any], in_axes: Any, strategy: str) -> int:

@@ -1,6 +1,6 @@
 """Rules: one file per family of primitives. Importing the package fills the registry."""
 
-from lrjax.rules import convolution, elementwise, reduction, shape, windows
+from lrjax.rules import convolution, elementwise, indexing, reduction, shape, windows
 from lrjax.rules.base import Equation, NotRowLocal, Operand, RowOp, RowRead, Rows, row_op, rule
 
 __all__ = [
@@ -12,6 +12,7 @@ __all__ = [
     "Rows",
     "convolution",
     "elementwise",
+    "indexing",
     "reduction",
     "row_op",
     "rule",

@@ -1,0 +1,134 @@
+"""Gathers, their gradients (``scatter-add``) and updates at positions along other axes than rows.
+
+Rows take part in two ways: every row picks with its own indices (``take_along_axis``, a batching
+dimension), or one set of indices picks from all rows alike (``x[..., indices]``, a full slice).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import jax
+from jax import lax
+
+from lrjax.geometry import IDENTITY
+from lrjax.rules.base import Array, Equation, NotRowLocal, Operand, RowOp, RowRead, Rows, rule
+
+
+@rule("gather")
+def gather(equation: Equation) -> RowOp:
+    operand, indices = equation.operands
+    numbers, sizes = equation.params["dimension_numbers"], equation.params["slice_sizes"]
+    pair = _batched_axes(
+        operand, indices, numbers.operand_batching_dims, numbers.start_indices_batching_dims
+    )
+    batch_dims = _dimensions_without(numbers.offset_dims, len(equation.outputs[0].shape))
+    if pair is not None:
+        # JAX keeps coordinates last, so axes of the indices and batch dimensions go in step.
+        return _picked_per_row(equation, pair, batch_dims[pair[1]])
+    window_dims = _dimensions_without(
+        (*numbers.collapsed_slice_dims, *numbers.operand_batching_dims), len(operand.shape)
+    )
+    axis = equation.row_axis
+    if axis not in window_dims or sizes[axis] != operand.height:
+        raise NotRowLocal("rows are picked by indices")
+    out_axis = numbers.offset_dims[window_dims.index(axis)]
+
+    def evaluate(windows: Sequence[Array], rows: Rows) -> Sequence[Array]:
+        return equation.bind(*windows, slice_sizes=_with(sizes, axis, rows.count))
+
+    return RowOp(
+        reads=(RowRead(IDENTITY, axis), None),
+        out_axes=(out_axis,),
+        height=operand.height,
+        evaluate=evaluate,
+    )
+
+
+@rule("scatter-add", "scatter", "scatter-mul", "scatter-min", "scatter-max", "scatter-sub")
+def scatter(equation: Equation) -> RowOp:
+    operand, _, updates = equation.operands
+    numbers = equation.params["dimension_numbers"]
+    rank = len(operand.shape)
+    batch_dims = _dimensions_without(numbers.update_window_dims, len(updates.shape))
+    window_dims = _dimensions_without(
+        (*numbers.inserted_window_dims, *numbers.operand_batching_dims), rank
+    )
+    for axis in range(rank):
+        if axis in numbers.operand_batching_dims:
+            position = numbers.operand_batching_dims.index(axis)
+            of_indices = numbers.scatter_indices_batching_dims[position]
+            axes = (axis, of_indices, batch_dims[of_indices])
+        elif axis in window_dims:
+            axes = (axis, None, numbers.update_window_dims[window_dims.index(axis)])
+            if updates.shape[axes[2]] != operand.shape[axis]:
+                continue
+        else:
+            continue
+        found = [o.row_axis for o in equation.operands]
+        matches = [f in (None, a) for f, a in zip(found, axes, strict=True)]
+        if all(matches) and any(f is not None for f in found):
+            return _picked_per_row(equation, axes, axis)
+    raise NotRowLocal("rows are scattered by indices")
+
+
+@rule("dynamic_update_slice")
+def dynamic_update_slice(equation: Equation) -> RowOp:
+    operand, update = equation.operands[:2]
+    axis = equation.row_axis
+    if any(start.row_axis is not None for start in equation.operands[2:]):
+        raise NotRowLocal("positions that carry rows")
+    if {operand.row_axis, update.row_axis} - {None, axis}:
+        raise NotRowLocal("operands carry rows on different axes")
+    if update.shape[axis] != operand.shape[axis]:
+        raise NotRowLocal("rows are written at a position known only at run time")
+
+    def evaluate(windows: Sequence[Array], rows: Rows) -> Sequence[Array]:
+        starts = [
+            jax.numpy.zeros_like(start) if a == axis else start
+            for a, start in enumerate(windows[2:])
+        ]
+        return [lax.dynamic_update_slice(windows[0], windows[1], starts)]
+
+    return RowOp(
+        reads=(RowRead(IDENTITY, axis),) * 2 + (None,) * (len(equation.operands) - 2),
+        out_axes=(axis,),
+        height=operand.shape[axis],
+        evaluate=evaluate,
+    )
+
+
+def _picked_per_row(equation: Equation, axes: Sequence[int | None], out_axis: int) -> RowOp:
+    """The equation on blocks of the operands along ``axes``, with the same parameters."""
+
+    def evaluate(windows: Sequence[Array], rows: Rows) -> Sequence[Array]:
+        return equation.bind(*windows)
+
+    return RowOp(
+        reads=tuple(None if axis is None else RowRead(IDENTITY, axis) for axis in axes),
+        out_axes=(out_axis,),
+        height=equation.height,
+        evaluate=evaluate,
+    )
+
+
+def _batched_axes(
+    operand: Operand, indices: Operand, operand_dims: Sequence[int], index_dims: Sequence[int]
+) -> tuple[int, int] | None:
+    """The pair of batching dimensions that carries rows in either operand."""
+    for a, b in zip(operand_dims, index_dims, strict=True):
+        if a == operand.row_axis or b == indices.row_axis:
+            if operand.row_axis not in (None, a) or indices.row_axis not in (None, b):
+                raise NotRowLocal("rows of indices pick from other rows")
+            return a, b
+    if indices.row_axis is not None:
+        raise NotRowLocal("rows of indices pick from one array")
+    return None
+
+
+def _dimensions_without(dims: Sequence[int], rank: int) -> list[int]:
+    return [a for a in range(rank) if a not in dims]
+
+
+def _with(sizes: Sequence[int], axis: int, size: int) -> tuple[int, ...]:
+    return tuple(size if a == axis else s for a, s in enumerate(sizes))
