@@ -1,16 +1,19 @@
-"""How far a strategy's outputs and gradients are from another's."""
+"""How far a strategy's outputs and gradients are from another's, over whole trees.
+
+The distances are those of ``lrjax.testing``, which asserts what is only reported here.
+"""
 
 from typing import Any
 
 import jax
 import numpy as np
 
-BFLOAT16_EPSILON = 2.0**-8
+from lrjax import testing
 
 
 def max_error(values: Any, reference: Any) -> float:
     """The largest difference in any leaf, relative to the largest value of that reference leaf."""
-    return _largest(jax.tree.map(_leaf_max_error, values, reference))
+    return _largest(jax.tree.map(testing.max_error, values, reference))
 
 
 def excess_error(values: Any, columns: Any, truth: Any) -> float:
@@ -22,8 +25,8 @@ def excess_error(values: Any, columns: Any, truth: Any) -> float:
     """
 
     def excess(value: Any, column: Any, true: Any) -> float:
-        own, columns_own = _leaf_norm_error(value, true), _leaf_norm_error(column, true)
-        return own / max(columns_own, BFLOAT16_EPSILON)
+        own, columns_own = testing.norm_error(value, true), testing.norm_error(column, true)
+        return own / max(columns_own, testing.BFLOAT16_ROUNDING)
 
     return _largest(jax.tree.map(excess, values, columns, truth))
 
@@ -31,18 +34,3 @@ def excess_error(values: Any, columns: Any, truth: Any) -> float:
 def _largest(errors: Any) -> float:
     """The largest leaf; NaN if any is NaN, which Python's ``max`` may lose."""
     return float(np.max(jax.tree.leaves(errors), initial=0.0))
-
-
-def _leaf_max_error(value: Any, reference: Any) -> float:
-    value, reference = _float64(value), _float64(reference)
-    scale = float(np.max(np.abs(reference), initial=0.0)) or 1.0
-    return float(np.max(np.abs(value - reference), initial=0.0)) / scale
-
-
-def _leaf_norm_error(value: Any, reference: Any) -> float:
-    value, reference = _float64(value), _float64(reference)
-    return float(np.linalg.norm(value - reference)) / (float(np.linalg.norm(reference)) or 1.0)
-
-
-def _float64(leaf: Any) -> np.ndarray:
-    return np.asarray(leaf, np.float64).ravel()
