@@ -331,7 +331,7 @@ def batch_norm(net: Network) -> Layer:
         mean = image.mean((0, 1, 2))
         variance = ((image - mean) ** 2).mean((0, 1, 2))
         normed = (image - mean) * lax.rsqrt(variance + 0.1)
-        return normed * params[scale] + normed**2 / 4
+        return (normed + normed**2 / 4) * params[scale]
 
     return apply
 
