@@ -191,11 +191,12 @@ def masks_from_outputs(program: FlatProgram) -> FlatProgram:
     equations = []
     for equation in program.equations:
         name, inputs = equation.primitive.name, equation.inputs
-        if name == "max" and isinstance(inputs[0], int) and _is_zero(inputs[1]):
-            rectified.setdefault(inputs[0], equation.outputs[0])
-        elif name == "gt" and inputs[0] in rectified and _is_zero(inputs[1]):
-            operands = (rectified[inputs[0]], inputs[1])  # type: ignore[index]
-            equation = dataclasses.replace(equation, inputs=operands)
+        if name in ("max", "gt") and isinstance(inputs[0], int) and _is_zero(inputs[1]):
+            if name == "max":
+                rectified.setdefault(inputs[0], equation.outputs[0])
+            elif inputs[0] in rectified:
+                operands = (rectified[inputs[0]], inputs[1])
+                equation = dataclasses.replace(equation, inputs=operands)
         equations.append(equation)
     return without_dead_equations(dataclasses.replace(program, equations=tuple(equations)))
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
+import operator
 from collections.abc import Sequence
 from fractions import Fraction
 
@@ -108,8 +109,8 @@ class Schedule:
 def shared_schedule(tasks: Sequence[Task]) -> Schedule:
     """Every row is computed once, as late as its consumers allow (stream and 2PS).
 
-    First every frontier goes as far as its inputs allow, at most its share of the step; then
-    what nobody needs yet is held back, so that nothing waits in a line buffer for no reason.
+    First every task gets the least lag that its inputs allow; then the largest that its consumers
+    allow, so that nothing waits in a line buffer for no reason.
     """
     eager = _eager_frontiers(tasks)
     lazy = _held_back(tasks, eager)
@@ -140,32 +141,55 @@ def overlap_schedule(tasks: Sequence[Task]) -> Schedule:
     return _with_tracks(tasks, frontiers)
 
 
+def _even(task: Task, steps: int, lag: int) -> list[int]:
+    """A frontier that advances by the task's share in every step, ``lag`` rows behind it.
+
+    Even frontiers keep steps alike: where a stride makes one operation advance in every other step
+    only, following its demand to the letter would make all before it stop and go as well.
+    """
+    shares = (task.speed * (step + 1) for step in range(-1, steps))
+    return [round_down(s.numerator // s.denominator, task.quantum) - lag for s in shares]
+
+
 def _eager_frontiers(tasks: Sequence[Task]) -> list[list[int]]:
-    frontiers: list[list[int]] = [[] for _ in tasks]
-    step = -1
+    """The least lag of every task with which its inputs are always there in time."""
+    steps = 1
     while True:
-        for i, task in enumerate(tasks):
-            share = task.speed * (step + 1)
-            reach = share.numerator // share.denominator
+        frontiers: list[list[int]] = []
+        for task in tasks:
+            reach = _even(task, steps, 0)
+            behind = 0
             for read in task.reads:
                 if read.task is not None:
-                    reach = min(reach, read.row_map.frontier(frontiers[read.task][-1]))
-            frontiers[i].append(round_down(reach, task.quantum))
-        if step >= 0 and all(
-            frontiers[i][-1] >= task.height for i, task in enumerate(tasks) if task.is_sink
-        ):
+                    allowed = map(read.row_map.frontier, frontiers[read.task])
+                    behind = max(behind, *map(operator.sub, reach, allowed))
+            frontiers.append(_even(task, steps, round_up(behind, task.quantum)))
+        missing = [
+            (task.height - rows[-1]) / task.speed
+            for task, rows in zip(tasks, frontiers, strict=True)
+            if task.is_sink and rows[-1] < task.height
+        ]
+        if not missing:
             return frontiers
-        step += 1
+        steps += max(1, math.ceil(max(missing)))
 
 
 def _held_back(tasks: Sequence[Task], eager: list[list[int]]) -> list[list[int]]:
-    """Lower every frontier to what its consumers need in that step; sinks stay."""
-    floor = -(1 << 60)
-    lazy = [
-        list(rows) if task.is_sink else [floor] * len(rows)
-        for task, rows in zip(tasks, eager, strict=True)
-    ]
-    return _raised_to_demand(tasks, lazy)
+    """The largest lag of every task with which its consumers are always served; sinks stay."""
+    steps = len(eager[0]) - 1
+    lazy = list(eager)
+    wanted: dict[int, list[int]] = {}
+    for i in reversed(range(len(tasks))):
+        task = tasks[i]
+        if i in wanted and not task.is_sink:
+            spare = min(map(operator.sub, _even(task, steps, 0), wanted[i]))
+            lazy[i] = _even(task, steps, round_down(spare, task.quantum))
+        for read in task.reads:
+            if read.task is not None:
+                needed = list(map(read.row_map.end, lazy[i]))
+                known = wanted.get(read.task, needed)
+                wanted[read.task] = list(map(max, known, needed))
+    return lazy
 
 
 def _raised_to_demand(tasks: Sequence[Task], frontiers: list[list[int]]) -> list[list[int]]:
