@@ -2,8 +2,8 @@
 
 Every rule, strategy and model goes through :func:`assert_same_as_column`, here and in code that
 uses lrjax. What is compared is exact arithmetic in another order, so the bounds are those of
-rounding: 1e-11 in float64, 1e-5 in float32, and in half precision twice column's own distance from
-the truth.
+rounding: 1e-11 in float64, 1e-5 in float32, and in half precision a few times column's own distance
+from the truth.
 """
 
 from __future__ import annotations
@@ -22,6 +22,8 @@ from lrjax.transform import rowwise
 TOLERANCES = {"float64": 1e-11, "complex128": 1e-11, "float32": 1e-5, "complex64": 1e-5}
 HALF_PRECISION = ("bfloat16", "float16")
 BFLOAT16_ROUNDING = 2.0**-8
+# On average row-wise is as far from the truth as column; a bias of two elements scatters this much.
+_HALF_PRECISION_EXCESS = 3.0
 # Below this many roundings of the largest array beside it, an array is what cancellation left over.
 _CANCELLED = 1e3
 
@@ -110,8 +112,8 @@ def assert_same_as_column(
     tolerance of their dtype, relative to the largest magnitude of the same array of ``fun``'s
     (both may be anything below a thousand roundings of the largest of all gradients: what is left
     where a gradient cancels, as that of a bias before BatchNorm).
-    Where arguments are in half precision, all may be twice as far as column's worst array is from
-    what ``fun`` gives for the same arguments in float32.
+    Where arguments are in half precision, all may be three times as far as column's worst array is
+    from what ``fun`` gives for the same arguments in float32.
 
     Args:
       fun: the function.
@@ -189,20 +191,21 @@ def _differences(
     """Complaints about arrays of the same kind; ``arrays`` are those found, expected and true."""
     found, expected, truth = arrays
     complaints = [*map(_mismatch, found, expected)]
-    if truth:
-        inexact = (pair for pair in zip(expected, truth, strict=True) if _is_inexact(pair[0]))
-        columns_own = max((norm_error(*pair) for pair in inexact), default=0.0)
-        errors = [
-            _half_precision_error(a, b, c, columns_own) for a, b, c in zip(*arrays, strict=True)
-        ]
-    else:
-        largest = max(map(_magnitude, expected), default=0.0)
-        errors = [_error(*pair, tolerance, largest) for pair in zip(found, expected, strict=True)]
-    return [
-        f"{name}: {complaint or error}"
-        for name, complaint, error in zip(names, complaints, errors, strict=True)
-        if complaint or error
-    ]
+    if any(complaints):
+        return [f"{name}: {c}" for name, c in zip(names, complaints, strict=True) if c]
+    inexact = [i for i, array in enumerate(expected) if _is_inexact(array)]
+    largest = max((_magnitude(expected[i]) for i in inexact), default=0.0)
+    columns_own = max((norm_error(expected[i], truth[i]) for i in inexact if truth), default=0.0)
+    for i, name in enumerate(names):
+        if not _is_inexact(expected[i]):
+            error = _integer_error(found[i], expected[i])
+        elif truth:
+            error = _half_precision_error(found[i], truth[i], columns_own)
+        else:
+            error = _error(found[i], expected[i], tolerance, largest)
+        if error is not None:
+            complaints.append(f"{name}: {error}")
+    return [complaint for complaint in complaints if complaint is not None]
 
 
 def _mismatch(found: Any, expected: Any) -> str | None:
@@ -218,18 +221,19 @@ def _mismatch(found: Any, expected: Any) -> str | None:
     return None
 
 
+def _integer_error(found: Any, expected: Any) -> str | None:
+    wrong = np.count_nonzero(np.asarray(found) != np.asarray(expected))
+    return f"{wrong} of {np.size(expected)} elements differ" if wrong else None
+
+
 def _error(found: Any, expected: Any, tolerance: float | None, largest: float) -> str | None:
-    if np.shape(found) != np.shape(expected):
-        return None
-    off = np.abs(_wide(found) - _wide(expected))
-    if not _is_inexact(expected):
-        return f"{np.count_nonzero(off)} of {off.size} elements differ" if np.any(off) else None
     dtype = jnp.result_type(expected)
     allowed = TOLERANCES[dtype.name] if tolerance is None else tolerance
     noise = _CANCELLED * float(jnp.finfo(dtype).eps) * largest
     error = max_error(found, expected)
     if error <= allowed or max(map(_magnitude, (found, expected))) <= noise:
         return None
+    off = np.abs(_wide(found) - _wide(expected))
     wrong = np.argwhere(off > allowed * _magnitude(expected))
     return (
         f"relative error {error:.2e} (allowed {allowed:.0e}) in {len(wrong)} of {off.size} "
@@ -237,12 +241,10 @@ def _error(found: Any, expected: Any, tolerance: float | None, largest: float) -
     )
 
 
-def _half_precision_error(found: Any, expected: Any, truth: Any, columns_own: float) -> str | None:
+def _half_precision_error(found: Any, truth: Any, columns_own: float) -> str | None:
     """Judged against column's worst array: on one of few elements its error is a matter of luck."""
-    if not _is_inexact(expected) or np.shape(found) != np.shape(expected):
-        return None
     error = norm_error(found, truth)
-    if error <= 2.0 * columns_own + BFLOAT16_ROUNDING:
+    if error <= _HALF_PRECISION_EXCESS * columns_own + BFLOAT16_ROUNDING:
         return None
     return f"error {error:.2e}, column's own at most {columns_own:.2e}"
 

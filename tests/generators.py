@@ -145,7 +145,7 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "leaky": jax.nn.leaky_relu,
     "maximum": lambda x: jnp.maximum(x, 0),
     "clip": lambda x: jnp.clip(x, -0.7, 0.9),
-    "softmax": lambda x: jax.nn.softmax(x, axis=(2, 3)),
+    "softmax": lambda x: x * jax.nn.softmax(x, axis=(2, 3)),
 }
 
 
