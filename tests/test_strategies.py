@@ -35,8 +35,8 @@ def max_pool(image, size=2, stride=2, padding="VALID"):
 # --- Generated networks --------------------------------------------------------------------------
 
 
-# 32 and 1025 have no gradient. On column's own of 1015 XLA's algebraic simplifier aborts: a dilated,
-# strided convolution.
+# 32 and 1025 have no gradient. On column's own of 1015 XLA's algebraic simplifier aborts: a
+# dilated, strided convolution.
 UNSUITABLE = {32, 1015, 1025}
 
 
