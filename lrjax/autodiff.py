@@ -8,6 +8,7 @@ first: one forward graph, whose step is differentiated by ``jax.vjp`` in a rever
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -15,36 +16,25 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.ad_checkpoint import checkpoint_name
 from jax.custom_derivatives import SymbolicZero
 
 from lrjax import calls as _calls  # noqa: F401  registers the rules of custom derivatives
 from lrjax import engine
 from lrjax.engine import Values
 from lrjax.graph import RowGraph, build
-from lrjax.inline import Atom, FlatEquation, FlatProgram, Literal, flatten, masks_from_outputs
+from lrjax.inline import (
+    FlatEquation,
+    FlatProgram,
+    evaluate,
+    flatten,
+    function_of,
+    masks_from_outputs,
+)
+from lrjax.residuals import residuals
 from lrjax.rowloop import RowLoop, row_loop
 from lrjax.rules.base import Array, RowOp
 
 Axes = Sequence[int | None]
-
-
-def evaluate(
-    program: FlatProgram, inputs: Sequence[Array], tags: dict[int, str] | None = None
-) -> list[Any]:
-    """Column execution of a flat program; values in ``tags`` are named for checkpoint policies."""
-    tags = tags or {}
-    values: dict[int, Any] = dict(program.constants)
-    values.update(zip(program.inputs, inputs, strict=True))
-
-    def read(atom: Atom) -> Any:
-        return jnp.asarray(atom.value, atom.dtype) if isinstance(atom, Literal) else values[atom]
-
-    for equation in program.equations:
-        results = equation.evaluate([read(v) for v in equation.inputs])
-        for v, result in zip(equation.outputs, results, strict=True):
-            values[v] = checkpoint_name(result, tags[v]) if v in tags else result
-    return [read(v) for v in program.outputs]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,19 +66,24 @@ def row_program(
             is_differentiated=order != "stream",
             recomputed=recomputed,
         )
-        if graph.stage_nodes(stage)
+        if members
         else None
-        for stage in range(graph.stages)
+        for stage, members in enumerate(graph.stages.members)
     )
     return RowProgram(graph, loops)
 
 
 def traced_program(
-    function: Callable[..., Any], structs: Sequence[Any], axes: Axes, num_blocks: int
+    function: Callable[..., Any],
+    structs: Sequence[Any],
+    axes: Axes,
+    num_blocks: int,
+    budget: float = math.inf,
 ) -> RowProgram:
     """Trace at full shape and tile: the stream form of any function of arrays."""
     program = masks_from_outputs(flatten(jax.make_jaxpr(function)(*structs)))
-    return row_program(build(program, axes), "stream", num_blocks)
+    graph = build(program, axes, budget=budget)
+    return row_program(graph, "stream", num_blocks)
 
 
 # --- Stream --------------------------------------------------------------------------------------
@@ -119,7 +114,7 @@ def stream(program: FlatProgram, axes: Axes, num_blocks: int) -> Callable[..., l
     take whole. Everything else is recomputed as cotangents arrive. Where the only output is a
     scalar sum over rows, value and gradient are one pass and nothing is recomputed.
     """
-    structs = _structs(program)
+    structs = program.structs
 
     @jax.custom_vjp
     def call(*inputs: Array) -> list[Array]:
@@ -155,10 +150,6 @@ def stream(program: FlatProgram, axes: Axes, num_blocks: int) -> Callable[..., l
     return call
 
 
-def _structs(program: FlatProgram) -> list[jax.ShapeDtypeStruct]:
-    return [program.avals[v] for v in program.inputs]
-
-
 def _instantiated(cotangent: Any) -> Any:
     if isinstance(cotangent, SymbolicZero):
         return jnp.zeros(cotangent.shape, cotangent.dtype)
@@ -187,46 +178,32 @@ class _ByIdentity:
         self.value = value
 
 
-def _moving(
-    program: FlatProgram, wrt: Sequence[int], inputs: Sequence[Any], tags: dict[int, str]
-) -> tuple[Callable[..., list[Any]], list[Any]]:
-    """The program as a function of the inputs that are differentiated, and those inputs."""
-
-    def function(*moving: Any) -> list[Any]:
-        values = list(inputs)
-        for i, value in zip(wrt, moving, strict=True):
-            values[i] = value
-        return evaluate(program, values, tags)
-
-    return function, [inputs[i] for i in wrt]
-
-
 def _two_passes(
     program: FlatProgram, axes: Axes, num_blocks: int, wrt: Sequence[int]
 ) -> StreamPrograms:
-    tags = saved_values(program, axes)
-    policy = jax.checkpoint_policies.save_only_these_names(*tags.values())
+    saved = residuals(program, axes, wrt)
+    policy = jax.checkpoint_policies.save_only_these_names(*saved.names.values())
     tree: Any = None
 
     def forward(*inputs: Any) -> Any:
         nonlocal tree
-        function, moving = _moving(program, wrt, inputs, tags)
+        function, moving = function_of(program, wrt, inputs, saved.names)
         outputs, pull = jax.vjp(jax.checkpoint(function, policy=policy), *moving)
         leaves, tree = jax.tree.flatten(pull)
         return outputs, leaves
 
-    first = traced_program(forward, _structs(program), axes, num_blocks)
+    first = traced_program(forward, program.structs, axes, num_blocks, saved.budget)
     count = len(program.outputs)
     outputs = [program.aval(v) for v in program.outputs]
     graph = first.graph
-    residuals = [
+    structs = [
         jax.ShapeDtypeStruct(a.shape, a.dtype)
         for a in (graph.program.aval(v) for v in graph.program.outputs[count:])
     ]
     inexact = [i for i, out in enumerate(outputs) if jnp.issubdtype(out.dtype, jnp.inexact)]
 
     def backward(*arrays: Any) -> Any:
-        leaves, moving = arrays[: len(residuals)], arrays[len(residuals) :]
+        leaves, moving = arrays[: len(structs)], arrays[len(structs) :]
         cotangents = [np.zeros(out.shape, jax.dtypes.float0) for out in outputs]
         for i, ct in zip(inexact, moving, strict=True):
             cotangents[i] = ct
@@ -235,29 +212,12 @@ def _two_passes(
     out_axes = first.out_axes
     second = traced_program(
         backward,
-        [*residuals, *(outputs[i] for i in inexact)],
+        [*structs, *(outputs[i] for i in inexact)],
         [*out_axes[count:], *(out_axes[i] for i in inexact)],
         num_blocks,
+        saved.budget,
     )
     return StreamPrograms(first, second)
-
-
-def saved_values(program: FlatProgram, axes: Axes) -> dict[int, str]:
-    """Values that the forward pass keeps for the backward pass, with their names.
-
-    Whatever ends a stage: results of reductions over rows, of column operations that depend on
-    rows, and the maps that column operations take whole (they exist whole anyway).
-    """
-    graph = build(program, axes)
-    late: set[int] = set()
-    for node in graph.nodes:
-        if node.is_reduction or (node.op is None and node.stage > 0):
-            late.update(node.equation.outputs)
-        if node.op is None:
-            inputs = (v for v in node.equation.inputs if isinstance(v, int))
-            late.update(v for v in inputs if v in graph.streamed)
-    made = {v for equation in program.equations for v in equation.outputs}
-    return {v: f"lrjax_{v}" for v in sorted(late & made)}
 
 
 def _value_and_gradient(
@@ -271,11 +231,11 @@ def _value_and_gradient(
         return None
 
     def both(*inputs: Any) -> Any:
-        function, moving = _moving(program, wrt, inputs, {})
+        function, moving = function_of(program, wrt, inputs)
         (value,), pull = jax.vjp(function, *moving)
         return value, *pull([jnp.ones((), out.dtype)])
 
-    found = traced_program(both, _structs(program), axes, num_blocks)
+    found = traced_program(both, program.structs, axes, num_blocks)
     return found if sum(loop is not None for loop in found.loops) == 1 else None
 
 

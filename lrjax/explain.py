@@ -13,7 +13,7 @@ import numpy as np
 from lrjax import autodiff
 from lrjax.autodiff import RowProgram
 from lrjax.geometry import AnyMap
-from lrjax.graph import RowGraph
+from lrjax.graph import RowGraph, size_bytes
 from lrjax.options import STRATEGIES, checked_options, checked_segments
 from lrjax.rowloop import RowLoop
 from lrjax.segments import Segment, split
@@ -167,7 +167,7 @@ def _passes(segment: Segment, strategy: str, num_blocks: int) -> tuple[Pass, ...
     residuals = programs.forward.graph.program.outputs[len(program.outputs) :]
     inputs = set(programs.forward.graph.program.inputs)
     saved = sum(
-        _bytes(programs.forward.graph, v)
+        size_bytes(programs.forward.graph.program.avals[v])
         for v in residuals
         if isinstance(v, int) and v not in inputs
     )
@@ -276,11 +276,6 @@ def _line_bytes(loop: RowLoop, value: int) -> int:
     aval, axis = loop.graph.program.avals[value], loop.graph.row_axis[value]
     row = int(np.prod(aval.shape)) // max(aval.shape[axis], 1) * aval.dtype.itemsize
     return loop.line_rows(value) * row
-
-
-def _bytes(graph: RowGraph, value: int) -> int:
-    aval = graph.program.avals[value]
-    return int(np.prod(aval.shape)) * aval.dtype.itemsize
 
 
 def _title(graph: RowGraph, equation: Any) -> str:

@@ -1,20 +1,22 @@
-"""Flat program -> row graph: which values carry rows, what is row-local, and the stages.
+"""Flat program -> row graph: which values carry rows, and what is local in rows.
 
 A value with a row axis is *streamed* where a row operation makes it, and *exists whole* where it
-is an input or a column operation makes it. A reduction over rows, and everything that needs a
-whole map, ends a stage: column operations run at the boundary before a stage's row loop.
+is an input or a column operation makes it. ``stages`` says where everything runs.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Sequence
+import math
+from collections.abc import Callable, Collection, Iterable, Sequence
 from fractions import Fraction
+from typing import Any
 
 from lrjax.inline import Atom, FlatEquation, FlatProgram, Literal
 from lrjax.rules.base import Equation, NotRowLocal, Operand, RowOp, row_op
 from lrjax.rules.elementwise import ELEMENTWISE
 from lrjax.rules.shape import constant_along_rows
+from lrjax.stages import Operation, Problem, Stages, cut_into_stages
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,13 +26,11 @@ class Node:
     Attributes:
       equation: the equation.
       op: its row-wise form, None for a column operation.
-      stage: the row loop it belongs to; for a column operation, the loop before which it runs.
       reason: why it fell back to column though it has row operands.
     """
 
     equation: FlatEquation
     op: RowOp | None
-    stage: int = 0
     reason: str | None = None
 
     @property
@@ -54,6 +54,7 @@ class RowGraph:
       row_axis: axis of every value that carries rows.
       streamed: values that row operations make (reductions excluded).
       rate: rows of a value per row of its component's root, and the root.
+      stages: where the operations run, and what exists whole in between.
     """
 
     program: FlatProgram
@@ -61,16 +62,21 @@ class RowGraph:
     row_axis: dict[int, int]
     streamed: frozenset[int]
     rate: dict[int, tuple[int, Fraction]]
+    stages: Stages
 
     @property
-    def stages(self) -> int:
-        return 1 + max((node.stage for node in self.nodes), default=0)
+    def loops(self) -> list[int]:
+        """Stages that have row operations."""
+        return [stage for stage, members in enumerate(self.stages.members) if members]
 
     def stage_nodes(self, stage: int) -> list[Node]:
-        return [n for n in self.nodes if n.op is not None and n.stage == stage]
+        """Operations of a stage's row loop, those that are done again included."""
+        return [self.nodes[i] for i in self.stages.members[stage]]
 
     def column_nodes(self, stage: int) -> list[Node]:
-        return [n for n in self.nodes if n.op is None and n.stage == stage]
+        """Operations on whole values before a stage's row loop."""
+        homes = zip(self.nodes, self.stages.home, strict=True)
+        return [node for node, home in homes if node.op is None and home == stage]
 
     @property
     def fallbacks(self) -> list[Node]:
@@ -84,6 +90,8 @@ def build(
     program: FlatProgram,
     in_axes: Sequence[int | None],
     accepts: Callable[[FlatEquation, RowOp], str | None] = lambda equation, op: None,
+    *,
+    budget: float = math.inf,
 ) -> RowGraph:
     """Type the program and cut it into stages.
 
@@ -91,19 +99,55 @@ def build(
       program: the flat program.
       in_axes: row axis of every input, None for one without rows.
       accepts: names a reason to run a row operation column-wise all the same, or None.
+      budget: bytes that may exist whole while a row loop runs; see ``cut_into_stages``.
     """
     typer = _Typer(program, in_axes, accepts)
     for equation in program.equations:
         typer.add(equation)
     program, nodes = typer.finish()
-    nodes = _with_stages(program, nodes, typer.streamed)
+    streamed = frozenset(typer.streamed)
+    problem = stage_problem(program, nodes, streamed, typer.row_axis)
     return RowGraph(
         program=program,
         nodes=tuple(nodes),
         row_axis=typer.row_axis,
-        streamed=frozenset(typer.streamed),
+        streamed=streamed,
         rate={v: typer.rates.find(v) for v in typer.row_axis},
+        stages=cut_into_stages(problem, budget),
     )
+
+
+def stage_problem(
+    program: FlatProgram,
+    nodes: Sequence[Node],
+    streamed: frozenset[int],
+    row_axis: Collection[int],
+    **known: Any,
+) -> Problem:
+    """A program as ``stages`` sees it; ``known`` are further fields of the ``Problem``."""
+
+    def operation(node: Node) -> Operation:
+        equation, op = node.equation, node.op
+        flops = 0.0 if op is None else op.flops * op.height
+        return Operation(
+            inputs=tuple(_values(equation.inputs)),
+            outputs=equation.outputs,
+            by_rows=op is not None,
+            is_reduction=node.is_reduction,
+            flops=math.inf if equation.has_effects else flops,
+        )
+
+    return Problem(
+        operations=tuple(map(operation, nodes)),
+        outputs=frozenset(_values(program.outputs)),
+        size={v: size_bytes(program.avals[v]) for v in sorted(streamed)},
+        input_size={v: size_bytes(program.avals[v]) for v in program.inputs if v in row_axis},
+        **known,
+    )
+
+
+def size_bytes(aval: Any) -> int:
+    return math.prod(aval.shape) * aval.dtype.itemsize
 
 
 class _Rates:
@@ -275,53 +319,6 @@ class _Typer:
             equations=tuple(node.equation for node in kept),
         )
         return program, kept
-
-
-def _with_stages(program: FlatProgram, nodes: list[Node], streamed: set[int]) -> list[Node]:
-    """Earliest stage first, then everything as late as its consumers allow.
-
-    Late is lean: a recomputed forward map belongs in the stage of the gradient that reads it, not
-    in an earlier one from where it would have to be kept whole.
-    """
-    earliest = _earliest_stages(nodes, streamed)
-    stages = list(earliest)
-    users: dict[int, list[int]] = {}
-    for i, node in enumerate(nodes):
-        for v in _values(node.equation.inputs):
-            users.setdefault(v, []).append(i)
-    outputs = set(_values(program.outputs))
-    for i in reversed(range(len(nodes))):
-        node = nodes[i]
-        if node.op is None or outputs.intersection(node.equation.outputs):
-            continue
-        limits = []
-        for v in node.equation.outputs:
-            for user in users.get(v, []):
-                reads_whole = nodes[user].op is None or node.is_reduction
-                limits.append(stages[user] - 1 if reads_whole else stages[user])
-        if limits:
-            stages[i] = max(stages[i], min(limits))
-    return [dataclasses.replace(n, stage=s) for n, s in zip(nodes, stages, strict=True)]
-
-
-def _earliest_stages(nodes: list[Node], streamed: set[int]) -> list[int]:
-    """A value made whole by stage ``s`` can be used whole from stage ``s + 1`` on."""
-    whole_from: dict[int, int] = {}
-    rows_from: dict[int, int] = {}
-    stages = []
-    for node in nodes:
-        if node.op is None:
-            stage = max((whole_from.get(v, 0) for v in _values(node.equation.inputs)), default=0)
-        else:
-            stage = 0
-            for v in _values(node.equation.inputs):
-                stage = max(stage, rows_from.get(v, whole_from.get(v, 0)))
-        stages.append(stage)
-        for v in node.equation.outputs:
-            if v in streamed:
-                rows_from[v] = stage
-            whole_from[v] = stage if node.op is None else stage + 1
-    return stages
 
 
 def _values(atoms: Iterable[Atom]) -> list[int]:

@@ -8,12 +8,14 @@ inlined; loops and branches stay whole.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 from jax.extend.core import Literal as JaxLiteral
 
 from lrjax.compat import bind, open_jaxpr
@@ -82,6 +84,11 @@ class FlatProgram:
     def aval(self, atom: Atom) -> Any:
         return atom if isinstance(atom, Literal) else self.avals[atom]
 
+    @property
+    def structs(self) -> list[jax.ShapeDtypeStruct]:
+        """Types of the inputs."""
+        return [self.avals[v] for v in self.inputs]
+
 
 def flatten(
     closed: Any, *, keep_custom_rules: bool = False, constants_are_inputs: bool = False
@@ -124,7 +131,7 @@ class _Flattener:
         self.constants: dict[int, Any] = {}
 
     def constant(self, value: Any) -> int:
-        made = self.fresh(jax.ShapeDtypeStruct(np.shape(value), jax.numpy.result_type(value)))
+        made = self.fresh(jax.ShapeDtypeStruct(np.shape(value), jnp.result_type(value)))
         self.constants[made] = value
         return made
 
@@ -203,3 +210,41 @@ def masks_from_outputs(program: FlatProgram) -> FlatProgram:
 
 def _is_zero(atom: Atom) -> bool:
     return isinstance(atom, Literal) and atom.scalar is not None and atom.scalar == 0
+
+
+# --- Evaluation ----------------------------------------------------------------------------------
+
+
+def evaluate(
+    program: FlatProgram, inputs: Sequence[Any], tags: Mapping[int, str] | None = None
+) -> list[Any]:
+    """Column execution of a flat program; values in ``tags`` are named for checkpoint policies."""
+    tags = tags or {}
+    values: dict[int, Any] = dict(program.constants)
+    values.update(zip(program.inputs, inputs, strict=True))
+
+    def read(atom: Atom) -> Any:
+        return jnp.asarray(atom.value, atom.dtype) if isinstance(atom, Literal) else values[atom]
+
+    for equation in program.equations:
+        results = equation.evaluate([read(v) for v in equation.inputs])
+        for v, result in zip(equation.outputs, results, strict=True):
+            values[v] = checkpoint_name(result, tags[v]) if v in tags else result
+    return [read(v) for v in program.outputs]
+
+
+def function_of(
+    program: FlatProgram,
+    wrt: Sequence[int],
+    inputs: Sequence[Any],
+    tags: Mapping[int, str] | None = None,
+) -> tuple[Callable[..., list[Any]], list[Any]]:
+    """The program as a function of the inputs that are differentiated, and those inputs."""
+
+    def function(*moving: Any) -> list[Any]:
+        values = list(inputs)
+        for i, value in zip(wrt, moving, strict=True):
+            values[i] = value
+        return evaluate(program, values, tags)
+
+    return function, [inputs[i] for i in wrt]

@@ -93,11 +93,7 @@ def _per_segment(name: str, value: Any, count: int) -> tuple[Any, ...]:
 
 def _checked_count(strategy: str, number: int | None, graph: RowGraph) -> int:
     order = strategy if strategy in ("2ps", "overl") else "stream"
-    heights = [
-        reference_height(graph, stage, order)
-        for stage in range(graph.stages)
-        if graph.stage_nodes(stage)
-    ]
+    heights = [reference_height(graph, stage, order) for stage in graph.loops]
     if not heights:
         return 1
     if order == "stream":

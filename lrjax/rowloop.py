@@ -291,7 +291,7 @@ def row_loop(
         for v in node.equation.outputs
         if v in graph.row_axis
     }
-    row_outputs = tuple(v for v in producer if v in _wanted_whole(graph, stage))
+    row_outputs = tuple(v for v in producer if v in graph.stages.made_whole[stage])
     if num_blocks == 1:
         order = "overl"  # one step that computes everything; the same rows in every order
     speeds = _speeds(graph, nodes, producer, row_outputs, order, num_blocks)
@@ -315,15 +315,6 @@ def reference_height(graph: RowGraph, stage: int, order: str) -> int:
     nodes = graph.stage_nodes(stage)
     heights = [_heights(graph, nodes, order, stage)[root] for root in _roots(graph, nodes)]
     return max(heights, default=1)
-
-
-def _wanted_whole(graph: RowGraph, stage: int) -> set[int]:
-    """Values that somebody outside the stage's row loop reads."""
-    wanted = {v for v in graph.program.outputs if isinstance(v, int)}
-    for node in graph.nodes:
-        if node.op is None or node.stage != stage:
-            wanted.update(v for v in node.equation.inputs if isinstance(v, int))
-    return wanted
 
 
 def _root(graph: RowGraph, node: Node) -> tuple[int, Fraction]:
@@ -351,7 +342,7 @@ def _heights(graph: RowGraph, nodes: Sequence[Node], order: str, stage: int) -> 
 
 
 def _sinks(graph: RowGraph, nodes: Sequence[Node], stage: int) -> list[Node]:
-    wanted = _wanted_whole(graph, stage)
+    wanted = graph.stages.made_whole[stage]
     return [n for n in nodes if n.is_reduction or wanted.intersection(n.equation.outputs)]
 
 

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from lrjax import autodiff
+from lrjax.inline import evaluate
 from lrjax.options import checked_options, checked_segments
 from lrjax.segments import Segment, split
 from lrjax.tracing import trace
@@ -81,7 +82,7 @@ def segment_function(
     """A segment as a differentiable function of its inputs."""
     program, axes = segment.program, segment.axes
     if strategy == "column":
-        return lambda *inputs: autodiff.evaluate(program, inputs)
+        return lambda *inputs: evaluate(program, inputs)
     if strategy == "stream":
         return autodiff.stream(program, axes, num_blocks)
     return autodiff.two_phase_or_overlap(program, axes, strategy, num_blocks)

@@ -38,8 +38,7 @@ def assert_row_local(fun: Any, args: Sequence[Any], in_axes: Any, *, one_loop: b
         column = [f"{n.equation.primitive.name}: {n.reason}" for n in graph.fallbacks]
         assert not column, column
         if one_loop:
-            loops = sum(bool(graph.stage_nodes(s)) for s in range(graph.stages))
-            assert loops == 1, f"{loops} row loops"
+            assert len(graph.loops) == 1, f"{len(graph.loops)} row loops"
 
 
 def largest_num_blocks(fun: Any, args: Sequence[Any], in_axes: Any, strategy: str) -> int:
