@@ -471,9 +471,18 @@ def finished_sums(loop: RowLoop, sums: Values) -> Values:
     return {v: total.astype(loop.graph.program.avals[v].dtype) for v, total in sums.items()}
 
 
-def empty_outputs(loop: RowLoop) -> Values:
+def empty_outputs(loop: RowLoop, values: Values) -> Values:
+    """Arrays for the row outputs, of which every row will be written.
+
+    They are filled with an element of what the loop before this one made. Of plain zeros XLA:GPU
+    makes one fusion for all loops of a program, so that all outputs exist from the beginning on
+    (ResNet-50 with BatchNorm: 4,029 MiB instead of 1,700).
+    """
     avals = loop.graph.program.avals
-    return {v: jnp.zeros(avals[v].shape, avals[v].dtype) for v in loop.row_outputs}
+    filling: Any = 0
+    if loop.latest_input is not None:
+        filling = lax.stop_gradient(values[loop.latest_input]).ravel()[0]
+    return {v: jnp.full(avals[v].shape, filling, avals[v].dtype) for v in loop.row_outputs}
 
 
 def write_outputs(loop: RowLoop, clock: Clock, outputs: Values, rows: Values) -> Values:
@@ -498,7 +507,7 @@ def run_loop(loop: RowLoop, values: Values) -> Values:
         outputs = write_outputs(loop, now, outputs, result.rows)
         return (result.lines, outputs, add_partial(loop, sums, result.partial)), None
 
-    carry = (empty_lines(loop), empty_outputs(loop), empty_sums(loop))
+    carry = (empty_lines(loop), empty_outputs(loop, values), empty_sums(loop))
     (_, outputs, sums), _ = lax.scan(step, carry, clock.table())
     return {**outputs, **finished_sums(loop, sums)}
 

@@ -8,6 +8,7 @@ again behind each of them; there, the maps that are worth holding are found by t
 
 from __future__ import annotations
 
+import bisect
 import dataclasses
 import math
 from collections.abc import Sequence
@@ -19,14 +20,12 @@ import numpy as np
 
 from lrjax.graph import RowGraph, build, stage_problem
 from lrjax.inline import FlatProgram, flatten, function_of, masks_from_outputs
-from lrjax.stages import Problem, Stages, cut_into_stages
+from lrjax.stages import OPERATIONS_PER_BYTE, Problem, Stages, cut_into_stages
 
-# The least memory is taken at which all operations stay within this multiple of column's (a forward
-# pass done again is 4/3).
+# Operations worth doing again to hold one byte less, the leanest first; the first is taken with
+# which all operations stay within this multiple of column's (a forward pass done again is 4/3).
+EXCHANGE_RATES = tuple(2.0 ** (k / 4) for k in range(64, 15, -1))
 MAX_OPERATIONS = 1.4
-# Budgets that are tried, as fractions of what the cheapest cut holds. Not a bisection: holding more
-# behind one boundary can cost more operations at the next.
-_FRACTIONS = tuple(2.0 ** (-k / 4) for k in range(1, 17))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,23 +34,23 @@ class Saved:
 
     Attributes:
       names: values of the program, with names for a checkpoint policy.
-      budget: bytes that may exist whole while a row loop of either pass runs.
+      operations_per_byte: the exchange rate of either pass.
     """
 
     names: dict[int, str]
-    budget: float
+    operations_per_byte: float
 
 
 def residuals(program: FlatProgram, axes: Sequence[int | None], wrt: Sequence[int]) -> Saved:
     """What the forward pass saves for the gradient with respect to the inputs ``wrt``."""
     graph = build(program, axes)
     late = _ends_of_stages(graph)
-    budget = math.inf
+    rate = OPERATIONS_PER_BYTE
     if len(graph.loops) > 1:
-        held, budget = _worth_holding(program, axes, graph, wrt)
+        held, rate = _worth_holding(program, axes, graph, wrt)
         late |= held
     made = {v for equation in program.equations for v in equation.outputs}
-    return Saved(_names(late & made), budget)
+    return Saved(_names(late & made), rate)
 
 
 def _names(values: set[int]) -> dict[int, str]:
@@ -74,7 +73,7 @@ def _ends_of_stages(graph: RowGraph) -> set[int]:
 def _worth_holding(
     program: FlatProgram, axes: Sequence[int | None], forward: RowGraph, wrt: Sequence[int]
 ) -> tuple[set[int], float]:
-    """Row values that cross from the forward to the backward pass, and the budget they meet."""
+    """Row values that cross from the forward to the backward pass, and the exchange rate."""
     names = _names(set(forward.streamed))
     joint = _joint_graph(program, axes, forward, wrt, names)
     value_of = {name: v for v, name in names.items()}
@@ -90,24 +89,24 @@ def _worth_holding(
         joint.program,
         joint.nodes,
         joint.streamed,
-        joint.row_axis,
         available=dict.fromkeys(cotangents, border + 1),
         pinned={border: joint.streamed - tagged.keys()},
     )
-    stages, budget = _leanest(problem)
-    return {tagged[v] for v in stages.crossing[border] if v in tagged}, budget
+    stages, rate = _leanest(problem)
+    return {tagged[v] for v in stages.crossing[border] if v in tagged}, rate
 
 
 def _leanest(problem: Problem) -> tuple[Stages, float]:
-    """The stages of the smallest budget within ``MAX_OPERATIONS``."""
+    """The leanest stages within ``MAX_OPERATIONS``, and their exchange rate."""
     once = sum(o.flops for o in problem.operations if math.isfinite(o.flops))
-    best, budget = cut_into_stages(problem), math.inf
-    most = max(map(problem.bytes_of, best.crossing))
-    for fraction in _FRACTIONS:
-        found = cut_into_stages(problem, fraction * most)
-        if found.flops(problem.operations) <= MAX_OPERATIONS * once:
-            best, budget = found, fraction * most
-    return best, budget
+
+    def is_affordable(rate: float) -> bool:
+        stages = cut_into_stages(problem, rate)
+        return stages.flops(problem.operations) <= MAX_OPERATIONS * once
+
+    first = bisect.bisect_left(EXCHANGE_RATES[:-1], True, key=is_affordable)
+    rate = EXCHANGE_RATES[first]
+    return cut_into_stages(problem, rate), rate
 
 
 def _joint_graph(

@@ -120,6 +120,14 @@ class RowLoop:
         """Values that exist whole and are sliced by rows."""
         return tuple(dict.fromkeys(s.value for s in self.sliced))
 
+    @functools.cached_property
+    def latest_input(self) -> int | None:
+        """One of the values that exist whole, made as late as any of them."""
+        graph = self.graph
+        homes = zip(graph.nodes, graph.stages.home, strict=True)
+        made = {v: home for node, home in homes for v in node.equation.outputs}
+        return max((*self.wholes, *self.arrays), key=lambda v: made.get(v, -1), default=None)
+
     def track(self, value: int) -> Track:
         return self.schedule.tracks[self.producer[value]]
 

@@ -11,7 +11,6 @@ Plain Python on numbers, without JAX.
 
 from __future__ import annotations
 
-import bisect
 import dataclasses
 import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -20,9 +19,9 @@ import numpy as np
 from scipy.sparse import csr_array
 from scipy.sparse.csgraph import breadth_first_order, maximum_flow
 
-# Operations that are worth doing again to hold one byte less. Without a budget: elementwise ones,
-# and convolutions of very few channels.
-EXCHANGE_RATES = tuple(2.0 ** (k / 4) for k in range(16, 65))
+# Operations that are worth doing again to hold one byte less: elementwise ones, and convolutions of
+# very few channels.
+OPERATIONS_PER_BYTE = 16.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,7 +73,6 @@ class Problem:
       operations: in topological order.
       outputs: values that must exist whole in the end.
       size: bytes of every value that carries rows and is made by a row operation.
-      input_size: bytes of every input that carries rows.
       available: inputs that are there only from a later stage on (cotangents).
       pinned: per stage, values that may not cross the boundary behind it.
     """
@@ -82,7 +80,6 @@ class Problem:
     operations: tuple[Operation, ...]
     outputs: frozenset[int]
     size: Mapping[int, int]
-    input_size: Mapping[int, int] = dataclasses.field(default_factory=dict)
     available: Mapping[int, int] = dataclasses.field(default_factory=dict)
     pinned: Mapping[int, Collection[int]] = dataclasses.field(default_factory=dict)
 
@@ -91,20 +88,19 @@ class Problem:
         return sum(self.size[v] for v in values)
 
 
-def cut_into_stages(problem: Problem, budget: float = math.inf) -> Stages:
+def cut_into_stages(problem: Problem, operations_per_byte: float = OPERATIONS_PER_BYTE) -> Stages:
     """Stages as late as possible, and the cheapest values across every boundary.
 
     Args:
       problem: the program.
-      budget: bytes that may exist whole while a row loop runs: what it reads, what it gives and
-        what later ones read. It is met where doing operations again can meet it.
+      operations_per_byte: what is worth doing again to hold one byte less across a boundary.
     """
     home = _latest_stages(problem, _earliest_stages(problem))
-    boundaries = _Boundaries(problem, home)
+    boundaries = _Boundaries(problem, home, operations_per_byte)
     count = 1 + max(home, default=0)
     crossing: list[frozenset[int]] = [frozenset()] * count
     for stage in reversed(range(count - 1)):
-        crossing[stage] = boundaries.crossing(stage, crossing[stage + 1], budget)
+        crossing[stage] = boundaries.crossing(stage, crossing[stage + 1])
     members, made_whole = [], []
     for stage in range(count):
         before = crossing[stage - 1] if stage else frozenset()
@@ -117,21 +113,17 @@ def cut_into_stages(problem: Problem, budget: float = math.inf) -> Stages:
 class _Boundaries:
     """What every boundary must offer, and what it holds."""
 
-    def __init__(self, problem: Problem, home: Sequence[int]):
-        self.problem, self.home = problem, home
-        self.cuts = _Cuts(problem, home)
+    def __init__(self, problem: Problem, home: Sequence[int], operations_per_byte: float):
+        self.problem = problem
+        self.cuts = _Cuts(problem, home, operations_per_byte)
         size = problem.size
         count = 1 + max(home, default=0)
         located = list(zip(home, problem.operations, strict=True))
         self.made_in = {v: stage for stage, o in located for v in o.outputs if v in size}
         self.read: list[set[int]] = [set() for _ in range(count)]
         self.read_whole: list[set[int]] = [set() for _ in range(count)]
-        self.last_use = {v: count if v in problem.outputs else 0 for v in problem.input_size}
         for stage, operation in located:
             (self.read if operation.by_rows else self.read_whole)[stage].update(operation.inputs)
-            for v in operation.inputs:
-                if v in self.last_use:
-                    self.last_use[v] = max(self.last_use[v], stage)
 
     def _made_by(self, values: Collection[int], stage: int) -> set[int]:
         return {v for v in values if v in self.made_in and self.made_in[v] <= stage}
@@ -139,26 +131,12 @@ class _Boundaries:
     def outputs_at(self, stage: int) -> frozenset[int]:
         return frozenset(v for v in self.problem.outputs if self.made_in.get(v) == stage)
 
-    def crossing(self, stage: int, after: frozenset[int], budget: float) -> frozenset[int]:
+    def crossing(self, stage: int, after: frozenset[int]) -> frozenset[int]:
         """Values to hold between ``stage`` and the next, behind which ``after`` are held."""
         whole = self._made_by(self.read_whole[stage + 1], stage)
         wanted = self._made_by(self.read[stage + 1] | after, stage) | whole
-        outputs = self._made_by(self.problem.outputs, stage + 1)
-        inputs = [v for v, last in self.last_use.items() if last > stage]
         free = self._made_by(self.problem.outputs, stage) | whole
-
-        def candidate(rate: float) -> frozenset[int]:
-            return self.cuts.cheapest(stage, wanted, free, rate) | whole
-
-        def fits(rate: float) -> bool:
-            held = candidate(rate) | after | outputs
-            return (
-                self.problem.bytes_of(held) + sum(self.problem.input_size[v] for v in inputs)
-                <= budget
-            )
-
-        first = bisect.bisect_left(EXCHANGE_RATES[:-1], True, key=fits)
-        return candidate(EXCHANGE_RATES[first])
+        return self.cuts.cheapest(stage, wanted, free) | whole
 
 
 def _members(
@@ -237,36 +215,33 @@ class _Cuts:
     INFINITE = 2**30
     SOURCE, SINK = 0, 1
 
-    def __init__(self, problem: Problem, home: Sequence[int]):
-        self.problem = problem
+    def __init__(self, problem: Problem, home: Sequence[int], operations_per_byte: float):
+        self.problem, self.operations_per_byte = problem, operations_per_byte
         self.vertex = {v: 2 + i for i, v in enumerate(problem.size)}
         self.first_operation = 2 + len(self.vertex)
-        columns = zip(*self._edges(home), strict=True) if problem.size else ((),) * 6
-        arrays = list(map(np.array, columns))
-        self.tail, self.head, self.bytes, self.flops, self.stage, self.held = arrays
+        columns = zip(*self._edges(home), strict=True) if problem.size else ((),) * 5
+        self.tail, self.head, self.cost, self.stage, self.held = map(np.array, columns)
 
-    def _edges(self, home: Sequence[int]) -> Iterator[tuple[int, int, float, float, int, int]]:
-        """Tail, head, cost in bytes and in operations, stage, and the value held."""
+    def _edges(self, home: Sequence[int]) -> Iterator[tuple[int, int, float, int, int]]:
+        """Tail, head, cost, stage of the operation, and the value held."""
         for i, operation in enumerate(self.problem.operations):
             again = self.first_operation + i
             made = [v for v in operation.outputs if v in self.vertex]
             if not made:
                 continue
             # Something for every operation, so that nothing is done again for nothing.
-            yield again, self.SINK, 0.0, 1.0 + operation.flops, home[i], -1
+            yield again, self.SINK, (1.0 + operation.flops) / self.operations_per_byte, home[i], -1
             for v in made:
-                yield self.vertex[v], again, float(self.problem.size[v]), 0.0, home[i], v
+                yield self.vertex[v], again, float(self.problem.size[v]), home[i], v
             for v in operation.inputs:
                 if v in self.vertex:
-                    yield again, self.vertex[v], math.inf, 0.0, home[i], -1
+                    yield again, self.vertex[v], math.inf, home[i], -1
 
-    def cheapest(
-        self, stage: int, wanted: set[int], free: set[int], operations_per_byte: float
-    ) -> frozenset[int]:
+    def cheapest(self, stage: int, wanted: set[int], free: set[int]) -> frozenset[int]:
         """Values to hold across the boundary behind ``stage``; those in ``free`` cost nothing."""
         if not wanted:
             return frozenset()
-        cost = self.bytes + self.flops / operations_per_byte
+        cost = self.cost.copy()
         cost[np.isin(self.held, list(self.problem.pinned.get(stage, ())))] = math.inf
         cost[np.isin(self.held, list(free))] = 0.0
         kept = (self.stage <= stage) & (cost > 0)
