@@ -8,6 +8,7 @@ first: one forward graph, whose step is differentiated by ``jax.vjp`` in a rever
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -32,7 +33,6 @@ from lrjax.inline import (
 from lrjax.residuals import residuals
 from lrjax.rowloop import RowLoop, row_loop
 from lrjax.rules.base import Array, RowOp
-from lrjax.stages import OPERATIONS_PER_BYTE
 
 Axes = Sequence[int | None]
 
@@ -78,11 +78,11 @@ def traced_program(
     structs: Sequence[Any],
     axes: Axes,
     num_blocks: int,
-    operations_per_byte: float = OPERATIONS_PER_BYTE,
+    budget: float = math.inf,
 ) -> RowProgram:
     """Trace at full shape and tile: the stream form of any function of arrays."""
     program = masks_from_outputs(flatten(jax.make_jaxpr(function)(*structs)))
-    graph = build(program, axes, operations_per_byte=operations_per_byte)
+    graph = build(program, axes, budget=budget)
     return row_program(graph, "stream", num_blocks)
 
 
@@ -192,7 +192,7 @@ def _two_passes(
         leaves, tree = jax.tree.flatten(pull)
         return outputs, leaves
 
-    first = traced_program(forward, program.structs, axes, num_blocks, saved.operations_per_byte)
+    first = traced_program(forward, program.structs, axes, num_blocks, saved.budget)
     count = len(program.outputs)
     outputs = [program.aval(v) for v in program.outputs]
     graph = first.graph
@@ -215,7 +215,7 @@ def _two_passes(
         [*structs, *(outputs[i] for i in inexact)],
         [*out_axes[count:], *(out_axes[i] for i in inexact)],
         num_blocks,
-        saved.operations_per_byte,
+        saved.budget,
     )
     return StreamPrograms(first, second)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from fractions import Fraction
 from typing import Any
 
@@ -16,7 +16,7 @@ from lrjax.inline import Atom, FlatEquation, FlatProgram, Literal
 from lrjax.rules.base import Equation, NotRowLocal, Operand, RowOp, row_op
 from lrjax.rules.elementwise import ELEMENTWISE
 from lrjax.rules.shape import constant_along_rows
-from lrjax.stages import OPERATIONS_PER_BYTE, Operation, Problem, Stages, cut_into_stages
+from lrjax.stages import Operation, Problem, Stages, cut_into_stages
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,7 +91,7 @@ def build(
     in_axes: Sequence[int | None],
     accepts: Callable[[FlatEquation, RowOp], str | None] = lambda equation, op: None,
     *,
-    operations_per_byte: float = OPERATIONS_PER_BYTE,
+    budget: float = math.inf,
 ) -> RowGraph:
     """Type the program and cut it into stages.
 
@@ -99,21 +99,21 @@ def build(
       program: the flat program.
       in_axes: row axis of every input, None for one without rows.
       accepts: names a reason to run a row operation column-wise all the same, or None.
-      operations_per_byte: what is worth doing again in a later stage to hold one byte less.
+      budget: bytes that may exist whole while a row loop runs; see ``cut_into_stages``.
     """
     typer = _Typer(program, in_axes, accepts)
     for equation in program.equations:
         typer.add(equation)
     program, nodes = typer.finish()
     streamed = frozenset(typer.streamed)
-    problem = stage_problem(program, nodes, streamed)
+    problem = stage_problem(program, nodes, streamed, typer.row_axis)
     return RowGraph(
         program=program,
         nodes=tuple(nodes),
         row_axis=typer.row_axis,
         streamed=streamed,
         rate={v: typer.rates.find(v) for v in typer.row_axis},
-        stages=cut_into_stages(problem, operations_per_byte),
+        stages=cut_into_stages(problem, budget),
     )
 
 
@@ -121,6 +121,7 @@ def stage_problem(
     program: FlatProgram,
     nodes: Sequence[Node],
     streamed: frozenset[int],
+    row_axis: Collection[int],
     **known: Any,
 ) -> Problem:
     """A program as ``stages`` sees it; ``known`` are further fields of the ``Problem``."""
@@ -140,6 +141,7 @@ def stage_problem(
         operations=tuple(map(operation, nodes)),
         outputs=frozenset(_values(program.outputs)),
         size={v: size_bytes(program.avals[v]) for v in sorted(streamed)},
+        input_size={v: size_bytes(program.avals[v]) for v in program.inputs if v in row_axis},
         **known,
     )
 

@@ -8,7 +8,6 @@ again behind each of them; there, the maps that are worth holding are found by t
 
 from __future__ import annotations
 
-import bisect
 import dataclasses
 import math
 from collections.abc import Sequence
@@ -20,12 +19,14 @@ import numpy as np
 
 from lrjax.graph import RowGraph, build, stage_problem
 from lrjax.inline import FlatProgram, flatten, function_of, masks_from_outputs
-from lrjax.stages import OPERATIONS_PER_BYTE, Problem, Stages, cut_into_stages
+from lrjax.stages import Problem, Stages, cut_into_stages
 
-# Operations worth doing again to hold one byte less, the leanest first; the first is taken with
-# which all operations stay within this multiple of column's (a forward pass done again is 4/3).
-EXCHANGE_RATES = tuple(2.0 ** (k / 4) for k in range(64, 15, -1))
-MAX_OPERATIONS = 1.4
+# The least memory is taken with which all operations stay within this multiple of column's (a
+# forward pass done again is 4/3).
+MAX_OPERATIONS = 1.5
+# Budgets that are tried, as fractions of what exists whole without one. Not a bisection: to hold
+# less at one boundary may cost less at the next.
+_FRACTIONS = tuple(2.0 ** (-k / 4) for k in range(13))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,23 +35,23 @@ class Saved:
 
     Attributes:
       names: values of the program, with names for a checkpoint policy.
-      operations_per_byte: the exchange rate of either pass.
+      budget: bytes that may exist whole while a row loop of either pass runs.
     """
 
     names: dict[int, str]
-    operations_per_byte: float
+    budget: float
 
 
 def residuals(program: FlatProgram, axes: Sequence[int | None], wrt: Sequence[int]) -> Saved:
     """What the forward pass saves for the gradient with respect to the inputs ``wrt``."""
     graph = build(program, axes)
     late = _ends_of_stages(graph)
-    rate = OPERATIONS_PER_BYTE
+    budget = math.inf
     if len(graph.loops) > 1:
-        held, rate = _worth_holding(program, axes, graph, wrt)
+        held, budget = _worth_holding(program, axes, graph, wrt)
         late |= held
     made = {v for equation in program.equations for v in equation.outputs}
-    return Saved(_names(late & made), rate)
+    return Saved(_names(late & made), budget)
 
 
 def _names(values: set[int]) -> dict[int, str]:
@@ -73,7 +74,7 @@ def _ends_of_stages(graph: RowGraph) -> set[int]:
 def _worth_holding(
     program: FlatProgram, axes: Sequence[int | None], forward: RowGraph, wrt: Sequence[int]
 ) -> tuple[set[int], float]:
-    """Row values that cross from the forward to the backward pass, and the exchange rate."""
+    """Row values that cross from the forward to the backward pass, and the budget."""
     names = _names(set(forward.streamed))
     joint = _joint_graph(program, axes, forward, wrt, names)
     value_of = {name: v for v, name in names.items()}
@@ -89,24 +90,25 @@ def _worth_holding(
         joint.program,
         joint.nodes,
         joint.streamed,
+        joint.row_axis,
         available=dict.fromkeys(cotangents, border + 1),
         pinned={border: joint.streamed - tagged.keys()},
     )
-    stages, rate = _leanest(problem)
-    return {tagged[v] for v in stages.crossing[border] if v in tagged}, rate
+    stages, budget = _leanest(problem)
+    return {tagged[v] for v in stages.crossing[border] if v in tagged}, budget
 
 
 def _leanest(problem: Problem) -> tuple[Stages, float]:
-    """The leanest stages within ``MAX_OPERATIONS``, and their exchange rate."""
+    """The stages of least memory within ``MAX_OPERATIONS``, and their budget."""
     once = sum(o.flops for o in problem.operations if math.isfinite(o.flops))
-
-    def is_affordable(rate: float) -> bool:
-        stages = cut_into_stages(problem, rate)
-        return stages.flops(problem.operations) <= MAX_OPERATIONS * once
-
-    first = bisect.bisect_left(EXCHANGE_RATES[:-1], True, key=is_affordable)
-    rate = EXCHANGE_RATES[first]
-    return cut_into_stages(problem, rate), rate
+    best, budget = cut_into_stages(problem), math.inf
+    most = least = best.peak_bytes(problem)
+    for fraction in _FRACTIONS:
+        found = cut_into_stages(problem, fraction * most)
+        peak = found.peak_bytes(problem)
+        if found.flops(problem) <= MAX_OPERATIONS * once and peak < least:
+            best, budget, least = found, fraction * most, peak
+    return best, budget
 
 
 def _joint_graph(

@@ -4,13 +4,15 @@ A reduction over rows, and everything that needs a whole map, ends a stage. What
 reads of an earlier one either exists whole in between or is computed again in the later stage. The
 choice at every boundary is a minimum cut: the bytes of the values held against the price of the
 operations done again, so that of a convolution and the four maps made from it one is kept, and the
-narrow map before a 1x1 convolution instead of the wide one after it.
+narrow map before a 1x1 convolution instead of the wide one after it. Memory is as dear at a
+boundary as a budget of bytes makes it: where more exists whole, more is done again.
 
 Plain Python on numbers, without JAX.
 """
 
 from __future__ import annotations
 
+import bisect
 import dataclasses
 import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -19,9 +21,10 @@ import numpy as np
 from scipy.sparse import csr_array
 from scipy.sparse.csgraph import breadth_first_order, maximum_flow
 
-# Operations that are worth doing again to hold one byte less: elementwise ones, and convolutions of
-# very few channels.
-OPERATIONS_PER_BYTE = 16.0
+# Operations worth doing again to hold one byte less across a boundary. The first is the choice
+# without a budget: elementwise operations, and convolutions of very few channels. Beyond the last,
+# operations explode where a budget cannot be met.
+EXCHANGE_RATES = tuple(2.0 ** (k / 4) for k in range(16, 45))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,9 +63,14 @@ class Stages:
     crossing: tuple[frozenset[int], ...]
     made_whole: tuple[frozenset[int], ...]
 
-    def flops(self, operations: Sequence[Operation]) -> float:
+    def flops(self, problem: Problem) -> float:
         """Operations of all row loops."""
-        return sum(operations[i].flops for members in self.members for i in members)
+        return sum(problem.operations[i].flops for members in self.members for i in members)
+
+    def peak_bytes(self, problem: Problem) -> int:
+        """The most row values made by the program that exist whole while one of its loops runs."""
+        around = zip((frozenset(), *self.crossing), self.crossing, strict=False)
+        return max(problem.bytes_of(before | after) for before, after in around)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,6 +81,7 @@ class Problem:
       operations: in topological order.
       outputs: values that must exist whole in the end.
       size: bytes of every value that carries rows and is made by a row operation.
+      input_size: bytes of every input that carries rows.
       available: inputs that are there only from a later stage on (cotangents).
       pinned: per stage, values that may not cross the boundary behind it.
     """
@@ -80,6 +89,7 @@ class Problem:
     operations: tuple[Operation, ...]
     outputs: frozenset[int]
     size: Mapping[int, int]
+    input_size: Mapping[int, int] = dataclasses.field(default_factory=dict)
     available: Mapping[int, int] = dataclasses.field(default_factory=dict)
     pinned: Mapping[int, Collection[int]] = dataclasses.field(default_factory=dict)
 
@@ -88,15 +98,16 @@ class Problem:
         return sum(self.size[v] for v in values)
 
 
-def cut_into_stages(problem: Problem, operations_per_byte: float = OPERATIONS_PER_BYTE) -> Stages:
+def cut_into_stages(problem: Problem, budget: float = math.inf) -> Stages:
     """Stages as late as possible, and the cheapest values across every boundary.
 
     Args:
       problem: the program.
-      operations_per_byte: what is worth doing again to hold one byte less across a boundary.
+      budget: bytes that may exist whole while a row loop runs: what it reads, what it gives and
+        what later ones read. More is held only where no exchange rate helps.
     """
     home = _latest_stages(problem, _earliest_stages(problem))
-    boundaries = _Boundaries(problem, home, operations_per_byte)
+    boundaries = _Boundaries(problem, home, budget)
     count = 1 + max(home, default=0)
     crossing: list[frozenset[int]] = [frozenset()] * count
     for stage in reversed(range(count - 1)):
@@ -113,17 +124,19 @@ def cut_into_stages(problem: Problem, operations_per_byte: float = OPERATIONS_PE
 class _Boundaries:
     """What every boundary must offer, and what it holds."""
 
-    def __init__(self, problem: Problem, home: Sequence[int], operations_per_byte: float):
-        self.problem = problem
-        self.cuts = _Cuts(problem, home, operations_per_byte)
+    def __init__(self, problem: Problem, home: Sequence[int], budget: float):
+        self.problem, self.budget = problem, budget
+        self.cuts = _Cuts(problem, home)
         size = problem.size
         count = 1 + max(home, default=0)
         located = list(zip(home, problem.operations, strict=True))
         self.made_in = {v: stage for stage, o in located for v in o.outputs if v in size}
         self.read: list[set[int]] = [set() for _ in range(count)]
         self.read_whole: list[set[int]] = [set() for _ in range(count)]
+        self.last_use = dict.fromkeys(problem.input_size, 0)
         for stage, operation in located:
             (self.read if operation.by_rows else self.read_whole)[stage].update(operation.inputs)
+            self.last_use.update((v, stage) for v in operation.inputs if v in self.last_use)
 
     def _made_by(self, values: Collection[int], stage: int) -> set[int]:
         return {v for v in values if v in self.made_in and self.made_in[v] <= stage}
@@ -136,7 +149,17 @@ class _Boundaries:
         whole = self._made_by(self.read_whole[stage + 1], stage)
         wanted = self._made_by(self.read[stage + 1] | after, stage) | whole
         free = self._made_by(self.problem.outputs, stage) | whole
-        return self.cuts.cheapest(stage, wanted, free) | whole
+        outputs = self._made_by(self.problem.outputs, stage + 1)
+        inputs = [v for v, last in self.last_use.items() if last > stage]
+        others = sum(self.problem.input_size[v] for v in inputs)
+
+        def at(rate: float) -> frozenset[int]:
+            return self.cuts.cheapest(stage, wanted, free, rate) | whole
+
+        def fits(rate: float) -> bool:
+            return self.problem.bytes_of(at(rate) | after | outputs) + others <= self.budget
+
+        return at(EXCHANGE_RATES[bisect.bisect_left(EXCHANGE_RATES[:-1], True, key=fits)])
 
 
 def _members(
@@ -215,33 +238,35 @@ class _Cuts:
     INFINITE = 2**30
     SOURCE, SINK = 0, 1
 
-    def __init__(self, problem: Problem, home: Sequence[int], operations_per_byte: float):
-        self.problem, self.operations_per_byte = problem, operations_per_byte
+    def __init__(self, problem: Problem, home: Sequence[int]):
+        self.problem = problem
         self.vertex = {v: 2 + i for i, v in enumerate(problem.size)}
         self.first_operation = 2 + len(self.vertex)
-        columns = zip(*self._edges(home), strict=True) if problem.size else ((),) * 5
-        self.tail, self.head, self.cost, self.stage, self.held = map(np.array, columns)
+        columns = zip(*self._edges(home), strict=True) if problem.size else ((),) * 6
+        self.tail, self.head, self.bytes, self.flops, self.stage, self.held = map(np.array, columns)
 
-    def _edges(self, home: Sequence[int]) -> Iterator[tuple[int, int, float, int, int]]:
-        """Tail, head, cost, stage of the operation, and the value held."""
+    def _edges(self, home: Sequence[int]) -> Iterator[tuple[int, int, float, float, int, int]]:
+        """Tail, head, cost in bytes and in operations, stage, and the value held."""
         for i, operation in enumerate(self.problem.operations):
             again = self.first_operation + i
             made = [v for v in operation.outputs if v in self.vertex]
             if not made:
                 continue
             # Something for every operation, so that nothing is done again for nothing.
-            yield again, self.SINK, (1.0 + operation.flops) / self.operations_per_byte, home[i], -1
+            yield again, self.SINK, 0.0, 1.0 + operation.flops, home[i], -1
             for v in made:
-                yield self.vertex[v], again, float(self.problem.size[v]), home[i], v
+                yield self.vertex[v], again, float(self.problem.size[v]), 0.0, home[i], v
             for v in operation.inputs:
                 if v in self.vertex:
-                    yield again, self.vertex[v], math.inf, home[i], -1
+                    yield again, self.vertex[v], math.inf, 0.0, home[i], -1
 
-    def cheapest(self, stage: int, wanted: set[int], free: set[int]) -> frozenset[int]:
+    def cheapest(
+        self, stage: int, wanted: set[int], free: set[int], operations_per_byte: float
+    ) -> frozenset[int]:
         """Values to hold across the boundary behind ``stage``; those in ``free`` cost nothing."""
         if not wanted:
             return frozenset()
-        cost = self.cost.copy()
+        cost = self.bytes + self.flops / operations_per_byte
         cost[np.isin(self.held, list(self.problem.pinned.get(stage, ())))] = math.inf
         cost[np.isin(self.held, list(free))] = 0.0
         kept = (self.stage <= stage) & (cost > 0)
