@@ -85,7 +85,6 @@ class Compiled:
     temp_bytes: int
     wall_s: float
     cpu_s: float
-    instructions: int
 
 
 def compile_gradient(
@@ -96,9 +95,8 @@ def compile_gradient(
     wall, cpu = time.perf_counter(), time.process_time()
     compiled = memory.compile_for(method.gradient(), *args, target=target)
     wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
-    instructions = compiled.as_text().count(" = ")
     peak, temporary = memory.peak_bytes(compiled), memory.temp_bytes(compiled)
-    return Compiled(peak, temporary, wall, cpu, instructions)
+    return Compiled(peak, temporary, wall, cpu)
 
 
 def height_temp_bytes(height: int, target: str = "h200") -> int:

@@ -62,17 +62,16 @@ class Clock:
 def clock_of(loop: RowLoop) -> Clock:
     """The step, every task's rows, and where windows lie."""
     steps = range(loop.steps)
-    series: dict[Any, list[int]] = {"step": list(steps)}
+    series: dict[Any, Sequence[int]] = {"step": list(steps)}
     for i, track in enumerate(loop.schedule.tracks):
-        series["start", i] = [track.start(t) for t in steps]
-        series["owned", i] = [track.owned(t)[0] for t in steps]
-        series["stop", i] = [track.stop(t) for t in steps]
+        owned, stops = track.frontier[:-1], track.frontier[1:]
+        series["start", i] = [stop - track.rows for stop in stops]
+        series["owned", i], series["stop", i] = owned, stops
         if track.depth > track.rows:
             gap = track.carried - track.depth
             series["shift", i] = [advance + gap for advance in track.advances]
     for s in loop.sources:
-        starts = [loop.window(s, t)[0] for t in steps]
-        series["window", s.node, s.operand] = starts
+        series["window", s.node, s.operand] = loop.window_starts(s)
         if s.value in loop.producer:
             series["back", s.node, s.operand] = loop.look_back(s)
     return Clock(series)

@@ -6,6 +6,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
+import operator
 from collections.abc import Iterable, Sequence
 from fractions import Fraction
 from typing import Any
@@ -135,6 +136,11 @@ class RowLoop:
         rows, row_map = self.schedule.tracks[source.node], source.read.row_map
         return row_map.first(rows.start(step)), row_map.end(rows.stop(step))
 
+    def window_starts(self, source: Source) -> list[int]:
+        """The first row that a read needs, per step."""
+        track, first = self.schedule.tracks[source.node], source.read.row_map.first
+        return [first(stop - track.rows) for stop in track.frontier[1:]]
+
     def leaves_image(self, source: Source) -> bool:
         """Some step reads rows outside the image that must hold the fill value."""
         if source.read.fill is None:
@@ -145,8 +151,9 @@ class RowLoop:
         if not node.is_reduction:
             row_map = source.read.row_map
             return row_map.first(0) < 0 or row_map.end(node.op.height) > height
-        windows = [self.window(source, step) for step in range(self.steps)]
-        return any(start < 0 or stop > height for start, stop in windows)
+        starts = self.window_starts(source)
+        size = self.window(source, 0)[1] - starts[0]
+        return min(starts) < 0 or max(starts) + size > height
 
     def fill_of(self, source: Source) -> Any:
         """What a window must hold outside the image, None if it does not matter.
@@ -274,7 +281,7 @@ class RowLoop:
     def look_back(self, source: Source) -> list[int]:
         """Per step, how far before the value's frontier a window starts."""
         track = self.track(source.value)
-        return [track.stop(t) - self.window(source, t)[0] for t in range(self.steps)]
+        return list(map(operator.sub, track.frontier[1:], self.window_starts(source)))
 
 
 def row_loop(

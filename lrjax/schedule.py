@@ -8,6 +8,7 @@ start at or below row 0 and end at or beyond the height, so that every step has 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import math
 import operator
@@ -43,7 +44,7 @@ class Task:
     is_sink: bool = False
     recompute: bool = False
 
-    @property
+    @functools.cached_property
     def quantum(self) -> int:
         quantum = 1
         for read in self.reads:
@@ -147,8 +148,9 @@ def _even(task: Task, steps: int, lag: int) -> list[int]:
     Even frontiers keep steps alike: where a stride makes one operation advance in every other step
     only, following its demand to the letter would make all before it stop and go as well.
     """
-    shares = (task.speed * (step + 1) for step in range(-1, steps))
-    return [round_down(s.numerator // s.denominator, task.quantum) - lag for s in shares]
+    rows, per_steps = task.speed.as_integer_ratio()
+    quantum = task.quantum
+    return [step * rows // per_steps // quantum * quantum - lag for step in range(steps + 1)]
 
 
 def _eager_frontiers(tasks: Sequence[Task]) -> list[list[int]]:
