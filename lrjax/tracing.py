@@ -43,7 +43,7 @@ def trace(
     axes = flat_axes(in_axes, args)
     leaves, tree = jax.tree.flatten(args)
     keyword_leaves, keyword_tree = jax.tree.flatten(kwargs)
-    traced_keywords = [i for i, leaf in enumerate(keyword_leaves) if _is_array(leaf)]
+    traced_keywords = [i for i, leaf in enumerate(keyword_leaves) if is_array(leaf)]
     out_tree: Any = None
 
     def flat(*arrays: Any) -> list[Any]:
@@ -138,5 +138,6 @@ def _explain_heights(leaves: list[Any], axes: tuple[int | None, ...], error: Exc
         ) from error
 
 
-def _is_array(leaf: Any) -> bool:
+def is_array(leaf: Any) -> bool:
+    """Whether a leaf is an array, traced or not; Python's numbers are none."""
     return isinstance(leaf, jax.Array | np.ndarray | np.generic)
