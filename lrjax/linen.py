@@ -35,8 +35,8 @@ def rowwise(
     be there several times, and what lies between two of them exists whole.
 
     Args:
-      target: a module class; a module that is not yet part of another one; or a function whose first
-        argument is a module, such as a method in a class body.
+      target: a module class; a module that is not yet part of another one; or a function whose
+        first argument is a module, such as a method in a class body.
       in_axes: row axis of the call's positional arguments after the module, as for
         :func:`lrjax.rowwise`: a pytree prefix, None for an argument without rows. Flags and other
         arguments that are no arrays stay as they are and take None.

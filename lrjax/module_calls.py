@@ -91,7 +91,7 @@ def _check_changed(traced: Traced, graph: RowGraph, name: str) -> None:
             keys = [str(key.key) for key in path if isinstance(key, jax.tree_util.DictKey)]
             raise ValueError(
                 f"{name} writes the variable {'/'.join(keys)!r}, of shape "
-                f"{graph.program.aval(value).shape}, which carries rows: it would exist whole, which "
-                "is what row blocks avoid. Store or sow a reduction over rows instead (a mean), "
-                "return the map as an output, or leave its collection out of `mutable`."
+                f"{graph.program.aval(value).shape}, which carries rows: it would exist whole, "
+                "which row blocks avoid. Store or sow a reduction over rows instead (a mean), "
+                "return the map as an output, or, in Linen, leave its collection out of `mutable`."
             )

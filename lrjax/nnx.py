@@ -56,21 +56,21 @@ def rowwise(
 
     @functools.wraps(call)
     def rowwise_call(*args: Any, **kwargs: Any) -> Any:
-        nodes = {
-            "positional": {i: arg for i, arg in enumerate(args) if _holds_nodes(arg)},
-            "keyword": {key: arg for key, arg in kwargs.items() if _holds_nodes(arg)},
-            "owner": owner,
+        nodes: dict[str, Any] = {
+            "args": {i: arg for i, arg in enumerate(args) if _holds_nodes(arg)},
+            "kwargs": {key: arg for key, arg in kwargs.items() if _holds_nodes(arg)},
+            "self": owner,
         }
-        positional = [None if i in nodes["positional"] else arg for i, arg in enumerate(args)]
-        keyword = {key: arg for key, arg in kwargs.items() if key not in nodes["keyword"]}
+        positional = [None if i in nodes["args"] else arg for i, arg in enumerate(args)]
+        keyword = {key: arg for key, arg in kwargs.items() if key not in nodes["kwargs"]}
         graph, state = nnx.split(nodes)
 
         def pure(state: Any, *arrays: Any, **keywords: Any) -> tuple[Any, dict[str, Any]]:
             before = _by_path(state)
             merged = nnx.merge(graph, state)
-            full = [merged["positional"].get(i, array) for i, array in enumerate(arrays)]
-            first = [] if owner is None else [merged["owner"]]
-            outputs = call(*first, *full, **keywords, **merged["keyword"])
+            full = [merged["args"].get(i, array) for i, array in enumerate(arrays)]
+            first = [] if owner is None else [merged["self"]]
+            outputs = call(*first, *full, **keywords, **merged["kwargs"])
             graph_after, state_after = nnx.split(merged)
             if graph_after != graph:
                 raise ValueError(

@@ -1,7 +1,7 @@
 """ConvNeXt-T (Liu et al., arXiv 2201.03545) in Flax Linen.
 
-Its LayerNorm is over the channels of each pixel, so nothing in the stack needs all rows: one row loop
-goes through the whole network, however large the image.
+Its LayerNorm is over the channels of each pixel, so nothing in the stack needs all rows: one row
+loop goes through the whole network, however large the image.
 """
 
 import functools
@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from lrjax.models.layers import (
+    Layer,
     as_float,
     at_least_float32,
     check_images,
@@ -49,7 +50,7 @@ class ConvNeXtBlock(nn.Module):
     def __call__(self, x: jax.Array, *, train: bool = False) -> jax.Array:
         dtypes = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         channels = x.shape[-1]
-        dense = functools.partial(nn.Dense, kernel_init=INIT, **dtypes)
+        dense: Layer = functools.partial(nn.Dense, kernel_init=INIT, **dtypes)
         y = nn.Conv(
             channels,
             (7, 7),
@@ -105,8 +106,8 @@ class ConvNeXt(nn.Module):
         check_settings(width=self.width)
         check_images(images, "ConvNeXt", least=4 * 2 ** (len(self.blocks) - 1))
         dtypes = {"dtype": self.dtype, "param_dtype": self.param_dtype}
-        norm = functools.partial(nn.LayerNorm, epsilon=EPSILON, **dtypes)
-        conv = functools.partial(nn.Conv, padding=symmetric(0), kernel_init=INIT, **dtypes)
+        norm: Layer = functools.partial(nn.LayerNorm, epsilon=EPSILON, **dtypes)
+        conv: Layer = functools.partial(nn.Conv, padding=symmetric(0), kernel_init=INIT, **dtypes)
         channels = [scaled(count, self.width) for count in self.channels]
         x = as_float(images, self.dtype)
         x = conv(channels[0], (4, 4), (4, 4), name="stem_conv")(x)

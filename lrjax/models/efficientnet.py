@@ -10,6 +10,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from lrjax.models.layers import (
     HE_FAN_OUT,
+    Layer,
     Norm,
     as_float,
     at_least_float32,
@@ -83,7 +84,7 @@ class MBConv(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool = False) -> jax.Array:
         dtypes = {"dtype": self.dtype, "param_dtype": self.param_dtype}
-        conv = functools.partial(nn.Conv, use_bias=False, kernel_init=HE_FAN_OUT, **dtypes)
+        conv: Layer = functools.partial(nn.Conv, use_bias=False, kernel_init=HE_FAN_OUT, **dtypes)
         norm = normalisation(self.norm, train, **dtypes)
         hidden = divisible(x.shape[-1] * self.expansion)
         y = x
@@ -143,7 +144,7 @@ class EfficientNet(nn.Module):
         check_settings(norm=self.norm, width=self.width)
         check_images(images, "EfficientNet", least=1)
         dtypes = {"dtype": self.dtype, "param_dtype": self.param_dtype}
-        conv = functools.partial(nn.Conv, use_bias=False, kernel_init=HE_FAN_OUT, **dtypes)
+        conv: Layer = functools.partial(nn.Conv, use_bias=False, kernel_init=HE_FAN_OUT, **dtypes)
         norm = normalisation(self.norm, train, **dtypes)
         stem = divisible(STEM_CHANNELS * self.width)
         x = as_float(images, self.dtype)

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 Norm = Literal["batch", "frozen", "group", "none"]
-Normalise = Callable[..., Any]
+Layer = Callable[..., Any]
 
 # PyTorch's initialisation of convolutions in front of ReLU: normal, scaled by the fan out.
 HE_FAN_OUT = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
@@ -51,7 +51,7 @@ def normalisation(
     param_dtype: Any,
     momentum: float = 0.9,
     epsilon: float = 1e-5,
-) -> Normalise:
+) -> Layer:
     """A maker of normalisation layers, `make(channels, name=...)`, all under one setting.
 
     Args:

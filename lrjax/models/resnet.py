@@ -1,8 +1,8 @@
 """ResNet (He et al., arXiv 1512.03385), version 1.5, in Flax Linen.
 
-Version 1.5 puts a bottleneck's stride into its 3x3 convolution, as torchvision does. Blocks' outputs
-are named with `jax.ad_checkpoint.checkpoint_name`, so that `lrjax.rowwise(..., cuts=...)` can cut
-there; see `ResNet`.
+Version 1.5 puts a bottleneck's stride into its 3x3 convolution, as torchvision does. Outputs of
+blocks are named with `jax.ad_checkpoint.checkpoint_name`, so that `lrjax.rowwise(..., cuts=...)`
+can cut there; see `ResNet`.
 """
 
 import functools
@@ -15,6 +15,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from lrjax.models.layers import (
     HE_FAN_OUT,
+    Layer,
     Norm,
     as_float,
     at_least_float32,
@@ -54,7 +55,7 @@ class ResidualBlock(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool = False) -> jax.Array:
         dtypes = {"dtype": self.dtype, "param_dtype": self.param_dtype}
-        conv = functools.partial(nn.Conv, use_bias=False, kernel_init=HE_FAN_OUT, **dtypes)
+        conv: Layer = functools.partial(nn.Conv, use_bias=False, kernel_init=HE_FAN_OUT, **dtypes)
         norm = normalisation(self.norm, train, **dtypes)
         strides = (self.stride, self.stride)
         wide = self.channels * (BOTTLENECK_EXPANSION if self.bottleneck else 1)

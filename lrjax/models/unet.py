@@ -15,6 +15,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from lrjax.models.layers import (
     HE_FAN_OUT,
+    Layer,
     Norm,
     as_float,
     at_least_float32,
@@ -95,7 +96,7 @@ class UNet(nn.Module):
             )
         check_images(images, "U-Net", least=2 ** (len(self.channels) - 1))
         dtypes = {"dtype": self.dtype, "param_dtype": self.param_dtype}
-        double = functools.partial(DoubleConv, norm=self.norm, **dtypes)
+        double: Layer = functools.partial(DoubleConv, norm=self.norm, **dtypes)
         *levels, bottom = (scaled(channels, self.width) for channels in self.channels)
         x = as_float(images, self.dtype)
         skips = []
