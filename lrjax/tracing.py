@@ -43,7 +43,7 @@ def trace(
     axes = flat_axes(in_axes, args)
     leaves, tree = jax.tree.flatten(args)
     keyword_leaves, keyword_tree = jax.tree.flatten(kwargs)
-    traced_keywords = [i for i, leaf in enumerate(keyword_leaves) if _is_array(leaf)]
+    traced_keywords = [i for i, leaf in enumerate(keyword_leaves) if is_array(leaf)]
     out_tree: Any = None
 
     def flat(*arrays: Any) -> list[Any]:
@@ -81,8 +81,8 @@ def flat_axes(in_axes: Any, args: tuple[Any, ...]) -> tuple[int | None, ...]:
             "entry per argument (an int, None, or a pytree of them)."
         )
 
-    def spread(axis: Any, subtree: Any) -> list[Any]:
-        return [axis] * len(jax.tree.leaves(subtree))
+    def spread(axis: Any, subtree: Any) -> _Spread:
+        return _Spread([axis] * len(jax.tree.leaves(subtree)))
 
     try:
         spreads = jax.tree.map(spread, in_axes, args, is_leaf=lambda axis: axis is None)
@@ -91,10 +91,9 @@ def flat_axes(in_axes: Any, args: tuple[Any, ...]) -> tuple[int | None, ...]:
             f"in_axes={in_axes!r} is not a pytree prefix of the positional arguments: {error}"
         ) from error
     if isinstance(in_axes, int) or in_axes is None:
-        flat = spread(in_axes, args)
+        flat: list[Any] = spread(in_axes, args)
     else:
-        lists = jax.tree.leaves(spreads, is_leaf=lambda x: isinstance(x, list))
-        flat = list(itertools.chain.from_iterable(lists))
+        flat = list(itertools.chain.from_iterable(jax.tree.leaves(spreads)))
     paths = [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(args)]
     leaves = jax.tree.leaves(args)
     checked = tuple(
@@ -107,6 +106,10 @@ def flat_axes(in_axes: Any, args: tuple[Any, ...]) -> tuple[int | None, ...]:
             "argument, e.g. in_axes=(None, 1) for fun(params, images) with images in NHWC order."
         )
     return checked
+
+
+class _Spread(list[Any]):
+    """One axis for each leaf of a subtree; a list of its own type is a leaf to JAX."""
 
 
 def _checked_axis(axis: Any, leaf: Any, name: str) -> int | None:
@@ -138,5 +141,6 @@ def _explain_heights(leaves: list[Any], axes: tuple[int | None, ...], error: Exc
         ) from error
 
 
-def _is_array(leaf: Any) -> bool:
+def is_array(leaf: Any) -> bool:
+    """Whether a leaf is an array, traced or not; Python's numbers are none."""
     return isinstance(leaf, jax.Array | np.ndarray | np.generic)

@@ -11,9 +11,9 @@ import jax.numpy as jnp
 
 from lrjax import autodiff
 from lrjax.inline import evaluate
-from lrjax.options import checked_options, checked_segments
+from lrjax.options import Options, checked_options, checked_segments
 from lrjax.segments import Segment, split
-from lrjax.tracing import trace
+from lrjax.tracing import Traced, trace
 
 
 def rowwise(
@@ -58,22 +58,26 @@ def rowwise(
 
     @functools.wraps(fun)
     def rowwise_fun(*args: Any, **kwargs: Any) -> Any:
-        traced = trace(fun, in_axes, args, kwargs)
-        segments = split(traced.program, traced.axes, options.cuts)
-        choices = checked_segments(options, segments)
-        values = dict(zip(traced.program.inputs, traced.inputs, strict=True))
-        values.update(traced.program.constants)
-        for segment, choice in zip(segments, choices, strict=True):
-            run = segment_function(segment, choice.strategy, choice.num_blocks)
-            outputs = run(*(jnp.asarray(values[v]) for v in segment.program.inputs))
-            values.update(zip(segment.made, outputs, strict=True))
-        outputs = [
-            values[v] if isinstance(v, int) else jnp.asarray(v.value, v.dtype)
-            for v in traced.program.outputs
-        ]
-        return jax.tree.unflatten(traced.out_tree, outputs)
+        return run(trace(fun, in_axes, args, kwargs), options)
 
     return rowwise_fun
+
+
+def run(traced: Traced, options: Options) -> Any:
+    """A traced call under checked options: segment by segment, each under its strategy."""
+    segments = split(traced.program, traced.axes, options.cuts)
+    choices = checked_segments(options, segments)
+    values = dict(zip(traced.program.inputs, traced.inputs, strict=True))
+    values.update(traced.program.constants)
+    for segment, choice in zip(segments, choices, strict=True):
+        call = segment_function(segment, choice.strategy, choice.num_blocks)
+        outputs = call(*(jnp.asarray(values[v]) for v in segment.program.inputs))
+        values.update(zip(segment.made, outputs, strict=True))
+    outputs = [
+        values[v] if isinstance(v, int) else jnp.asarray(v.value, v.dtype)
+        for v in traced.program.outputs
+    ]
+    return jax.tree.unflatten(traced.out_tree, outputs)
 
 
 def segment_function(

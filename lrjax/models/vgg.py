@@ -12,6 +12,8 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
+from lrjax.models.layers import as_float, at_least_float32, check_images, check_settings, scaled
+
 Head = Literal["dense", "gap"]
 
 # (convolutions, channels) of each of the five stages; each ends with a 2x2 max pool.
@@ -21,11 +23,6 @@ DENSE_WIDTH = 4096
 DROPOUT_RATE = 0.5
 HE = nn.initializers.he_normal()
 TOTAL_STRIDE = 2 ** len(STAGES)
-
-
-def scaled(channels: int, width: float) -> int:
-    """`channels` times the width multiplier, to the nearest whole channel and at least one."""
-    return max(1, round(channels * width))
 
 
 class VGGFeatures(nn.Module):
@@ -49,8 +46,8 @@ class VGGFeatures(nn.Module):
 
     @nn.compact
     def __call__(self, images: jax.Array) -> jax.Array:
-        _check_images(images)
-        x = _as_float(images, self.dtype)
+        check_images(images, "VGG-16", TOTAL_STRIDE)
+        x = as_float(images, self.dtype)
         for stage, (convolutions, channels) in enumerate(STAGES, start=1):
             for layer in range(1, convolutions + 1):
                 x = nn.Conv(
@@ -106,8 +103,7 @@ class VGG16(nn.Module):
                 f'head: got {self.head!r}; use "dense" (flatten and three dense layers), '
                 '"gap" (global average pool and one dense layer) or None (no classifier)'
             )
-        if not self.width > 0:
-            raise ValueError(f"width: got {self.width}; use a positive multiplier, such as 1.0")
+        check_settings(width=self.width)
         self.features = VGGFeatures(self.width, self.dtype, self.param_dtype)
         if self.head == "dense":
             hidden = scaled(DENSE_WIDTH, self.width)
@@ -124,9 +120,9 @@ class VGG16(nn.Module):
             x = x.reshape(x.shape[0], -1)
             x = self.dropout(nn.relu(self.fc6(x)), deterministic=not train)
             x = self.dropout(nn.relu(self.fc7(x)), deterministic=not train)
-            return _at_least_float32(self.fc8(x))
+            return at_least_float32(self.fc8(x))
         if self.head == "gap":
-            return _at_least_float32(self.classifier(x.mean(axis=(1, 2))))
+            return at_least_float32(self.classifier(x.mean(axis=(1, 2))))
         return x
 
     def _dense(self, features: int, kernel_init: nn.initializers.Initializer = HE) -> nn.Dense:
@@ -136,27 +132,3 @@ class VGG16(nn.Module):
             param_dtype=self.param_dtype,
             kernel_init=kernel_init,
         )
-
-
-def _check_images(images: jax.Array) -> None:
-    if images.ndim != 4:
-        raise ValueError(
-            f"images: got shape {images.shape}; VGG-16 takes [batch, height, width, channels]"
-        )
-    height, width = images.shape[1:3]
-    if min(height, width) < TOTAL_STRIDE:
-        raise ValueError(
-            f"images: got {height}x{width}; VGG-16 halves the size five times, so height and width "
-            f"must be at least {TOTAL_STRIDE}"
-        )
-
-
-def _as_float(images: jax.Array, dtype: Any) -> jax.Array:
-    if jnp.issubdtype(images.dtype, jnp.integer):
-        half = jnp.asarray(jnp.iinfo(images.dtype).max / 2, dtype)
-        return images.astype(dtype) / half - 1
-    return images.astype(dtype)
-
-
-def _at_least_float32(logits: jax.Array) -> jax.Array:
-    return logits.astype(jnp.promote_types(logits.dtype, jnp.float32))

@@ -1,0 +1,97 @@
+"""What ``lrjax.linen`` and ``lrjax.nnx`` share: a module's call as a function of arrays, by rows.
+
+A module's variables and random keys go in beside the arguments, as arrays without rows, and the
+variables that the call changes come out beside its result. The call is traced once, at full shape:
+random numbers are drawn as the module draws them, whatever the number of blocks, so no key is used
+twice and dropout's masks are those of column execution.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+from lrjax.graph import RowGraph, build
+from lrjax.options import Options
+from lrjax.tracing import Traced, flat_axes, is_array, trace
+from lrjax.transform import run
+
+# What makes a network convolutional; all else that is local in rows could run whole just as well.
+_WINDOWS = ("conv_general_dilated", "dot_general", "reduce_window")
+
+StatefulCall = Callable[..., tuple[Any, Any]]
+
+
+def call_rowwise(
+    fun: StatefulCall,
+    state: Any,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    *,
+    in_axes: Any,
+    options: Options,
+    name: str,
+) -> tuple[Any, Any]:
+    """``fun(state, *args, **kwargs)`` by blocks of rows.
+
+    Args:
+      fun: gives ``(outputs, changed)``; ``changed`` is a pytree whose dictionary keys name the
+        variables.
+      state: pytree of arrays without rows.
+      args: positional arguments; what is no array in them (flags, strings, None) stays as it is.
+      kwargs: keyword arguments, likewise; they carry no rows.
+      in_axes: of ``args``.
+      options: of ``lrjax.rowwise``.
+      name: of the module, for messages.
+
+    Raises:
+      ValueError: where the call has nothing to run by rows, or changes a variable that carries
+        rows, or where the options do not fit it.
+    """
+    leaves, tree = jax.tree.flatten(args)
+    axes = flat_axes(in_axes, args)
+    moving = [i for i, leaf in enumerate(leaves) if is_array(leaf)]
+
+    def flat(state: Any, arrays: list[Any], **keywords: Any) -> tuple[Any, Any]:
+        full = list(leaves)
+        for i, array in zip(moving, arrays, strict=True):
+            full[i] = array
+        return fun(state, *jax.tree.unflatten(tree, full), **keywords)
+
+    arrays = [leaves[i] for i in moving]
+    traced = trace(flat, (None, [axes[i] for i in moving]), (state, arrays), kwargs)
+    graph = build(traced.program, traced.axes)
+    _check_windows(graph, name)
+    _check_changed(traced, graph, name)
+    return run(traced, options)
+
+
+def _check_windows(graph: RowGraph, name: str) -> None:
+    for node in graph.nodes:
+        if node.op is not None and not node.is_reduction:
+            kind = node.equation.primitive.name
+            if kind.startswith(_WINDOWS):
+                return
+    reasons = sorted({node.reason for node in graph.nodes if node.reason is not None})
+    raise ValueError(
+        f"{name} has no convolution, pooling or dense layer over channels that keeps the rows of "
+        "its arguments apart, so there is nothing to run row by row"
+        + (f" ({'; '.join(reasons)})" if reasons else "")
+        + "; check in_axes, keep rows on an axis of their own up to the last convolution, or use "
+        "the module as it is."
+    )
+
+
+def _check_changed(traced: Traced, graph: RowGraph, name: str) -> None:
+    _, changed = jax.tree.unflatten(traced.out_tree, traced.program.outputs)
+    for path, value in jax.tree_util.tree_leaves_with_path(changed):
+        if isinstance(value, int) and value in graph.row_axis:
+            keys = [str(key.key) for key in path if isinstance(key, jax.tree_util.DictKey)]
+            raise ValueError(
+                f"{name} writes the variable {'/'.join(keys)!r}, of shape "
+                f"{graph.program.aval(value).shape}, which carries rows: it would exist whole, "
+                "which row blocks avoid. Store or sow a reduction over rows instead (a mean), "
+                "return the map as an output, or, in Linen, leave its collection out of `mutable`."
+            )
