@@ -271,8 +271,10 @@ class _Typer:
         if op is None:
             if equation.primitive.name not in ELEMENTWISE:
                 return None
+            height = self.avals[value].shape[axis]
             for i, atom in enumerate(inputs):
-                if isinstance(atom, int) and self.avals[atom].shape:
+                # What has one row for all is read whole.
+                if isinstance(atom, int) and self.avals[atom].shape[axis : axis + 1] == (height,):
                     copy = self.repeat(atom, axis)
                     if copy is None:
                         return None

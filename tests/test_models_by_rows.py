@@ -34,22 +34,6 @@ def check(name, runs):
 
 
 @pytest.mark.usefixtures("x64")
-@pytest.mark.parametrize("name", [name for name in MODELS if name != "convnext"])
+@pytest.mark.parametrize("name", MODELS)
 def test_model_trains_by_rows_as_column(name):
     check(name, RUNS[name])
-
-
-@pytest.mark.usefixtures("x64")
-def test_convnext_trains_in_the_papers_orders_as_column():
-    check("convnext", [("2ps", 2), ("overl", 2)])
-
-
-@pytest.mark.usefixtures("x64")
-@pytest.mark.xfail(
-    raises=KeyError,
-    strict=True,
-    reason="stream: a layer scale broadcast to [1, 1, 1, C] is typed as carrying one row, and then "
-    "missing in the backward pass of a block, a global mean and a LayerNorm",
-)
-def test_convnext_streams_as_column():
-    check("convnext", [STREAM])
