@@ -60,3 +60,17 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
     partial = path.with_suffix(path.suffix + ".partial")
     partial.write_text(json.dumps(content, indent=2) + "\n")
     partial.replace(path)
+
+
+def merge(path: Path, version: str, parts: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """Put ``parts`` (part -> row -> result) of one version of jax into the results at ``path``.
+
+    Results of other versions and rows stay as they are. Returns all of them.
+    """
+    results = json.loads(path.read_text()) if path.exists() else {}
+    own = results.setdefault(version, {})
+    for part, rows in parts.items():
+        own.setdefault(part, {}).update(rows)
+    results = dict(sorted(results.items()))
+    write_json(path, results)
+    return results

@@ -14,7 +14,6 @@ The answers, per version of jax, go to ``results/vgg16_memory.json`` and, as tab
 """
 
 import argparse
-import json
 import os
 import time
 from dataclasses import dataclass
@@ -29,6 +28,7 @@ from experiments.vgg16_stack import COLUMN, Method, parse_method, structs
 from lrjax import memory
 
 MIB = 2**20
+RESULTS = report.RESULTS / "vgg16_memory.json"
 
 
 @dataclass(frozen=True)
@@ -208,18 +208,6 @@ def _compile_cell(results: dict[str, Any], method: str) -> str:
     return "" if entry is None else f"{entry['cpu_s']:.1f} ({entry['ratio']:.2f})"
 
 
-def _merge(version: str, parts: dict[str, Any]) -> dict[str, Any]:
-    """Earlier results, of other versions and rows, with ``parts`` put in."""
-    path = report.RESULTS / "vgg16_memory.json"
-    results = json.loads(path.read_text()) if path.exists() else {}
-    own = results.setdefault(version, {})
-    for part, rows in parts.items():
-        own.setdefault(part, {}).update(rows)
-    results = dict(sorted(results.items()))
-    report.write_json(path, results)
-    return results
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument(
@@ -250,8 +238,8 @@ def main() -> None:
     if "compile" in options.only:
         parts["compile"] = measure_compile_times(options.compile_repeats, options.target)
     if not options.no_write and options.target == "h200":
-        text = tables(_merge(report.versions()["jax"], parts))
-        (report.RESULTS / "vgg16_memory.md").write_text(text + "\n")
+        text = tables(report.merge(RESULTS, report.versions()["jax"], parts))
+        RESULTS.with_suffix(".md").write_text(text + "\n")
         print("\n" + text)
 
 

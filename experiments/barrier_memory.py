@@ -1,0 +1,222 @@
+"""Peak memory of modern networks' gradients, compiled for an H200 that need not be there.
+
+    python -m experiments.barrier_memory                                   # everything
+    python -m experiments.barrier_memory --only resnet50-batch/stream/32 resnet50-batch/column
+
+bfloat16, training mode, gradient of the mean square of the logits with respect to the parameters,
+new batch statistics among the results. Beside XLA's peak stand
+
+- ``floor``: what any schedule with the same maps held must hold at its worst moment: arguments,
+  gradients, and the whole maps around one row loop;
+- ``operations``: all operations of the row loops, as a multiple of column's.
+
+The answers, per version of jax, go to ``results/barrier_memory.json`` and, as a table, ``.md``.
+"""
+
+import argparse
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")  # nothing runs: no device is wanted
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+import lrjax
+from experiments import report
+from lrjax import autodiff, memory, models
+from lrjax.graph import RowGraph, build, size_bytes
+from lrjax.inline import flatten
+from lrjax.tracing import trace
+
+MIB = 2**20
+RESULTS = report.RESULTS / "barrier_memory.json"
+
+
+@dataclass(frozen=True)
+class Network:
+    """A model in training mode, and the images it is trained on."""
+
+    model: nn.Module
+    batch: int
+    size: int
+
+    def __call__(self, variables: Any, images: jax.Array) -> Any:
+        rngs = {"dropout": jax.random.key(0)}
+        return self.model.apply(variables, images, train=True, mutable=["batch_stats"], rngs=rngs)
+
+    def arguments(self) -> tuple[Any, jax.ShapeDtypeStruct]:
+        small = jax.ShapeDtypeStruct((1, 64, 64, 3), jnp.bfloat16)
+        variables = jax.eval_shape(self.model.init, jax.random.key(0), small)
+        images = (self.batch, self.size, self.size, 3)
+        return variables, jax.ShapeDtypeStruct(images, jnp.bfloat16)
+
+
+NETWORKS = {
+    "resnet50-batch": Network(models.ResNet50(dtype=jnp.bfloat16), 8, 1024),
+    "resnet50-frozen": Network(models.ResNet50(norm="frozen", dtype=jnp.bfloat16), 1, 4096),
+    "unet-group": Network(models.UNet(norm="group", dtype=jnp.bfloat16), 1, 4096),
+    "unet-frozen": Network(models.UNet(norm="frozen", dtype=jnp.bfloat16), 1, 4096),
+    "convnext": Network(models.ConvNeXtT(dtype=jnp.bfloat16), 1, 4096),
+}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One program: a network by a method, and the peak it may take.
+
+    ``method`` is ``"column"``, ``"checkpoint"`` (the values that the model names are saved) or
+    ``"stream"`` in ``num_blocks``.
+    """
+
+    network: str
+    method: str
+    num_blocks: int | None = None
+    limit_mib: int | None = None
+
+    def __str__(self) -> str:
+        return "/".join(str(part) for part in (self.network, self.method, self.num_blocks) if part)
+
+    def apply(self) -> Callable[..., Any]:
+        network = NETWORKS[self.network]
+        if self.method == "checkpoint":
+            policy = jax.checkpoint_policies.save_any_names_but_these()
+            return jax.checkpoint(network, policy=policy)
+        if self.method == "stream":
+            return lrjax.rowwise(network, in_axes=(None, 1), num_blocks=self.num_blocks)
+        return network
+
+
+ROWS = (
+    Row("resnet50-batch", "column"),
+    Row("resnet50-batch", "checkpoint"),
+    Row("resnet50-batch", "stream", 32, limit_mib=1_300),
+    Row("resnet50-frozen", "column"),
+    Row("resnet50-frozen", "checkpoint"),
+    Row("resnet50-frozen", "stream", 128),
+    Row("unet-group", "column"),
+    Row("unet-group", "checkpoint"),
+    Row("unet-group", "stream", 128),
+    Row("unet-frozen", "column"),
+    Row("unet-frozen", "checkpoint"),
+    Row("unet-frozen", "stream", 128),
+    Row("convnext", "column"),
+    Row("convnext", "checkpoint"),
+    Row("convnext", "stream", 128),
+)
+
+
+def gradient(fun: Callable[..., Any]) -> Callable[..., Any]:
+    """Gradients and updated statistics."""
+
+    def step(variables: Any, images: jax.Array) -> Any:
+        def loss(params: Any) -> Any:
+            outputs, updated = fun({**variables, "params": params}, images)
+            return jnp.mean(jnp.square(outputs.astype(jnp.float32))), updated
+
+        return jax.grad(loss, has_aux=True)(variables["params"])
+
+    return step
+
+
+def operations_and_floor(network: Network, num_blocks: int) -> tuple[float, float]:
+    """Stream's operations as a multiple of column's, and the bytes its plan must hold."""
+    args = network.arguments()
+    traced = trace(network, (None, 1), args, {})
+    structs = traced.program.structs
+    moving = [i for i, axis in enumerate(traced.axes) if axis is None]
+    wrt = [i for i in moving if jnp.issubdtype(structs[i].dtype, jnp.inexact)]
+    found = autodiff.stream_programs(traced.program, traced.axes, num_blocks, wrt)
+    graphs = [p.graph for p in (found.forward, found.backward) if p is not None]
+    axes = [*(None for _ in jax.tree.leaves(args[0])), 1]
+    column = build(flatten(jax.make_jaxpr(gradient(network))(*args)), axes)
+    ratio = sum(map(_operations, graphs)) / _operations(column, once=True)
+    fixed = sum(size_bytes(leaf) for leaf in jax.tree.leaves(args[0]))
+    fixed += sum(size_bytes(leaf) for leaf in jax.tree.leaves(args[0]["params"]))
+    return ratio, fixed + max(map(_whole_bytes, graphs))
+
+
+def _operations(graph: RowGraph, once: bool = False) -> float:
+    stages = [graph.nodes] if once else [graph.stage_nodes(stage) for stage in graph.loops]
+    return sum(n.op.flops * n.op.height for nodes in stages for n in nodes if n.op is not None)
+
+
+def _whole_bytes(graph: RowGraph) -> float:
+    """Bytes of maps that exist whole around a row loop, at its worst."""
+    stages, avals = graph.stages, graph.program.avals
+    last_use = {v: -1 for v in graph.program.inputs if v in graph.row_axis}
+    for stage in range(len(stages.members)):
+        for node in (*graph.stage_nodes(stage), *graph.column_nodes(stage)):
+            values = (v for v in node.equation.inputs if isinstance(v, int))
+            last_use.update((v, stage) for v in values if v in last_use)
+    most, outputs = 0, set()
+    for stage, after in enumerate(stages.crossing):
+        before = stages.crossing[stage - 1] if stage else frozenset()
+        outputs |= stages.made_whole[stage].intersection(graph.program.outputs)
+        inputs = {v for v, last in last_use.items() if last >= stage}
+        most = max(most, sum(size_bytes(avals[v]) for v in before | after | outputs | inputs))
+    return most
+
+
+def measure(row: Row, target: str) -> dict[str, Any]:
+    network = NETWORKS[row.network]
+    start = time.process_time()
+    compiled = memory.compile_for(gradient(row.apply()), *network.arguments(), target=target)
+    result: dict[str, Any] = {
+        "peak_mib": round(memory.peak_bytes(compiled) / MIB, 1),
+        "compile_cpu_s": round(time.process_time() - start, 1),
+        "limit_mib": row.limit_mib,
+    }
+    if row.num_blocks is not None:
+        ratio, floor = operations_and_floor(network, row.num_blocks)
+        result |= {"operations": round(ratio, 3), "floor_mib": round(floor / MIB, 1)}
+    return result
+
+
+def tables(results: dict[str, Any]) -> str:
+    """All results, of every version of jax, as Markdown."""
+    lines = []
+    for version, own in results.items():
+        for name, found in own["peaks"].items():
+            cells = [found.get(k, "") for k in ("limit_mib", "peak_mib", "floor_mib", "operations")]
+            lines.append([version, name, *("" if c is None else c for c in cells)])
+            lines[-1].append(found["compile_cpu_s"])
+    header = ["jax", "program", "limit", "peak", "floor", "operations", "compile s"]
+    return "\n\n".join(
+        [
+            "# Memory of modern networks' gradients, compiled for an H200",
+            "bfloat16, training mode; ResNet-50 with BatchNorm at batch 8, 1024x1024, the others "
+            "at batch 1, 4096x4096. MiB; operations as a multiple of column's. Printed by "
+            "`python -m experiments.barrier_memory`.",
+            report.markdown_table(header, lines),
+        ]
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--only", nargs="*", help="rows to measure, as the table names them")
+    parser.add_argument("--target", default="h200")
+    options = parser.parse_args()
+    chosen = [_parse_row(name) for name in options.only] if options.only else ROWS
+    found = {}
+    for row in chosen:
+        found[str(row)] = measure(row, options.target)
+        print(row, found[str(row)], flush=True)
+    if options.target == "h200":
+        results = report.merge(RESULTS, report.versions()["jax"], {"peaks": found})
+        RESULTS.with_suffix(".md").write_text(tables(results) + "\n")
+
+
+def _parse_row(text: str) -> Row:
+    known = {str(row): row for row in ROWS}
+    network, method, *blocks = text.split("/")
+    return known.get(text) or Row(network, method, *map(int, blocks))
+
+
+if __name__ == "__main__":
+    main()
