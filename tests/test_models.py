@@ -5,8 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from experiments.small_models import MODELS
 from lrjax import models
-from model_cases import MODELS, count_parameters, named_values
+from structure import count_parameters, named_values
 
 IMAGES = jax.ShapeDtypeStruct((1, 64, 64, 3), jnp.float32)
 

@@ -2,8 +2,8 @@
 
 import pytest
 
+from experiments.small_models import MODELS, training_call
 from lrjax.testing import assert_same_as_column
-from model_cases import MODELS, training_call
 
 STREAM, TWO_PHASE, OVERLAP = ("stream", 5), ("2ps", 3), ("overl", 2)
 
@@ -48,8 +48,8 @@ def test_convnext_trains_in_the_papers_orders_as_column():
 @pytest.mark.xfail(
     raises=KeyError,
     strict=True,
-    reason="stream: a layer scale broadcast to [1, 1, 1, C] is typed as carrying one row, and then "
-    "missing in the backward pass of a block, a global mean and a LayerNorm",
+    reason="stream: a scale per channel, [1, 1, 1, C], is typed as carrying one row and missing in "
+    "the backward pass, behind a strided convolution and a dense layer, before a global mean",
 )
 def test_convnext_streams_as_column():
     check("convnext", [STREAM])
