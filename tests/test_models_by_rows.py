@@ -15,6 +15,7 @@ RUNS = {name: [STREAM] for name in MODELS} | {
     "unet": [STREAM, OVERLAP],
     "unet_none": [STREAM, TWO_PHASE],
 }
+QUICK = ("resnet_basic", "resnet", "unet_none")
 
 
 def check(name, runs):
@@ -34,11 +35,19 @@ def check(name, runs):
 
 
 @pytest.mark.usefixtures("x64")
-@pytest.mark.parametrize("name", [name for name in MODELS if name != "convnext"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=() if name in QUICK else pytest.mark.slow)
+        for name in MODELS
+        if name != "convnext"
+    ],
+)
 def test_model_trains_by_rows_as_column(name):
     check(name, RUNS[name])
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("x64")
 def test_convnext_trains_in_the_papers_orders_as_column():
     check("convnext", [("2ps", 2), ("overl", 2)])
