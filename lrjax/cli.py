@@ -66,9 +66,19 @@ def train(
         str, typer.Option(help="Which digits are the classes of the built-in data.")
     ] = "0,1,2,3,4,5,6,7,8,9",
     num_images: Annotated[int, typer.Option(help="Canvases of the built-in data.")] = 1024,
-    model: Annotated[str, typer.Option(help="Network: vgg16.")] = "vgg16",
+    model: Annotated[
+        str,
+        typer.Option(
+            help="Network: vgg16, resnet18, resnet34, resnet50, resnet101, convnext_tiny, "
+            "mobilenet_v2, efficientnet_b0, densenet121, or unet, which labels every pixel."
+        ),
+    ] = "vgg16",
     width: Annotated[float, typer.Option(help="Multiplier of the network's channels.")] = 1.0,
-    head: Annotated[str, typer.Option(help="Classifier: gap or dense.")] = "gap",
+    head: Annotated[str | None, typer.Option(help="Of vgg16: gap or dense. Default: gap.")] = None,
+    norm: Annotated[
+        str | None,
+        typer.Option(help="Normalisation of the others: batch, frozen, group or none."),
+    ] = None,
     dtype: Annotated[
         str, typer.Option(help="Of the computation: float32 or bfloat16.")
     ] = "float32",
@@ -100,8 +110,8 @@ def train(
     try:
         report.check_writable(out)
         chosen = _strategy(strategy, num_blocks, cuts)
-        source = _source(data, image_size, fit, digits, num_images, seed)
-        network = _network(model, len(source.class_names), width, head, dtype)
+        source = _source(model, data, image_size, fit, digits, num_images, seed)
+        network = _network(model, len(source.class_names), width, dtype, head=head, norm=norm)
         update = _optimizer(optimizer, lr)
         if steps < 1:
             raise ValueError(f"steps: got {steps}; use 1 or more")
@@ -234,14 +244,29 @@ def _strategy(name: str, num_blocks: str | None, cuts: str | None) -> Any:
 
 
 def _source(
-    data: str, image_size: str | None, fit: str, digits: str, num_images: int, seed: int
+    model: str,
+    data: str,
+    image_size: str | None,
+    fit: str,
+    digits: str,
+    num_images: int,
+    seed: int,
 ) -> Any:
-    from lrjax.data import ImageFolder, ScatteredDigits
+    """The images, with labels of the kind that the model learns from."""
+    from lrjax.data import DigitPixels, ImageFolder, ScatteredDigits
+    from lrjax.models import registry
 
+    labels_pixels = registry.network(model).labels_pixels
     size = _size(image_size) if image_size else None
     if data == "digits":
-        return ScatteredDigits(
+        canvases = ScatteredDigits(
             size or (512, 512), num_images=num_images, seed=seed, classes=_digit_classes(digits)
+        )
+        return DigitPixels(canvases) if labels_pixels else canvases
+    if labels_pixels:
+        raise ValueError(
+            f"data: {model} needs a label for every pixel and a folder has one per image; use "
+            "--data digits, or another model"
         )
     with console.status(f"checking the images in {data}"):
         return ImageFolder(data, image_size=size, fit=fit)  # type: ignore[arg-type]  # checked there
@@ -264,27 +289,16 @@ def _digit_classes(text: str) -> list[int]:
         raise ValueError(f"digits: got {text!r}; use digits with commas, such as 0,1,7") from None
 
 
-def _network(model: str, num_classes: int, width: float, head: str, dtype: str) -> Any:
-    import jax
+def _network(model: str, num_classes: int, width: float, dtype: str, **settings: Any) -> Any:
     import jax.numpy as jnp
 
-    from lrjax.models import VGG16
+    from lrjax.models import registry
 
-    if model != "vgg16":
-        raise ValueError(f"model: got {model!r}; use vgg16")
-    if head not in ("gap", "dense"):
-        raise ValueError(f"head: got {head!r}; use gap or dense")
     dtypes = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
     if dtype not in dtypes:
         raise ValueError(f"dtype: got {dtype!r}; use {' or '.join(dtypes)}")
-    # Without normalisation layers VGG-16 is ill-conditioned: from random logits its first steps
-    # overshoot, and rounding is amplified a thousandfold. From equal logits training is smooth.
-    return VGG16(
-        num_classes=num_classes,
-        width=width,
-        head=head,  # type: ignore[arg-type]  # checked above
-        classifier_init=jax.nn.initializers.zeros,
-        dtype=dtypes[dtype],
+    return registry.build(
+        model, num_classes=num_classes, width=width, dtype=dtypes[dtype], **settings
     )
 
 

@@ -23,7 +23,10 @@ Fit = Literal["native", "resize"]
 
 
 class Example(TypedDict):
-    """One labelled image, or a batch of them (then each array has a leading batch axis)."""
+    """One labelled image, or a batch of them (then each array has a leading batch axis).
+
+    A label is one class, or a class for every pixel, `[H, W]`.
+    """
 
     image: np.ndarray
     label: np.ndarray
@@ -34,12 +37,16 @@ class ImageSource(Protocol):
 
     Attributes:
       image_shape: `(height, width, channels)` of every image.
+      label_shape: `()` for one label per image, `(height, width)` for one per pixel.
       class_names: name of each label.
-      labels: label of each image, int32 `[len(source)]`.
+      labels: class of each image, int32 `[len(source)]`; what `batches` balances by.
     """
 
     @property
     def image_shape(self) -> tuple[int, int, int]: ...
+
+    @property
+    def label_shape(self) -> tuple[int, ...]: ...
 
     @property
     def class_names(self) -> tuple[str, ...]: ...
@@ -68,7 +75,7 @@ def batches(
         come more often. A small batch of one class only pushes the bias to and fro; this avoids it.
 
     Returns:
-      An iterator of `{"image": uint8 [batch_size, H, W, 3], "label": int32 [batch_size]}`.
+      An iterator of `{"image": uint8 [batch_size, H, W, 3], "label": int32 [batch_size, ...]}`.
     """
     if batch_size < 1:
         raise ValueError(f"batch_size: got {batch_size}; use 1 or more")
@@ -131,6 +138,8 @@ class ImageFolder:
     Raises:
       ValueError: see above; also where `image_size` is not given and sizes differ.
     """
+
+    label_shape: tuple[int, ...] = ()
 
     def __init__(
         self,
@@ -329,6 +338,8 @@ class ScatteredDigits:
       ValueError: for an argument out of the ranges above.
     """
 
+    label_shape: tuple[int, ...] = ()
+
     def __init__(
         self,
         image_size: tuple[int, int],
@@ -381,6 +392,33 @@ class ScatteredDigits:
         return Example(
             image=np.repeat(canvas[..., None], CHANNELS, -1), label=np.asarray(label, np.int32)
         )
+
+
+class DigitPixels:
+    """Scattered digits with a label for every pixel: which digit its ink belongs to, or background.
+
+    The same canvases as `ScatteredDigits`; the ink is easily found, but which digit it is must be
+    read from the shape.
+
+    Args:
+      canvases: the digits. Class 0 is the background, class `k + 1` is the canvases' class `k`.
+    """
+
+    def __init__(self, canvases: ScatteredDigits) -> None:
+        self._canvases = canvases
+        self.image_shape = canvases.image_shape
+        self.label_shape: tuple[int, ...] = canvases.image_shape[:2]
+        self.class_names: tuple[str, ...] = ("background", *canvases.class_names)
+        self.labels = canvases.labels
+
+    def __len__(self) -> int:
+        return len(self._canvases)
+
+    def __getitem__(self, index: int) -> Example:
+        canvas = self._canvases[index]
+        is_ink = canvas["image"][..., 0] > 0
+        label = np.where(is_ink, canvas["label"] + 1, 0).astype(np.int32)
+        return Example(image=canvas["image"], label=label)
 
 
 def _digits_by_class() -> list[np.ndarray]:

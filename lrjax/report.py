@@ -23,6 +23,7 @@ MIB = 2**20
 METRICS_FILE = "metrics.json"
 PLOT_FILE = "training.png"
 PARAMETERS_FILE = "params.msgpack"
+STATISTICS_FILE = "statistics.msgpack"
 COMPARISON_FILE = "comparison.json"
 COMPARISON_PLOT_FILE = "comparison.png"
 
@@ -79,9 +80,14 @@ def metrics_of(
 
 
 def write_run(directory: Path, training: Training, metrics: Metrics) -> None:
-    """Writes the metrics, the plot and the trained parameters of one run into `directory`."""
+    """Writes the metrics, the plot and the trained parameters of one run into `directory`.
+
+    Running statistics go into a file of their own, where the model has any.
+    """
     directory.mkdir(parents=True, exist_ok=True)
     write_whole(directory / PARAMETERS_FILE, flax.serialization.to_bytes(training.params))
+    if training.statistics:
+        write_whole(directory / STATISTICS_FILE, flax.serialization.to_bytes(training.statistics))
     write_plot(directory / PLOT_FILE, [metrics])
     write_json(directory / METRICS_FILE, metrics)
 

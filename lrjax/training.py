@@ -1,4 +1,4 @@
-"""Train a Flax classifier under one of the strategies, and measure it: losses, time and memory.
+"""Train a Flax network under one of the strategies, and measure it: losses, time and memory.
 
 The strategy is `lrjax.rowwise` around the loss and nothing else; the model, the optimizer and the
 data are the same ones an ordinary Flax loop would use. `"column"` is that ordinary loop.
@@ -25,7 +25,7 @@ from lrjax.data import ImageSource, batches
 
 StrategyName = Literal["column", "stream", "2ps", "overl"]
 _LABELS = {"column": "column", "stream": "stream", "2ps": "2PS", "overl": "OverL"}
-LossFunction = Callable[..., jax.Array]
+LossFunction = Callable[..., tuple[jax.Array, Any]]
 
 
 @dataclass(frozen=True)
@@ -124,6 +124,7 @@ class Training:
 
     Attributes:
       params: the trained parameters.
+      statistics: the model's other collections, such as `batch_stats`; empty where it has none.
       losses: of each step, before its update.
       step_seconds: wall time of each step, loss on the host.
       compile_seconds: wall time of tracing and compiling the step.
@@ -131,6 +132,7 @@ class Training:
     """
 
     params: Any = field(repr=False)
+    statistics: Any = field(repr=False)
     losses: tuple[float, ...]
     step_seconds: tuple[float, ...]
     compile_seconds: float
@@ -147,27 +149,40 @@ class DivergedError(ArithmeticError):
 
 
 def classification_loss(model: nn.Module) -> LossFunction:
-    """Mean softmax cross-entropy, as `loss(params, images, labels, dropout_key)`."""
+    """Mean softmax cross-entropy of images or of pixels, as `labels` has one class for either.
+
+    A function `loss(params, images, labels, statistics, dropout_key)` that gives the loss and the
+    updated `statistics`: every collection of the model but its parameters.
+    """
 
     def loss(
-        params: Any, images: jax.Array, labels: jax.Array, dropout_key: jax.Array
-    ) -> jax.Array:
-        logits = model.apply({"params": params}, images, train=True, rngs={"dropout": dropout_key})
-        return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+        params: Any, images: jax.Array, labels: jax.Array, statistics: Any, dropout_key: jax.Array
+    ) -> tuple[jax.Array, Any]:
+        logits, updated = model.apply(
+            {"params": params, **statistics},
+            images,
+            train=True,
+            mutable=list(statistics),
+            rngs={"dropout": dropout_key},
+        )
+        losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+        return losses.mean(), updated
 
     return loss
 
 
-# Of `classification_loss`'s arguments only the images carry rows.
-LOSS_IN_AXES = (None, 1, None, None)
+def loss_in_axes(source: ImageSource) -> tuple[int | None, ...]:
+    """Row axes of the loss's arguments: images carry rows, and so do labels of pixels."""
+    return None, 1, 1 if source.label_shape else None, None, None
 
 
 @dataclass(frozen=True)
 class CompiledStep:
     """One training step compiled for its arguments, and the state it starts from."""
 
-    call: Callable[..., tuple[Any, Any, jax.Array]] = field(repr=False)
+    call: Callable[..., tuple[Any, Any, Any, jax.Array]] = field(repr=False)
     params: Any = field(repr=False)
+    statistics: Any = field(repr=False)
     optimizer_state: Any = field(repr=False)
     dropout_key: jax.Array
     compile_seconds: float
@@ -191,31 +206,40 @@ def compile_step(
     """
     init_key, dropout_key = jax.random.split(jax.random.key(seed))
     images = jax.ShapeDtypeStruct((batch_size, *source.image_shape), jnp.uint8)
-    labels = jax.ShapeDtypeStruct((batch_size,), jnp.int32)
+    labels = jax.ShapeDtypeStruct((batch_size, *source.label_shape), jnp.int32)
     # Traced, not run: a convolution stack's parameters need no forward pass over a large image.
-    params = jax.jit(lambda key: model.init(key, jnp.zeros(images.shape, images.dtype))["params"])(
-        init_key
+    statistics = dict(
+        jax.jit(lambda key: model.init(key, jnp.zeros(images.shape, images.dtype)))(init_key)
     )
+    params = statistics.pop("params")
     optimizer_state = jax.jit(optimizer.init)(params)
-    loss = strategy.apply(classification_loss(model), LOSS_IN_AXES)
+    loss = strategy.apply(classification_loss(model), loss_in_axes(source))
 
     def step(
-        params: Any, state: Any, images: jax.Array, labels: jax.Array, key: jax.Array
-    ) -> tuple[Any, Any, jax.Array]:
-        value, grads = jax.value_and_grad(loss)(params, images, labels, key)
+        params: Any,
+        statistics: Any,
+        state: Any,
+        images: jax.Array,
+        labels: jax.Array,
+        key: jax.Array,
+    ) -> tuple[Any, Any, Any, jax.Array]:
+        (value, statistics), grads = jax.value_and_grad(loss, has_aux=True)(
+            params, images, labels, statistics, key
+        )
         updates, state = optimizer.update(grads, state, params)
-        return optax.apply_updates(params, updates), state, value
+        return optax.apply_updates(params, updates), statistics, state, value
 
     start = time.perf_counter()
     compiled = (
-        jax.jit(step, donate_argnums=(0, 1))
-        .lower(params, optimizer_state, images, labels, dropout_key)
+        jax.jit(step, donate_argnums=(0, 1, 2))
+        .lower(params, statistics, optimizer_state, images, labels, dropout_key)
         .compile()
     )
     temporaries, peak = _planned_bytes(compiled)
     return CompiledStep(
         call=compiled,
         params=params,
+        statistics=statistics,
         optimizer_state=optimizer_state,
         dropout_key=dropout_key,
         compile_seconds=time.perf_counter() - start,
@@ -267,7 +291,7 @@ def train(
     """
     if steps < 1:
         raise ValueError(f"steps: got {steps}; use 1 or more")
-    params, state = compiled.params, compiled.optimizer_state
+    params, statistics, state = compiled.params, compiled.statistics, compiled.optimizer_state
     losses: list[float] = []
     seconds: list[float] = []
     stream = batches(source, batch_size, seed=seed, balanced=balanced)
@@ -275,7 +299,9 @@ def train(
         for number, batch in zip(range(1, steps + 1), stream, strict=False):
             key = jax.random.fold_in(compiled.dropout_key, number)
             start = time.perf_counter()
-            params, state, value = compiled.call(params, state, batch["image"], batch["label"], key)
+            params, statistics, state, value = compiled.call(
+                params, statistics, state, batch["image"], batch["label"], key
+            )
             losses.append(float(value))
             seconds.append(time.perf_counter() - start)
             if not jnp.isfinite(losses[-1]):
@@ -285,6 +311,7 @@ def train(
             on_step(number, losses[-1], seconds[-1])
     return Training(
         params=params,
+        statistics=statistics,
         losses=tuple(losses),
         step_seconds=tuple(seconds),
         compile_seconds=compiled.compile_seconds,

@@ -58,6 +58,19 @@ def test_train_reads_a_folder_and_names_what_it_leaves_out(tmp_path):
     ]
 
 
+def test_unet_learns_every_pixel_and_leaves_its_running_statistics(tmp_path):
+    arguments = ["--strategy", "column", *SMALL, "--model", "unet"]
+    result = invoke("train", "--out", tmp_path / "run", *arguments)
+    assert result.exit_code == 0, result.output
+    assert "3 classes" in result.output
+    statistics = flax.serialization.msgpack_restore(
+        (tmp_path / "run" / report.STATISTICS_FILE).read_bytes()
+    )
+    running = statistics["batch_stats"]["down1"]["norm1"]["mean"]
+    assert running.shape == (2,)
+    assert (running != 0).all()
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -69,7 +82,10 @@ def test_train_reads_a_folder_and_names_what_it_leaves_out(tmp_path):
         (["--digits", "0"], "two or more different digits"),
         (["--digits", "one,two"], "digits: got 'one,two'"),
         (["--model", "alexnet"], "model: got 'alexnet'; use vgg16"),
-        (["--head", "mlp"], "head: got 'mlp'"),
+        (["--head", "mlp"], "head: got 'mlp'; use gap or dense"),
+        (["--norm", "batch"], "norm: got 'batch'; vgg16 has no such choice"),
+        (["--model", "resnet50", "--head", "gap"], "head: got 'gap'; resnet50 has no such choice"),
+        (["--model", "unet", "--data", "."], "unet needs a label for every pixel"),
         (["--dtype", "float8"], "dtype: got 'float8'"),
         (["--width", "0"], "width: got 0"),
         (["--optimizer", "lion"], "optimizer: got 'lion'"),

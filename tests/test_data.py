@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from lrjax.data import ImageFolder, ScatteredDigits, batches
+from lrjax.data import DigitPixels, ImageFolder, ScatteredDigits, batches
 
 
 def save(path, value, size=(6, 8), mode="RGB", **options):
@@ -286,3 +286,14 @@ def test_balanced_batches_let_the_classes_take_turns(folder):
 def test_empty_batch_is_refused(folder):
     with pytest.raises(ValueError, match="batch_size: got 0"):
         batches(ImageFolder(folder), 0, seed=0)
+
+
+def test_pixels_are_labelled_with_their_digit_or_the_background():
+    canvases = ScatteredDigits((48, 64), classes=(7, 2))
+    source = DigitPixels(canvases)
+    assert source.class_names == ("background", "7", "2")
+    assert len(source) == len(canvases)
+    batch = next(batches(source, 2, seed=0, balanced=True))
+    assert batch["label"].shape == (2, *source.label_shape) == (2, 48, 64)
+    assert {tuple(np.unique(label)) for label in batch["label"]} == {(0, 1), (0, 2)}
+    assert ((batch["label"] > 0) == (batch["image"][..., 0] > 0)).all()

@@ -2,8 +2,8 @@
 
 import pytest
 
+from experiments.small_models import MODELS, training_call
 from lrjax.testing import assert_same_as_column
-from model_cases import MODELS, training_call
 
 STREAM, TWO_PHASE, OVERLAP = ("stream", 5), ("2ps", 3), ("overl", 2)
 
@@ -15,6 +15,7 @@ RUNS = {name: [STREAM] for name in MODELS} | {
     "unet": [STREAM, OVERLAP],
     "unet_none": [STREAM, TWO_PHASE],
 }
+QUICK = ("resnet_basic", "resnet", "unet_none")
 
 
 def check(name, runs):
@@ -34,6 +35,9 @@ def check(name, runs):
 
 
 @pytest.mark.usefixtures("x64")
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in MODELS],
+)
 def test_model_trains_by_rows_as_column(name):
     check(name, RUNS[name])

@@ -11,6 +11,7 @@ import pytest
 from jax.ad_checkpoint import checkpoint_name
 
 from lrjax.data import Example
+from lrjax.models import UNet
 from lrjax.training import (
     DivergedError,
     Strategy,
@@ -28,6 +29,7 @@ class BrightOrDark:
     """An easy problem: label 1 is a bright image, label 0 a dark one."""
 
     image_shape = (64, 32, 3)
+    label_shape = ()
     class_names = ("dark", "bright")
     labels = np.arange(8, dtype=np.int32) % 2
 
@@ -114,6 +116,36 @@ def test_every_strategy_gives_the_columns_losses(strategy, column):
     np.testing.assert_allclose(run(strategy).losses, column.losses, rtol=1e-5)
 
 
+class BrightOrDarkRows(BrightOrDark):
+    """The same with a label for every pixel: whether it lies in the upper half of a bright one."""
+
+    label_shape = (64, 32)
+
+    def __getitem__(self, index):
+        label = np.zeros(self.label_shape, np.int32)
+        label[:32] = index % 2
+        return Example(image=super().__getitem__(index)["image"], label=label)
+
+
+def test_labels_of_pixels_carry_rows_and_statistics_are_kept():
+    source = BrightOrDarkRows()
+    model = UNet(channels=(3, 4), norm="batch")
+
+    def training(strategy):
+        step = compile_step(model, source, optax.sgd(1e-2), strategy, batch_size=BATCH, seed=0)
+        return train(step, source, batch_size=BATCH, steps=2, seed=0)
+
+    column, stream = training(Strategy("column")), training(Strategy("stream", 4))
+    np.testing.assert_allclose(stream.losses, column.losses, rtol=1e-4)
+    jax.tree.map(
+        lambda found, expected: np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-4),
+        stream.statistics,
+        column.statistics,
+    )
+    means = column.statistics["batch_stats"]["down1"]["norm1"]["mean"]
+    assert (means != 0).all()
+
+
 def test_dropout_is_active_and_seeded():
     def losses(seed):
         # Labels take turns and nothing is learned: what varies from step to step is dropout.
@@ -158,7 +190,7 @@ def test_rss_is_measured_above_the_baseline():
 
 def test_step_time_leaves_the_first_step_out():
     def median(*seconds):
-        return Training(None, (), seconds, 0.0, None).seconds_per_step
+        return Training(None, {}, (), seconds, 0.0, None).seconds_per_step
 
     assert median(9.0, 1.0, 2.0, 3.0) == 2.0
     assert median(9.0) == 9.0

@@ -7,7 +7,7 @@ import pytest
 
 from lrjax.models import VGG16, VGGFeatures
 from lrjax.models.vgg import POOL_NAMES
-from model_cases import count_parameters, named_values
+from structure import count_parameters, named_values
 
 
 @pytest.mark.parametrize(

@@ -8,11 +8,13 @@ from lrjax.models.convnext import ConvNeXt, ConvNeXtT
 from lrjax.models.densenet import DenseNet, DenseNet121
 from lrjax.models.efficientnet import EfficientNet, EfficientNetB0
 from lrjax.models.mobilenet import MobileNetV2
+from lrjax.models.registry import NETWORKS, build
 from lrjax.models.resnet import ResNet, ResNet18, ResNet34, ResNet50, ResNet101
 from lrjax.models.unet import UNet
 from lrjax.models.vgg import VGG16, VGGFeatures
 
 __all__ = [
+    "NETWORKS",
     "VGG16",
     "ConvNeXt",
     "ConvNeXtT",
@@ -28,4 +30,5 @@ __all__ = [
     "ResNet101",
     "UNet",
     "VGGFeatures",
+    "build",
 ]

@@ -6,7 +6,6 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from lrjax import models
 
@@ -14,22 +13,22 @@ from lrjax import models
 IMAGES = (2, 37, 24, 3)
 
 MODELS: dict[str, nn.Module] = {
-    "resnet_basic": models.ResNet(blocks=(1, 1), bottleneck=False, width=1 / 16, num_classes=3),
+    "resnet_basic": models.ResNet(blocks=(1,), bottleneck=False, width=1 / 16, num_classes=3),
     "resnet": models.ResNet(blocks=(1, 1), bottleneck=True, width=1 / 16, num_classes=3),
     "resnet_frozen": models.ResNet(
         blocks=(1, 1), bottleneck=True, width=1 / 16, num_classes=3, norm="frozen"
     ),
-    "unet": models.UNet(channels=(4, 6, 8), num_classes=3),
+    "unet": models.UNet(channels=(4, 6), num_classes=3),
     "unet_group": models.UNet(channels=(4, 8), num_classes=3, norm="group"),
     "unet_none": models.UNet(channels=(4, 6), num_classes=3, norm="none", upsampling="nearest"),
     "convnext": models.ConvNeXt(
         blocks=(1, 1), channels=(4, 6), num_classes=3, layer_scale=0.5, drop_path_rate=0.3
     ),
     "mobilenet": models.MobileNetV2(
-        stages=((1, 8, 1, 1), (3, 8, 2, 2)), num_classes=3, width=1 / 4
+        stages=((1, 8, 1, 1), (3, 8, 1, 2)), num_classes=3, width=1 / 4
     ),
     "efficientnet": models.EfficientNet(
-        stages=((1, 8, 1, 1, 3), (3, 8, 2, 2, 5)), num_classes=3, width=1 / 4, drop_path_rate=0.3
+        stages=((1, 8, 1, 1, 3), (3, 8, 1, 2, 5)), num_classes=3, width=1 / 4, drop_path_rate=0.3
     ),
     "densenet": models.DenseNet(blocks=(2, 1), num_classes=3, width=1 / 8),
 }
@@ -66,14 +65,3 @@ class TrainingCall:
 
 def training_call(name: str, dtype: Any = jnp.float64) -> TrainingCall:
     return TrainingCall(MODELS[name].clone(dtype=dtype, param_dtype=dtype))
-
-
-def count_parameters(model, shape, dtype=jnp.float32):
-    variables = jax.eval_shape(model.init, jax.random.key(0), jax.ShapeDtypeStruct(shape, dtype))
-    return sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(variables))
-
-
-def named_values(jaxpr):
-    """The checkpoint names in a jaxpr, in order, with the shape of the value each one names."""
-    named = [eqn for eqn in jaxpr.eqns if eqn.primitive.name == "name"]
-    return [(eqn.params["name"], eqn.outvars[0].aval.shape) for eqn in named]

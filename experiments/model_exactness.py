@@ -1,0 +1,120 @@
+"""Every model in training mode, by rows against column: the largest error of any array.
+
+    python -m experiments.model_exactness                      # all, in float64 and float32
+    python -m experiments.model_exactness --models resnet unet --dtypes float64
+
+The small networks of ``experiments.small_models`` on images of an odd height, under every strategy
+and three block counts; compared are outputs, updated running statistics and all gradients, each
+relative to its own largest value. Arrays that are rounding error in column too (the gradient of a
+bias in front of a normalisation) are left out. In float32 the last column says how far column
+itself is from column in float64. The answers go to ``results/model_exactness.json`` and ``.md``.
+"""
+
+import argparse
+import os
+from collections.abc import Sequence
+from typing import Any
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")  # small programs, and exactness is not a device's
+
+import jax
+import jax.numpy as jnp
+
+import lrjax
+from experiments import report
+from experiments.small_models import MODELS, training_call
+from lrjax import testing
+
+# (strategy, block counts). 2PS and OverL divide the rows of the result, which are few.
+RUNS = (("stream", (2, 5, 9)), ("2ps", (1, 2, 3)), ("overl", (1, 2, 3)))
+IN_AXES = (None, 1, None)
+
+
+def largest_error(found: testing.Results, expected: testing.Results) -> float:
+    """Over all arrays but those that cancel."""
+    pairs = list(
+        zip(jax.tree.leaves(found.outputs), jax.tree.leaves(expected.outputs), strict=True)
+    )
+    gradients = list(zip(found.gradients.values(), expected.gradients.values(), strict=True))
+    largest = max(float(jnp.abs(column).max()) for _, column in gradients)
+    noise = 1e3 * float(jnp.finfo(gradients[0][1].dtype).eps) * largest
+    pairs += [pair for pair in gradients if float(jnp.abs(pair[1]).max()) > noise]
+    return max(testing.max_error(rows, column) for rows, column in pairs)
+
+
+def measured(name: str, dtype: Any) -> list[dict[str, Any]]:
+    """One row per strategy and block count."""
+    call = training_call(name, dtype)
+    arguments = call.arguments()
+    expected = testing.results(call, arguments)
+    columns_own = None
+    if dtype == jnp.float32:
+        wide = jax.tree.map(lambda leaf: leaf.astype(jnp.float64), arguments)
+        truth = testing.results(training_call(name, jnp.float64), wide)
+        columns_own = largest_error(expected, truth)
+    rows = []
+    for strategy, counts in RUNS:
+        for num_blocks in counts:
+            row = {
+                "model": name,
+                "dtype": jnp.dtype(dtype).name,
+                "strategy": strategy,
+                "num_blocks": num_blocks,
+                "columns_own_error": columns_own,
+            }
+            try:
+                fun = lrjax.rowwise(call, in_axes=IN_AXES, num_blocks=num_blocks, strategy=strategy)
+                row["error"] = largest_error(testing.results(fun, arguments), expected)
+            except Exception as failure:  # a table of what works says what does not
+                row["failure"] = f"{type(failure).__name__}: {failure}".splitlines()[0]
+            rows.append(row)
+            print(row, flush=True)
+    return rows
+
+
+def table(rows: Sequence[dict[str, Any]]) -> str:
+    def number(value: float | None) -> str:
+        return "" if value is None else f"{value:.1e}"
+
+    header = ["model", "dtype", "strategy", "blocks", "largest error", "column from float64"]
+    cells = [
+        [
+            row["model"],
+            row["dtype"],
+            row["strategy"],
+            row["num_blocks"],
+            row.get("failure") or number(row["error"]),
+            number(row["columns_own_error"]),
+        ]
+        for row in rows
+    ]
+    return report.markdown_table(header, cells)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--models", nargs="+", choices=list(MODELS), default=list(MODELS))
+    parser.add_argument(
+        "--dtypes", nargs="+", choices=["float64", "float32"], default=["float64", "float32"]
+    )
+    options = parser.parse_args()
+    jax.config.update("jax_enable_x64", True)
+    rows = [
+        row
+        for dtype in options.dtypes
+        for name in options.models
+        for row in measured(name, jnp.dtype(dtype).type)
+    ]
+    if options.models == list(MODELS):
+        environment = report.environment()
+        path = report.RESULTS / "model_exactness.json"
+        report.write_json(path, {"environment": environment, "rows": rows})
+        text = (
+            f"# Models by rows against column\n\nCPU, jax {environment['jax']}\n\n{table(rows)}\n"
+        )
+        path.with_suffix(".md").write_text(text)
+    print(table(rows))
+
+
+if __name__ == "__main__":
+    main()
