@@ -1,5 +1,6 @@
 """The models are the published ones: their parameter counts, shapes, names and settings."""
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,6 +8,7 @@ import pytest
 
 from experiments.small_models import MODELS
 from lrjax import models
+from lrjax.models.layers import BlockBatchNorm
 from structure import count_parameters, named_values
 
 IMAGES = jax.ShapeDtypeStruct((1, 64, 64, 3), jnp.float32)
@@ -123,3 +125,18 @@ def test_bfloat16_keeps_parameters_and_results_in_float32(name):
 def test_bad_settings_say_what_to_do(model, shape, message):
     with pytest.raises(ValueError, match=message):
         jax.eval_shape(model.init, jax.random.key(0), jax.ShapeDtypeStruct(shape, jnp.float32))
+
+
+def test_statistics_of_blocks_are_those_of_batch_norm_on_every_block():
+    images = jax.random.normal(jax.random.key(0), (2, 8, 3, 4)) + jnp.arange(8.0)[:, None, None]
+    by_block = BlockBatchNorm(use_running_average=False)
+    variables = by_block.init(jax.random.key(1), images)
+    found, updated = by_block.apply(variables, images, mutable=["batch_stats"])
+    plain = nn.BatchNorm(use_running_average=False)
+    rows = [images[:, start : start + 2] for start in range(0, 8, 2)]
+    expected = [plain.apply(variables, r, mutable=["batch_stats"]) for r in rows]
+    np.testing.assert_allclose(found, jnp.concatenate([y for y, _ in expected], 1), atol=1e-5)
+    means = [new["batch_stats"]["mean"] for _, new in expected]
+    np.testing.assert_allclose(updated["batch_stats"]["mean"], sum(means) / 4, atol=1e-6)
+    whole, _ = plain.apply(variables, images, mutable=["batch_stats"])
+    assert jnp.abs(found - whole).max() > 0.5, "another network"

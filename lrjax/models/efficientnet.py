@@ -67,7 +67,7 @@ class MBConv(nn.Module):
       kernel: of the depthwise convolution, odd.
       stride: of the depthwise convolution.
       drop_path_rate: how often an image's branch is dropped in training.
-      norm: `"batch"`, `"frozen"`, `"group"` or `"none"`.
+      norm: see `lrjax.models.layers.normalisation`.
       dtype: of the computation.
       param_dtype: of the parameters.
     """

@@ -7,12 +7,13 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-Norm = Literal["batch", "frozen", "group", "none"]
+Norm = Literal["batch", "block", "frozen", "group", "none"]
 Layer = Callable[..., Any]
 
 # PyTorch's initialisation of convolutions in front of ReLU: normal, scaled by the fan out.
 HE_FAN_OUT = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
 GROUPS = 32
+STATISTICS_BLOCKS = 4
 
 
 def scaled(channels: int, width: float) -> int:
@@ -55,9 +56,10 @@ def normalisation(
     """A maker of normalisation layers, `make(channels, name=...)`, all under one setting.
 
     Args:
-      kind: `"batch"`: BatchNorm, by the batch's statistics when training; `"frozen"`: BatchNorm by
-        its running statistics always; `"group"`: GroupNorm of 32 groups, or the most that divide
-        the channels; `"none"`: nothing.
+      kind: `"batch"`: BatchNorm, by the batch's statistics when training; `"block"`: by those of
+        each of four blocks of rows, see `BlockBatchNorm`; `"frozen"`: BatchNorm by its running
+        statistics always; `"group"`: GroupNorm of 32 groups, or the most that divide the channels;
+        `"none"`: nothing.
       train: BatchNorm uses and updates statistics.
       dtype: of the result.
       param_dtype: of scale and bias.
@@ -72,7 +74,8 @@ def normalisation(
         if kind == "group":
             groups = max(n for n in range(1, min(GROUPS, channels) + 1) if channels % n == 0)
             return nn.GroupNorm(groups, epsilon=epsilon, name=name, **dtypes)
-        return nn.BatchNorm(
+        layer = BlockBatchNorm if kind == "block" else nn.BatchNorm
+        return layer(
             use_running_average=kind == "frozen" or not train,
             momentum=momentum,
             epsilon=epsilon,
@@ -81,6 +84,52 @@ def normalisation(
         )
 
     return make
+
+
+class BlockBatchNorm(nn.Module):
+    """BatchNorm with statistics of each of four blocks of rows: *not* BatchNorm, for contrast.
+
+    LR-CNN's published code (arXiv 2401.11471) normalises every row block by its own statistics when
+    training, and so trains another network. `lrjax` has no need to. The running statistics are the
+    means of the blocks'. Not local in rows: under `lrjax.rowwise` it runs column-wise.
+    """
+
+    use_running_average: bool
+    momentum: float = 0.9
+    epsilon: float = 1e-5
+    dtype: Any = None
+    param_dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        shape = x.shape[-1:]
+        scale = self.param("scale", nn.initializers.ones, shape, self.param_dtype)
+        bias = self.param("bias", nn.initializers.zeros, shape, self.param_dtype)
+        running = [
+            self.variable("batch_stats", "mean", jnp.zeros, shape, self.param_dtype),
+            self.variable("batch_stats", "var", jnp.ones, shape, self.param_dtype),
+        ]
+        if self.use_running_average:
+            mean, variance = (one.value for one in running)
+            return self._normalised(x, mean, variance, scale, bias)
+        blocks = jnp.array_split(x, min(STATISTICS_BLOCKS, x.shape[1]), axis=1)
+        wide = [jnp.asarray(block, jnp.promote_types(x.dtype, jnp.float32)) for block in blocks]
+        statistics = [(b.mean((0, 1, 2)), b.var((0, 1, 2))) for b in wide]
+        if not self.is_initializing():
+            for one, values in zip(running, zip(*statistics, strict=True), strict=True):
+                new = sum(values) / len(values)
+                one.value = self.momentum * one.value + (1 - self.momentum) * new
+        normalised = [
+            self._normalised(block, mean, variance, scale, bias)
+            for block, (mean, variance) in zip(blocks, statistics, strict=True)
+        ]
+        return jnp.concatenate(normalised, axis=1)
+
+    def _normalised(
+        self, x: jax.Array, mean: Any, variance: Any, scale: Any, bias: Any
+    ) -> jax.Array:
+        y = (x - mean) * jax.lax.rsqrt(variance + self.epsilon) * scale + bias
+        return y.astype(self.dtype or x.dtype)
 
 
 def drop_path(module: nn.Module, x: jax.Array, rate: float, train: bool) -> jax.Array:

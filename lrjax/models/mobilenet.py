@@ -45,7 +45,7 @@ class InvertedResidual(nn.Module):
       expansion: channels of the depthwise convolution, as a multiple of the input's; 1 leaves the
         expansion out.
       stride: of the depthwise convolution.
-      norm: `"batch"`, `"frozen"`, `"group"` or `"none"`.
+      norm: see `lrjax.models.layers.normalisation`.
       dtype: of the computation.
       param_dtype: of the parameters.
     """

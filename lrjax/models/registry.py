@@ -32,7 +32,7 @@ class Network:
     labels_pixels: bool = False
 
 
-_NORM = {"norm": ("batch", "frozen", "group", "none")}
+_NORM = {"norm": ("batch", "block", "frozen", "group", "none")}
 
 NETWORKS = {
     # Without normalisation layers VGG-16 is ill-conditioned: from random logits its first steps

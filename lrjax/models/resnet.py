@@ -40,7 +40,7 @@ class ResidualBlock(nn.Module):
       channels: of the 3x3 convolutions.
       stride: 1 or 2.
       bottleneck: which of the two.
-      norm: `"batch"`, `"frozen"`, `"group"` or `"none"`.
+      norm: see `lrjax.models.layers.normalisation`.
       dtype: of the computation.
       param_dtype: of the parameters.
     """
