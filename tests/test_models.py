@@ -128,14 +128,14 @@ def test_bad_settings_say_what_to_do(model, shape, message):
 
 
 def test_statistics_of_blocks_are_those_of_batch_norm_on_every_block():
-    images = jax.random.normal(jax.random.key(0), (2, 8, 3, 4)) + jnp.arange(8.0)[:, None, None]
+    images = jax.random.normal(jax.random.key(0), (2, 8, 3, 4)) + 3 * jnp.arange(8.0)[:, None, None]
     by_block = BlockBatchNorm(use_running_average=False)
     variables = by_block.init(jax.random.key(1), images)
     found, updated = by_block.apply(variables, images, mutable=["batch_stats"])
     plain = nn.BatchNorm(use_running_average=False)
     rows = [images[:, start : start + 2] for start in range(0, 8, 2)]
     expected = [plain.apply(variables, r, mutable=["batch_stats"]) for r in rows]
-    np.testing.assert_allclose(found, jnp.concatenate([y for y, _ in expected], 1), atol=1e-5)
+    np.testing.assert_allclose(found, jnp.concatenate([y for y, _ in expected], 1), atol=1e-3)
     means = [new["batch_stats"]["mean"] for _, new in expected]
     np.testing.assert_allclose(updated["batch_stats"]["mean"], sum(means) / 4, atol=1e-6)
     whole, _ = plain.apply(variables, images, mutable=["batch_stats"])
