@@ -30,6 +30,7 @@ from lrjax.inline import (
     function_of,
     masks_from_outputs,
 )
+from lrjax.late import with_late_copies
 from lrjax.residuals import residuals
 from lrjax.rowloop import RowLoop, row_loop
 from lrjax.rules.base import Array, RowOp
@@ -57,8 +58,9 @@ def row_program(
     graph: RowGraph, order: str, num_blocks: int, recomputed: frozenset[int] = frozenset()
 ) -> RowProgram:
     """A row loop per stage; halo rows of ``recomputed`` values are computed again, not kept."""
-    loops = tuple(
-        row_loop(
+
+    def loop_of(graph: RowGraph, stage: int) -> RowLoop:
+        return row_loop(
             graph,
             stage,
             order=order,
@@ -66,11 +68,15 @@ def row_program(
             is_differentiated=order != "stream",
             recomputed=recomputed,
         )
-        if members
-        else None
+
+    if order == "stream" and num_blocks > 1:
+        for stage in graph.loops:
+            graph = with_late_copies(loop_of(graph, stage), stage)
+    loops = [
+        loop_of(graph, stage) if members else None
         for stage, members in enumerate(graph.stages.members)
-    )
-    return RowProgram(graph, loops)
+    ]
+    return RowProgram(graph, tuple(loops))
 
 
 def traced_program(

@@ -126,7 +126,7 @@ class _Boundaries:
 
     def __init__(self, problem: Problem, home: Sequence[int], budget: float):
         self.problem, self.budget = problem, budget
-        self.cuts = _Cuts(problem, home)
+        self.cuts = MinimumCuts(problem, home)
         size = problem.size
         count = 1 + max(home, default=0)
         located = list(zip(home, problem.operations, strict=True))
@@ -226,7 +226,7 @@ def _latest_stages(problem: Problem, earliest: Sequence[int]) -> tuple[int, ...]
     return tuple(stages)
 
 
-class _Cuts:
+class MinimumCuts:
     """Minimum cuts at the boundaries of one program.
 
     A flow network with two kinds of vertices: a value is *wanted* behind the boundary, an operation

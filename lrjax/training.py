@@ -223,9 +223,11 @@ def compile_step(
         labels: jax.Array,
         key: jax.Array,
     ) -> tuple[Any, Any, Any, jax.Array]:
-        (value, statistics), grads = jax.value_and_grad(loss, has_aux=True)(
+        (value, updated), grads = jax.value_and_grad(loss, has_aux=True)(
             params, images, labels, statistics, key
         )
+        # Flax starts running statistics in float32 and gives them back in the computation's type.
+        statistics = jax.tree.map(lambda new, old: new.astype(old.dtype), updated, statistics)
         updates, state = optimizer.update(grads, state, params)
         return optax.apply_updates(params, updates), statistics, state, value
 

@@ -1,0 +1,178 @@
+"""Rows done again late, instead of waiting in a line buffer.
+
+In a gradient, a forward value has readers at two times: the next layer at once, the layer's own
+gradient when the cotangents have come back, a round trip later. Until then its rows wait in a line
+buffer, unless they are computed again when they are wanted: from the image, which exists whole, or
+from a narrower value that waits in their place. Which values wait is a minimum cut again (see
+``stages``): bytes of line buffers against operations.
+"""
+
+from __future__ import annotations
+
+import bisect
+import dataclasses
+import math
+
+from lrjax.graph import Node, RowGraph, size_bytes
+from lrjax.inline import Atom
+from lrjax.rowloop import RowLoop, Source
+from lrjax.stages import MinimumCuts, Operation, Problem
+
+# Operations of a loop that may be done again, as a fraction of all.
+LATE_OPERATIONS = 0.1
+# A reader is late if its rows are this many slabs behind those of the first reader, and more than
+# the halo of a window or two.
+_LATE_SLABS = 1
+_LATE_ROWS = 8
+_RATES = tuple(2.0**k for k in range(40, 0, -1))
+
+
+def with_late_copies(loop: RowLoop, stage: int) -> RowGraph:
+    """The loop's graph, with copies of operations in the stage that run just before late readers.
+
+    Args:
+      loop: the row loop of the stage as it is.
+      stage: its number.
+    """
+    late = _late_sources(loop)
+    if not late:
+        return loop.graph
+    copied = _worth_copying(loop, late)
+    return _Copier(loop, stage, late, copied).graph() if copied else loop.graph
+
+
+def _late_sources(loop: RowLoop) -> set[tuple[int, int]]:
+    """Reads, by node and operand, of rows that others have read long before."""
+    readers: dict[int, list[Source]] = {}
+    for source in loop.sources:
+        if source.value in loop.producer:
+            readers.setdefault(source.value, []).append(source)
+    found: set[tuple[int, int]] = set()
+    for value, sources in readers.items():
+        back = {s: max(loop.look_back(s)) for s in sources}
+        margin = max(_LATE_SLABS * loop.track(value).rows, _LATE_ROWS)
+        found.update((s.node, s.operand) for s in sources if back[s] > min(back.values()) + margin)
+    return found
+
+
+def _worth_copying(loop: RowLoop, late: set[tuple[int, int]]) -> set[int]:
+    """Nodes to do again late, within ``LATE_OPERATIONS``."""
+    wanted = {loop.nodes[n].equation.inputs[operand] for n, operand in late}
+    problem = _problem(loop, late)
+    cuts = MinimumCuts(problem, [0] * len(loop.nodes))
+    allowed = LATE_OPERATIONS * sum(o.flops for o in problem.operations if o.flops < math.inf)
+
+    def copies(rate: float) -> set[int]:
+        held = cuts.cheapest(0, {v for v in wanted if isinstance(v, int)}, set(), rate)
+        needed = {v for v in wanted if v not in held}
+        found: set[int] = set()
+        for i in reversed(range(len(loop.nodes))):
+            if needed.intersection(loop.nodes[i].equation.outputs):
+                found.add(i)
+                inputs = problem.operations[i].inputs
+                needed.update(v for v in inputs if v in loop.producer and v not in held)
+        return found
+
+    def is_affordable(rate: float) -> bool:
+        return sum(problem.operations[i].flops for i in copies(rate)) <= allowed
+
+    first = bisect.bisect_left(_RATES, True, key=is_affordable)
+    return copies(_RATES[first]) if first < len(_RATES) else set()
+
+
+def _problem(loop: RowLoop, late: set[tuple[int, int]]) -> Problem:
+    """The loop as a cutting problem: a value costs the line buffer it would wait in."""
+    delay: dict[int, float] = {}  # steps from a value's production to its last late reader
+    for i in reversed(range(len(loop.nodes))):
+        node = loop.nodes[i]
+        behind = max((delay.get(v, 0.0) for v in node.equation.outputs), default=0.0)
+        for source in loop.sources_of(i):
+            if source.value not in loop.producer:
+                continue
+            own = 0.0
+            if (i, source.operand) in late:
+                own = max(loop.look_back(source)) / max(loop.track(source.value).rows, 1)
+            reach = own if node.is_reduction else max(own, behind)
+            delay[source.value] = max(delay.get(source.value, 0.0), reach)
+    operations = []
+    for node in loop.nodes:
+        assert node.op is not None
+        flops = math.inf if node.equation.has_effects else node.op.flops * node.op.height
+        inputs = tuple(v for v in node.equation.inputs if isinstance(v, int))
+        outputs = node.equation.outputs
+        operations.append(Operation(inputs, outputs, True, node.is_reduction, flops))
+    size = {
+        v: math.ceil(_row_bytes(loop, v) * loop.track(v).rows * max(delay.get(v, 0.0), 1.0))
+        for v in loop.producer
+    }
+    return Problem(tuple(operations), frozenset(), size)
+
+
+def _row_bytes(loop: RowLoop, value: int) -> float:
+    aval = loop.graph.program.avals[value]
+    return size_bytes(aval) / max(loop.graph.height(value), 1)
+
+
+class _Copier:
+    """Builds the graph with copies, each just before the first operation that reads it."""
+
+    def __init__(self, loop: RowLoop, stage: int, late: set[tuple[int, int]], copied: set[int]):
+        self.loop, self.stage, self.late, self.copied = loop, stage, late, copied
+        self.avals = list(loop.graph.program.avals)
+        self.copy_of: dict[int, int] = {}
+        self.order: list[Node] = []
+
+    def graph(self) -> RowGraph:
+        for i, node in enumerate(self.loop.nodes):
+            inputs = tuple(
+                self.late_value(v) if (i, operand) in self.late else v
+                for operand, v in enumerate(node.equation.inputs)
+            )
+            equation = dataclasses.replace(node.equation, inputs=inputs)
+            self.order.append(dataclasses.replace(node, equation=equation))
+        return self.assembled()
+
+    def late_value(self, value: Atom) -> Atom:
+        """The copy of a value, made now if need be; the value itself if it waits."""
+        if not isinstance(value, int) or self.loop.producer.get(value) not in self.copied:
+            return value
+        if value not in self.copy_of:
+            node = self.loop.nodes[self.loop.producer[value]]
+            inputs = tuple(map(self.late_value, node.equation.inputs))
+            outputs = tuple(map(self.fresh, node.equation.outputs))
+            equation = dataclasses.replace(node.equation, inputs=inputs, outputs=outputs)
+            self.order.append(dataclasses.replace(node, equation=equation))
+        return self.copy_of[value]
+
+    def fresh(self, value: int) -> int:
+        self.avals.append(self.avals[value])
+        self.copy_of[value] = len(self.avals) - 1
+        return self.copy_of[value]
+
+    def assembled(self) -> RowGraph:
+        graph, stages = self.loop.graph, self.loop.graph.stages
+        members = stages.members[self.stage]
+        changed = dict(zip(members, (n for n in self.order if not self.is_copy(n)), strict=True))
+        nodes = [changed.get(i, node) for i, node in enumerate(graph.nodes)]
+        copies = [node for node in self.order if self.is_copy(node)]
+        number = {id(node): i for i, node in enumerate([*nodes, *copies])}
+        own = tuple(number[id(node)] for node in self.order)
+        every = [own if s == self.stage else m for s, m in enumerate(stages.members)]
+        return dataclasses.replace(
+            graph,
+            program=dataclasses.replace(
+                graph.program,
+                avals=tuple(self.avals),
+                equations=tuple(node.equation for node in (*nodes, *copies)),
+            ),
+            nodes=(*nodes, *copies),
+            row_axis=graph.row_axis | {c: graph.row_axis[v] for v, c in self.copy_of.items()},
+            streamed=graph.streamed | frozenset(self.copy_of.values()),
+            rate=graph.rate | {c: graph.rate[v] for v, c in self.copy_of.items()},
+            stages=dataclasses.replace(
+                stages, home=(*stages.home, *[self.stage] * len(copies)), members=tuple(every)
+            ),
+        )
+
+    def is_copy(self, node: Node) -> bool:
+        return not set(self.copy_of.values()).isdisjoint(node.equation.outputs)
