@@ -39,7 +39,9 @@ def losses(precision: str, norm: str, strategy: Strategy, steps: int) -> list[fl
     """Losses of one training run."""
     source = ScatteredDigits((SIZE, SIZE))
     dtype = jnp.dtype(precision)
-    model = ResNet50(num_classes=10, norm=norm, dtype=dtype, param_dtype=dtype)
+    model = ResNet50(
+        num_classes=10, norm=norm, zero_init_residual=True, dtype=dtype, param_dtype=dtype
+    )
     optimizer = optax.sgd(LEARNING_RATE, momentum=0.9)
     step = compile_step(model, source, optimizer, strategy, batch_size=BATCH, seed=0)
     return list(train(step, source, batch_size=BATCH, steps=steps, seed=0).losses)

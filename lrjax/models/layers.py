@@ -68,17 +68,20 @@ def normalisation(
     """
     dtypes = {"dtype": dtype, "param_dtype": param_dtype}
 
-    def make(channels: int, *, name: str) -> Callable[[jax.Array], jax.Array]:
+    def make(
+        channels: int, *, name: str, scale_init: Any = nn.initializers.ones
+    ) -> Callable[[jax.Array], jax.Array]:
         if kind == "none":
             return lambda x: x
         if kind == "group":
             groups = max(n for n in range(1, min(GROUPS, channels) + 1) if channels % n == 0)
-            return nn.GroupNorm(groups, epsilon=epsilon, name=name, **dtypes)
+            return nn.GroupNorm(groups, epsilon=epsilon, scale_init=scale_init, name=name, **dtypes)
         layer = BlockBatchNorm if kind == "block" else nn.BatchNorm
         return layer(
             use_running_average=kind == "frozen" or not train,
             momentum=momentum,
             epsilon=epsilon,
+            scale_init=scale_init,
             name=name,
             **dtypes,
         )
@@ -97,13 +100,14 @@ class BlockBatchNorm(nn.Module):
     use_running_average: bool
     momentum: float = 0.9
     epsilon: float = 1e-5
+    scale_init: Any = nn.initializers.ones
     dtype: Any = None
     param_dtype: Any = jnp.float32
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         shape = x.shape[-1:]
-        scale = self.param("scale", nn.initializers.ones, shape, self.param_dtype)
+        scale = self.param("scale", self.scale_init, shape, self.param_dtype)
         bias = self.param("bias", nn.initializers.zeros, shape, self.param_dtype)
         running = [
             self.variable("batch_stats", "mean", jnp.zeros, shape, self.param_dtype),

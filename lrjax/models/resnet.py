@@ -41,6 +41,8 @@ class ResidualBlock(nn.Module):
       stride: 1 or 2.
       bottleneck: which of the two.
       norm: see `lrjax.models.layers.normalisation`.
+      zero_init_residual: the last normalisation starts with a scale of zero, the block as its
+        shortcut (arXiv 1706.02677), which tames the gradients of a new network.
       dtype: of the computation.
       param_dtype: of the parameters.
     """
@@ -49,6 +51,7 @@ class ResidualBlock(nn.Module):
     stride: int = 1
     bottleneck: bool = False
     norm: Norm = "batch"
+    zero_init_residual: bool = False
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
 
@@ -72,7 +75,10 @@ class ResidualBlock(nn.Module):
         for number, (channels, kernel, stride) in enumerate(layers, start=1):
             padding = symmetric(kernel[0] // 2)
             y = conv(channels, kernel, stride, padding=padding, name=f"conv{number}")(y)
-            y = norm(channels, name=f"norm{number}")(y)
+            is_last = number == len(layers)
+            ones, zeros = nn.initializers.ones, nn.initializers.zeros
+            scale_init = zeros if is_last and self.zero_init_residual else ones
+            y = norm(channels, name=f"norm{number}", scale_init=scale_init)(y)
             if number < len(layers):
                 y = nn.relu(y)
         if x.shape[-1] != wide or self.stride != 1:
@@ -97,6 +103,7 @@ class ResNet(nn.Module):
       width: multiplier of every channel count.
       norm: `"batch"` (the published network), `"frozen"` (BatchNorm by its running statistics),
         `"group"` or `"none"`.
+      zero_init_residual: see `ResidualBlock`.
       dtype: of the computation. Logits are float32 at least.
       param_dtype: of the parameters.
     """
@@ -106,6 +113,7 @@ class ResNet(nn.Module):
     num_classes: int | None = 1000
     width: float = 1.0
     norm: Norm = "batch"
+    zero_init_residual: bool = False
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
 
@@ -136,6 +144,7 @@ class ResNet(nn.Module):
                     stride=2 if stage > 1 and block == 1 else 1,
                     bottleneck=self.bottleneck,
                     norm=self.norm,
+                    zero_init_residual=self.zero_init_residual,
                     name=name,
                     **dtypes,
                 )(x, train=train)
