@@ -1,0 +1,485 @@
+"use strict";
+// Draws the profile that the page holds. Text from the profile enters the page as text nodes only.
+
+// --- Data ---------------------------------------------------------------------------------------
+
+const profile = JSON.parse(document.getElementById("profile").textContent);
+const steps = Math.max(profile.instructions.length, 1);
+const buffers = profile.buffers.map((row, index) => {
+  const [name, bytes, ...rest] = row;
+  const [shape, operation, layer, kind, source] = rest.slice(0, 5).map((i) => profile.strings[i]);
+  const [start, end] = rest.slice(5);
+  const text = [name, layer, operation, source, shape, kind].join("\n").toLowerCase();
+  return { index, name, bytes, shape, operation, layer, kind, source, start, end, text };
+});
+
+/** Groups of buffers per way of grouping: what they are called and their colour, bottom first. */
+const groupings = { kind: kindGroups(), layer: layerGroups() };
+
+function kindGroups() {
+  return profile.kinds.map(([key, colour]) => ({ key, label: key, colour }));
+}
+
+/** The largest layers (bytes times steps alive) have a colour each; the rest share one. */
+function layerGroups() {
+  const weight = new Map();
+  for (const b of buffers) {
+    weight.set(b.layer, (weight.get(b.layer) || 0) + b.bytes * (b.end - b.start + 1));
+  }
+  const named = [...weight.keys()].filter((layer) => layer);
+  named.sort((a, b) => weight.get(b) - weight.get(a));
+  const groups = named
+    .slice(0, profile.palette.length)
+    .map((key, i) => ({ key, label: key, colour: profile.palette[i] }));
+  if (named.length > groups.length) {
+    const label = `${named.length - groups.length} smaller layers`;
+    groups.push({ key: "\0rest", label, colour: profile.rest_colour });
+  }
+  if (weight.has("")) {
+    groups.push({ key: "", label: "no layer", colour: profile.none_colour });
+  }
+  return groups;
+}
+
+for (const [grouping, groups] of Object.entries(groupings)) {
+  const places = new Map(groups.map((group, place) => [group.key, place]));
+  groups.forEach((group) => Object.assign(group, { shades: shades(group.colour), hidden: false }));
+  for (const b of buffers) {
+    b[grouping + "Group"] = places.get(b[grouping]) ?? places.get("\0rest");
+  }
+}
+
+/** Neighbours in a stack are told apart by shade. */
+function shades(colour) {
+  const parts = [1, 3, 5].map((at) => parseInt(colour.slice(at, at + 2), 16));
+  return [0, 0.1, -0.1].map((by) => {
+    const mixed = parts.map((p) => Math.round(by > 0 ? p + (255 - p) * by : p * (1 + by)));
+    return `rgb(${mixed.join()})`;
+  });
+}
+
+// --- State --------------------------------------------------------------------------------------
+
+const state = {
+  grouping: "kind",
+  query: "",
+  step: Math.min(profile.peak_step, steps - 1),
+  view: null, // {x0, x1: steps, y0, y1: bytes}
+  hovered: null,
+  held: null, // the buffer last clicked
+  sort: { column: "bytes", descending: true },
+  showAll: false,
+  drag: null,
+};
+let order = []; // visible buffers, bottom of the stack first
+let byStart = []; // their places in `order`, by first step
+let inUse = new Float64Array(steps); // bytes of the visible buffers in every step
+let runs = []; // rectangles of the current picture
+
+const groupOf = (b) => groupings[state.grouping][b[state.grouping + "Group"]];
+const matches = (b) => !state.query || b.text.includes(state.query);
+const isAlive = (b, step) => b.start <= step && step <= b.end;
+
+/** Decide who lies on whom: groups in order, in each the longest-lived at the bottom. */
+function restack() {
+  const group = state.grouping + "Group";
+  const life = (b) => b.end - b.start;
+  order = buffers.filter((b) => b.bytes > 0 && !groupOf(b).hidden);
+  order.sort(
+    (a, b) => a[group] - b[group] || life(b) - life(a) || a.start - b.start || a.index - b.index,
+  );
+  byStart = order.map((_, place) => place).sort((a, b) => order[a].start - order[b].start);
+  const change = new Float64Array(steps + 1);
+  for (const b of order) {
+    change[b.start] += b.bytes;
+    change[b.end + 1] -= b.bytes;
+  }
+  let total = 0;
+  inUse = Float64Array.from({ length: steps }, (_, step) => (total += change[step]));
+}
+
+function fullView() {
+  const most = inUse.reduce((a, b) => Math.max(a, b), 1);
+  const capacity = profile.capacity_bytes || 0;
+  const inRange = capacity && capacity < 1.5 * most && !groupings[state.grouping].some((g) => g.hidden);
+  return { x0: 0, x1: steps, y0: 0, y1: 1.08 * Math.max(most, inRange ? capacity : 0) };
+}
+
+/** The stack at a step, bottom first: [buffer, first byte]. */
+function stackAt(step) {
+  let bytes = 0;
+  return order.filter((b) => isAlive(b, step)).map((b) => [b, (bytes += b.bytes) - b.bytes]);
+}
+
+// --- Text ---------------------------------------------------------------------------------------
+
+const units = ["B", "KiB", "MiB", "GiB", "TiB"];
+
+function unitOf(bytes) {
+  let unit = 0;
+  while (unit < units.length - 1 && Math.abs(bytes) >= 1024 ** (unit + 1)) unit++;
+  return unit;
+}
+
+function formatBytes(bytes) {
+  const unit = unitOf(bytes);
+  const value = bytes / 1024 ** unit;
+  const digits = unit === 0 || value >= 100 ? 0 : value >= 10 ? 1 : 2;
+  return `${value.toFixed(digits)} ${units[unit]}`;
+}
+
+const formatCount = (n) => n.toLocaleString("en-US");
+const plural = (n, noun) => `${formatCount(n)} ${noun}${n === 1 ? "" : "s"}`;
+
+function formatShare(part, whole) {
+  const percent = whole ? (100 * part) / whole : 0;
+  return percent > 0 && percent < 0.1 ? "< 0.1 %" : `${percent.toFixed(1)} %`;
+}
+
+
+function formatLife(b) {
+  const start = formatCount(b.start);
+  return b.start === b.end ? start : `${start} to ${formatCount(b.end)}`;
+}
+
+function element(tag, properties = {}, ...children) {
+  const made = Object.assign(document.createElement(tag), properties);
+  made.append(...children);
+  return made;
+}
+
+function swatch(colour) {
+  const made = element("span", { className: "swatch" });
+  made.style.background = colour;
+  return made;
+}
+
+const $ = (id) => document.getElementById(id);
+
+// --- Picture: rectangles ------------------------------------------------------------------------
+
+const plot = $("plot");
+let extent = { width: 1, height: 1 }; // of the plot, pixels; measured once per redraw
+const size = () => extent;
+const xOf = (step) => ((step - state.view.x0) / (state.view.x1 - state.view.x0)) * size().width;
+const yOf = (bytes) => (1 - (bytes - state.view.y0) / (state.view.y1 - state.view.y0)) * size().height;
+const stepAt = (x) => state.view.x0 + (x / size().width) * (state.view.x1 - state.view.x0);
+const bytesAt = (y) => state.view.y0 + (1 - y / size().height) * (state.view.y1 - state.view.y0);
+const snap = (pixel) => Math.round(pixel * devicePixelRatio) / devicePixelRatio;
+
+/** What is drawn from left to right: a column per step or, with more steps than pixels, per pixel
+ * the step with the most memory in use, so that no peak is lost. */
+function columns(width) {
+  const { x0, x1 } = state.view;
+  if (x1 - x0 <= width) {
+    const first = Math.floor(x0);
+    return Array.from({ length: Math.min(Math.ceil(x1), steps) - first }, (_, i) => ({
+      step: first + i,
+      left: snap(xOf(first + i)),
+      right: snap(xOf(first + i + 1)),
+    }));
+  }
+  return Array.from({ length: width }, (_, pixel) => {
+    let step = Math.floor(stepAt(pixel));
+    const end = Math.min(Math.max(Math.floor(stepAt(pixel + 1)), step + 1), steps);
+    for (let other = step + 1; other < end; other++) {
+      if (inUse[other] > inUse[step]) step = other;
+    }
+    return { step, left: pixel, right: pixel + 1 };
+  });
+}
+
+/** Rectangles of the view. The work is bounded by pixels, not by the profile: what is lower than
+ * a pixel is drawn with its neighbours, what stays where it is from column to column is one. */
+function layOut() {
+  const { width, height } = size();
+  const pixels = height / (state.view.y1 - state.view.y0);
+  const open = new Map();
+  let started = 0;
+  let live = [];
+  runs = [];
+  columns(width).forEach(({ step, left, right }, column) => {
+    const before = live.length;
+    live = live.filter((place) => order[place].end >= step);
+    const kept = live.length;
+    for (; started < byStart.length && order[byStart[started]].start <= step; started++) {
+      if (order[byStart[started]].end >= step) live.push(byStart[started]);
+    }
+    if (live.length > kept || before === 0) live.sort((a, b) => a - b);
+
+    const put = (place, bottom, top, whole) => {
+      const y0 = snap(Math.max(yOf(top), 0));
+      const y1 = snap(Math.min(yOf(bottom), height));
+      if (y1 <= y0) return;
+      const run = open.get(place);
+      if (run && run.column === column - 1 && run.y0 === y0 && run.y1 === y1 && run.whole === whole) {
+        Object.assign(run, { column, right });
+        return;
+      }
+      if (run && run.column === column - 1) run.moves = true;
+      const made = { buffer: order[place], left, right, y0, y1, column, whole, moves: false };
+      open.set(place, made);
+      runs.push(made);
+    };
+    let bottom = 0;
+    let small = null; // a pile of buffers too low to be drawn one by one
+    const flush = () => {
+      if (small) put(small.place, small.bottom, small.top, false);
+      small = null;
+    };
+    for (const place of live) {
+      const top = bottom + order[place].bytes;
+      if (top > state.view.y0 && bottom < state.view.y1) {
+        if (order[place].bytes * pixels >= 0.75) {
+          flush();
+          put(place, bottom, top, true);
+        } else {
+          if (small && (top - small.bottom) * pixels > 2) flush();
+          if (small && groupOf(order[small.place]) !== groupOf(order[place])) flush();
+          small = small ? { ...small, top } : { place, bottom, top };
+        }
+      }
+      bottom = top;
+    }
+    flush();
+  });
+}
+
+// --- Picture: drawing ---------------------------------------------------------------------------
+
+const colourCache = new Map();
+function css(variable) {
+  if (!colourCache.has(variable)) {
+    colourCache.set(variable, getComputedStyle(document.documentElement).getPropertyValue(variable).trim());
+  }
+  return colourCache.get(variable);
+}
+
+function prepare(canvas, width = canvas.clientWidth, height = canvas.clientHeight) {
+  const [across, down] = [Math.round(width * devicePixelRatio), Math.round(height * devicePixelRatio)];
+  if (canvas.width !== across || canvas.height !== down) [canvas.width, canvas.height] = [across, down];
+  const pen = canvas.getContext("2d");
+  pen.setTransform(devicePixelRatio, 0, 0, devicePixelRatio, 0, 0);
+  pen.clearRect(0, 0, width, height);
+  return pen;
+}
+
+function drawBase() {
+  const pen = prepare($("base"));
+  const { width } = size();
+  pen.fillStyle = css("--grid");
+  for (const { at } of byteTicks()) pen.fillRect(0, snap(yOf(at)), width, 1);
+  layOut();
+  for (const run of runs) {
+    const w = run.right - run.left;
+    const h = run.y1 - run.y0;
+    const group = groupOf(run.buffer);
+    pen.globalAlpha = matches(run.buffer) ? 1 : 0.13;
+    pen.fillStyle = group.shades[run.buffer.index % group.shades.length];
+    const ends = w > 4 && !run.moves; // a gap to the next buffer, none where this one only moves
+    pen.fillRect(run.left, run.y0, ends ? w - 1 : w, h > 4 ? h - 1 : h);
+  }
+  pen.globalAlpha = 1;
+  drawNames(pen);
+}
+
+/** The name of every buffer in its widest rectangle, where it fits. */
+function drawNames(pen) {
+  const widest = new Map();
+  for (const run of runs) {
+    const best = widest.get(run.buffer);
+    if (run.whole && run.y1 - run.y0 >= 14 && run.right - run.left >= 44 && matches(run.buffer)) {
+      if (!best || run.right - run.left > best.right - best.left) widest.set(run.buffer, run);
+    }
+  }
+  pen.font = `11px ${getComputedStyle(document.body).fontFamily}`;
+  pen.textBaseline = "middle";
+  pen.fillStyle = "rgb(12 18 28 / 0.88)";
+  for (const [b, run] of widest) {
+    const left = Math.max(run.left, 0);
+    const space = Math.min(run.right, size().width) - left - 12;
+    const texts = [`${b.name}   ${formatBytes(b.bytes)}`, b.name];
+    const text = texts.find((candidate) => pen.measureText(candidate).width <= space);
+    if (text) pen.fillText(text, left + 6, (run.y0 + run.y1) / 2);
+  }
+}
+
+function drawOverlay() {
+  const pen = prepare($("overlay"));
+  const { width, height } = size();
+  const column = (step) => [xOf(step), Math.max(xOf(step + 1) - xOf(step), 1)];
+  const [x, w] = column(state.step);
+  pen.fillStyle = css("--text");
+  pen.globalAlpha = 0.16;
+  if (w > 3) pen.fillRect(x, 0, w, height);
+  pen.globalAlpha = 1;
+  pen.fillRect(snap(x + w / 2) - 0.5, 0, 1, height);
+  const peak = xOf(profile.peak_step + 0.5);
+  line(pen, css("--muted"), [3, 4], [peak, 0], [peak, height]);
+  if (profile.capacity_bytes) {
+    const capacity = yOf(profile.capacity_bytes);
+    line(pen, css("--bad"), [7, 4], [0, capacity], [width, capacity]);
+  }
+  for (const b of new Set([state.held, state.hovered])) {
+    const rectangles = runs.filter((run) => run.buffer === b && run.whole);
+    outline(pen, rectangles, css("--panel"), 4.5);
+    outline(pen, rectangles, css("--text"), 2);
+  }
+  if (state.drag && state.drag.box) {
+    const { left, top, right, bottom } = state.drag.box;
+    pen.fillStyle = pen.strokeStyle = css("--accent");
+    pen.lineWidth = 1;
+    pen.globalAlpha = 0.15;
+    pen.fillRect(left, top, right - left, bottom - top);
+    pen.globalAlpha = 1;
+    pen.strokeRect(left + 0.5, top + 0.5, right - left - 1, bottom - top - 1);
+  }
+  placeMarks();
+}
+
+function line(pen, colour, dashes, from, to) {
+  pen.strokeStyle = colour;
+  pen.lineWidth = 1.5;
+  pen.setLineDash(dashes);
+  pen.beginPath();
+  pen.moveTo(...from);
+  pen.lineTo(...to);
+  pen.stroke();
+  pen.setLineDash([]);
+}
+
+/** The contour of a buffer: upper and lower edge of its rectangles, closed where it starts and ends. */
+function outline(pen, rectangles, colour, width) {
+  pen.strokeStyle = colour;
+  pen.lineWidth = width;
+  pen.lineCap = "square";
+  pen.beginPath();
+  rectangles.forEach((run, i) => {
+    const previous = rectangles[i - 1];
+    const next = rectangles[i + 1];
+    pen.moveTo(run.left, run.y0);
+    pen.lineTo(run.right, run.y0);
+    pen.moveTo(run.left, run.y1);
+    pen.lineTo(run.right, run.y1);
+    for (const [x, other] of [[run.left, previous], [run.right, next]]) {
+      const touches = other && (other.left === x || other.right === x);
+      for (const edge of touches ? ["y0", "y1"] : []) {
+        pen.moveTo(x, run[edge]);
+        pen.lineTo(x, other[edge]);
+      }
+      if (!touches) {
+        pen.moveTo(x, run.y0);
+        pen.lineTo(x, run.y1);
+      }
+    }
+  });
+  pen.stroke();
+}
+
+function placeMarks() {
+  const { width, height } = size();
+  const label = $("peak-label");
+  const x = xOf(profile.peak_step + 0.5);
+  label.hidden = x < 0 || x > width;
+  label.textContent = `peak ${formatBytes(profile.peak_bytes)}`;
+  label.style.top = "4px";
+  label.style.left = `${x + 8 + label.offsetWidth > width ? x - 8 - label.offsetWidth : x + 8}px`;
+  const limit = $("capacity-label");
+  const y = profile.capacity_bytes ? yOf(profile.capacity_bytes) : -1;
+  limit.hidden = y < 0 || y > height;
+  limit.textContent = `${profile.target} ${formatBytes(profile.capacity_bytes || 0)}`;
+  limit.style.top = `${y < 28 ? y + 5 : y - 25}px`;
+}
+
+function drawOverview() {
+  const canvas = $("overview");
+  const pen = prepare(canvas);
+  const [width, height] = [canvas.clientWidth, canvas.clientHeight];
+  const most = inUse.reduce((a, b) => Math.max(a, b), 1);
+  pen.fillStyle = css("--muted");
+  pen.globalAlpha = 0.55;
+  for (let pixel = 0; pixel < width; pixel++) {
+    const first = Math.floor((pixel / width) * steps);
+    const end = Math.max(Math.floor(((pixel + 1) / width) * steps), first + 1);
+    let bytes = 0;
+    for (let step = first; step < end; step++) bytes = Math.max(bytes, inUse[step]);
+    pen.fillRect(pixel, height - (bytes / most) * height, 1, (bytes / most) * height);
+  }
+  pen.globalAlpha = 1;
+  const left = (state.view.x0 / steps) * width;
+  const right = (state.view.x1 / steps) * width;
+  pen.fillStyle = css("--accent");
+  pen.globalAlpha = 0.12;
+  pen.fillRect(left, 0, right - left, height);
+  pen.globalAlpha = 1;
+  pen.strokeStyle = css("--accent");
+  pen.lineWidth = 1.5;
+  pen.strokeRect(left + 0.75, 0.75, Math.max(right - left - 1.5, 2), height - 1.5);
+}
+
+let wanted = new Set();
+const parts = { axes: drawAxes, base: drawBase, overlay: drawOverlay, overview: drawOverview };
+
+/** Draw some parts of the picture (default: all) with the next frame, once. */
+function redraw(...names) {
+  if (wanted.size === 0) requestAnimationFrame(drawWanted);
+  for (const name of names.length ? names : Object.keys(parts)) wanted.add(name);
+}
+
+function drawWanted() {
+  extent = { width: plot.clientWidth, height: plot.clientHeight };
+  const names = Object.keys(parts).filter((name) => wanted.has(name));
+  wanted = new Set();
+  for (const name of names) parts[name]();
+}
+
+// --- Axes ---------------------------------------------------------------------------------------
+
+/** The nicest distance (1, 2 or 5 times a power of ten) that is at least `least`. */
+function niceDistance(least) {
+  const power = 10 ** Math.floor(Math.log10(least));
+  return [1, 2, 5, 10].map((n) => n * power).find((n) => n >= least * 0.999);
+}
+
+function ticks(from, to, distance) {
+  const first = Math.ceil(from / distance);
+  const length = Math.max(Math.floor(to / distance) - first + 1, 0);
+  return Array.from({ length }, (_, i) => (first + i) * distance);
+}
+
+function byteTicks() {
+  const { y0, y1 } = state.view;
+  const unit = 1024 ** unitOf(y1);
+  const distance = niceDistance((y1 - y0) / unit / 6);
+  const digits = Math.max(0, -Math.floor(Math.log10(distance)));
+  return ticks(y0 / unit, y1 / unit, distance)
+    .filter((value) => yOf(value * unit) > 6) // room for half a line of text
+    .map((value) => ({
+      at: value * unit,
+      text: value === 0 ? "0" : `${value.toFixed(digits)} ${units[unitOf(y1)]}`,
+    }));
+}
+
+function drawAxes() {
+  const { x0, x1 } = state.view;
+  const { width } = size();
+  const labels = byteTicks().map(({ at, text }) => {
+    const label = element("span", { textContent: text });
+    label.style.top = `${yOf(at)}px`;
+    return label;
+  });
+  $("bytes-axis").replaceChildren(...labels);
+  const distance = Math.max(niceDistance(((x1 - x0) / width) * 90), 1);
+  const last = Math.min(Math.ceil(x1) - 1, steps - 1);
+  const names = ticks(Math.max(Math.floor(x0), 0), last, distance)
+    .filter((step) => xOf(step + 0.5) >= 0 && xOf(step + 0.5) <= width)
+    .map((step) => {
+      const label = element("span", { textContent: formatCount(step) });
+      label.style.left = `${xOf(step + 0.5)}px`;
+      return label;
+    });
+  $("step-axis").replaceChildren(...names);
+  const shown = `${formatCount(Math.floor(x0))} to ${formatCount(last)}`;
+  $("range").textContent = `steps ${shown} of ${formatCount(steps)}`;
+  Object.assign(plot.dataset, { ...state.view });
+}
