@@ -378,10 +378,12 @@ def _mark_peak(axes: Axes, profile: MemoryProfile, steps: int) -> None:
 
 
 def _headline(profile: MemoryProfile) -> str:
-    if profile.capacity_bytes is None:
-        return f"Memory in use on {profile.target}"
-    verdict = "fits" if profile.fits else "does not fit"
-    return f"Memory in use on {profile.target} ({verdict} in {_text(profile.capacity_bytes)})"
+    verdict = {True: ": fits", False: ": does not fit", None: ""}[profile.fits]
+    return f"Memory in use{_on_device(profile.target, profile.capacity_bytes)}{verdict}"
+
+
+def _on_device(target: str, capacity: int | None) -> str:
+    return f" on {target}" + (f" ({_text(capacity)})" if capacity is not None else "")
 
 
 def _draw_notes(axes: Axes, profile: MemoryProfile) -> None:
@@ -470,12 +472,20 @@ def _draw_peaks(axes: Axes, profiles: Mapping[str, MemoryProfile]) -> None:
     axes.invert_yaxis()
     for label in axes.get_yticklabels():
         label.set(parse_math=False, color=_INK, fontsize=10)
-    axes.set_xlim(0, 1.3 * most)
-    _byte_axis(axes.xaxis, most, 1.3 * most)
-    axes.set_title("Peak", loc="left", color=_INK, fontsize=12, weight="bold")
+    axes.set_xlim(0, 1.5 * most)
+    _byte_axis(axes.xaxis, most, 1.5 * most)
+    devices = {(p.target, p.capacity_bytes) for p in profiles.values()}
+    axes.set_title(
+        f"Peak{_on_device(*devices.pop()) if len(devices) == 1 else ''}",
+        loc="left",
+        color=_INK,
+        fontsize=12,
+        weight="bold",
+        parse_math=False,
+    )
     if kinds:
         axes.figure.legend(
-            loc="outside lower left", ncols=5, frameon=False, fontsize=8.5, handlelength=1
+            loc="outside lower left", ncols=4, frameon=False, fontsize=8.5, handlelength=1
         )
 
 
@@ -494,7 +504,9 @@ def _draw_timelines(axes: Axes, profiles: Mapping[str, MemoryProfile]) -> None:
     _byte_axis(axes.yaxis, most, 1.12 * most)
     axes.set_xlabel("share of the schedule, %", color=_MUTED, fontsize=9)
     axes.set_title("Memory in use", loc="left", color=_INK, fontsize=12, weight="bold")
-    legend = axes.legend(frameon=False, fontsize=8.5, loc="best")
+    legend = axes.figure.legend(
+        handles=axes.patches, loc="outside lower right", ncols=3, frameon=False, fontsize=8.5
+    )
     for text in legend.get_texts():
         text.set_parse_math(False)
 

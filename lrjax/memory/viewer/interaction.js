@@ -72,7 +72,8 @@ const pointIn = (target, event) => {
 
 function bufferAt(x, y) {
   const bytes = bytesAt(y);
-  const hit = stackAt(Math.floor(stepAt(x))).find(([b, bottom]) => bottom <= bytes && bytes < bottom + b.bytes);
+  const stack = stackAt(Math.floor(stepAt(x)));
+  const hit = stack.find(([b, bottom]) => bottom <= bytes && bytes < bottom + b.bytes);
   return hit ? hit[0] : null;
 }
 
@@ -125,8 +126,8 @@ plot.addEventListener("pointerup", (event) => {
   const [x, y] = pointIn(plot, event);
   if (drag.box) {
     const { left, right, top, bottom } = drag.box;
-    const steps_ = right - left > 6 ? { x0: stepAt(left), x1: stepAt(right) } : {};
-    moveTo({ ...steps_, y0: bytesAt(bottom), y1: bytesAt(top) });
+    const across = right - left > 6 ? { x0: stepAt(left), x1: stepAt(right) } : {};
+    moveTo({ ...across, y0: bytesAt(bottom), y1: bytesAt(top) });
   } else if (!drag.moved) {
     state.held = bufferAt(x, y);
     select(Math.floor(stepAt(x)));
@@ -218,6 +219,7 @@ function walk(by) {
   const box = plot.getBoundingClientRect();
   const y = clamp(yOf(bottom + buffer.bytes / 2), 0, size().height);
   showTooltip(buffer, box.left + xOf(state.step + 0.5), box.top + y);
+  $("announcement").textContent = $("tooltip").innerText; // a screen reader does not see it appear
 }
 
 // --- Tooltip ------------------------------------------------------------------------------------
@@ -267,7 +269,13 @@ const FIRST_ROWS = 200; // the rest on demand: a table of many thousands of rows
 const tableColumns = [
   { key: "name", title: "Buffer", className: "name" },
   { key: "bytes", title: "Size", className: "number", text: (b) => formatBytes(b.bytes) },
-  { key: "share", title: "Share", className: "number", value: (b) => b.bytes, text: (b, all) => formatShare(b.bytes, all) },
+  {
+    key: "share",
+    title: "Share",
+    className: "number",
+    value: (b) => b.bytes,
+    text: (b, all) => formatShare(b.bytes, all),
+  },
   { key: "shape", title: "Shape", className: "code" },
   { key: "kind", title: "Kind" },
   { key: "layer", title: "Layer" },
@@ -295,7 +303,10 @@ function sorted(rows) {
   const value = tableColumns.find(({ key }) => key === column).value || ((b) => b[column]);
   const compare = (a, b) =>
     typeof a === "number" ? a - b : a.localeCompare(b, "en", { numeric: true });
-  return rows.sort((a, b) => (descending ? -1 : 1) * compare(value(a), value(b)) || b.bytes - a.bytes || a.index - b.index);
+  const sign = descending ? -1 : 1;
+  return rows.sort(
+    (a, b) => sign * compare(value(a), value(b)) || b.bytes - a.bytes || a.index - b.index,
+  );
 }
 
 function listAlive() {
@@ -336,8 +347,11 @@ function point(buffer) {
 }
 
 function emptyRow(alive) {
-  const text = alive ? "None of the buffers alive here is shown: change the search or the legend." : "Nothing is alive in this step.";
-  return element("tr", {}, element("td", { className: "empty", colSpan: tableColumns.length, textContent: text }));
+  const textContent = alive
+    ? "None of the buffers alive here is shown: change the search or the legend."
+    : "Nothing is alive in this step.";
+  const cell = { className: "empty", colSpan: tableColumns.length, textContent };
+  return element("tr", {}, element("td", cell));
 }
 
 function describeAlive(count, all, rows) {
@@ -345,7 +359,8 @@ function describeAlive(count, all, rows) {
   const step = `Alive in step ${formatCount(state.step)}`;
   $("alive-title").textContent = name ? `${step}: ${name}` : step;
   const sum = rows.reduce((total, b) => total + b.bytes, 0);
-  const listed = rows.length < count ? `, ${formatCount(rows.length)} of them shown (${formatBytes(sum)})` : "";
+  const part = `, ${formatCount(rows.length)} of them shown (${formatBytes(sum)})`;
+  const listed = rows.length < count ? part : "";
   const peak = state.step === profile.peak_step ? ", the peak" : "";
   $("alive-summary").textContent = `${plural(count, "buffer")}, ${formatBytes(all)}${listed}${peak}`;
 }
@@ -430,7 +445,8 @@ $("query").addEventListener("input", () => {
   searching = setTimeout(() => {
     state.query = $("query").value.trim().toLowerCase();
     const found = buffers.filter(matches).length;
-    $("matches").textContent = state.query ? `${formatCount(found)} of ${plural(buffers.length, "buffer")}` : "";
+    const share = `${formatCount(found)} of ${plural(buffers.length, "buffer")}`;
+    $("matches").textContent = state.query ? share : "";
     listAlive();
     redraw("base", "overlay");
   }, 80);
