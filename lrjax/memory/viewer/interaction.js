@@ -371,7 +371,7 @@ function listGroups() {
   const groups = groupings[state.grouping];
   const bytes = groups.map(() => 0);
   for (const b of buffers) {
-    if (isAlive(b, state.step)) bytes[b[state.grouping + "Group"]] += b.bytes;
+    if (isAlive(b, state.step)) bytes[b.group] += b.bytes;
   }
   $("legend-title").textContent = state.grouping === "kind" ? "Kinds of buffers" : "Layers";
   if (state.grouping !== $("groups").dataset.grouping) makeGroups(groups);

@@ -76,17 +76,17 @@ let byStart = []; // their places in `order`, by first step
 let inUse = new Float64Array(steps); // bytes of the visible buffers in every step
 let runs = []; // rectangles of the current picture
 
-const groupOf = (b) => groupings[state.grouping][b[state.grouping + "Group"]];
+const groupOf = (b) => groupings[state.grouping][b.group];
 const matches = (b) => !state.query || b.text.includes(state.query);
 const isAlive = (b, step) => b.start <= step && step <= b.end;
 
 /** Decide who lies on whom: groups in order, in each the longest-lived at the bottom. */
 function restack() {
-  const group = state.grouping + "Group";
+  for (const b of buffers) b.group = b[state.grouping + "Group"];
   const life = (b) => b.end - b.start;
   order = buffers.filter((b) => b.bytes > 0 && !groupOf(b).hidden);
   order.sort(
-    (a, b) => a[group] - b[group] || life(b) - life(a) || a.start - b.start || a.index - b.index,
+    (a, b) => a.group - b.group || life(b) - life(a) || a.start - b.start || a.index - b.index,
   );
   byStart = order.map((_, place) => place).sort((a, b) => order[a].start - order[b].start);
   const change = new Float64Array(steps + 1);
@@ -160,12 +160,13 @@ const $ = (id) => document.getElementById(id);
 
 const plot = $("plot");
 let extent = { width: 1, height: 1 }; // of the plot, pixels; measured once per redraw
+let density = devicePixelRatio; // reading the global for every rectangle is slow
 const size = () => extent;
 const xOf = (step) => ((step - state.view.x0) / (state.view.x1 - state.view.x0)) * size().width;
 const yOf = (bytes) => (1 - (bytes - state.view.y0) / (state.view.y1 - state.view.y0)) * size().height;
 const stepAt = (x) => state.view.x0 + (x / size().width) * (state.view.x1 - state.view.x0);
 const bytesAt = (y) => state.view.y0 + (1 - y / size().height) * (state.view.y1 - state.view.y0);
-const snap = (pixel) => Math.round(pixel * devicePixelRatio) / devicePixelRatio;
+const snap = (pixel) => Math.round(pixel * density) / density;
 
 /** What is drawn from left to right: a column per step or, with more steps than pixels, per pixel
  * the step with the most memory in use, so that no peak is lost. */
@@ -192,57 +193,103 @@ function columns(width) {
 /** Rectangles of the view. The work is bounded by pixels, not by the profile: what is lower than
  * a pixel is drawn with its neighbours, what stays where it is from column to column is one. */
 function layOut() {
-  const { width, height } = size();
-  const pixels = height / (state.view.y1 - state.view.y0);
-  const open = new Map();
-  let started = 0;
-  let live = [];
-  runs = [];
-  columns(width).forEach(({ step, left, right }, column) => {
-    const before = live.length;
-    live = live.filter((place) => order[place].end >= step);
-    const kept = live.length;
-    for (; started < byStart.length && order[byStart[started]].start <= step; started++) {
-      if (order[byStart[started]].end >= step) live.push(byStart[started]);
-    }
-    if (live.length > kept || before === 0) live.sort((a, b) => a - b);
-
-    const put = (place, bottom, top, whole) => {
-      const y0 = snap(Math.max(yOf(top), 0));
-      const y1 = snap(Math.min(yOf(bottom), height));
-      if (y1 <= y0) return;
-      const run = open.get(place);
-      if (run && run.column === column - 1 && run.y0 === y0 && run.y1 === y1 && run.whole === whole) {
-        Object.assign(run, { column, right });
-        return;
-      }
-      if (run && run.column === column - 1) run.moves = true;
-      const made = { buffer: order[place], left, right, y0, y1, column, whole, moves: false };
-      open.set(place, made);
-      runs.push(made);
-    };
+  const drawn = new Rectangles();
+  const alive = new Sweep();
+  for (const { step, left, right } of columns(size().width)) {
+    drawn.startColumn(left, right);
     let bottom = 0;
-    let small = null; // a pile of buffers too low to be drawn one by one
-    const flush = () => {
-      if (small) put(small.place, small.bottom, small.top, false);
-      small = null;
-    };
-    for (const place of live) {
+    for (const place of alive.at(step)) {
       const top = bottom + order[place].bytes;
-      if (top > state.view.y0 && bottom < state.view.y1) {
-        if (order[place].bytes * pixels >= 0.75) {
-          flush();
-          put(place, bottom, top, true);
-        } else {
-          if (small && (top - small.bottom) * pixels > 2) flush();
-          if (small && groupOf(order[small.place]) !== groupOf(order[place])) flush();
-          small = small ? { ...small, top } : { place, bottom, top };
-        }
-      }
+      drawn.add(place, bottom, top);
       bottom = top;
     }
-    flush();
-  });
+    drawn.endPile();
+  }
+  runs = drawn.all;
+}
+
+/** Places in `order` of the buffers alive in a step, bottom first; steps must not decrease. */
+class Sweep {
+  constructor() {
+    this.live = [];
+    this.started = 0; // of byStart
+  }
+
+  at(step) {
+    const { live } = this;
+    let kept = 0;
+    for (const place of live) {
+      if (order[place].end >= step) live[kept++] = place;
+    }
+    live.length = kept;
+    for (; this.started < byStart.length; this.started++) {
+      const place = byStart[this.started];
+      if (order[place].start > step) break;
+      if (order[place].end >= step) live.push(place);
+    }
+    if (live.length > kept) live.sort((a, b) => a - b);
+    return live;
+  }
+}
+
+const LEAST_HEIGHT = 0.75; // pixels a buffer must have to be drawn by itself
+const PILE_HEIGHT = 2;
+
+class Rectangles {
+  constructor() {
+    this.all = [];
+    this.open = new Array(order.length).fill(null); // the last rectangle of every place
+    this.column = -1;
+    this.pile = { place: -1, bottom: 0, top: 0 }; // of buffers too low to be drawn one by one
+    this.height = size().height;
+    this.scale = this.height / (state.view.y1 - state.view.y0); // pixels per byte
+  }
+
+  startColumn(left, right) {
+    this.column += 1;
+    this.left = left;
+    this.right = right;
+  }
+
+  /** One buffer of the column: all there is of it, or its share of a pile. */
+  add(place, bottom, top) {
+    if (top <= state.view.y0 || bottom >= state.view.y1) return;
+    if ((top - bottom) * this.scale >= LEAST_HEIGHT) {
+      this.endPile();
+      this.put(place, bottom, top, true);
+      return;
+    }
+    const { pile } = this;
+    const high = (top - pile.bottom) * this.scale > PILE_HEIGHT;
+    if (pile.place >= 0 && (high || groupOf(order[pile.place]) !== groupOf(order[place]))) this.endPile();
+    if (pile.place < 0) Object.assign(pile, { place, bottom });
+    pile.top = top;
+  }
+
+  endPile() {
+    const { place, bottom, top } = this.pile;
+    if (place >= 0) this.put(place, bottom, top, false);
+    this.pile.place = -1;
+  }
+
+  put(place, bottom, top, whole) {
+    const y0 = snap(Math.max(this.height - (top - state.view.y0) * this.scale, 0));
+    const y1 = snap(Math.min(this.height - (bottom - state.view.y0) * this.scale, this.height));
+    if (y1 <= y0) return;
+    const { column, left, right } = this;
+    const last = this.open[place];
+    if (last && last.column === column - 1) {
+      if (last.y0 === y0 && last.y1 === y1 && last.whole === whole) {
+        last.column = column;
+        last.right = right;
+        return;
+      }
+      last.moves = true;
+    }
+    const made = { buffer: order[place], left, right, y0, y1, column, whole, moves: false };
+    this.open[place] = made;
+    this.all.push(made);
+  }
 }
 
 // --- Picture: drawing ---------------------------------------------------------------------------
@@ -256,10 +303,10 @@ function css(variable) {
 }
 
 function prepare(canvas, width = canvas.clientWidth, height = canvas.clientHeight) {
-  const [across, down] = [Math.round(width * devicePixelRatio), Math.round(height * devicePixelRatio)];
+  const [across, down] = [Math.round(width * density), Math.round(height * density)];
   if (canvas.width !== across || canvas.height !== down) [canvas.width, canvas.height] = [across, down];
   const pen = canvas.getContext("2d");
-  pen.setTransform(devicePixelRatio, 0, 0, devicePixelRatio, 0, 0);
+  pen.setTransform(density, 0, 0, density, 0, 0);
   pen.clearRect(0, 0, width, height);
   return pen;
 }
@@ -428,6 +475,7 @@ function redraw(...names) {
 
 function drawWanted() {
   extent = { width: plot.clientWidth, height: plot.clientHeight };
+  density = devicePixelRatio;
   const names = Object.keys(parts).filter((name) => wanted.has(name));
   wanted = new Set();
   for (const name of names) parts[name]();
