@@ -19,7 +19,7 @@ from lrjax.memory.profile import KINDS, Buffer, MemoryProfile
 MIB = 2**20
 LAYERS = 24
 HOSTILE = (
-    "</script><script>document.title='broken'</script>",
+    "</script ><script>document.title='broken'</script>",
     '<img src="http://127.0.0.1:9/x" onerror="document.title=1">',
     "{{profile}} /*{{style}}*/ $x_1^{$ \\u2028 \u2028 \x00 ]]> <!-- & &amp;",
     "名前 \U0001d518 " + "x" * 400,
@@ -413,6 +413,22 @@ class TestInBrowser:
         dark = page.page.evaluate(back)
         page.page.click("#theme")
         assert page.page.evaluate(back) != dark
+
+    @pytest.mark.parametrize("step", [0, 3001, 4999])
+    def test_peak_of_one_step_among_thousands_is_drawn(self, opened, step):
+        common = ((8,), "float32", "add", "", "copies", "")
+        buffers = [
+            Buffer("always", 100 * MIB, *common, 0, 4999),
+            Buffer("spike", 80 * MIB, *common, step, step),
+        ]
+        page = opened(profile_of(buffers, 5000))
+        drawn = (
+            "runs.filter((run) => run.buffer.name === 'spike').map((run) => [run.left, run.right])"
+        )
+        [[left, right]] = page.page.evaluate(drawn)
+        width = page.page.locator("#plot").bounding_box()["width"]
+        assert right - left == 1
+        assert left == pytest.approx(step / 5000 * width, abs=1)
 
     def test_profile_of_nothing(self, opened):
         page = opened(profile_of([], 0))
