@@ -55,7 +55,7 @@ def made_profile(small=2900, capacity=None, seed=0):
         add(f"dw.{i}", 3 * MIB, "dot_general", layer, "parameter gradients", end - 5, steps - 1)
     add("scratch", 60 * MIB, "custom-call", "", "convolution scratch", half - 8, half + 8)
     for text in HOSTILE:
-        add(text, 5 * MIB, text, text, "constants", 0, steps - 1)
+        add(text, 50 * MIB, text, text, "constants", 0, steps - 1)
     for i in range(small):
         start = rng.randrange(steps)
         end = min(start + rng.randrange(60), steps - 1)
@@ -92,7 +92,7 @@ def tiny(capacity=None):
 WRITERS = {
     "png": pictures.save_png,
     "html": pictures.save_html,
-    "comparison": lambda profile, path: pictures.save_comparison_png({"one": profile}, path),
+    "comparison": lambda profile, path: pictures.save_comparison_png({HOSTILE[3]: profile}, path),
 }
 writers = pytest.mark.parametrize("write", WRITERS.values(), ids=WRITERS)
 
@@ -106,6 +106,7 @@ writers = pytest.mark.parametrize("write", WRITERS.values(), ids=WRITERS)
     [profile_of([], 0), tiny(), tiny(capacity=150 * MIB), made_profile(small=40)],
     ids=["empty", "tiny", "too large", "hostile names"],
 )
+@pytest.mark.filterwarnings("error")
 def test_complete_file_and_nothing_else(tmp_path, write, profile):
     path = tmp_path / "picture"
     write(profile, path)

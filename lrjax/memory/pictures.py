@@ -12,21 +12,24 @@ import json
 import os
 import stat
 import tempfile
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
 
-from lrjax.memory.profile import KINDS, Buffer, MemoryProfile
+from lrjax.memory.profile import Buffer, MemoryProfile
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+# In the order in which they are stacked: what is there throughout lies lowest and so lies still.
 # Of middle lightness, so that they stand on white and on black; grey is for what has no name.
 _COLOURS = {
     "arguments": "#5b8fc9",
+    "constants": "#ec9cc0",
     "outputs": "#5dbcb4",
     "parameter gradients": "#a685d0",
     "saved maps": "#f0944d",
@@ -34,7 +37,6 @@ _COLOURS = {
     "step intermediates": "#edc64b",
     "copies": "#b08968",
     "convolution scratch": "#e26d6d",
-    "constants": "#ec9cc0",
     "unattributed": "#9aa5b1",
 }
 _OTHER = "#b9c1ca"
@@ -72,7 +74,7 @@ def save_png(profile: MemoryProfile, path: str | Path) -> None:
         axes, notes = figure.subplots(1, 2, width_ratios=[3.1, 1.35])
         _draw_timeline(axes, profile)
         _draw_notes(notes, profile)
-        figure.savefig(file, format="png", dpi=150)
+        _write(figure, file)
 
 
 def save_comparison_png(profiles: Mapping[str, MemoryProfile], path: str | Path) -> None:
@@ -98,7 +100,7 @@ def save_comparison_png(profiles: Mapping[str, MemoryProfile], path: str | Path)
         peaks, timelines = figure.subplots(1, 2, width_ratios=[1.25, 1])
         _draw_peaks(peaks, profiles)
         _draw_timelines(timelines, profiles)
-        figure.savefig(file, format="png", dpi=150)
+        _write(figure, file)
 
 
 def save_html(profile: MemoryProfile, path: str | Path) -> None:
@@ -137,7 +139,7 @@ def save_html(profile: MemoryProfile, path: str | Path) -> None:
 
 
 @contextlib.contextmanager
-def _replacing(path: str | Path) -> Iterator[Any]:
+def _replacing(path: str | Path) -> Iterator[IO[bytes]]:
     """A file to write that takes ``path``'s place when all went well, and is gone otherwise."""
     destination = Path(os.path.realpath(path))  # a link stays a link
     _check_writable(path, destination)
@@ -243,7 +245,7 @@ def _script_safe(data: Any) -> str:
 def _kinds(profiles: Sequence[MemoryProfile]) -> list[str]:
     """The kinds that occur, in the order in which they are stacked."""
     present = {b.kind for profile in profiles for b in profile.buffers}
-    return [k for k in KINDS if k in present] + sorted(present.difference(KINDS))
+    return [k for k in _COLOURS if k in present] + sorted(present.difference(_COLOURS))
 
 
 def _colour(kind: str) -> str:
@@ -295,6 +297,13 @@ def _new_figure(width: float, height: float) -> Figure:
     return Figure(figsize=(width, height), layout="constrained")
 
 
+def _write(figure: Figure, file: IO[bytes]) -> None:
+    with warnings.catch_warnings():
+        # A letter that matplotlib's font lacks is drawn as a box; the picture is none the worse.
+        warnings.filterwarnings("ignore", message="Glyph .* missing from font")
+        figure.savefig(file, format="png", dpi=150)
+
+
 def _timelines_by_kind(profile: MemoryProfile, kinds: Sequence[str]) -> np.ndarray:
     """Bytes in use: a row per kind, a column per step."""
     steps = max(len(profile.instructions), 1)
@@ -319,7 +328,7 @@ def _byte_axis(axis: Any, most: float, limit: float) -> None:
 
     unit = _unit_of(most)
     scale = 1024**unit
-    ticks = MaxNLocator(6, steps=[1, 2, 5, 10]).tick_values(0, limit / scale)
+    ticks = MaxNLocator(7, steps=[1, 2, 5, 10]).tick_values(0, limit / scale)
     axis.set_ticks([tick * scale for tick in ticks if tick * scale <= limit])
     axis.set_major_formatter(
         FuncFormatter(lambda value, _: f"{value / scale:g} {_UNITS[unit]}" if value else "0")
@@ -342,10 +351,11 @@ def _draw_timeline(axes: Axes, profile: MemoryProfile) -> None:
         axes.annotate(
             f"{profile.target}: {_text(capacity)}",
             (0, capacity),
-            xytext=(4, 4),
+            xytext=(6, 7),
             textcoords="offset points",
             color=_ALARM,
             fontsize=9,
+            bbox={"boxstyle": "round,pad=0.25", "fc": "white", "ec": "none", "alpha": 0.85},
             parse_math=False,
         )
     _style(axes)
@@ -393,7 +403,7 @@ def _draw_notes(axes: Axes, profile: MemoryProfile) -> None:
     by_kind = profile.by_kind()
     top = [b for b in profile.at_peak() if b.kind != "unattributed"][:_TOP_BUFFERS]
     # Lines from the top down, in units of one line.
-    axes.set_ylim(len(KINDS) + 2 * _TOP_BUFFERS + 4.5, -0.5)
+    axes.set_ylim(len(_COLOURS) + 2 * _TOP_BUFFERS + 4.5, -0.5)
     line = 0.0
     _note(axes, line, "At the peak", heading=True)
     for kind in reversed(_kinds([profile])):  # as they are stacked, uppermost first
