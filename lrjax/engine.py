@@ -217,6 +217,11 @@ def _producer(loop: RowLoop, value: int) -> FlatEquation:
     return loop.nodes[loop.producer[value]].equation
 
 
+def reader(loop: RowLoop, value: int) -> FlatEquation:
+    """The first equation that reads a value from outside the loop."""
+    return next(node.equation for node in loop.nodes if value in node.equation.inputs)
+
+
 def empty_lines(loop: RowLoop) -> Values:
     """Line buffers before the first step: nothing but rows above the image."""
     lines = {}
@@ -487,7 +492,13 @@ def add_partial(loop: RowLoop, sums: Values, partial: Values) -> Values:
 
 
 def finished_sums(loop: RowLoop, sums: Values) -> Values:
-    return {v: total.astype(loop.graph.program.avals[v].dtype) for v, total in sums.items()}
+    finished = {}
+    for node in loop.nodes:
+        if node.is_reduction:
+            for v in node.equation.outputs:
+                with node.equation.origin():
+                    finished[v] = sums[v].astype(loop.graph.program.avals[v].dtype)
+    return finished
 
 
 def empty_outputs(loop: RowLoop) -> Values:

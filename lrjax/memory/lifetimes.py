@@ -135,4 +135,3 @@ def _following(times: Sequence[int], end: int) -> list[int]:
 
 def _last_uses(steps: Sequence[Instruction]) -> dict[int, int]:
     return {operand: i for i, step in enumerate(steps) for operand in step.operands}
-
