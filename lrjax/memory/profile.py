@@ -76,6 +76,8 @@ class MemoryProfile:
       buffers: every value; ``"unattributed"`` is what XLA's peak holds beyond them.
       instructions: the name of every step of the schedule, loops unrolled once.
       peak_step: the step at which ``peak_bytes`` are in use.
+      allocated_bytes: arguments, outputs and the block that XLA lays the temporaries out in, with
+        the gaps between them, so at least ``peak_bytes``; ``None``: unknown.
     """
 
     target: str
@@ -90,11 +92,18 @@ class MemoryProfile:
     buffers: tuple[Buffer, ...]
     instructions: tuple[str, ...]
     peak_step: int
+    allocated_bytes: int | None = None
 
     @property
     def fits(self) -> bool | None:
-        """Whether the peak is within the device's memory; ``None`` where that is unknown."""
-        return None if self.capacity_bytes is None else self.peak_bytes <= self.capacity_bytes
+        """Whether what is allocated is within the device's memory; ``None``: memory unknown.
+
+        XLA's runtime allocates the temporaries as one block, gaps included: see
+        ``allocated_bytes``.
+        """
+        if self.capacity_bytes is None:
+            return None
+        return max(self.peak_bytes, self.allocated_bytes or 0) <= self.capacity_bytes
 
     def at_peak(self) -> list[Buffer]:
         """Buffers live at the peak, largest first."""
