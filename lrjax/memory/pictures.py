@@ -127,6 +127,7 @@ def save_html(profile: MemoryProfile, path: str | Path) -> None:
         # The profile comes last: nothing in it can be taken for a place to fill in.
         for place, text in (
             ("/*{{style}}*/", (viewer / "viewer.css").read_text(encoding="utf-8")),
+            ("/*{{model}}*/", (viewer / "model.js").read_text(encoding="utf-8")),
             ("/*{{picture}}*/", (viewer / "picture.js").read_text(encoding="utf-8")),
             ("/*{{interaction}}*/", (viewer / "interaction.js").read_text(encoding="utf-8")),
             ("{{profile}}", _script_safe(_page_data(profile))),
@@ -222,7 +223,9 @@ def _page_data(profile: MemoryProfile) -> dict[str, Any]:
         "alias_bytes": profile.alias_bytes,
         "host_bytes": profile.host_bytes,
         "generated_code_bytes": profile.generated_code_bytes,
+        "allocated_bytes": profile.allocated_bytes,
         "capacity_bytes": profile.capacity_bytes,
+        "fits": profile.fits,
         "kinds": [[kind, _colour(kind)] for kind in _kinds([profile])],
         "palette": _LAYER_COLOURS,
         "rest_colour": _OTHER,
@@ -253,7 +256,7 @@ def _colour(kind: str) -> str:
 
 
 def _array(buffer: Buffer) -> str:
-    return f"{buffer.dtype}[{', '.join(map(str, buffer.shape))}]"
+    return f"{buffer.dtype}[{', '.join(map(str, buffer.shape))}]" if buffer.dtype else ""
 
 
 def _unit_of(size: float) -> int:
@@ -416,7 +419,7 @@ def _draw_notes(axes: Axes, profile: MemoryProfile) -> None:
         _note(axes, line, _short(b.layer or b.name, 30), colour=_colour(b.kind), size=b.bytes)
         line += 0.85
         detail = f"{b.operation or b.name}  {_array(b)}"
-        axes.text(0.07, line, _short(detail, 46), va="center", color=_MUTED, fontsize=6.8).set(
+        axes.text(0.07, line, _short(detail, 58), va="center", color=_MUTED, fontsize=6.8).set(
             parse_math=False
         )
 
@@ -482,8 +485,10 @@ def _draw_peaks(axes: Axes, profiles: Mapping[str, MemoryProfile]) -> None:
     axes.invert_yaxis()
     for label in axes.get_yticklabels():
         label.set(parse_math=False, color=_INK, fontsize=10)
-    axes.set_xlim(0, 1.5 * most)
-    _byte_axis(axes.xaxis, most, 1.5 * most)
+    exceeds = any(p.fits is False for p in profiles.values())
+    limit = (1.5 if exceeds else 1.2) * most  # room for the text behind the longest bar
+    axes.set_xlim(0, limit)
+    _byte_axis(axes.xaxis, most, limit)
     devices = {(p.target, p.capacity_bytes) for p in profiles.values()}
     axes.set_title(
         f"Peak{_on_device(*devices.pop()) if len(devices) == 1 else ''}",

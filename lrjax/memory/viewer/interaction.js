@@ -280,7 +280,7 @@ const tableColumns = [
   { key: "kind", title: "Kind" },
   { key: "layer", title: "Layer" },
   { key: "operation", title: "Operation" },
-  { key: "source", title: "Source", className: "code" },
+  { key: "source", title: "Source", className: "code", text: (b) => b.source.split(/[/\\]/).at(-1) },
   { key: "start", title: "Alive in steps", text: formatLife },
 ];
 
@@ -329,9 +329,11 @@ function listAlive() {
 function tableRow(buffer, all) {
   const cells = tableColumns.map(({ key, className = "", text }) => {
     const content = text ? text(buffer, all) : buffer[key];
-    if (key !== "name") return element("td", { className, textContent: content, title: content });
+    const title = key === "source" ? buffer.source : content;
+    if (key !== "name") return element("td", { className, textContent: content, title });
     const button = element("button", { type: "button", textContent: content });
-    return element("td", { className, title: content }, swatch(groupOf(buffer).colour), button);
+    const name = element("div", {}, swatch(groupOf(buffer).colour), button);
+    return element("td", { className, title: content }, name);
   });
   const row = element("tr", { buffer, className: buffer === state.held ? "held" : "" }, ...cells);
   row.addEventListener("click", () => hold(state.held === buffer ? null : buffer));
@@ -415,13 +417,14 @@ function showTotals() {
   const capacity = profile.capacity_bytes;
   const peak = formatBytes(profile.peak_bytes);
   const totals = {
-    Peak: capacity ? `${peak} of ${formatBytes(capacity)}` : peak,
+    Peak: peak,
+    ...(profile.allocated_bytes && { Allocated: formatBytes(profile.allocated_bytes) }),
     Arguments: formatBytes(profile.argument_bytes),
     Outputs: formatBytes(profile.output_bytes),
     Temporaries: formatBytes(profile.temp_bytes),
-    Aliased: formatBytes(profile.alias_bytes),
-    Host: formatBytes(profile.host_bytes),
-    Program: formatBytes(profile.generated_code_bytes),
+    ...(profile.alias_bytes && { Aliased: formatBytes(profile.alias_bytes) }),
+    ...(profile.host_bytes && { Host: formatBytes(profile.host_bytes) }),
+    ...(profile.generated_code_bytes && { Program: formatBytes(profile.generated_code_bytes) }),
     Schedule: `${plural(profile.instructions.length, "step")}, ${plural(buffers.length, "buffer")}`,
   };
   const made = Object.entries(totals).map(([key, value]) =>
@@ -431,11 +434,10 @@ function showTotals() {
   $("target").textContent = profile.target;
   document.title = `Memory on ${profile.target}: ${peak}`;
   if (capacity) {
-    const fits = profile.peak_bytes <= capacity;
-    $("verdict").className = `chip ${fits ? "fits" : "exceeds"}`;
-    const share = formatShare(profile.peak_bytes, capacity);
-    const excess = formatBytes(profile.peak_bytes - capacity);
-    $("verdict").textContent = fits ? `fits: ${share} of the memory` : `does not fit: ${excess} too much`;
+    const needed = Math.max(profile.peak_bytes, profile.allocated_bytes || 0);
+    const share = `${formatShare(needed, capacity)} of ${formatBytes(capacity)}`;
+    $("verdict").className = `chip ${profile.fits ? "fits" : "exceeds"}`;
+    $("verdict").textContent = `${profile.fits ? "fits" : "does not fit"}: ${share}`;
   }
 }
 
