@@ -2,13 +2,14 @@
 
 from lrjax.memory.comparison import Comparison, compare
 from lrjax.memory.compile import DoesNotFitError, compile_for, is_installed, peak_bytes, temp_bytes
-from lrjax.memory.profile import Buffer, MemoryProfile
+from lrjax.memory.profile import KINDS, Buffer, MemoryProfile
 from lrjax.memory.profiling import TargetStatus, profile, profile_dump, targets
 from lrjax.memory.rss import RssGrowth, measure_rss, rss_growth
 from lrjax.memory.runtime import Measurement, measure
 from lrjax.memory.targets import TARGETS, CpuTarget, GpuTarget, TpuTarget
 
 __all__ = [
+    "KINDS",
     "TARGETS",
     "Buffer",
     "Comparison",

@@ -11,6 +11,7 @@ version does not write are left at their defaults; unknown ones are ignored.
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -239,7 +240,7 @@ def _parse_module(
 def _parse_instruction(proto: Message, frames: _Frames) -> Instruction:
     metadata = proto.message(7)
     file, line = metadata.text(3), metadata.integer(4)
-    source = f"{file}:{line}" if file else frames.source(metadata.integer(15))
+    source = frames.source(metadata.integer(15)) or (f"{file}:{line}" if file else "")
     return Instruction(
         id=proto.integer(35),
         name=proto.text(1),
@@ -261,22 +262,34 @@ def _parse_shape(proto: Message) -> Shape:
     return Shape(dtype, tuple(proto.integers(3)), elements)
 
 
+# Files whose lines are no answer to "which line of mine": libraries that call JAX for their users.
+_LIBRARIES = re.compile(r"/(?:flax|optax|chex|equinox|haiku|jax|lrjax(?!/models/))/[^:]*\.py$")
+
+
 class _Frames:
-    """Stack frames, numbered from 1, as ``file:line``."""
+    """Stack frames, numbered from 1, innermost first by their parents."""
 
     def __init__(self, proto: Message):
         self.files = proto.texts(1)
         self.locations = [(m.integer(1), m.integer(3)) for m in proto.messages(3)]
-        self.frames = [m.integer(1) for m in proto.messages(4)]
+        self.frames = [(m.integer(1), m.integer(2)) for m in proto.messages(4)]
 
     def source(self, number: int) -> str:
-        if not 0 < number <= len(self.frames):
-            return ""
-        location = self.frames[number - 1]
-        if not 0 < location <= len(self.locations):
-            return ""
-        file, line = self.locations[location - 1]
-        return f"{self.files[file - 1]}:{line}" if 0 < file <= len(self.files) else ""
+        """``file:line`` of the innermost frame outside libraries; ``""`` where there is none."""
+        innermost = ""
+        for _ in range(len(self.frames)):
+            if not 0 < number <= len(self.frames):
+                break
+            location, number = self.frames[number - 1]
+            if not 0 < location <= len(self.locations):
+                break
+            file, line = self.locations[location - 1]
+            if 0 < file <= len(self.files):
+                name = self.files[file - 1]
+                if not _LIBRARIES.search(name):
+                    return f"{name}:{line}"
+                innermost = innermost or f"{name}:{line}"
+        return innermost
 
 
 # --- The buffer assignment -----------------------------------------------------------------------

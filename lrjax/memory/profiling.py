@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import os
+import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -99,15 +101,16 @@ def profile(
         print(profile.peak_bytes, profile.fits, profile.by_kind())
     """
     device = device_of(target)
-    with tempfile.TemporaryDirectory(prefix="lrjax-profile-") as dump, _without_cache():
-        compiled = compile_for(
-            fun,
-            *args,
-            target=target,
-            donate_argnums=donate_argnums,
-            static_argnums=static_argnums,
-            compiler_options={"xla_dump_to": dump, "xla_dump_hlo_as_proto": True},
-        )
+    with tempfile.TemporaryDirectory(prefix="lrjax-profile-") as dump:
+        with _without_cache(), _quietly():
+            compiled = compile_for(
+                fun,
+                *args,
+                target=target,
+                donate_argnums=donate_argnums,
+                static_argnums=static_argnums,
+                compiler_options={"xla_dump_to": dump, "xla_dump_hlo_as_proto": True},
+            )
         try:
             assignment = read_dump(dump)
         except (OSError, ValueError) as error:
@@ -220,3 +223,25 @@ def _without_cache() -> Iterator[None]:
         yield
     finally:
         jax.config.update("jax_enable_compilation_cache", before)
+
+
+@contextlib.contextmanager
+def _quietly() -> Iterator[None]:
+    """Keep what XLA's compilers write to stderr, below Python, unless they fail.
+
+    They warn where a program does not fit, which is what a profile is asked to find out.
+    """
+    sys.stderr.flush()
+    before = os.dup(2)
+    with tempfile.TemporaryFile() as kept:
+        os.dup2(kept.fileno(), 2)
+        try:
+            yield
+        except BaseException:
+            os.dup2(before, 2)
+            kept.seek(0)
+            os.write(2, kept.read())
+            raise
+        finally:
+            os.dup2(before, 2)
+            os.close(before)
