@@ -264,9 +264,12 @@ def memory(
         wide.print(table)
         return
     try:
+        command.check_target(target)
+    except (ValueError, ImportError) as error:
+        _stop(error)
+    try:
         for path in filter(None, (png, html, json)):
             command.check_writable(path)
-        command.check_target(target)
         if (function is None) == (model is None):
             raise ValueError("give either MODULE:FUNCTION or --model")
         if function is not None:
@@ -280,7 +283,7 @@ def memory(
             program = command.gradient_program(
                 network, chosen, size, batch, command.dtype_of(dtype)
             )
-    except (ValueError, ImportError) as error:
+    except ValueError as error:
         _stop(error)
     try:
         profile = memory.profile(program.fun, *program.args, target=target)

@@ -367,7 +367,9 @@ def _run_band(
             made.partial.update(zip(node.equation.outputs, results, strict=True))
             continue
         for v, slab in zip(node.equation.outputs, results, strict=True):
-            _keep(loop, clock, made, v, _filled(loop, clock, v, slab), lines)
+            with node.equation.origin():
+                slab = _filled(loop, clock, v, slab)
+            _keep(loop, clock, made, v, slab, lines)
     return _exported(band, made)
 
 

@@ -259,6 +259,10 @@ class Attribution:
                 return []
             made = self.assignment.instructions[root.operands[index[0]]]
             return [] if made.opcode in ("get-tuple-element", "while") else [made]
+        if opcode == "conditional":
+            roots = [self.assignment.computations[branch].root for branch in instruction.called]
+            found = [self._made(self.assignment.instructions[root], index) for root in roots]
+            return [made for several in found for made in several]
         return [instruction]
 
     def _readers_of(self, instruction: Instruction) -> Iterable[Instruction]:
@@ -335,8 +339,13 @@ class Attribution:
 
     def _is_line_buffer(self, piece: Piece) -> bool:
         return self._is_carried(piece) and any(
-            LINE_BUFFERS in self.described(member).op_name for member in self._members(piece)
+            LINE_BUFFERS in self._copied(member).op_name for member in self._members(piece)
         )
+
+    def _copied(self, instruction: Instruction) -> Instruction:
+        """What a copy is a copy of; any other instruction itself."""
+        is_copy = instruction.opcode not in _PASSING and self._is_copy(instruction)
+        return self.origin(instruction) if is_copy else self.described(instruction)
 
     def _is_carried(self, piece: Piece) -> bool:
         return any(

@@ -229,8 +229,10 @@ def _gpu(target: GpuTarget) -> jax.Device:
 
 
 def _tpu(target: TpuTarget) -> jax.Device:
-    # Without these libtpu asks Google Cloud's metadata server, for minutes, which machine it is on.
+    # Without these libtpu asks Google Cloud's metadata server, for minutes, which machine it is on,
+    # and only one process at a time may load it.
     pretended = {
+        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
         "TPU_SKIP_MDS_QUERY": "1",
         "TPU_ACCELERATOR_TYPE": target.accelerator_type,
         "TPU_WORKER_HOSTNAMES": "localhost",
