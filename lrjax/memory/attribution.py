@@ -33,7 +33,7 @@ _PASSING = {
 }
 _COPYING = {"copy", "copy-start", "transpose"}
 _FILLING = {"broadcast", "constant", "iota"}
-_REACH = 4  # how many instructions away a layer is looked for
+_REACH = 8  # how many instructions away a layer is looked for
 
 
 # --- Name stacks ---------------------------------------------------------------------------------
@@ -248,10 +248,8 @@ class Attribution:
         if opcode == "tuple" and index:
             return self._made(self.assignment.instructions[operands[index[0]]], index[1:])
         if opcode == "parameter":
-            caller = self.callers.get(self.home.get(instruction.id, -1))
-            if caller is None or caller.opcode != "while":
-                return []
-            return self._made(self.assignment.instructions[caller.operands[0]], index)
+            entered = self._passed_as(instruction)
+            return [] if entered is None else self._made(entered, index)
         if opcode == "while":
             body = self.assignment.computations[instruction.called[0]]
             root = self.assignment.instructions[body.root]
@@ -265,8 +263,28 @@ class Attribution:
             return [made for several in found for made in several]
         return [instruction]
 
+    def _passed_as(self, parameter: Instruction) -> Instruction | None:
+        """What the caller of a loop's body, a branch or a call passes as this parameter."""
+        home = self.home.get(parameter.id, -1)
+        caller = self.callers.get(home)
+        if caller is None:
+            return None
+        position = parameter.parameter
+        if caller.opcode == "conditional":
+            position = 1 + caller.called.index(home)
+        if position >= len(caller.operands):
+            return None
+        return self.assignment.instructions[caller.operands[position]]
+
     def _readers_of(self, instruction: Instruction) -> Iterable[Instruction]:
-        return self._readers(instruction, (), set())
+        yield from self._readers(instruction, (), set())
+        # The result of a call, or of a copy that runs on the side, is its caller's.
+        home = self.home.get(instruction.id, -1)
+        caller = self.callers.get(home)
+        if caller is None or caller.opcode in ("while", "conditional"):
+            return
+        if self.assignment.computations[home].root == instruction.id:
+            yield caller
 
     def _readers(
         self, instruction: Instruction, index: Index, seen: set[tuple[int, Index]]

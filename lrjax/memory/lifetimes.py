@@ -7,6 +7,7 @@ its first value's birth to its last value's death.
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 from collections.abc import Sequence
 
 from lrjax.memory.assignment import Allocation, Assignment, Event, Instruction
@@ -89,11 +90,16 @@ def _replay(
     next_birth = _following(times, len(steps))
     canonical: dict[int, int] = {}
     open_pieces: dict[int, _Open] = {}
+    # A TPU's trace may have the death of a value before its birth, both in one moment.
+    early_deaths: Counter[int] = Counter()
     done = []
     for i, event in enumerate(trace):
         now = times[i]
         if event.kind == "free":
             owner = canonical[event.value]
+            if owner not in open_pieces:
+                early_deaths[owner] += 1
+                continue
             piece = open_pieces[owner]
             piece.users -= 1
             if piece.users == 0:
@@ -106,6 +112,9 @@ def _replay(
         shared = canonical.get(event.shared_with, event.shared_with)
         owner = event.value if event.kind == "alloc" else shared
         canonical[event.value] = owner
+        if early_deaths[owner]:
+            early_deaths[owner] -= 1
+            continue
         piece = open_pieces.setdefault(owner, _Open([], now, 0))
         piece.values.append(event.value)
         piece.users += 1
