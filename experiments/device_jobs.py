@@ -36,7 +36,7 @@ MIN_STEPS, MAX_STEPS, TIMING_S = 3, 20, 2.0
 
 @dataclass(frozen=True)
 class Job:
-    """``kind`` is ``"check"`` (``size`` and ``methods`` unused) or ``"measure"``."""
+    """``kind`` is ``"check"`` (``size`` and ``methods`` unused), ``"measure"`` or ``"predict"``."""
 
     kind: str
     size: int = 0
@@ -118,6 +118,45 @@ def measure(size: int, methods: tuple[str, ...], dtype: str) -> None:
         emit(record)
 
 
+def predict(size: int, methods: tuple[str, ...], dtype: str) -> None:
+    """What a profile says of each gradient, and what the device says when it runs.
+
+    The profile is made as somebody without the device would make it, where the table of targets
+    has the device. Least first, so that each program raises the device's peak.
+    """
+    args = _arguments((1, size, size, 3), dtype)
+    target = target_at_hand()
+    found = {
+        method: memory.profile(parse_method(method).gradient(), *args, target=target)
+        for method in methods
+    }
+    for method in sorted(methods, key=lambda method: found[method].peak_bytes):
+        profile = found[method]
+        program = jax.jit(parse_method(method).gradient()).lower(*args).compile()
+        record = {"predict": method, "size": size, "dtype": dtype, "target": target}
+        record |= {"predicted_bytes": profile.peak_bytes, "argument_bytes": profile.argument_bytes}
+        record |= {"allocated_bytes": profile.allocated_bytes}
+        record |= {"compiled_bytes": memory.peak_bytes(program)}
+        try:
+            emit(record | _peak(lambda program=program: jax.block_until_ready(program(*args))))
+        except jax.errors.JaxRuntimeError as error:
+            if "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+            emit(record | {"out_of_memory": True})
+
+
+def target_at_hand() -> str | None:
+    """The name of the device at hand in the table of targets; ``None``: it is not there."""
+    kind = jax.devices()[0].device_kind
+    matches = [
+        name
+        for name, row in memory.TARGETS.items()
+        if isinstance(row, memory.GpuTarget)
+        and (row.description.startswith(kind) or kind.startswith(row.description))
+    ]
+    return matches[0] if matches else None
+
+
 def _run(program: jax.stages.Compiled, args: tuple[Any, Any]) -> dict[str, Any]:
     """Peak memory of the first step, then the time of the following ones."""
 
@@ -169,6 +208,8 @@ def main() -> None:
     emit({"environment": report.environment()})
     if job.kind == "check":
         check()
+    elif job.kind == "predict":
+        predict(job.size, job.methods, job.dtype)
     else:
         measure(job.size, job.methods, job.dtype)
 

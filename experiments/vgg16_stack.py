@@ -63,20 +63,25 @@ def stack(params: Params, images: jax.Array, checkpoint: str | None = None) -> j
     per_block = jax.checkpoint if checkpoint == "block" else _unchanged
 
     def block(block_params: Params, x: jax.Array) -> jax.Array:
-        for kernel, bias in block_params:
-            x = per_layer(convolution)(kernel, bias, x)
-        return per_layer(max_pool)(x)
+        for i, (kernel, bias) in enumerate(block_params, 1):
+            with jax.named_scope(f"conv{i}"):
+                x = per_layer(convolution)(kernel, bias, x)
+        with jax.named_scope("pool"):
+            return per_layer(max_pool)(x)
 
     x, remaining = images, list(params)
-    for channels in BLOCKS:
+    for i, channels in enumerate(BLOCKS, 1):
         own, remaining = remaining[: len(channels)], remaining[len(channels) :]
-        x = per_block(block)(own, x)
+        with jax.named_scope(f"block{i}"):
+            x = per_block(block)(own, x)
     return x
 
 
 def loss(params: Params, images: jax.Array, checkpoint: str | None = None) -> jax.Array:
     """``mean(y**2)`` of the stack's output, accumulated in float32."""
-    return jnp.mean(jnp.square(stack(params, images, checkpoint).astype(jnp.float32)))
+    y = stack(params, images, checkpoint)
+    with jax.named_scope("loss"):
+        return jnp.mean(jnp.square(y.astype(jnp.float32)))
 
 
 @dataclass(frozen=True)

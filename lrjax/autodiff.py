@@ -338,9 +338,11 @@ def _reverse_loop(
     array_bars = {v: a for v, a in array_bars.items() if v in perturbed}
     wholes = {v: values[v] for v in loop.wholes}
     moving_wholes = {v: a for v, a in _inexact(wholes).items() if v in perturbed}
-    whole_bars = {
-        v: jnp.zeros(a.shape, engine.accumulator_dtype(a.dtype)) for v, a in moving_wholes.items()
-    }
+    readers = {v: engine.reader(loop, v) for v in moving_wholes}
+    whole_bars = {}
+    for v, a in moving_wholes.items():
+        with readers[v].origin():
+            whole_bars[v] = jnp.zeros(a.shape, engine.accumulator_dtype(a.dtype))
     moving_windows = {(s.node, s.operand): s for s in loop.sliced if s.value in array_bars}
 
     def step(carry: Any, row_and_lines: Any) -> Any:
@@ -372,8 +374,11 @@ def _reverse_loop(
                     jnp.add,
                 ),
             }
-        whole_bars = {v: bar + partial[v].astype(bar.dtype) for v, bar in whole_bars.items()}
-        return (line_bars, array_bars, whole_bars), None
+        added = {}
+        for v, bar in whole_bars.items():
+            with readers[v].origin():
+                added[v] = bar + partial[v].astype(bar.dtype)
+        return (line_bars, array_bars, added), None
 
     start = (
         {v: jnp.zeros(x.shape[1:], x.dtype) for v, x in _inexact(saved).items()},
@@ -382,7 +387,10 @@ def _reverse_loop(
     )
     scanned = (clock.table(), saved)
     (_, array_bars, whole_bars), _ = lax.scan(step, start, scanned, reverse=True)
-    bars = {v: bar.astype(avals[v].dtype) for v, bar in whole_bars.items()}
+    bars = {}
+    for v, bar in whole_bars.items():
+        with readers[v].origin():
+            bars[v] = bar.astype(avals[v].dtype)
     for v, bar in array_bars.items():
         bars[v] = bars[v] + bar if v in bars else bar
     return bars

@@ -128,6 +128,7 @@ def _run_block(graph: RowGraph, inputs: Sequence[Array], rows: Rows) -> list[Arr
         if node.op is None:
             results: Sequence[Any] = node.equation.evaluate(operands)
         else:
-            results = node.op.evaluate(operands, rows)
+            with node.equation.origin():
+                results = node.op.evaluate(operands, rows)
         values.update(zip(node.equation.outputs, results, strict=True))
     return [read(v) for v in graph.program.outputs]

@@ -7,9 +7,10 @@ integers; most do not change.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -25,6 +26,8 @@ from lrjax.rules.base import Array, Rows
 from lrjax.rules.reduction import identity_of
 
 Values = dict[int, Array]
+
+LINE_BUFFERS = "line_buffers"  # the named scope of operations that keep rows between steps
 
 
 # --- Clock: the integers of a step ---------------------------------------------------------------
@@ -202,15 +205,32 @@ def _line_shape(loop: RowLoop, value: int) -> tuple[int, ...]:
     return tuple(shape)
 
 
+@contextlib.contextmanager
+def _line_buffer_of(loop: RowLoop, value: int) -> Iterator[None]:
+    """Operations within are named as the line buffer of a value, for memory profiles."""
+    with _producer(loop, value).origin(), jax.named_scope(LINE_BUFFERS):
+        yield
+
+
+def _producer(loop: RowLoop, value: int) -> FlatEquation:
+    return loop.nodes[loop.producer[value]].equation
+
+
+def reader(loop: RowLoop, value: int) -> FlatEquation:
+    """The first equation that reads a value from outside the loop."""
+    return next(node.equation for node in loop.nodes if value in node.equation.inputs)
+
+
 def empty_lines(loop: RowLoop) -> Values:
     """Line buffers before the first step: nothing but rows above the image."""
-    return {
-        v: jnp.full(
-            _line_shape(loop, v), loop.production_fill.get(v, 0), loop.graph.program.avals[v].dtype
-        )
-        for v in loop.producer
-        if loop.line_rows(v)
-    }
+    lines = {}
+    for v in loop.producer:
+        if loop.line_rows(v):
+            with _line_buffer_of(loop, v):
+                fill = loop.production_fill.get(v, 0)
+                dtype = loop.graph.program.avals[v].dtype
+                lines[v] = jnp.full(_line_shape(loop, v), fill, dtype)
+    return lines
 
 
 def _extend(
@@ -332,20 +352,23 @@ def _run_band(
         assert op is not None
         at_hand = {**done.at_hand, **made.at_hand}
         sources = {s.operand: s for s in loop.sources_of(i)}
-        operands = []
-        for operand, atom in enumerate(node.equation.inputs):
-            if isinstance(atom, Literal):
-                operands.append(atom.value)
-            elif operand in sources:
-                operands.append(_window(loop, clock, sources[operand], at_hand, windows))
-            else:
-                operands.append(wholes[atom])
-        results = op.evaluate(operands, Rows(clock["start", i], loop.schedule.tracks[i].rows))
+        with node.equation.origin():
+            operands = []
+            for operand, atom in enumerate(node.equation.inputs):
+                if isinstance(atom, Literal):
+                    operands.append(atom.value)
+                elif operand in sources:
+                    operands.append(_window(loop, clock, sources[operand], at_hand, windows))
+                else:
+                    operands.append(wholes[atom])
+            results = op.evaluate(operands, Rows(clock["start", i], loop.schedule.tracks[i].rows))
         if node.is_reduction:
             made.partial.update(zip(node.equation.outputs, results, strict=True))
             continue
         for v, slab in zip(node.equation.outputs, results, strict=True):
-            _keep(loop, clock, made, v, _filled(loop, clock, v, slab), lines)
+            with node.equation.origin():
+                slab = _filled(loop, clock, v, slab)
+            _keep(loop, clock, made, v, slab, lines)
     return _exported(band, made)
 
 
@@ -371,7 +394,8 @@ def _skip_band(loop: RowLoop, clock: Clock, band: Band, lines: Values) -> _Progr
 def _keep(
     loop: RowLoop, clock: Clock, made: _Progress, value: int, slab: Array, lines: Values
 ) -> None:
-    made.at_hand[value], line = _extend(loop, clock, value, lines, slab)
+    with _line_buffer_of(loop, value):
+        made.at_hand[value], line = _extend(loop, clock, value, lines, slab)
     if line is not None:
         made.lines[value] = line
     if value in loop.row_outputs:
@@ -450,7 +474,8 @@ def empty_sums(loop: RowLoop) -> Values:
             for v in node.equation.outputs:
                 aval = loop.graph.program.avals[v]
                 dtype = accumulator_dtype(aval.dtype)
-                sums[v] = jnp.full(aval.shape, identity_of(node.op.reduction, dtype), dtype)
+                with node.equation.origin():
+                    sums[v] = jnp.full(aval.shape, identity_of(node.op.reduction, dtype), dtype)
     return sums
 
 
@@ -461,13 +486,20 @@ def add_partial(loop: RowLoop, sums: Values, partial: Values) -> Values:
             assert node.op is not None
             assert node.op.reduction is not None
             for v in node.equation.outputs:
-                contribution = partial[v].astype(sums[v].dtype)
-                combined[v] = _COMBINE[node.op.reduction](sums[v], contribution)
+                with node.equation.origin():
+                    contribution = partial[v].astype(sums[v].dtype)
+                    combined[v] = _COMBINE[node.op.reduction](sums[v], contribution)
     return combined
 
 
 def finished_sums(loop: RowLoop, sums: Values) -> Values:
-    return {v: total.astype(loop.graph.program.avals[v].dtype) for v, total in sums.items()}
+    finished = {}
+    for node in loop.nodes:
+        if node.is_reduction:
+            for v in node.equation.outputs:
+                with node.equation.origin():
+                    finished[v] = sums[v].astype(loop.graph.program.avals[v].dtype)
+    return finished
 
 
 def empty_outputs(loop: RowLoop, values: Values) -> Values:
@@ -481,7 +513,11 @@ def empty_outputs(loop: RowLoop, values: Values) -> Values:
     filling: Any = 0
     if loop.latest_input is not None:
         filling = lax.stop_gradient(values[loop.latest_input]).ravel()[0]
-    return {v: jnp.full(avals[v].shape, filling, avals[v].dtype) for v in loop.row_outputs}
+    outputs = {}
+    for v in loop.row_outputs:
+        with _producer(loop, v).origin():
+            outputs[v] = jnp.full(avals[v].shape, filling, avals[v].dtype)
+    return outputs
 
 
 def write_outputs(loop: RowLoop, clock: Clock, outputs: Values, rows: Values) -> Values:
@@ -489,7 +525,8 @@ def write_outputs(loop: RowLoop, clock: Clock, outputs: Values, rows: Values) ->
     for v, array in outputs.items():
         name = ("start", loop.producer[v])
         axis = loop.graph.row_axis[v]
-        written[v] = write_rows(array, rows[v], clock[name], axis, clock.bounds(name))
+        with _producer(loop, v).origin():
+            written[v] = write_rows(array, rows[v], clock[name], axis, clock.bounds(name))
     return written
 
 

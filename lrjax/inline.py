@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import jax
@@ -16,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
+from jax.extend import source_info_util
 from jax.extend.core import Literal as JaxLiteral
 
 from lrjax.compat import bind, open_jaxpr
@@ -62,10 +64,20 @@ class FlatEquation:
     params: dict[str, Any]
     inputs: tuple[Atom, ...]
     outputs: tuple[int, ...]
+    source: Any = dataclasses.field(compare=False, repr=False)
     has_effects: bool = False
 
+    def origin(self) -> AbstractContextManager[None]:
+        """Operations within carry this equation's named scopes and source line.
+
+        A memory profile tells layers apart by them.
+        """
+        scopes = source_info_util.current_name_stack() + self.source.name_stack
+        return source_info_util.user_context(self.source.traceback, name_stack=scopes)
+
     def evaluate(self, values: Sequence[Any]) -> list[Any]:
-        return bind(self.primitive, values, self.params)
+        with self.origin():
+            return bind(self.primitive, values, self.params)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,7 +120,9 @@ def flatten(
     else:
         consts = [flattener.constant(c) for c in closed.consts]
     arguments = [flattener.fresh(v.aval) for v in closed.jaxpr.invars]
-    outputs = flattener.inline(closed.jaxpr, [*consts, *arguments])
+    outputs = flattener.inline(
+        closed.jaxpr, [*consts, *arguments], source_info_util.new_name_stack()
+    )
     program = FlatProgram(
         tuple(flattener.avals),
         tuple(flattener.equations),
@@ -139,8 +153,11 @@ class _Flattener:
         self.avals.append(jax.ShapeDtypeStruct(getattr(aval, "shape", ()), aval.dtype))
         return len(self.avals) - 1
 
-    def inline(self, jaxpr: Any, arguments: Sequence[Atom]) -> list[Atom]:
-        """Emit the equations of a jaxpr whose constvars and invars are ``arguments``."""
+    def inline(self, jaxpr: Any, arguments: Sequence[Atom], scopes: Any) -> list[Atom]:
+        """Emit the equations of a jaxpr whose constvars and invars are ``arguments``.
+
+        ``scopes`` is the name stack of the call; the names within a jaxpr start from there.
+        """
         known: dict[Any, Atom] = dict(
             zip((*jaxpr.constvars, *jaxpr.invars), arguments, strict=True)
         )
@@ -152,28 +169,31 @@ class _Flattener:
             inputs = tuple(atom(v) for v in eqn.invars)
             body = self.calls.get(eqn.primitive.name)
             if body is not None:
-                outputs = self.call(eqn.params[body], inputs)
+                outputs = self.call(eqn.params[body], inputs, scopes + eqn.source_info.name_stack)
             elif eqn.primitive is lax.optimization_barrier_p:
                 # One each: values with and without rows, or at several heights, may share one.
                 outputs = [
-                    self.emit(eqn, (value,), (v,))[0]
+                    self.emit(eqn, (value,), (v,), scopes)[0]
                     for value, v in zip(inputs, eqn.outvars, strict=True)
                 ]
             else:
-                outputs = self.emit(eqn, inputs, eqn.outvars)
+                outputs = self.emit(eqn, inputs, eqn.outvars, scopes)
             known.update(zip(eqn.outvars, outputs, strict=True))
         return [atom(v) for v in jaxpr.outvars]
 
-    def emit(self, eqn: Any, inputs: tuple[Atom, ...], outvars: Sequence[Any]) -> list[Atom]:
+    def emit(
+        self, eqn: Any, inputs: tuple[Atom, ...], outvars: Sequence[Any], scopes: Any
+    ) -> list[Atom]:
         made = tuple(self.fresh(v.aval) for v in outvars)
+        source = eqn.source_info.replace(name_stack=scopes + eqn.source_info.name_stack)
         self.equations.append(
-            FlatEquation(eqn.primitive, eqn.params, inputs, made, bool(eqn.effects))
+            FlatEquation(eqn.primitive, eqn.params, inputs, made, source, bool(eqn.effects))
         )
         return list(made)
 
-    def call(self, body: Any, inputs: Sequence[Atom]) -> list[Atom]:
+    def call(self, body: Any, inputs: Sequence[Atom], scopes: Any) -> list[Atom]:
         jaxpr, consts = open_jaxpr(body)
-        return self.inline(jaxpr, [*map(self.constant, consts), *inputs])
+        return self.inline(jaxpr, [*map(self.constant, consts), *inputs], scopes)
 
 
 def without_dead_equations(program: FlatProgram) -> FlatProgram:

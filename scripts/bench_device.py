@@ -6,7 +6,8 @@
 First the strategies' outputs and gradients are compared with column's in float32 and bfloat16.
 Then VGG-16's gradient (batch 1, mean(y**2), by the parameters) is timed by column, by
 ``jax.checkpoint`` and by every strategy at several sizes and block counts, and the peak the
-device reports is read. All ratios are to column at the same size in the same run.
+device reports is read. All ratios are to column at the same size in the same run. Last, profiles
+(``lrjax.memory.profile``) are compared with the peaks that the device reports.
 
 Each job is a process of its own. Jobs are in the order of their interest; what the budget leaves
 no room for is listed as skipped. The JSON is rewritten after every job.
@@ -42,6 +43,13 @@ ROWS_PER_BLOCK = {
     "cpu": {"stream": (32, 64), "2ps": (64,), "overl": (64,)},
 }
 
+# Programs whose profile is compared with what the device reports.
+PREDICTED_SIZES = {"gpu": 2048, "cpu": 256}
+PREDICTED = {
+    "gpu": (*BASELINES, "stream/64", "stream/32", "stream/8", "2ps/32", "2ps/8", "overl/8"),
+    "cpu": ("column", "stream/8"),
+}
+
 
 def planned_jobs(platform: str, sizes: tuple[int, ...], dtype: str) -> list[Job]:
     """The measuring jobs, most interesting first: baselines and strategies of each size."""
@@ -54,7 +62,7 @@ def planned_jobs(platform: str, sizes: tuple[int, ...], dtype: str) -> list[Job]
             if size // rows >= 2
         ]
         jobs += [Job("measure", size, dtype, BASELINES), Job("measure", size, dtype, (*methods,))]
-    return jobs
+    return [*jobs, Job("predict", PREDICTED_SIZES[platform], dtype, PREDICTED[platform])]
 
 
 def run_job(job: Job, timeout_s: float) -> tuple[list[dict[str, Any]], dict[str, Any]]:
@@ -133,9 +141,34 @@ def print_report(result: dict[str, Any]) -> None:
         for m in result["measurements"]
     ]
     print("\n" + report.markdown_table(header, rows))
+    print("\n" + predictions_table(result["predictions"]))
     for outcome in result["jobs"]:
         if outcome["status"] != "done":
             print(f"{outcome['status']}: {outcome['job']}")
+
+
+def predictions_table(predictions: list[dict[str, Any]]) -> str:
+    """Profiles against the device: MiB, and measured over predicted."""
+    header = ["size", "method", "profile of", "predicted", "allocated", "measured", "ratio"]
+    rows = [
+        [
+            p["size"],
+            p["predict"],
+            p["target"] or "this device",
+            report.mib(p["predicted_bytes"]),
+            report.mib(p["allocated_bytes"]),
+            ("≤ " if p.get("peak_is_upper_bound") else "") + report.mib(p.get("peak_bytes")),
+            report.ratio(p.get("peak_bytes") and predicted_ratio(p)),
+        ]
+        for p in predictions
+    ]
+    return report.markdown_table(header, rows)
+
+
+def predicted_ratio(prediction: dict[str, Any]) -> float:
+    """Measured over predicted; growth of a process leaves the arguments out."""
+    without = prediction["argument_bytes"] if prediction["peak_source"] == "RSS growth" else 0
+    return prediction["peak_bytes"] / (prediction["predicted_bytes"] - without)
 
 
 class Benchmark:
@@ -169,6 +202,7 @@ class Benchmark:
             "elapsed_s": time.monotonic() - self.start,
             "checks": [record for record in self.records if "check" in record],
             "measurements": with_ratios([record for record in self.records if "method" in record]),
+            "predictions": [record for record in self.records if "predict" in record],
             "jobs": self.outcomes,
         }
 
@@ -188,7 +222,7 @@ def main() -> int:
     options = parser.parse_args()
 
     benchmark = Benchmark(options.budget, options.out)
-    benchmark.run(Job("check"), jobs_left=1 + 2 * len(options.sizes or SIZES["gpu"]))
+    benchmark.run(Job("check"), jobs_left=2 + 2 * len(options.sizes or SIZES["gpu"]))
     environment = benchmark.environment()
     if environment is None:
         print(f"no device came up: {benchmark.outcomes[0].get('stderr')}", file=sys.stderr)

@@ -5,9 +5,10 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source scripts/venv.sh
 
-# The CUDA wheels are there to compile for a GPU that is absent; everything runs on the CPU.
+# The CUDA and TPU wheels are there to compile for devices that are absent; everything runs on the
+# CPU.
 export JAX_PLATFORMS=cpu
-make_venv .venv experiments,dev,cuda
+make_venv .venv experiments,dev,cuda,tpu
 
 bin=.venv/bin
 "$bin/ruff" format --check .

@@ -78,11 +78,18 @@ class TestDeviceBenchmark:
         assert bench_device._complete_records('noise\n{"a": 1}\n{"b": {"c": 2}') == [{"a": 1}]
 
     def test_every_size_has_its_baselines_and_at_least_two_blocks(self):
-        jobs = bench_device.planned_jobs("gpu", (1024, 4096), "bfloat16")
+        *jobs, last = bench_device.planned_jobs("gpu", (1024, 4096), "bfloat16")
+        assert last.kind == "predict"
+        assert len(last.methods) >= 8
         assert [job.size for job in jobs] == [1024, 1024, 4096, 4096]
         assert [job.methods for job in jobs][::2] == [bench_device.BASELINES] * 2
         blocks = [parse_method(method).num_blocks for job in jobs[1::2] for method in job.methods]
         assert min(blocks) >= 2
+
+    @pytest.mark.parametrize(("source", "ratio"), [("memory_stats", 1.5), ("RSS growth", 3.0)])
+    def test_growth_of_a_process_is_compared_without_arguments(self, source, ratio):
+        prediction = {"predicted_bytes": 100, "argument_bytes": 50, "peak_bytes": 150}
+        assert bench_device.predicted_ratio({**prediction, "peak_source": source}) == ratio
 
     def test_spent_budget_skips_and_starts_nothing(self, monkeypatch):
         monkeypatch.setattr(bench_device, "run_job", lambda *_: pytest.fail("started a job"))

@@ -12,25 +12,32 @@ import contextlib
 import functools
 import glob
 import importlib.metadata
+import importlib.util
 import os
-from collections.abc import Callable, Iterator, Sequence
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 from jax.experimental import topologies
 
-from lrjax.memory import targets
+from lrjax.memory.targets import CpuTarget, GpuTarget, TpuTarget, find, target_config
 
-# Without the device there is nothing to time kernels on.
-_COMPILER_OPTIONS: dict[str, Any] = {"xla_gpu_autotune_level": 0}
+
+class DoesNotFitError(MemoryError):
+    """XLA's compiler for the target gave up: the program needs more memory than the device has.
+
+    TPU's compiler does; the others compile any program.
+    """
 
 
 def compile_for(
     fun: Callable[..., Any],
     *args: Any,
-    target: str = "h200",
+    target: str | jax.Device | None = "h200",
     donate_argnums: int | Sequence[int] = (),
     static_argnums: int | Sequence[int] = (),
+    compiler_options: Mapping[str, Any] | None = None,
 ) -> jax.stages.Compiled:
     """Compile ``fun`` for one device of the kind ``target``.
 
@@ -38,29 +45,79 @@ def compile_for(
       fun: a function JAX can trace.
       *args: its arguments. Only shapes and dtypes are read, so pytrees of ``jax.ShapeDtypeStruct``
         do as well as arrays; static arguments are passed as they are.
-      target: a name in ``lrjax.memory.TARGETS``.
+      target: a name in ``lrjax.memory.TARGETS``, a device at hand, or None for JAX's default.
       donate_argnums: as ``jax.jit``'s.
       static_argnums: as ``jax.jit``'s.
+      compiler_options: further options of XLA.
 
     Returns:
-      The compiled program. It cannot run here; see ``peak_bytes``.
+      The compiled program. It cannot run here unless the device is at hand; see ``peak_bytes``.
 
     Raises:
       ValueError: ``target`` is not in the table.
+      TypeError: an argument has no shape and dtype.
       ImportError: XLA's plugin for the target is not installed; the message has the command.
+      DoesNotFitError: the compiler for a TPU found no room for the program.
 
     Example::
 
         compiled = compile_for(jax.grad(loss), params, images, target="h200")
         print(peak_bytes(compiled) / 2**20, "MiB")
     """
-    sharding = jax.sharding.SingleDeviceSharding(_device(target))
+    device = device_of(target)
+    sharding = jax.sharding.SingleDeviceSharding(device)
     static = _normalised(static_argnums, len(args))
     on_target = tuple(
-        arg if position in static else _structs(arg, sharding) for position, arg in enumerate(args)
+        arg if position in static else _structs(arg, sharding, position)
+        for position, arg in enumerate(args)
     )
     jitted = jax.jit(fun, donate_argnums=donate_argnums, static_argnums=static_argnums)
-    return jitted.lower(*on_target).compile(compiler_options=dict(_COMPILER_OPTIONS))
+    options = dict(compiler_options or {})
+    if isinstance(target, str) and device.platform == "gpu":
+        options["xla_gpu_autotune_level"] = 0  # without the device there is nothing to time on
+    lowered = jitted.lower(*on_target)
+    try:
+        return lowered.compile(compiler_options=options)
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" in str(error) or "Ran out of memory" in str(error):
+            # An absent TPU's name says more than the kind that its stand-in reports.
+            name = target if isinstance(target, str) else device.device_kind
+            raise DoesNotFitError(f"{name}: {str(error).splitlines()[0]}") from error
+        raise
+
+
+def device_of(target: str | jax.Device | None) -> jax.Device:
+    """The device, or a stand-in for it that is good for compiling only.
+
+    Raises:
+      ValueError: ``target`` is not in the table.
+      ImportError: XLA's plugin for the target is not installed; the message has the command.
+    """
+    with _only_what_is_there():
+        if target is None:
+            return jax.devices()[0]
+        return target if isinstance(target, jax.Device) else _stand_in(target)
+
+
+@contextlib.contextmanager
+def _only_what_is_there() -> Iterator[None]:
+    """Let JAX start, if it has not, without looking for accelerators that are not there.
+
+    Else CUDA's and the TPU's plugins complain on stderr, and CUDA's withdraws: nothing could be
+    compiled for a GPU any more.
+    """
+    devices = ("/dev/nvidia[0-9]*", "/dev/accel*", "/dev/vfio/[0-9]*", "/dev/kfd")
+    chosen = jax.config.jax_platforms  # type: ignore[attr-defined]
+    if chosen or any(map(glob.glob, devices)) or sys.platform != "linux":
+        yield
+        return
+    jax.config.update("jax_platforms", "cpu")
+    try:
+        with _environment({"JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1"}):
+            jax.devices()
+            yield
+    finally:
+        jax.config.update("jax_platforms", None)
 
 
 def peak_bytes(compiled: jax.stages.Compiled) -> int:
@@ -71,16 +128,11 @@ def peak_bytes(compiled: jax.stages.Compiled) -> int:
     Raises:
       NotImplementedError: the backend that compiled the program does not report its memory.
     """
-    analysis = _memory_analysis(compiled)
+    analysis = memory_analysis(compiled)
     # XLA:CPU's figure leaves the temporaries out (jax 0.10.2 and 0.12.0: 115 MiB where 965 MiB are
     # temporaries). They are one allocation there, held while the program runs.
-    if analysis.peak_memory_in_bytes < analysis.temp_size_in_bytes:
-        return (
-            analysis.temp_size_in_bytes
-            + analysis.argument_size_in_bytes
-            + analysis.output_size_in_bytes
-            - analysis.alias_size_in_bytes
-        )
+    if _platform(compiled) == "cpu":
+        return analysis.peak_memory_in_bytes + analysis.temp_size_in_bytes
     return analysis.peak_memory_in_bytes
 
 
@@ -90,7 +142,7 @@ def temp_bytes(compiled: jax.stages.Compiled) -> int:
     Raises:
       NotImplementedError: the backend that compiled the program does not report its memory.
     """
-    return _memory_analysis(compiled).temp_size_in_bytes
+    return memory_analysis(compiled).temp_size_in_bytes
 
 
 def is_installed(target: str) -> bool:
@@ -99,12 +151,43 @@ def is_installed(target: str) -> bool:
     Raises:
       ValueError: ``target`` is not in the table.
     """
-    targets.find(target)
+    found = find(target)
+    if isinstance(found, CpuTarget):
+        return True
+    if isinstance(found, TpuTarget):
+        return importlib.util.find_spec("libtpu") is not None
     plugins = importlib.metadata.entry_points(group="jax_plugins")
-    return any(plugin.name.startswith("xla_cuda") for plugin in plugins)
+    wanted = "xla_cuda" if found.is_in_cuda13 else "xla_cuda12"
+    return any(plugin.name.startswith(wanted) for plugin in plugins)
 
 
-def _memory_analysis(compiled: jax.stages.Compiled) -> Any:
+def install_command(target: str) -> str:
+    """What installs XLA's plugin for ``target``; ``""``: nothing is needed.
+
+    Raises:
+      ValueError: ``target`` is not in the table.
+    """
+    found = find(target)
+    if isinstance(found, CpuTarget):
+        return ""
+    if isinstance(found, TpuTarget):
+        extra = "tpu"
+    else:
+        extra = "cuda13" if found.is_in_cuda13 else "cuda12"
+    return f'pip install "jax[{extra}]=={jax.__version__}"'
+
+
+def _platform(compiled: jax.stages.Compiled) -> str:
+    shardings = jax.tree.leaves((compiled.input_shardings, compiled.output_shardings))
+    return next(iter(shardings[0].device_set)).platform if shardings else jax.default_backend()
+
+
+def memory_analysis(compiled: jax.stages.Compiled) -> Any:
+    """XLA's figures of a compiled program.
+
+    Raises:
+      NotImplementedError: the backend that compiled the program does not report its memory.
+    """
     analysis = compiled.memory_analysis()
     if analysis is None:
         raise NotImplementedError(
@@ -115,60 +198,80 @@ def _memory_analysis(compiled: jax.stages.Compiled) -> Any:
 
 
 @functools.cache
-def _device(name: str) -> jax.Device:
-    """A stand-in for one device of the kind ``name``, good for compiling only."""
-    target = targets.find(name)
+def _stand_in(name: str) -> jax.Device:
+    """A device of the kind ``name``, good for compiling only unless it is the CPU."""
+    target = find(name)
+    if isinstance(target, CpuTarget):
+        return jax.devices("cpu")[0]
+    if not is_installed(name):
+        raise ImportError(
+            f"target={name!r} needs XLA's plugin for it, which is not installed: "
+            f"{install_command(name)} (the device itself is not needed)."
+        )
+    return _tpu(target) if isinstance(target, TpuTarget) else _gpu(target)
+
+
+def _gpu(target: GpuTarget) -> jax.Device:
     try:
-        with _without_driver_check():
-            topology = topologies.get_topology_desc(
-                name,
-                platform="cuda",
-                topology="1x1x1",  # hosts x processes x devices
-                target_config=targets.target_config(target),
-            )
+        topology = topologies.get_topology_desc(
+            target.name,
+            platform="cuda",
+            topology="1x1x1",  # hosts x processes x devices
+            target_config=target_config(target),
+        )
     except NotImplementedError as error:  # no plugin has registered topologies for the platform
-        raise ImportError(_plugin_advice(name)) from error
+        raise ImportError(
+            f"target={target.name!r} needs XLA's CUDA plugin, which is installed but did not load "
+            "when JAX started, as there is no NVIDIA driver: set JAX_PLATFORMS=cpu in the "
+            "environment."
+        ) from error
+    return topology.devices[0]
+
+
+def _tpu(target: TpuTarget) -> jax.Device:
+    # Without these libtpu asks Google Cloud's metadata server, for minutes, which machine it is on,
+    # and only one process at a time may load it.
+    pretended = {
+        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+        "TPU_SKIP_MDS_QUERY": "1",
+        "TPU_ACCELERATOR_TYPE": target.accelerator_type,
+        "TPU_WORKER_HOSTNAMES": "localhost",
+        "TPU_WORKER_ID": "0",
+    }
+    with _environment(pretended):
+        topology = topologies.get_topology_desc(
+            target.topology, platform="tpu", chips_per_host_bounds=[1, 1, 1]
+        )
     return topology.devices[0]
 
 
 @contextlib.contextmanager
-def _without_driver_check() -> Iterator[None]:
-    """Let JAX's CUDA plugin load without an NVIDIA driver, quietly.
-
-    The plugin checks the CUDA libraries' versions when JAX first looks for plugins, and withdraws
-    with a traceback on stderr where there is no driver, unless JAX_PLATFORMS leaves CUDA out.
-    """
-    switch = "JAX_SKIP_CUDA_CONSTRAINTS_CHECK"
-    if switch in os.environ or glob.glob("/dev/nvidia[0-9]*"):
-        yield
-        return
-    os.environ[switch] = "1"
+def _environment(variables: Mapping[str, str]) -> Iterator[None]:
+    """Set environment variables that are not set, for a while."""
+    added = {name: value for name, value in variables.items() if name not in os.environ}
+    os.environ.update(added)
     try:
         yield
     finally:
-        del os.environ[switch]
+        for name in added:
+            del os.environ[name]
 
 
-def _plugin_advice(name: str) -> str:
-    """What to do about a CUDA plugin that has registered nothing."""
-    if is_installed(name):
-        return (
-            f"target={name!r} needs XLA's CUDA plugin, which is installed but did not load when "
-            "JAX started, as there is no NVIDIA driver: set JAX_PLATFORMS=cpu in the environment."
-        )
-    return (
-        f"target={name!r} needs XLA's CUDA plugin, which is not installed: "
-        f'pip install "jax[cuda13]=={jax.__version__}" (no GPU is needed).'
-    )
-
-
-def _structs(arg: Any, sharding: jax.sharding.Sharding) -> Any:
+def _structs(arg: Any, sharding: jax.sharding.Sharding, position: int) -> Any:
     """``arg`` with each leaf replaced by its shape and dtype, placed by ``sharding``."""
+    try:
+        shaped = jax.eval_shape(lambda tree: tree, arg)
+    except (TypeError, ValueError) as error:
+        raise TypeError(
+            f"argument {position} has no shape and dtype: {arg!r:.200}. Give arrays, numbers, "
+            "jax.ShapeDtypeStruct(shape, dtype) or pytrees of them; name what is none of these "
+            f"in static_argnums. (JAX: {str(error).splitlines()[0]})"
+        ) from error
     return jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(
             leaf.shape, leaf.dtype, sharding=sharding, weak_type=leaf.weak_type
         ),
-        jax.eval_shape(lambda tree: tree, arg),
+        shaped,
     )
 
 

@@ -10,6 +10,7 @@ clocks.
 """
 
 import difflib
+import os
 from dataclasses import dataclass
 
 MIB = 2**20
@@ -50,10 +51,55 @@ class GpuTarget:
     bandwidth_bytes_per_s: int
     clock_ghz: float
 
+    @property
+    def is_in_cuda13(self) -> bool:
+        """Whether CUDA 13 can compile for it: CUDA 12 was the last for Volta and before."""
+        return self.compute_capability >= (7, 5)
 
-TARGETS: dict[str, GpuTarget] = {
+
+@dataclass(frozen=True)
+class TpuTarget:
+    """A TPU, as libtpu's topologies name it.
+
+    Attributes:
+      name: the name users give, e.g. ``"tpu-v5e"``.
+      description: what one device is.
+      topology: the smallest topology that has one, e.g. ``"v5e:1x1"``.
+      accelerator_type: of the virtual machine that libtpu believes to be in.
+      memory_bytes: what XLA gives a program; the chip has a little more.
+    """
+
+    name: str
+    description: str
+    topology: str
+    accelerator_type: str
+    memory_bytes: int
+
+
+@dataclass(frozen=True)
+class CpuTarget:
+    """This machine's processor.
+
+    Attributes:
+      name: ``"cpu"``.
+      description: what it is.
+    """
+
+    name: str
+    description: str
+
+    @property
+    def memory_bytes(self) -> int:
+        """The machine's memory."""
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+Target = CpuTarget | GpuTarget | TpuTarget
+
+TARGETS: dict[str, Target] = {
     target.name: target
     for target in (
+        CpuTarget(name="cpu", description="this machine's CPU and memory"),
         GpuTarget(
             name="h200",
             description="NVIDIA H200 141GB HBM3e",
@@ -83,6 +129,139 @@ TARGETS: dict[str, GpuTarget] = {
             l2_bytes=50 * MIB,
             bandwidth_bytes_per_s=3_350_000_000_000,
             clock_ghz=1.98,
+        ),
+        GpuTarget(
+            name="a100-80gb",
+            description="NVIDIA A100-SXM4-80GB",
+            compute_capability=(8, 0),
+            accelerated=False,
+            memory_bytes=81_920 * MIB,
+            multiprocessors=108,
+            fp32_lanes=64,
+            threads_per_multiprocessor=2048,
+            shared_bytes_per_multiprocessor=164 * 1024,
+            shared_bytes_per_block_optin=163 * 1024,
+            l2_bytes=40 * MIB,
+            bandwidth_bytes_per_s=2_039_000_000_000,
+            clock_ghz=1.41,
+        ),
+        GpuTarget(
+            name="a100-40gb",
+            description="NVIDIA A100-SXM4-40GB",
+            compute_capability=(8, 0),
+            accelerated=False,
+            memory_bytes=40_960 * MIB,
+            multiprocessors=108,
+            fp32_lanes=64,
+            threads_per_multiprocessor=2048,
+            shared_bytes_per_multiprocessor=164 * 1024,
+            shared_bytes_per_block_optin=163 * 1024,
+            l2_bytes=40 * MIB,
+            bandwidth_bytes_per_s=1_555_000_000_000,
+            clock_ghz=1.41,
+        ),
+        GpuTarget(
+            name="l4",
+            description="NVIDIA L4",
+            compute_capability=(8, 9),
+            accelerated=False,
+            memory_bytes=23_034 * MIB,
+            multiprocessors=58,
+            fp32_lanes=128,
+            threads_per_multiprocessor=1536,
+            shared_bytes_per_multiprocessor=100 * 1024,
+            shared_bytes_per_block_optin=99 * 1024,
+            l2_bytes=48 * MIB,
+            bandwidth_bytes_per_s=300_000_000_000,
+            clock_ghz=2.04,
+        ),
+        GpuTarget(
+            name="rtx4090",
+            description="NVIDIA GeForce RTX 4090",
+            compute_capability=(8, 9),
+            accelerated=False,
+            memory_bytes=24_564 * MIB,
+            multiprocessors=128,
+            fp32_lanes=128,
+            threads_per_multiprocessor=1536,
+            shared_bytes_per_multiprocessor=100 * 1024,
+            shared_bytes_per_block_optin=99 * 1024,
+            l2_bytes=72 * MIB,
+            bandwidth_bytes_per_s=1_008_000_000_000,
+            clock_ghz=2.52,
+        ),
+        GpuTarget(
+            name="rtx3090",
+            description="NVIDIA GeForce RTX 3090",
+            compute_capability=(8, 6),
+            accelerated=False,
+            memory_bytes=24_576 * MIB,
+            multiprocessors=82,
+            fp32_lanes=128,
+            threads_per_multiprocessor=1536,
+            shared_bytes_per_multiprocessor=100 * 1024,
+            shared_bytes_per_block_optin=99 * 1024,
+            l2_bytes=6 * MIB,
+            bandwidth_bytes_per_s=936_000_000_000,
+            clock_ghz=1.695,
+        ),
+        GpuTarget(
+            name="rtx3080",
+            description="NVIDIA GeForce RTX 3080",
+            compute_capability=(8, 6),
+            accelerated=False,
+            memory_bytes=10_240 * MIB,
+            multiprocessors=68,
+            fp32_lanes=128,
+            threads_per_multiprocessor=1536,
+            shared_bytes_per_multiprocessor=100 * 1024,
+            shared_bytes_per_block_optin=99 * 1024,
+            l2_bytes=5 * MIB,
+            bandwidth_bytes_per_s=760_000_000_000,
+            clock_ghz=1.71,
+        ),
+        GpuTarget(
+            name="v100",
+            description="Tesla V100-SXM2-16GB",
+            compute_capability=(7, 0),
+            accelerated=False,
+            memory_bytes=16_160 * MIB,
+            multiprocessors=80,
+            fp32_lanes=64,
+            threads_per_multiprocessor=2048,
+            shared_bytes_per_multiprocessor=96 * 1024,
+            shared_bytes_per_block_optin=96 * 1024,
+            l2_bytes=6 * MIB,
+            bandwidth_bytes_per_s=900_000_000_000,
+            clock_ghz=1.53,
+        ),
+        TpuTarget(
+            name="tpu-v4",
+            description="TPU v4, one of a chip's two cores",
+            topology="v4:1x1x1",
+            accelerator_type="v4-8",
+            memory_bytes=15_616 * MIB,
+        ),
+        TpuTarget(
+            name="tpu-v5e",
+            description="TPU v5e, one chip",
+            topology="v5e:1x1",
+            accelerator_type="v5litepod-1",
+            memory_bytes=16_128 * MIB,
+        ),
+        TpuTarget(
+            name="tpu-v5p",
+            description="TPU v5p, one chip",
+            topology="v5p:1x1x1",
+            accelerator_type="v5p-8",
+            memory_bytes=98_028 * MIB,
+        ),
+        TpuTarget(
+            name="tpu-v6e",
+            description="TPU v6e, one chip",
+            topology="v6e:1x1",
+            accelerator_type="v6e-1",
+            memory_bytes=31_990 * MIB,
         ),
     )
 }
@@ -123,15 +302,15 @@ device_description_str: "{description}"
 """
 
 
-def find(name: str) -> GpuTarget:
+def find(name: str) -> Target:
     """The row of the table called ``name``.
 
     Raises:
       ValueError: no such target; the message lists the table and names the nearest.
     """
-    if name in TARGETS:
+    if isinstance(name, str) and name in TARGETS:
         return TARGETS[name]
-    nearest = difflib.get_close_matches(name.lower(), TARGETS, n=1, cutoff=0.0)[0]
+    nearest = difflib.get_close_matches(str(name).lower(), TARGETS, n=1, cutoff=0.0)[0]
     raise ValueError(
         f"target={name!r} is not a device lrjax knows; it knows {', '.join(sorted(TARGETS))}. "
         f"Did you mean {nearest!r}?"

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from lrjax.memory import TARGETS, compile_for, is_installed, peak_bytes, temp_bytes
+from lrjax.memory import TARGETS, GpuTarget, compile_for, is_installed, peak_bytes, temp_bytes
 from lrjax.memory import compile as compiling
 
 needs_cuda_plugin = [
@@ -19,6 +19,7 @@ needs_cuda_plugin = [
 ]
 
 MIB = 2**20
+GPUS = [t.name for t in TARGETS.values() if isinstance(t, GpuTarget) and t.is_in_cuda13]
 
 
 def matmul_chain(x, y):
@@ -33,7 +34,7 @@ def square():
 class TestForATarget:
     pytestmark = needs_cuda_plugin
 
-    @pytest.mark.parametrize("target", TARGETS)
+    @pytest.mark.parametrize("target", GPUS)
     def test_peak_holds_arguments_output_and_temporary(self, square, target):
         compiled = compile_for(matmul_chain, square, square, target=target)
         assert 4 * MIB <= temp_bytes(compiled) < 16 * MIB
@@ -78,16 +79,30 @@ def test_unknown_target_is_named(square):
 
 
 def test_missing_plugin_gives_the_install_command(square, monkeypatch):
+    compiling._stand_in.cache_clear()
+    monkeypatch.setattr(compiling, "is_installed", lambda target: False)
+    with pytest.raises(ImportError, match=r'pip install "jax\[cuda13\]==' + jax.__version__):
+        compile_for(jnp.sin, square)
+
+
+def test_plugin_that_did_not_load_is_told_from_a_missing_one(square, monkeypatch):
     def no_topology(*args, **kwargs):
         raise NotImplementedError
 
-    compiling._device.cache_clear()
+    compiling._stand_in.cache_clear()
+    monkeypatch.setattr(compiling, "is_installed", lambda target: True)
     monkeypatch.setattr(compiling.topologies, "get_topology_desc", no_topology)
-    monkeypatch.setattr(compiling, "is_installed", lambda target: False)
-    with pytest.raises(ImportError, match=r'pip install "jax\[cuda13\]==' + jax.__version__):
+    with pytest.raises(ImportError, match="JAX_PLATFORMS=cpu"):
         compile_for(jnp.sin, square)
 
 
 def test_peak_on_cpu_counts_temporaries(square):
     compiled = jax.jit(lambda x: jnp.linalg.qr(x)[0] @ x).lower(square).compile()
     assert peak_bytes(compiled) >= temp_bytes(compiled) > 0
+
+
+def test_peak_on_cpu_counts_small_temporaries_too():
+    rows = jax.ShapeDtypeStruct((8192, 256), jnp.float32)  # 8 MiB; the temporary is 256 KiB
+    compiled = jax.jit(lambda x: jnp.sin(x.T @ x) @ x.T).lower(rows).compile()
+    assert temp_bytes(compiled) > 0
+    assert peak_bytes(compiled) >= 2 * 8 * MIB + temp_bytes(compiled)

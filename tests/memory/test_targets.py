@@ -12,13 +12,18 @@ def test_every_row_is_found_under_its_name(name):
 
 
 @pytest.mark.parametrize(
-    ("given", "nearest"), [("h20", "h200"), ("H100", "h100"), ("gh200", "h200")]
+    ("given", "nearest"), [("h20", "h200"), ("H100", "h100"), ("gh200", "h200"), ("v5e", "tpu-v5e")]
 )
 def test_unknown_target_lists_the_table_and_names_the_nearest(given, nearest):
     with pytest.raises(ValueError, match=f"Did you mean '{nearest}'") as raised:
         find(given)
     assert repr(given) in str(raised.value)
     assert all(name in str(raised.value) for name in TARGETS)
+
+
+def test_names_are_unique_and_memory_is_known():
+    assert len({t.description for t in TARGETS.values()}) == len(TARGETS)
+    assert all(t.memory_bytes >= 8 * 2**30 for name, t in TARGETS.items() if name != "cpu")
 
 
 def test_target_config_carries_the_row():

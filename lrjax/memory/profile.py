@@ -1,0 +1,190 @@
+"""A memory profile: every buffer of a compiled program, when it lives and what made it.
+
+Plain data, and questions asked of it. ``profiling`` makes profiles from compiled programs,
+``assignment`` reads what XLA says of them, ``pictures`` draws them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+# What a buffer is for, in the order in which tables and pictures show them.
+KINDS = (
+    "arguments",
+    "outputs",
+    "parameter gradients",
+    "saved maps",
+    "line buffers",
+    "step intermediates",
+    "copies",
+    "convolution scratch",
+    "constants",
+    "unattributed",
+)
+
+FORMAT = "lrjax memory profile"
+FORMAT_VERSION = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Buffer:
+    """One value in device memory.
+
+    Attributes:
+      name: XLA's name of the value, unique in its profile, e.g. ``"fusion.12"``.
+      bytes: its size, padding of the device's layout included.
+      shape: of the array.
+      dtype: of the array, as JAX names it, e.g. ``"bfloat16"``.
+      operation: the JAX operation that made it, e.g. ``"conv_general_dilated"``; ``""``: unknown.
+      layer: Flax module path or ``jax.named_scope``, e.g. ``"VGG16/conv1_1"``; ``""``: none.
+      kind: one of ``KINDS``.
+      source: ``"file.py:12"``, the line that made it; ``""``: unknown.
+      start: the first step of the schedule in which it is live.
+      end: the last one, inclusive.
+    """
+
+    name: str
+    bytes: int
+    shape: tuple[int, ...]
+    dtype: str
+    operation: str
+    layer: str
+    kind: str
+    source: str
+    start: int
+    end: int
+
+
+@dataclasses.dataclass(frozen=True)
+class MemoryProfile:
+    """What one compiled program needs of a device's memory; all sizes in bytes.
+
+    Attributes:
+      target: the device it was compiled for.
+      peak_bytes: in use at the worst moment, arguments and outputs included; XLA's own figure.
+      temp_bytes: set aside for everything that is neither argument nor output.
+      argument_bytes: of the arguments.
+      output_bytes: of the outputs.
+      alias_bytes: of outputs that reuse a donated argument.
+      host_bytes: in the host's memory (offloaded values).
+      generated_code_bytes: of the program itself.
+      capacity_bytes: the device's memory; ``None``: unknown.
+      buffers: every value; ``"unattributed"`` is what XLA's peak holds beyond them.
+      instructions: the name of every step of the schedule, loops unrolled once.
+      peak_step: the step at which ``peak_bytes`` are in use.
+      allocated_bytes: arguments, outputs and the block that XLA lays the temporaries out in, with
+        the gaps between them, so at least ``peak_bytes``; ``None``: unknown.
+    """
+
+    target: str
+    peak_bytes: int
+    temp_bytes: int
+    argument_bytes: int
+    output_bytes: int
+    alias_bytes: int
+    host_bytes: int
+    generated_code_bytes: int
+    capacity_bytes: int | None
+    buffers: tuple[Buffer, ...]
+    instructions: tuple[str, ...]
+    peak_step: int
+    allocated_bytes: int | None = None
+
+    @property
+    def fits(self) -> bool | None:
+        """Whether what is allocated is within the device's memory; ``None``: memory unknown.
+
+        XLA's runtime allocates the temporaries as one block, gaps included: see
+        ``allocated_bytes``.
+        """
+        if self.capacity_bytes is None:
+            return None
+        return max(self.peak_bytes, self.allocated_bytes or 0) <= self.capacity_bytes
+
+    def at_peak(self) -> list[Buffer]:
+        """Buffers live at the peak, largest first."""
+        return self.live_at(self.peak_step)
+
+    def live_at(self, step: int) -> list[Buffer]:
+        """Buffers live in a step of the schedule, largest first."""
+        live = [b for b in self.buffers if b.start <= step <= b.end]
+        return sorted(live, key=lambda b: (-b.bytes, b.name))
+
+    def timeline(self) -> list[int]:
+        """Bytes in use in every step of the schedule."""
+        changes = [0] * (len(self.instructions) + 1)
+        for b in self.buffers:
+            changes[b.start] += b.bytes
+            changes[b.end + 1] -= b.bytes
+        in_use, total = [], 0
+        for change in changes[:-1]:
+            total += change
+            in_use.append(total)
+        return in_use
+
+    def by_layer(self) -> dict[str, int]:
+        """Bytes at the peak per layer (Flax module path or ``jax.named_scope``), largest first."""
+        return self._at_peak_by("layer")
+
+    def by_kind(self) -> dict[str, int]:
+        """Bytes at the peak per kind of buffer, largest first."""
+        return self._at_peak_by("kind")
+
+    def _at_peak_by(self, field: str) -> dict[str, int]:
+        totals: Counter[str] = Counter()
+        for b in self.at_peak():
+            totals[getattr(b, field)] += b.bytes
+        return dict(totals.most_common())
+
+    def save_png(self, path: str | Path) -> None:
+        """Draw the timeline, stacked by kind, with the peak marked and its top buffers named."""
+        from lrjax.memory import pictures
+
+        pictures.save_png(self, path)
+
+    def save_html(self, path: str | Path) -> None:
+        """Write the timeline as one self-contained page: zoom, hover, click."""
+        from lrjax.memory import pictures
+
+        pictures.save_html(self, path)
+
+    def to_json(self) -> str:
+        """The profile as JSON text, for ``from_json``."""
+        content = {"format": FORMAT, "version": FORMAT_VERSION, **dataclasses.asdict(self)}
+        return json.dumps(content, indent=1)
+
+    @classmethod
+    def from_json(cls, text: str) -> MemoryProfile:
+        """The profile that ``to_json`` wrote.
+
+        Raises:
+          ValueError: the text is no such profile, or of a version this lrjax does not know.
+        """
+        content = _checked_content(text)
+        try:
+            buffers = tuple(
+                Buffer(**{**b, "shape": tuple(b["shape"])}) for b in content.pop("buffers")
+            )
+            instructions = tuple(content.pop("instructions"))
+            return cls(**content, buffers=buffers, instructions=instructions)
+        except (TypeError, KeyError) as error:
+            raise ValueError(f"this is not a whole {FORMAT}: {error}") from error
+
+
+def _checked_content(text: str) -> dict[str, Any]:
+    try:
+        content = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"this is not a {FORMAT}: it is not JSON ({error})") from error
+    if not isinstance(content, dict) or content.pop("format", None) != FORMAT:
+        raise ValueError(f"this is not a {FORMAT}: write one with MemoryProfile.to_json()")
+    version = content.pop("version", None)
+    if version != FORMAT_VERSION:
+        raise ValueError(
+            f"{FORMAT} of version {version!r}: this lrjax reads version {FORMAT_VERSION}"
+        )
+    return content

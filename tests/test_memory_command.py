@@ -1,0 +1,124 @@
+"""``lrjax memory``: what it prints and writes, its statuses, and what it says of bad input."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+from typer.testing import CliRunner
+
+from lrjax import memory
+from lrjax.cli import app
+from lrjax.memory.command import parse_arguments
+
+MIB = 2**20
+SMALL = ("--width", "0.03125", "--image", "64", "--target", "cpu")
+
+
+def invoke(*arguments):
+    return CliRunner().invoke(app, ["memory", *map(str, arguments)])
+
+
+@pytest.fixture
+def module(tmp_path, monkeypatch):
+    """``shapes:twice`` and ``shapes:broken``, importable from the current directory."""
+    (tmp_path / "shapes.py").write_text(
+        "import jax.numpy as jnp\n"
+        "def twice(tree, y): return jnp.sin(tree['x'] @ y) @ y\n"
+        "def broken(x): raise KeyError('mine')\n"
+    )
+    (tmp_path / "needs_more.py").write_text("import not_installed_anywhere\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    return tmp_path
+
+
+def test_function_with_a_pytree_and_every_file(module):
+    result = invoke(
+        *("shapes:twice", "--args", '[{"x": "f32[512,512]"}, "f32[512,512]"]', "--target", "cpu"),
+        *("--json", "p.json", "--png", "p.png", "--html", "p.html"),
+    )
+    assert result.exit_code == 0, result.output
+    profile = memory.MemoryProfile.from_json((module / "p.json").read_text())
+    assert profile.argument_bytes == 2 * MIB
+    assert f"peak {profile.peak_bytes / MIB:,.0f} MiB" in result.output
+    assert "step intermediates" in result.output
+    assert (module / "p.png").read_bytes().startswith(b"\x89PNG")
+    assert "<html" in (module / "p.html").read_text()
+
+
+@pytest.mark.slow
+def test_model_by_column():
+    result = invoke("--model", "vgg16", *SMALL)
+    assert result.exit_code == 0, result.output
+    assert "VGG16/features" in result.output
+    assert "line buffers" not in result.output
+
+
+@pytest.mark.slow
+def test_model_under_a_strategy():
+    result = invoke("--model", "vgg16", *SMALL, "--strategy", "stream", "--num-blocks", 4)
+    assert result.exit_code == 0, result.output
+    assert "line buffers" in result.output
+
+
+def test_what_does_not_fit_ends_with_status_3(module, monkeypatch):
+    monkeypatch.setattr(memory.CpuTarget, "memory_bytes", property(lambda self: 4 * MIB))
+    result = invoke(
+        *("shapes:twice", "--target", "cpu"),
+        *("--args", '[{"x": "f32[1024,1024]"}, "f32[1024,1024]"]'),
+    )
+    assert result.exit_code == 3, result.output
+    assert "does not fit" in result.output
+
+
+def test_targets_are_listed():
+    result = invoke("--list-targets")
+    assert result.exit_code == 0, result.output
+    assert all(name in result.output for name in memory.TARGETS)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["shapes:twice", "--target", "h20"], "Did you mean 'h200'"),
+        (["shapes"], "MODULE:FUNCTION"),
+        (["nowhere:twice"], "no module 'nowhere'"),
+        (["shapes:thrice"], "no 'thrice'"),
+        (["shapes:twice", "--args", "f32(3)"], "dtype[shape]"),
+        (["shapes:twice", "--args", "q32[3]"], "dtype"),
+        (["shapes:twice", "--args", "[f32[3]]"], "JSON"),
+        (["shapes:twice", "--json", "missing/p.json"], "no directory"),
+        (["shapes:twice", "--model", "vgg16"], "either"),
+        ([], "either"),
+        (["--model", "vgg17"], "vgg16"),
+        (["--model", "vgg16", "--strategy", "steam"], "strategy"),
+        (["--model", "vgg16", "--image", "large"], "image"),
+        (["--model", "vgg16", "--batch", "0"], "batch"),
+        (["--model", "vgg16", "--image", "64", "--dtype", "f33"], "dtype"),
+    ],
+)
+def test_bad_input_is_answered_before_anything_is_compiled(module, arguments, message, monkeypatch):
+    def no_profile(*args, **kwargs):
+        raise AssertionError("something was compiled")
+
+    monkeypatch.setattr(memory, "profile", no_profile)
+    result = invoke(*arguments)
+    assert result.exit_code == 2, result.output
+    assert message in result.output
+    assert not list(module.glob("*.json"))
+
+
+@pytest.mark.parametrize(
+    ("function", "error"), [("shapes:broken", KeyError), ("needs_more:f", ModuleNotFoundError)]
+)
+def test_errors_of_the_users_code_are_their_own(module, function, error):
+    result = invoke(function, "--args", "f32[3]", "--target", "cpu")
+    assert isinstance(result.exception, error)
+
+
+def test_arguments():
+    assert parse_arguments("f32[8, 128] bf16[1,2];pred[]") == (
+        jax.ShapeDtypeStruct((8, 128), jnp.float32),
+        jax.ShapeDtypeStruct((1, 2), jnp.bfloat16),
+        jax.ShapeDtypeStruct((), jnp.bool_),
+    )
+    assert parse_arguments("") == ()
