@@ -233,13 +233,16 @@ def memory(
         typer.Option(help='Its arguments, "f32[8,128] bf16[3]", or JSON for pytrees of such.'),
     ] = "",
     model: Annotated[
-        str | None, typer.Option(help="Instead: loss and gradient of a network, vgg16.")
+        str | None, typer.Option(help="Instead: loss and gradient of a network, such as vgg16.")
     ] = None,
     image: Annotated[str, typer.Option(help="N or HEIGHTxWIDTH.")] = "1024",
     batch: Annotated[int, typer.Option(help="Images at a time.")] = 1,
     dtype: Annotated[str, typer.Option(help="Of images and computation.")] = "f32",
     width: Annotated[float, typer.Option(help="Multiplier of the network's channels.")] = 1.0,
-    head: Annotated[str, typer.Option(help="Classifier: gap or dense.")] = "gap",
+    head: Annotated[str | None, typer.Option(help="VGG-16's: gap or dense.")] = None,
+    norm: Annotated[
+        str | None, typer.Option(help="Normalisation: batch, block, frozen, group or none.")
+    ] = None,
     strategy: Annotated[str, typer.Option(help="column, stream, 2ps or overl.")] = "column",
     num_blocks: Annotated[
         str | None, typer.Option(help="Row blocks: a number, or one per segment, such as 8,4.")
@@ -264,6 +267,7 @@ def memory(
     """
     from lrjax import memory
     from lrjax.memory import command, text
+    from lrjax.models import registry
 
     wide = Console(width=max(console.width, 150))
     if list_targets:
@@ -285,13 +289,15 @@ def memory(
         if function is not None:
             program = command.function_program(function, args)
         else:
-            network = _network(str(model), 1000, width, head, command.dtype_of(dtype).name)
+            numbers = command.dtype_of(dtype)
+            network = _network(str(model), 1000, width, numbers.name, head=head, norm=norm)
             chosen = _strategy(strategy, num_blocks, cuts)
             size = _size(image, "image")
             if batch < 1:
                 raise ValueError(f"batch: got {batch}; use 1 or more")
+            pixels = registry.network(str(model)).labels_pixels
             program = command.gradient_program(
-                network, chosen, size, batch, command.dtype_of(dtype)
+                network, chosen, size, batch, numbers, labels_pixels=pixels
             )
     except ValueError as error:
         _stop(error)

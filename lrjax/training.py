@@ -171,9 +171,9 @@ def classification_loss(model: nn.Module) -> LossFunction:
     return loss
 
 
-def loss_in_axes(source: ImageSource) -> tuple[int | None, ...]:
+def loss_in_axes(*, labels_pixels: bool) -> tuple[int | None, ...]:
     """Row axes of the loss's arguments: images carry rows, and so do labels of pixels."""
-    return None, 1, 1 if source.label_shape else None, None, None
+    return None, 1, 1 if labels_pixels else None, None, None
 
 
 @dataclass(frozen=True)
@@ -213,7 +213,9 @@ def compile_step(
     )
     params = statistics.pop("params")
     optimizer_state = jax.jit(optimizer.init)(params)
-    loss = strategy.apply(classification_loss(model), loss_in_axes(source))
+    loss = strategy.apply(
+        classification_loss(model), loss_in_axes(labels_pixels=bool(source.label_shape))
+    )
 
     def step(
         params: Any,

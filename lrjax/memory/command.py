@@ -105,7 +105,13 @@ def function_program(name: str, spec: str) -> Program:
 
 
 def gradient_program(
-    network: Any, strategy: Any, image: tuple[int, int], batch: int, dtype: Any
+    network: Any,
+    strategy: Any,
+    image: tuple[int, int],
+    batch: int,
+    dtype: Any,
+    *,
+    labels_pixels: bool = False,
 ) -> Program:
     """Loss and gradient by the parameters of a classifier, run under a strategy.
 
@@ -115,15 +121,19 @@ def gradient_program(
       image: height and width.
       batch: images at a time.
       dtype: of the images; the parameters are float32.
+      labels_pixels: the network classifies every pixel.
     """
-    from lrjax.training import LOSS_IN_AXES, classification_loss
+    from lrjax.training import classification_loss, loss_in_axes
 
     images = jax.ShapeDtypeStruct((batch, *image, 3), dtype)
-    labels = jax.ShapeDtypeStruct((batch,), jnp.int32)
+    labels = jax.ShapeDtypeStruct((batch, *image) if labels_pixels else (batch,), jnp.int32)
     key = jax.eval_shape(lambda: jax.random.key(0))
-    params = jax.eval_shape(lambda k, x: network.init(k, x)["params"], key, images)
-    loss = strategy.apply(classification_loss(network), LOSS_IN_AXES)
-    return Program(jax.value_and_grad(loss), (params, images, labels, key))
+    statistics = dict(jax.eval_shape(network.init, key, images))
+    params = statistics.pop("params")
+    in_axes = loss_in_axes(labels_pixels=labels_pixels)
+    loss = strategy.apply(classification_loss(network), in_axes)
+    gradient = jax.value_and_grad(loss, has_aux=True)
+    return Program(gradient, (params, images, labels, statistics, key))
 
 
 def check_target(target: str | None) -> None:
