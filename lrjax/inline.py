@@ -8,6 +8,7 @@ inlined; loops and branches stay whole.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -99,24 +100,31 @@ def flatten(
       closed: the traced function.
       keep_custom_rules: leave ``custom_jvp`` and ``custom_vjp`` calls as single equations, so that
         a program that is differentiated later keeps its own derivatives.
-      constants_are_inputs: closed-over arrays become leading inputs (they may be tracers, whose
-        gradients somebody wants) instead of constants.
+      constants_are_inputs: closed-over arrays that may be differentiated (``is_moving``) become
+        leading inputs instead of constants.
     """
     flattener = _Flattener(dict(_CALLS) if keep_custom_rules else {**_CALLS, **_CUSTOM_CALLS})
-    if constants_are_inputs:
-        consts = [flattener.fresh(v.aval) for v in closed.jaxpr.constvars]
-    else:
-        consts = [flattener.constant(c) for c in closed.consts]
+    leading = [constants_are_inputs and is_moving(c) for c in closed.consts]
+    consts = [
+        flattener.fresh(v.aval) if moves else flattener.constant(c)
+        for v, c, moves in zip(closed.jaxpr.constvars, closed.consts, leading, strict=True)
+    ]
     arguments = [flattener.fresh(v.aval) for v in closed.jaxpr.invars]
     outputs = flattener.inline(closed.jaxpr, [*consts, *arguments])
     program = FlatProgram(
         tuple(flattener.avals),
         tuple(flattener.equations),
-        tuple([*consts, *arguments] if constants_are_inputs else arguments),
+        tuple([*itertools.compress(consts, leading), *arguments]),
         tuple(outputs),
         flattener.constants,
     )
     return without_dead_equations(program)
+
+
+def is_moving(constant: Any) -> bool:
+    """A closed-over array that may be a tracer or have a gradient; indices known now are not."""
+    is_fixed = jnp.issubdtype(constant.dtype, np.integer) or constant.dtype == np.bool_
+    return isinstance(constant, jax.core.Tracer) or not is_fixed
 
 
 def _dtype(aval: Any) -> Any:
@@ -159,6 +167,8 @@ class _Flattener:
                     self.emit(eqn, (value,), (v,))[0]
                     for value, v in zip(inputs, eqn.outvars, strict=True)
                 ]
+            elif eqn.primitive is lax.split_p:
+                outputs = self.slices(eqn, inputs[0])
             else:
                 outputs = self.emit(eqn, inputs, eqn.outvars)
             known.update(zip(eqn.outvars, outputs, strict=True))
@@ -170,6 +180,23 @@ class _Flattener:
             FlatEquation(eqn.primitive, eqn.params, inputs, made, bool(eqn.effects))
         )
         return list(made)
+
+    def slices(self, eqn: Any, operand: Atom) -> list[Atom]:
+        """A split as slices: each of its pieces may have rows of its own."""
+        axis, shape = eqn.params["axis"], eqn.invars[0].aval.shape
+        made, start = [], 0
+        for size, v in zip(eqn.params["sizes"], eqn.outvars, strict=True):
+            starts, limits = [0] * len(shape), list(shape)
+            starts[axis], limits[axis] = start, start + size
+            start += size
+            params = {
+                "start_indices": tuple(starts),
+                "limit_indices": tuple(limits),
+                "strides": None,
+            }
+            made.append(self.fresh(v.aval))
+            self.equations.append(FlatEquation(lax.slice_p, params, (operand,), (made[-1],)))
+        return made
 
     def call(self, body: Any, inputs: Sequence[Atom]) -> list[Atom]:
         jaxpr, consts = open_jaxpr(body)

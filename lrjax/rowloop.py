@@ -134,7 +134,8 @@ class RowLoop:
 
     def window(self, source: Source, step: int) -> tuple[int, int]:
         rows, row_map = self.schedule.tracks[source.node], source.read.row_map
-        return row_map.first(rows.start(step)), row_map.end(rows.stop(step))
+        start = row_map.first(rows.start(step))
+        return start, start + row_map.size(rows.rows)
 
     def window_starts(self, source: Source) -> list[int]:
         """The first row that a read needs, per step."""
