@@ -50,7 +50,7 @@ class Alignment:
             apart = abs(offset - known_offset) * other_rate
             if known_rate != rate:
                 return "operands advance at different rates along rows"
-            if apart > max(Fraction(height, 2), NEAR):
+            if apart > max(height / 2, NEAR):
                 return f"rows that are {int(apart)} rows apart meet"
             return None
         relative = rate / known_rate

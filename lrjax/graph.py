@@ -173,6 +173,7 @@ class _Typer:
         self.rates = Alignment()
         self.nodes: list[Node] = []
         self.producer: dict[int, FlatEquation] = {}
+        self.copies: dict[tuple[int, int], int | None] = {}
         # Row axes of maps that column operations took whole: what comes back from them in such a
         # shape (the cotangent of a flattened map, say) carries rows along the same axis.
         self.whole_maps: dict[tuple[int, ...], int] = {
@@ -240,7 +241,9 @@ class _Typer:
 
     def repeated(self, value: int, axis: int) -> int:
         """A row-wise copy of a whole value that is constant along rows, else the value."""
-        made = self.repeat(value, axis)
+        if (value, axis) not in self.copies:
+            self.copies[value, axis] = self.repeat(value, axis)
+        made = self.copies[value, axis]
         return value if made is None else made
 
     def repeat(self, value: int, axis: int) -> int | None:
@@ -252,8 +255,10 @@ class _Typer:
         if op is None:
             if equation.primitive.name not in ELEMENTWISE:
                 return None
+            height = self.avals[value].shape[axis]
             for i, atom in enumerate(inputs):
-                if isinstance(atom, int) and self.avals[atom].shape:
+                shape = self.avals[atom].shape if isinstance(atom, int) else ()
+                if isinstance(atom, int) and shape and shape[axis] == height:
                     copy = self.repeat(atom, axis)
                     if copy is None:
                         return None

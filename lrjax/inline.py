@@ -2,7 +2,8 @@
 
 JAX shares sub-jaxprs between call sites, so that the same variable may stand for two values; here
 every value has a number of its own. Calls (``jit``, ``checkpoint``, custom derivatives, ...) are
-inlined; loops and branches stay whole.
+inlined, and short scans over rows (layers of a network) are unrolled; other loops and branches stay
+whole.
 """
 
 from __future__ import annotations
@@ -36,6 +37,10 @@ _CUSTOM_CALLS = {
     "custom_vjp_call": "call_jaxpr",
     "custom_vjp_call_jaxpr": "fun_jaxpr",
 }
+
+
+# Equations that the unrolled form of one scan may have, calls in its body counted as one.
+MOST_UNROLLED = 2048
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,7 +97,11 @@ class FlatProgram:
 
 
 def flatten(
-    closed: Any, *, keep_custom_rules: bool = False, constants_are_inputs: bool = False
+    closed: Any,
+    *,
+    keep_custom_rules: bool = False,
+    constants_are_inputs: bool = False,
+    carries_rows: Sequence[bool] = (),
 ) -> FlatProgram:
     """Inline every call.
 
@@ -102,6 +111,8 @@ def flatten(
         a program that is differentiated later keeps its own derivatives.
       constants_are_inputs: closed-over arrays that may be differentiated (``is_moving``) become
         leading inputs instead of constants.
+      carries_rows: whether rows run along each argument; scans of what depends on such are
+        unrolled.
     """
     flattener = _Flattener(dict(_CALLS) if keep_custom_rules else {**_CALLS, **_CUSTOM_CALLS})
     leading = [constants_are_inputs and is_moving(c) for c in closed.consts]
@@ -110,6 +121,7 @@ def flatten(
         for v, c, moves in zip(closed.jaxpr.constvars, closed.consts, leading, strict=True)
     ]
     arguments = [flattener.fresh(v.aval) for v in closed.jaxpr.invars]
+    flattener.rows.update(itertools.compress(arguments, carries_rows))
     outputs = flattener.inline(closed.jaxpr, [*consts, *arguments])
     program = FlatProgram(
         tuple(flattener.avals),
@@ -137,6 +149,8 @@ class _Flattener:
         self.avals: list[jax.ShapeDtypeStruct] = []
         self.equations: list[FlatEquation] = []
         self.constants: dict[int, Any] = {}
+        self.rows: set[int] = set()  # values that depend on rows
+        self.pieces: dict[int, list[Atom]] = {}  # of stacked results of unrolled scans
 
     def constant(self, value: Any) -> int:
         made = self.fresh(jax.ShapeDtypeStruct(np.shape(value), jnp.result_type(value)))
@@ -167,36 +181,106 @@ class _Flattener:
                     self.emit(eqn, (value,), (v,))[0]
                     for value, v in zip(inputs, eqn.outvars, strict=True)
                 ]
+            elif eqn.primitive.name == "scan" and self.is_unrolled(eqn, inputs):
+                outputs = self.unrolled(eqn, inputs)
             elif eqn.primitive is lax.split_p:
                 outputs = self.slices(eqn, inputs[0])
             else:
-                outputs = self.emit(eqn, inputs, eqn.outvars)
+                outputs = [*self.emit(eqn, inputs, eqn.outvars)]
             known.update(zip(eqn.outvars, outputs, strict=True))
         return [atom(v) for v in jaxpr.outvars]
 
-    def emit(self, eqn: Any, inputs: tuple[Atom, ...], outvars: Sequence[Any]) -> list[Atom]:
-        made = tuple(self.fresh(v.aval) for v in outvars)
-        self.equations.append(
-            FlatEquation(eqn.primitive, eqn.params, inputs, made, bool(eqn.effects))
-        )
+    def emit(self, eqn: Any, inputs: tuple[Atom, ...], outvars: Sequence[Any]) -> list[int]:
+        return self.add(eqn.primitive, eqn.params, inputs, outvars, bool(eqn.effects))
+
+    def add(
+        self,
+        primitive: Any,
+        params: dict[str, Any],
+        inputs: tuple[Atom, ...],
+        outvars: Sequence[Any],
+        has_effects: bool = False,
+    ) -> list[int]:
+        made = tuple(self.fresh(getattr(v, "aval", v)) for v in outvars)
+        self.equations.append(FlatEquation(primitive, params, inputs, made, has_effects))
+        if self.rows.intersection(v for v in inputs if isinstance(v, int)):
+            self.rows.update(made)
         return list(made)
 
     def slices(self, eqn: Any, operand: Atom) -> list[Atom]:
         """A split as slices: each of its pieces may have rows of its own."""
-        axis, shape = eqn.params["axis"], eqn.invars[0].aval.shape
-        made, start = [], 0
-        for size, v in zip(eqn.params["sizes"], eqn.outvars, strict=True):
-            starts, limits = [0] * len(shape), list(shape)
-            starts[axis], limits[axis] = start, start + size
-            start += size
+        axis = eqn.params["axis"]
+        starts = [0, *itertools.accumulate(eqn.params["sizes"])]
+        return [
+            self.slice(operand, eqn.invars[0].aval.shape, axis, start, v.aval)
+            for start, v in zip(starts, eqn.outvars, strict=False)
+        ]
+
+    def slice(
+        self, operand: Atom, shape: Sequence[int], axis: int, start: int, out_aval: Any
+    ) -> Atom:
+        starts, limits = [0] * len(shape), list(shape)
+        starts[axis], limits[axis] = start, start + out_aval.shape[axis]
+        params = {
+            "start_indices": tuple(starts),
+            "limit_indices": tuple(limits),
+            "strides": None,
+        }
+        return self.add(lax.slice_p, params, (operand,), [out_aval])[0]
+
+    def is_unrolled(self, eqn: Any, inputs: Sequence[Atom]) -> bool:
+        """A scan over layers: it takes rows, and its steps are few."""
+        jaxpr, _ = open_jaxpr(eqn.params["jaxpr"])
+        size = eqn.params["length"] * len(jaxpr.eqns)
+        takes_rows = self.rows.intersection(v for v in inputs if isinstance(v, int))
+        return bool(takes_rows) and size <= MOST_UNROLLED and not eqn.effects
+
+    def unrolled(self, eqn: Any, inputs: Sequence[Atom]) -> list[Atom]:
+        params = eqn.params
+        length, consts, carries = params["length"], params["num_consts"], params["num_carry"]
+        fixed, carry = list(inputs[:consts]), list(inputs[consts : consts + carries])
+        slices = [
+            self.unstacked(x, v.aval, length)
+            for x, v in zip(inputs[consts + carries :], eqn.invars[consts + carries :], strict=True)
+        ]
+        made: list[list[Atom]] = [[] for _ in eqn.outvars[carries:]]
+        for step in reversed(range(length)) if params["reverse"] else range(length):
+            results = self.call(params["jaxpr"], [*fixed, *carry, *(x[step] for x in slices)])
+            carry = results[:carries]
+            for pieces, result in zip(made, results[carries:], strict=True):
+                pieces.append(result)
+        stacked = [
+            self.stacked(pieces[::-1] if params["reverse"] else pieces, v.aval)
+            for pieces, v in zip(made, eqn.outvars[carries:], strict=True)
+        ]
+        return [*carry, *stacked]
+
+    def unstacked(self, operand: Atom, aval: Any, length: int) -> list[Atom]:
+        """The slices of a scanned operand along its first axis."""
+        if isinstance(operand, int) and operand in self.pieces:
+            return self.pieces[operand]
+        found: list[Atom] = []
+        for step in range(length):
+            one = jax.ShapeDtypeStruct((1, *aval.shape[1:]), aval.dtype)
+            row = self.slice(operand, aval.shape, 0, step, one)
+            flat = jax.ShapeDtypeStruct(aval.shape[1:], aval.dtype)
+            found += self.add(lax.squeeze_p, {"dimensions": (0,)}, (row,), [flat])
+        return found
+
+    def stacked(self, pieces: Sequence[Atom], aval: Any) -> Atom:
+        """The stack of a scan's results; a scan that takes it finds the pieces again."""
+        rows: list[Atom] = []
+        for piece in pieces:
             params = {
-                "start_indices": tuple(starts),
-                "limit_indices": tuple(limits),
-                "strides": None,
+                "shape": (1, *aval.shape[1:]),
+                "broadcast_dimensions": tuple(range(1, len(aval.shape))),
+                "sharding": None,
             }
-            made.append(self.fresh(v.aval))
-            self.equations.append(FlatEquation(lax.slice_p, params, (operand,), (made[-1],)))
-        return made
+            one = jax.ShapeDtypeStruct((1, *aval.shape[1:]), aval.dtype)
+            rows += self.add(lax.broadcast_in_dim_p, params, (piece,), [one])
+        (whole,) = self.add(lax.concatenate_p, {"dimension": 0}, tuple(rows), [aval])
+        self.pieces[whole] = list(pieces)
+        return whole
 
     def call(self, body: Any, inputs: Sequence[Atom]) -> list[Atom]:
         jaxpr, consts = open_jaxpr(body)

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Sequence
 from fractions import Fraction
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -123,11 +124,16 @@ class RowLoop:
 
     @functools.cached_property
     def latest_input(self) -> int | None:
-        """One of the values that exist whole, made as late as any of them."""
+        """One of the arrays of numbers that exist whole, made as late as any of them."""
         graph = self.graph
         homes = zip(graph.nodes, graph.stages.home, strict=True)
         made = {v: home for node, home in homes for v in node.equation.outputs}
-        return max((*self.wholes, *self.arrays), key=lambda v: made.get(v, -1), default=None)
+        numbers = (
+            v
+            for v in (*self.wholes, *self.arrays)
+            if not jnp.issubdtype(graph.program.avals[v].dtype, jax.dtypes.extended)
+        )
+        return max(numbers, key=lambda v: made.get(v, -1), default=None)
 
     def track(self, value: int) -> Track:
         return self.schedule.tracks[self.producer[value]]

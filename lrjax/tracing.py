@@ -62,7 +62,10 @@ def trace(
     except (TypeError, ValueError) as error:
         _explain_heights(leaves, axes, error)
         raise
-    program = flatten(closed, keep_custom_rules=True, constants_are_inputs=True)
+    carries_rows = [axis is not None for axis in axes] + [False] * len(traced_keywords)
+    program = flatten(
+        closed, keep_custom_rules=True, constants_are_inputs=True, carries_rows=carries_rows
+    )
     consts = tuple(filter(is_moving, closed.consts))
     return Traced(
         program,

@@ -22,6 +22,7 @@ from lrjax.rules.base import (
     removed_axes,
     rule,
 )
+from lrjax.rules.random import random_rows
 
 
 def _row_by_row(equation: Equation, out_axis: int, **block_params: object) -> RowOp:
@@ -63,11 +64,13 @@ def broadcast_in_dim(equation: Equation) -> RowOp:
 
 
 def constant_along_rows(equation: Equation, axis: int) -> RowOp | None:
-    """The row form of an equation without row operands whose output repeats, or counts, rows.
+    """The row form of an equation without row operands whose rows are alike, counted or random.
 
     Returns None where the equation is neither; its output must then exist whole.
     """
     name, params = equation.primitive.name, equation.params
+    if name == "random_bits":
+        return random_rows(equation, axis)
     shape = equation.outputs[0].shape
     if name == "broadcast_in_dim" and equation.operands and len(equation.operands) == 1:
         operand = equation.operands[0].shape
