@@ -79,10 +79,13 @@ def branches(equation: Equation) -> RowOp:
     functions = [jaxpr_as_fun(branch) for branch in equation.params["branches"]]
     found = [_branch_graph(function, structs, axes) for function in functions]
     out_axes: list[int] = []
-    for outputs in zip(*(graph.program.outputs for graph in found), strict=True):
+    per_output = zip(*(graph.program.outputs for graph in found), strict=True)
+    for out, outputs in zip(equation.outputs, per_output, strict=True):
         pairs = zip(found, outputs, strict=True)
         axes_of_output = (_axis_of(graph, v) for graph, v in pairs)
         named = {axis for axis in axes_of_output if axis is not None}
+        if not named and equation.height in out.shape[equation.row_axis : equation.row_axis + 1]:
+            named = {equation.row_axis}  # the same for all rows in every branch
         if len(named) != 1:
             raise NotRowLocal("an output of a branch carries no rows, or on different axes")
         out_axes.append(named.pop())
