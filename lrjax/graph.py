@@ -257,8 +257,8 @@ class _Typer:
                 return None
             height = self.avals[value].shape[axis]
             for i, atom in enumerate(inputs):
-                shape = self.avals[atom].shape if isinstance(atom, int) else ()
-                if isinstance(atom, int) and shape and shape[axis] == height:
+                # What has one row for all is read whole.
+                if isinstance(atom, int) and self.avals[atom].shape[axis : axis + 1] == (height,):
                     copy = self.repeat(atom, axis)
                     if copy is None:
                         return None

@@ -41,6 +41,8 @@ _CUSTOM_CALLS = {
 
 # Equations that the unrolled form of one scan may have, calls in its body counted as one.
 MOST_UNROLLED = 2048
+# Copies of one row that are joined one by one.
+MOST_COPIES = 16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -150,6 +152,7 @@ class _Flattener:
         self.equations: list[FlatEquation] = []
         self.constants: dict[int, Any] = {}
         self.rows: set[int] = set()  # values that depend on rows
+        self.broadcasts: dict[int, tuple[int, Sequence[int]]] = {}  # their operands and dimensions
         self.pieces: dict[int, list[Atom]] = {}  # of stacked results of unrolled scans
 
     def constant(self, value: Any) -> int:
@@ -185,6 +188,10 @@ class _Flattener:
                 outputs = self.unrolled(eqn, inputs)
             elif eqn.primitive is lax.split_p:
                 outputs = self.slices(eqn, inputs[0])
+            elif eqn.primitive is lax.concatenate_p:
+                outputs = self.joined(eqn, inputs)
+            elif eqn.primitive is lax.reshape_p and self.merges_copies(eqn, inputs[0]):
+                outputs = self.joined_copies(eqn, inputs[0])
             else:
                 outputs = [*self.emit(eqn, inputs, eqn.outvars)]
             known.update(zip(eqn.outvars, outputs, strict=True))
@@ -202,6 +209,8 @@ class _Flattener:
         has_effects: bool = False,
     ) -> list[int]:
         made = tuple(self.fresh(getattr(v, "aval", v)) for v in outvars)
+        if primitive is lax.broadcast_in_dim_p and len(inputs) == 1 and isinstance(inputs[0], int):
+            self.broadcasts[made[0]] = inputs[0], params["broadcast_dimensions"]
         self.equations.append(FlatEquation(primitive, params, inputs, made, has_effects))
         if self.rows.intersection(v for v in inputs if isinstance(v, int)):
             self.rows.update(made)
@@ -215,6 +224,39 @@ class _Flattener:
             self.slice(operand, eqn.invars[0].aval.shape, axis, start, v.aval)
             for start, v in zip(starts, eqn.outvars, strict=False)
         ]
+
+    def joined(self, eqn: Any, inputs: Sequence[Atom]) -> list[Atom]:
+        """A concatenation without its empty pieces, whose axes would be anyone's guess."""
+        axis = eqn.params["dimension"]
+        pairs = zip(inputs, eqn.invars, strict=True)
+        filled = tuple(piece for piece, v in pairs if v.aval.shape[axis]) or tuple(inputs[:1])
+        return [*filled] if len(filled) == 1 else [*self.emit(eqn, filled, eqn.outvars)]
+
+    def merges_copies(self, eqn: Any, operand: Atom) -> bool:
+        """One row made several, as ``jnp.pad`` repeats an edge: ``[.., 1, ..]`` was broadcast to
+        ``[.., 1, copies, ..]`` and becomes ``[.., copies, ..]``."""
+        if not isinstance(operand, int) or operand not in self.broadcasts:
+            return False
+        source, dims = self.broadcasts[operand]
+        shape, spread = self.avals[source].shape, self.avals[operand].shape
+        new = [a for a in range(len(spread)) if a not in dims]
+        if len(new) != 1 or new[0] == 0 or not 1 <= spread[new[0]] <= MOST_COPIES:
+            return False
+        axis = new[0] - 1
+        merged = (*shape[:axis], spread[new[0]], *shape[axis + 1 :])
+        inserted = (*shape[: axis + 1], spread[new[0]], *shape[axis + 1 :])
+        return shape[axis] == 1 and spread == inserted and eqn.params["new_sizes"] == merged
+
+    def joined_copies(self, eqn: Any, operand: Atom) -> list[Atom]:
+        """Copies one after the other: their gradient is a few shifted rows, no sum over rows."""
+        assert isinstance(operand, int)
+        source, dims = self.broadcasts[operand]
+        shape = self.avals[operand].shape
+        (new,) = (a for a in range(len(shape)) if a not in dims)
+        copies = (source,) * shape[new]
+        if len(copies) == 1:
+            return [source]
+        return [*self.add(lax.concatenate_p, {"dimension": new - 1}, copies, eqn.outvars)]
 
     def slice(
         self, operand: Atom, shape: Sequence[int], axis: int, start: int, out_aval: Any

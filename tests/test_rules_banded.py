@@ -125,9 +125,9 @@ def padded(x, mode, below, above):
     return jnp.sin(jnp.pad(jnp.sin(x), ((0, 0), (below, above), (1, 1)), mode=mode))
 
 
-@pytest.mark.parametrize("mode", ["reflect", "symmetric"])
+@pytest.mark.parametrize("mode", ["reflect", "symmetric", "edge"])
 @pytest.mark.parametrize("width", [(1, 1), (3, 2), (0, 4)])
-def test_mirrored_edges(mode, width):
+def test_edges_padded_with_rows_nearby(mode, width):
     check_rule(lambda x: padded(x, mode, *width), normal(2, 19, 3), num_blocks=5)
 
 
