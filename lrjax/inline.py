@@ -20,7 +20,7 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jax.extend.core import Literal as JaxLiteral
 
-from lrjax.compat import bind, open_jaxpr
+from lrjax.compat import bind, open_jaxpr, scan_arity
 
 # The parameter that holds the body of a call, by primitive.
 _CALLS = {
@@ -279,7 +279,7 @@ class _Flattener:
 
     def unrolled(self, eqn: Any, inputs: Sequence[Atom]) -> list[Atom]:
         params = eqn.params
-        length, consts, carries = params["length"], params["num_consts"], params["num_carry"]
+        length, (consts, carries) = params["length"], scan_arity(eqn)
         fixed, carry = list(inputs[:consts]), list(inputs[consts : consts + carries])
         slices = [
             self.unstacked(x, v.aval, length)

@@ -90,7 +90,7 @@ def test_a_long_scan_falls_back():
         return lax.scan(lambda x, _: (jnp.sin(x) + x, None), x, None, length=5000)[0]
 
     graphs = graphs_of(lambda x: op(jnp.cos(x)), (normal(1, 5, 2),), (1,))
-    assert all("scan" in fallbacks(graph) for graph in graphs)
+    assert any("scan" in fallbacks(graph) for graph in graphs)
 
 
 def test_while_over_rows_falls_back():
