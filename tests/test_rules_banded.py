@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from graphs import check_rule, graphs_of
+from lrjax.constants import Constant
 from lrjax.geometry import BandMap
 from lrjax.rules import banded
 from lrjax.rules.base import NotRowLocal
@@ -181,8 +182,11 @@ def test_a_resize_keeps_few_rows():
 
 
 def test_a_dense_matrix_is_no_band():
+    pairs = np.nonzero(np.ones((64, 64)))
     with pytest.raises(NotRowLocal, match="far from a line"):
-        banded.of_matrix(np.ones((64, 64)))
+        banded.taps(*pairs, None, 64, 64)
+    with pytest.raises(NotRowLocal, match="no band"):
+        banded.of_matrix(Constant(b"ones", lambda: np.ones((64, 64))), 1)
 
 
 @pytest.mark.parametrize(
@@ -192,7 +196,8 @@ def test_a_band_and_its_transpose_advance_alike(height, new_height):
     matrix = np.array(
         jax.image.resize(np.eye(height), (new_height, height), "bilinear", antialias=True)
     )
-    there, back = banded.of_matrix(matrix).band, banded.of_matrix(matrix.T).band
+    constant = Constant(repr(matrix).encode(), lambda: matrix)
+    there, back = (banded.of_matrix(constant, axis).band for axis in (1, 0))
     assert there.rate * back.rate == 1
     rows, columns = np.nonzero(matrix)
     for band, outputs, inputs in [(there, rows, columns), (back, columns, rows)]:

@@ -18,11 +18,14 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from lrjax.constants import Constant
 from lrjax.geometry import BandMap
 from lrjax.rules.base import Array, Equation, NotRowLocal, RowOp, RowRead, Rows
 
 # A band is worth streaming if it is lower than this, or than half of the map.
 LOWEST_MAP = 16
+# Taps per row, on average, of a matrix that is applied tap by tap.
+MOST_TAPS = 32
 # Denominators of the slopes that are tried before the exact one.
 _SIMPLE = 16
 _FINEST = 4096
@@ -196,11 +199,26 @@ def sum_of_taps(
     )
 
 
-def of_matrix(matrix: np.ndarray) -> Taps:
-    """Taps of a constant [output rows, input rows] matrix."""
-    outputs, inputs = np.nonzero(matrix)
-    height, input_height = matrix.shape
-    return taps(outputs, inputs, matrix[outputs, inputs], height, input_height)
+def of_matrix(matrix: Constant, contracted: int) -> Taps:
+    """Taps of rows times a constant matrix, whose axis ``contracted`` meets the input rows.
+
+    A resize and its gradient use the same matrix; it is evaluated once.
+    """
+    if matrix.key not in _ENTRIES:
+        values = matrix.value()
+        places = np.nonzero(values)
+        _ENTRIES[matrix.key] = values.shape, places, values[places]
+        if len(_ENTRIES) > _MOST_KNOWN:
+            _ENTRIES.popitem(last=False)
+    shape, places, weights = _ENTRIES[matrix.key]
+    if len(weights) > MOST_TAPS * max(shape):
+        raise NotRowLocal(f"a matrix with {len(weights)} entries is no band")
+    outputs, inputs = places[1 - contracted], places[contracted]
+    return taps(outputs, inputs, weights, shape[1 - contracted], shape[contracted])
+
+
+_Entries = tuple[tuple[int, ...], tuple[np.ndarray, ...], np.ndarray]
+_ENTRIES: collections.OrderedDict[bytes, _Entries] = collections.OrderedDict()
 
 
 def of_reversal(height: int) -> Taps:

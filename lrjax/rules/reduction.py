@@ -143,8 +143,7 @@ def _product_with_band(equation: Equation, paired: tuple[int, int]) -> RowOp | N
 
     def make() -> Taps:
         assert matrix.constant is not None
-        values = matrix.constant.value()
-        return banded.of_matrix(values if contracted == 1 else values.T)
+        return banded.of_matrix(matrix.constant, contracted)
 
     try:
         found = banded.remembered(matrix.constant.key + bytes([contracted]), make)
