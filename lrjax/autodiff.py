@@ -209,7 +209,11 @@ def _two_passes(
     inexact = [i for i, out in enumerate(outputs) if jnp.issubdtype(out.dtype, jnp.inexact)]
 
     def backward(*arrays: Any) -> Any:
-        leaves, moving = arrays[: len(structs)], arrays[len(structs) :]
+        leaves, moving = list(arrays[: len(structs)]), arrays[len(structs) :]
+        # Indices that the function closes over stay known, so that rules may look at them.
+        known = graph.program.constants
+        for i, v in enumerate(graph.program.outputs[count:]):
+            leaves[i] = known.get(v, leaves[i]) if isinstance(v, int) else leaves[i]
         cotangents = [np.zeros(out.shape, jax.dtypes.float0) for out in outputs]
         for i, ct in zip(inexact, moving, strict=True):
             cotangents[i] = ct

@@ -1,4 +1,4 @@
-"""Functions with their own derivatives (``custom_jvp``, ``custom_vjp``) on row blocks.
+"""Equations with bodies on row blocks: own derivatives (``custom_jvp``, ``custom_vjp``), branches.
 
 A program that is differentiated first never shows them: the traced gradient has their rules
 inside. 2PS and OverL differentiate a step instead, so a call must stay one operation there, with
@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.extend.core import jaxpr_as_fun
 
 from lrjax.geometry import IDENTITY
 from lrjax.graph import RowGraph, build
@@ -67,6 +68,78 @@ def custom_call(equation: Equation) -> RowOp:
     return RowOp(reads, out_axes, equation.height, evaluate, flops=flops, is_tame=is_tame)
 
 
+@rule("cond")
+def branches(equation: Equation) -> RowOp:
+    """Branches on a scalar whose bodies are all row by row: chosen anew in every step."""
+    index, *operands = equation.operands
+    if index.row_axis is not None:
+        raise NotRowLocal("a branch that is chosen by rows")
+    structs = [jax.ShapeDtypeStruct(o.shape, o.dtype) for o in operands]
+    axes = [o.row_axis for o in operands]
+    functions = [jaxpr_as_fun(branch) for branch in equation.params["branches"]]
+    found = [_branch_graph(function, structs, axes) for function in functions]
+    out_axes: list[int] = []
+    per_output = zip(*(graph.program.outputs for graph in found), strict=True)
+    for out, outputs in zip(equation.outputs, per_output, strict=True):
+        pairs = zip(found, outputs, strict=True)
+        axes_of_output = (_axis_of(graph, v) for graph, v in pairs)
+        named = {axis for axis in axes_of_output if axis is not None}
+        if not named and equation.height in out.shape[equation.row_axis : equation.row_axis + 1]:
+            named = {equation.row_axis}  # the same for all rows in every branch
+        if len(named) != 1:
+            raise NotRowLocal("an output of a branch carries no rows, or on different axes")
+        out_axes.append(named.pop())
+    outs = equation.outputs
+    bodies = [
+        graph
+        if all(_axis_of(graph, v) is not None for v in graph.program.outputs)
+        else _branch_graph(
+            functools.partial(_with_rows, function),
+            [[jax.ShapeDtypeStruct(out.shape, np.bool_) for out in outs], *structs],
+            [*out_axes, *axes],
+        )
+        for function, graph in zip(functions, found, strict=True)
+    ]
+
+    def evaluate(windows: Sequence[Array], rows: Rows) -> Sequence[Array]:
+        values = [jnp.asarray(w, o.dtype) for w, o in zip(windows[1:], operands, strict=True)]
+        shapes = (
+            _with_size(out.shape, a, rows.count) for out, a in zip(outs, out_axes, strict=True)
+        )
+        kept = [jnp.ones(shape, np.bool_) for shape in shapes]
+
+        def run(body: RowGraph, plain: RowGraph) -> Any:
+            extra = [] if body is plain else kept
+            return lambda *operands: _run_block(body, [*extra, *operands], rows)
+
+        choices = [run(body, plain) for body, plain in zip(bodies, found, strict=True)]
+        return jax.lax.switch(windows[0], choices, *values)
+
+    flops = max(sum(n.op.flops for n in g.nodes if n.op is not None) for g in bodies)
+    reads = tuple(None if axis is None else RowRead(IDENTITY, axis) for axis in axes)
+    is_tame = all(n.op is None or n.op.is_tame for g in bodies for n in g.nodes)
+    return RowOp(
+        (None, *reads), tuple(out_axes), equation.height, evaluate, flops=flops, is_tame=is_tame
+    )
+
+
+def _branch_graph(function: Any, structs: Sequence[Any], axes: Sequence[int | None]) -> RowGraph:
+    graph = _pointwise_graph(function, structs, axes, keep_custom_rules=True)
+    if any(node.is_reduction for node in graph.nodes):
+        raise NotRowLocal("a branch reduces over rows")
+    return graph
+
+
+def _with_rows(function: Any, kept: Sequence[Array], *operands: Array) -> list[Array]:
+    """The function's results as row values, where some do not depend on rows."""
+    pairs = zip(kept, function(*operands), strict=True)
+    return [jax.lax.select(keep, out, jnp.zeros_like(out)) for keep, out in pairs]
+
+
+def _with_size(shape: Sequence[int], axis: int, size: int) -> tuple[int, ...]:
+    return tuple(size if a == axis else s for a, s in enumerate(shape))
+
+
 @jax.tree_util.register_pytree_node_class
 class _StaticRows(tuple):
     """Rows of a block as an argument of a custom_vjp: the start is a leaf, the count is not."""
@@ -95,8 +168,14 @@ def _pull_back(equation: Equation, wrt: Sequence[int], *values: Array) -> list[A
     return list(pull(list(cotangents)))
 
 
-def _pointwise_graph(function: Any, structs: Sequence[Any], axes: Sequence[int | None]) -> RowGraph:
-    program = flatten(jax.make_jaxpr(function)(*structs))
+def _pointwise_graph(
+    function: Any,
+    structs: Sequence[Any],
+    axes: Sequence[int | None],
+    keep_custom_rules: bool = False,
+) -> RowGraph:
+    traced = jax.make_jaxpr(function)(*structs)
+    program = flatten(traced, keep_custom_rules=keep_custom_rules)
     if any(np.ndim(c) for c in program.constants.values()):
         raise NotRowLocal("the call closes over an array")
     graph = build(program, axes)
@@ -109,6 +188,8 @@ def _pointwise_graph(function: Any, structs: Sequence[Any], axes: Sequence[int |
             raise NotRowLocal("the call reduces over rows")
         if any(read is not None and read.row_map != IDENTITY for read in node.op.reads):
             raise NotRowLocal("the call mixes neighbouring rows")
+        if any(v not in graph.row_axis for v in node.row_inputs()):
+            raise NotRowLocal("the call makes a whole map and reads its rows")
     return graph
 
 

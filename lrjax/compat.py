@@ -25,3 +25,17 @@ def open_jaxpr(body: Any) -> tuple[Any, list[Any]]:
     """
     consts = list(getattr(body, "consts", ()))
     return getattr(body, "jaxpr", body), consts
+
+
+def scan_arity(eqn: Any) -> tuple[int, int]:
+    """How many of a scan's operands are constants, and how many are carried.
+
+    jax 0.10 has parameters for it, 0.12 trees. What is scanned has one axis more outside the body.
+    """
+    body, _ = open_jaxpr(eqn.params["jaxpr"])
+
+    def stays(outside: Any, inside: Any) -> bool:
+        return len(outside.aval.shape) == len(inside.aval.shape)
+
+    carried = sum(map(stays, eqn.outvars, body.outvars))
+    return sum(map(stays, eqn.invars, body.invars)) - carried, carried

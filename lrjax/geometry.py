@@ -62,6 +62,10 @@ class RowMap:
         """One past the last input row that output rows before ``stop`` need."""
         return ((stop - 1) * self.stride - self.pad + self.extent - 1) // self.base + 1
 
+    def size(self, count: int) -> int:
+        """Input rows of ``count`` output rows that start at a multiple of the quantum."""
+        return self.end(count) - self.first(0)
+
     def frontier(self, rows: int) -> int:
         """The largest ``stop`` whose input rows all lie before ``rows``."""
         return (rows * self.base - 1 + self.pad - (self.extent - 1)) // self.stride + 1
@@ -95,10 +99,62 @@ class ChainedMap:
     def end(self, stop: int) -> int:
         return functools.reduce(lambda row, m: m.end(row), self.maps, stop)
 
+    def size(self, count: int) -> int:
+        return self.end(count) - self.first(0)
+
     def frontier(self, rows: int) -> int:
         return functools.reduce(lambda row, m: m.frontier(row), reversed(self.maps), rows)
 
 
-AnyMap = RowMap | ChainedMap
+# Above this many rows, blocks are not aligned to a band's period.
+_LONGEST_PERIOD = 16
+
+
+@dataclasses.dataclass(frozen=True)
+class BandMap:
+    """A band around a line: output row ``i`` needs rows ``i * stride // base + low + [0, extent)``.
+
+    Bounds any monotone map (a resize, rows picked by constant indices, a mirrored edge). Where the
+    line's period is long, blocks may start anywhere and their windows are one row larger.
+
+    Attributes:
+      stride, base: input rows per output row, as a fraction.
+      low: where the band begins, in rows relative to the line.
+      extent: rows of the band.
+    """
+
+    stride: int
+    base: int
+    low: int
+    extent: int
+
+    @property
+    def quantum(self) -> int:
+        return self.base if self.base <= _LONGEST_PERIOD else 1
+
+    @property
+    def rate(self) -> Fraction:
+        return Fraction(self.stride, self.base)
+
+    @property
+    def _slack(self) -> int:
+        """Windows of equal size differ by a row in what they need, unless they are aligned."""
+        return int(self.base > _LONGEST_PERIOD)
+
+    def first(self, start: int) -> int:
+        return start * self.stride // self.base + self.low
+
+    def end(self, stop: int) -> int:
+        return (stop - 1) * self.stride // self.base + self.low + self.extent + self._slack
+
+    def size(self, count: int) -> int:
+        return (count - 1) * self.stride // self.base + self.extent + self._slack
+
+    def frontier(self, rows: int) -> int:
+        reach = rows - self.low - self.extent - self._slack
+        return ((reach + 1) * self.base - 1) // self.stride + 1
+
+
+AnyMap = RowMap | ChainedMap | BandMap
 
 IDENTITY = RowMap()

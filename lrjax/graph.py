@@ -12,6 +12,9 @@ from collections.abc import Callable, Collection, Iterable, Sequence
 from fractions import Fraction
 from typing import Any
 
+from lrjax.alignment import Alignment
+from lrjax.constants import Constants
+from lrjax.geometry import IDENTITY
 from lrjax.inline import Atom, FlatEquation, FlatProgram, Literal
 from lrjax.rules.base import Equation, NotRowLocal, Operand, RowOp, row_op
 from lrjax.rules.elementwise import ELEMENTWISE
@@ -112,7 +115,7 @@ def build(
         nodes=tuple(nodes),
         row_axis=typer.row_axis,
         streamed=streamed,
-        rate={v: typer.rates.find(v) for v in typer.row_axis},
+        rate={v: typer.rates.rate(v) for v in typer.row_axis},
         stages=cut_into_stages(problem, budget),
     )
 
@@ -150,29 +153,6 @@ def size_bytes(aval: Any) -> int:
     return math.prod(aval.shape) * aval.dtype.itemsize
 
 
-class _Rates:
-    """Union-find over values: how many rows of each come per row of its root."""
-
-    def __init__(self) -> None:
-        self.parent: dict[int, tuple[int, Fraction]] = {}
-
-    def find(self, value: int) -> tuple[int, Fraction]:
-        parent, rate = self.parent.get(value, (value, Fraction(1)))
-        if parent == value:
-            return value, Fraction(1)
-        root, parent_rate = self.find(parent)
-        self.parent[value] = (root, rate * parent_rate)
-        return self.parent[value]
-
-    def union(self, value: int, other: int, rows_per_row: Fraction) -> bool:
-        """``value`` has ``rows_per_row`` rows per row of ``other``; False if that contradicts."""
-        (root, rate), (other_root, other_rate) = self.find(value), self.find(other)
-        if root == other_root:
-            return rate == rows_per_row * other_rate
-        self.parent[root] = (other_root, rows_per_row * other_rate / rate)
-        return True
-
-
 class _Typer:
     """Walks the equations once and decides what carries rows."""
 
@@ -184,14 +164,16 @@ class _Typer:
     ):
         self.program = program
         self.accepts = accepts
+        self.constants = Constants(program)
         self.avals = list(program.avals)
         self.row_axis = {
             v: axis for v, axis in zip(program.inputs, in_axes, strict=True) if axis is not None
         }
         self.streamed: set[int] = set()
-        self.rates = _Rates()
+        self.rates = Alignment()
         self.nodes: list[Node] = []
         self.producer: dict[int, FlatEquation] = {}
+        self.copies: dict[tuple[int, int], int | None] = {}
         # Row axes of maps that column operations took whole: what comes back from them in such a
         # shape (the cotangent of a flattened map, say) carries rows along the same axis.
         self.whole_maps: dict[tuple[int, ...], int] = {
@@ -214,7 +196,7 @@ class _Typer:
                 self.whole_maps[self.avals[v].shape] = self.row_axis[v]
         for v in equation.outputs:
             shape = self.avals[v].shape
-            if len(shape) > 1 and shape in self.whole_maps:
+            if len(shape) > 1 and shape in self.whole_maps and self.constants.of(v) is None:
                 self.row_axis[v] = self.whole_maps[shape]
         self.nodes.append(Node(equation, None, reason=reason))
 
@@ -251,15 +233,17 @@ class _Typer:
         for atom, read in zip(equation.inputs, op.reads, strict=True):
             if read is None or not isinstance(atom, int):
                 continue
-            fits = self.rates.union(head, atom, 1 / read.row_map.rate)
-            if not fits and atom in self.streamed:
-                raise NotRowLocal("operands advance at different rates along rows")
+            conflict = self.rates.join(head, atom, read.row_map, self.avals[atom].shape[read.axis])
+            if conflict is not None and atom in self.streamed:
+                raise NotRowLocal(conflict)
         for v in equation.outputs[1:]:
-            self.rates.union(v, head, Fraction(1))
+            self.rates.join(v, head, IDENTITY, op.height)
 
     def repeated(self, value: int, axis: int) -> int:
         """A row-wise copy of a whole value that is constant along rows, else the value."""
-        made = self.repeat(value, axis)
+        if (value, axis) not in self.copies:
+            self.copies[value, axis] = self.repeat(value, axis)
+        made = self.copies[value, axis]
         return value if made is None else made
 
     def repeat(self, value: int, axis: int) -> int | None:
@@ -295,9 +279,10 @@ class _Typer:
     def described(self, equation: FlatEquation) -> Equation:
         def operand(atom: Atom) -> Operand:
             if isinstance(atom, Literal):
-                return Operand(atom.shape, atom.dtype, None, literal=atom.scalar)
-            aval = self.avals[atom]
-            return Operand(aval.shape, aval.dtype, self.row_axis.get(atom))
+                constant = self.constants.of(atom)
+                return Operand(atom.shape, atom.dtype, None, atom.scalar, constant)
+            aval, axis = self.avals[atom], self.row_axis.get(atom)
+            return Operand(aval.shape, aval.dtype, axis, constant=self.constants.of(atom))
 
         return Equation(
             equation.primitive,

@@ -2,12 +2,14 @@
 
 JAX shares sub-jaxprs between call sites, so that the same variable may stand for two values; here
 every value has a number of its own. Calls (``jit``, ``checkpoint``, custom derivatives, ...) are
-inlined; loops and branches stay whole.
+inlined, and short scans over rows (layers of a network) are unrolled; other loops and branches stay
+whole.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
@@ -20,7 +22,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.extend import source_info_util
 from jax.extend.core import Literal as JaxLiteral
 
-from lrjax.compat import bind, open_jaxpr
+from lrjax.compat import bind, open_jaxpr, scan_arity
 
 # The parameter that holds the body of a call, by primitive.
 _CALLS = {
@@ -37,6 +39,12 @@ _CUSTOM_CALLS = {
     "custom_vjp_call": "call_jaxpr",
     "custom_vjp_call_jaxpr": "fun_jaxpr",
 }
+
+
+# Equations that the unrolled form of one scan may have, calls in its body counted as one.
+MOST_UNROLLED = 2048
+# Copies of one row that are joined one by one.
+MOST_COPIES = 16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,7 +111,11 @@ class FlatProgram:
 
 
 def flatten(
-    closed: Any, *, keep_custom_rules: bool = False, constants_are_inputs: bool = False
+    closed: Any,
+    *,
+    keep_custom_rules: bool = False,
+    constants_are_inputs: bool = False,
+    carries_rows: Sequence[bool] = (),
 ) -> FlatProgram:
     """Inline every call.
 
@@ -111,26 +123,34 @@ def flatten(
       closed: the traced function.
       keep_custom_rules: leave ``custom_jvp`` and ``custom_vjp`` calls as single equations, so that
         a program that is differentiated later keeps its own derivatives.
-      constants_are_inputs: closed-over arrays become leading inputs (they may be tracers, whose
-        gradients somebody wants) instead of constants.
+      constants_are_inputs: closed-over arrays that may be differentiated (``is_moving``) become
+        leading inputs instead of constants.
+      carries_rows: whether rows run along each argument; scans of what depends on such are
+        unrolled.
     """
     flattener = _Flattener(dict(_CALLS) if keep_custom_rules else {**_CALLS, **_CUSTOM_CALLS})
-    if constants_are_inputs:
-        consts = [flattener.fresh(v.aval) for v in closed.jaxpr.constvars]
-    else:
-        consts = [flattener.constant(c) for c in closed.consts]
+    leading = [constants_are_inputs and is_moving(c) for c in closed.consts]
+    consts = [
+        flattener.fresh(v.aval) if moves else flattener.constant(c)
+        for v, c, moves in zip(closed.jaxpr.constvars, closed.consts, leading, strict=True)
+    ]
     arguments = [flattener.fresh(v.aval) for v in closed.jaxpr.invars]
-    outputs = flattener.inline(
-        closed.jaxpr, [*consts, *arguments], source_info_util.new_name_stack()
-    )
+    flattener.rows.update(itertools.compress(arguments, carries_rows))
+    outputs = flattener.inline(closed.jaxpr, [*consts, *arguments])
     program = FlatProgram(
         tuple(flattener.avals),
         tuple(flattener.equations),
-        tuple([*consts, *arguments] if constants_are_inputs else arguments),
+        tuple([*itertools.compress(consts, leading), *arguments]),
         tuple(outputs),
         flattener.constants,
     )
     return without_dead_equations(program)
+
+
+def is_moving(constant: Any) -> bool:
+    """A closed-over array that may be a tracer or have a gradient; indices known now are not."""
+    is_fixed = jnp.issubdtype(constant.dtype, np.integer) or constant.dtype == np.bool_
+    return isinstance(constant, jax.core.Tracer) or not is_fixed
 
 
 def _dtype(aval: Any) -> Any:
@@ -143,6 +163,10 @@ class _Flattener:
         self.avals: list[jax.ShapeDtypeStruct] = []
         self.equations: list[FlatEquation] = []
         self.constants: dict[int, Any] = {}
+        self.rows: set[int] = set()  # values that depend on rows
+        self.broadcasts: dict[int, tuple[int, Sequence[int]]] = {}  # their operands and dimensions
+        self.pieces: dict[int, list[Atom]] = {}  # of stacked results of unrolled scans
+        self.source = source_info_util.new_source_info()  # of the equation at hand
 
     def constant(self, value: Any) -> int:
         made = self.fresh(jax.ShapeDtypeStruct(np.shape(value), jnp.result_type(value)))
@@ -153,11 +177,12 @@ class _Flattener:
         self.avals.append(jax.ShapeDtypeStruct(getattr(aval, "shape", ()), aval.dtype))
         return len(self.avals) - 1
 
-    def inline(self, jaxpr: Any, arguments: Sequence[Atom], scopes: Any) -> list[Atom]:
+    def inline(self, jaxpr: Any, arguments: Sequence[Atom]) -> list[Atom]:
         """Emit the equations of a jaxpr whose constvars and invars are ``arguments``.
 
-        ``scopes`` is the name stack of the call; the names within a jaxpr start from there.
+        The names within a jaxpr start from the name stack of the equation that calls it.
         """
+        caller = self.source
         known: dict[Any, Atom] = dict(
             zip((*jaxpr.constvars, *jaxpr.invars), arguments, strict=True)
         )
@@ -167,33 +192,163 @@ class _Flattener:
 
         for eqn in jaxpr.eqns:
             inputs = tuple(atom(v) for v in eqn.invars)
+            stack = caller.name_stack + eqn.source_info.name_stack
+            self.source = eqn.source_info.replace(name_stack=stack)
             body = self.calls.get(eqn.primitive.name)
             if body is not None:
-                outputs = self.call(eqn.params[body], inputs, scopes + eqn.source_info.name_stack)
+                outputs = self.call(eqn.params[body], inputs)
             elif eqn.primitive is lax.optimization_barrier_p:
                 # One each: values with and without rows, or at several heights, may share one.
                 outputs = [
-                    self.emit(eqn, (value,), (v,), scopes)[0]
+                    self.emit(eqn, (value,), (v,))[0]
                     for value, v in zip(inputs, eqn.outvars, strict=True)
                 ]
+            elif eqn.primitive.name == "scan" and self.is_unrolled(eqn, inputs):
+                outputs = self.unrolled(eqn, inputs)
+            elif eqn.primitive is lax.split_p:
+                outputs = self.slices(eqn, inputs[0])
+            elif eqn.primitive is lax.concatenate_p:
+                outputs = self.joined(eqn, inputs)
+            elif eqn.primitive is lax.reshape_p and self.merges_copies(eqn, inputs[0]):
+                outputs = self.joined_copies(eqn, inputs[0])
             else:
-                outputs = self.emit(eqn, inputs, eqn.outvars, scopes)
+                outputs = [*self.emit(eqn, inputs, eqn.outvars)]
             known.update(zip(eqn.outvars, outputs, strict=True))
+        self.source = caller
         return [atom(v) for v in jaxpr.outvars]
 
-    def emit(
-        self, eqn: Any, inputs: tuple[Atom, ...], outvars: Sequence[Any], scopes: Any
-    ) -> list[Atom]:
-        made = tuple(self.fresh(v.aval) for v in outvars)
-        source = eqn.source_info.replace(name_stack=scopes + eqn.source_info.name_stack)
+    def emit(self, eqn: Any, inputs: tuple[Atom, ...], outvars: Sequence[Any]) -> list[int]:
+        return self.add(eqn.primitive, eqn.params, inputs, outvars, bool(eqn.effects))
+
+    def add(
+        self,
+        primitive: Any,
+        params: dict[str, Any],
+        inputs: tuple[Atom, ...],
+        outvars: Sequence[Any],
+        has_effects: bool = False,
+    ) -> list[int]:
+        made = tuple(self.fresh(getattr(v, "aval", v)) for v in outvars)
+        if primitive is lax.broadcast_in_dim_p and len(inputs) == 1 and isinstance(inputs[0], int):
+            self.broadcasts[made[0]] = inputs[0], params["broadcast_dimensions"]
         self.equations.append(
-            FlatEquation(eqn.primitive, eqn.params, inputs, made, source, bool(eqn.effects))
+            FlatEquation(primitive, params, inputs, made, self.source, has_effects)
         )
+        if self.rows.intersection(v for v in inputs if isinstance(v, int)):
+            self.rows.update(made)
         return list(made)
 
-    def call(self, body: Any, inputs: Sequence[Atom], scopes: Any) -> list[Atom]:
+    def slices(self, eqn: Any, operand: Atom) -> list[Atom]:
+        """A split as slices: each of its pieces may have rows of its own."""
+        axis = eqn.params["axis"]
+        starts = [0, *itertools.accumulate(eqn.params["sizes"])]
+        return [
+            self.slice(operand, eqn.invars[0].aval.shape, axis, start, v.aval)
+            for start, v in zip(starts, eqn.outvars, strict=False)
+        ]
+
+    def joined(self, eqn: Any, inputs: Sequence[Atom]) -> list[Atom]:
+        """A concatenation without its empty pieces, whose axes would be anyone's guess."""
+        axis = eqn.params["dimension"]
+        pairs = zip(inputs, eqn.invars, strict=True)
+        filled = tuple(piece for piece, v in pairs if v.aval.shape[axis]) or tuple(inputs[:1])
+        return [*filled] if len(filled) == 1 else [*self.emit(eqn, filled, eqn.outvars)]
+
+    def merges_copies(self, eqn: Any, operand: Atom) -> bool:
+        """One row made several, as ``jnp.pad`` repeats an edge: ``[.., 1, ..]`` was broadcast to
+        ``[.., 1, copies, ..]`` and becomes ``[.., copies, ..]``."""
+        if not isinstance(operand, int) or operand not in self.broadcasts:
+            return False
+        source, dims = self.broadcasts[operand]
+        shape, spread = self.avals[source].shape, self.avals[operand].shape
+        new = [a for a in range(len(spread)) if a not in dims]
+        if len(new) != 1 or new[0] == 0 or not 1 <= spread[new[0]] <= MOST_COPIES:
+            return False
+        axis = new[0] - 1
+        merged = (*shape[:axis], spread[new[0]], *shape[axis + 1 :])
+        inserted = (*shape[: axis + 1], spread[new[0]], *shape[axis + 1 :])
+        return shape[axis] == 1 and spread == inserted and eqn.params["new_sizes"] == merged
+
+    def joined_copies(self, eqn: Any, operand: Atom) -> list[Atom]:
+        """Copies one after the other: their gradient is a few shifted rows, no sum over rows."""
+        assert isinstance(operand, int)
+        source, dims = self.broadcasts[operand]
+        shape = self.avals[operand].shape
+        (new,) = (a for a in range(len(shape)) if a not in dims)
+        copies = (source,) * shape[new]
+        if len(copies) == 1:
+            return [source]
+        return [*self.add(lax.concatenate_p, {"dimension": new - 1}, copies, eqn.outvars)]
+
+    def slice(
+        self, operand: Atom, shape: Sequence[int], axis: int, start: int, out_aval: Any
+    ) -> Atom:
+        starts, limits = [0] * len(shape), list(shape)
+        starts[axis], limits[axis] = start, start + out_aval.shape[axis]
+        params = {
+            "start_indices": tuple(starts),
+            "limit_indices": tuple(limits),
+            "strides": None,
+        }
+        return self.add(lax.slice_p, params, (operand,), [out_aval])[0]
+
+    def is_unrolled(self, eqn: Any, inputs: Sequence[Atom]) -> bool:
+        """A scan over layers: it takes rows, and its steps are few."""
+        jaxpr, _ = open_jaxpr(eqn.params["jaxpr"])
+        size = eqn.params["length"] * len(jaxpr.eqns)
+        takes_rows = self.rows.intersection(v for v in inputs if isinstance(v, int))
+        return bool(takes_rows) and size <= MOST_UNROLLED and not eqn.effects
+
+    def unrolled(self, eqn: Any, inputs: Sequence[Atom]) -> list[Atom]:
+        params = eqn.params
+        length, (consts, carries) = params["length"], scan_arity(eqn)
+        fixed, carry = list(inputs[:consts]), list(inputs[consts : consts + carries])
+        slices = [
+            self.unstacked(x, v.aval, length)
+            for x, v in zip(inputs[consts + carries :], eqn.invars[consts + carries :], strict=True)
+        ]
+        made: list[list[Atom]] = [[] for _ in eqn.outvars[carries:]]
+        for step in reversed(range(length)) if params["reverse"] else range(length):
+            results = self.call(params["jaxpr"], [*fixed, *carry, *(x[step] for x in slices)])
+            carry = results[:carries]
+            for pieces, result in zip(made, results[carries:], strict=True):
+                pieces.append(result)
+        stacked = [
+            self.stacked(pieces[::-1] if params["reverse"] else pieces, v.aval)
+            for pieces, v in zip(made, eqn.outvars[carries:], strict=True)
+        ]
+        return [*carry, *stacked]
+
+    def unstacked(self, operand: Atom, aval: Any, length: int) -> list[Atom]:
+        """The slices of a scanned operand along its first axis."""
+        if isinstance(operand, int) and operand in self.pieces:
+            return self.pieces[operand]
+        found: list[Atom] = []
+        for step in range(length):
+            one = jax.ShapeDtypeStruct((1, *aval.shape[1:]), aval.dtype)
+            row = self.slice(operand, aval.shape, 0, step, one)
+            flat = jax.ShapeDtypeStruct(aval.shape[1:], aval.dtype)
+            found += self.add(lax.squeeze_p, {"dimensions": (0,)}, (row,), [flat])
+        return found
+
+    def stacked(self, pieces: Sequence[Atom], aval: Any) -> Atom:
+        """The stack of a scan's results; a scan that takes it finds the pieces again."""
+        rows: list[Atom] = []
+        for piece in pieces:
+            params = {
+                "shape": (1, *aval.shape[1:]),
+                "broadcast_dimensions": tuple(range(1, len(aval.shape))),
+                "sharding": None,
+            }
+            one = jax.ShapeDtypeStruct((1, *aval.shape[1:]), aval.dtype)
+            rows += self.add(lax.broadcast_in_dim_p, params, (piece,), [one])
+        (whole,) = self.add(lax.concatenate_p, {"dimension": 0}, tuple(rows), [aval])
+        self.pieces[whole] = list(pieces)
+        return whole
+
+    def call(self, body: Any, inputs: Sequence[Atom]) -> list[Atom]:
         jaxpr, consts = open_jaxpr(body)
-        return self.inline(jaxpr, [*map(self.constant, consts), *inputs], scopes)
+        return self.inline(jaxpr, [*map(self.constant, consts), *inputs])
 
 
 def without_dead_equations(program: FlatProgram) -> FlatProgram:

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Sequence
 from fractions import Fraction
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -123,18 +124,24 @@ class RowLoop:
 
     @functools.cached_property
     def latest_input(self) -> int | None:
-        """One of the values that exist whole, made as late as any of them."""
+        """One of the arrays of numbers that exist whole, made as late as any of them."""
         graph = self.graph
         homes = zip(graph.nodes, graph.stages.home, strict=True)
         made = {v: home for node, home in homes for v in node.equation.outputs}
-        return max((*self.wholes, *self.arrays), key=lambda v: made.get(v, -1), default=None)
+        numbers = (
+            v
+            for v in (*self.wholes, *self.arrays)
+            if not jnp.issubdtype(graph.program.avals[v].dtype, jax.dtypes.extended)
+        )
+        return max(numbers, key=lambda v: made.get(v, -1), default=None)
 
     def track(self, value: int) -> Track:
         return self.schedule.tracks[self.producer[value]]
 
     def window(self, source: Source, step: int) -> tuple[int, int]:
         rows, row_map = self.schedule.tracks[source.node], source.read.row_map
-        return row_map.first(rows.start(step)), row_map.end(rows.stop(step))
+        start = row_map.first(rows.start(step))
+        return start, start + row_map.size(rows.rows)
 
     def window_starts(self, source: Source) -> list[int]:
         """The first row that a read needs, per step."""

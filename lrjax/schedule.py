@@ -104,7 +104,8 @@ class Schedule:
     def window(self, task: int, read: int, step: int) -> tuple[int, int]:
         """Input rows ``[start, stop)`` of a read in a step."""
         track, row_map = self.tracks[task], self.tasks[task].reads[read].row_map
-        return row_map.first(track.start(step)), row_map.end(track.stop(step))
+        start = row_map.first(track.start(step))
+        return start, start + row_map.size(track.rows)
 
 
 def shared_schedule(tasks: Sequence[Task]) -> Schedule:

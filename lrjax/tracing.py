@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from lrjax.inline import FlatProgram, flatten
+from lrjax.inline import FlatProgram, flatten, is_moving
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,11 +62,15 @@ def trace(
     except (TypeError, ValueError) as error:
         _explain_heights(leaves, axes, error)
         raise
-    program = flatten(closed, keep_custom_rules=True, constants_are_inputs=True)
+    carries_rows = [axis is not None for axis in axes] + [False] * len(traced_keywords)
+    program = flatten(
+        closed, keep_custom_rules=True, constants_are_inputs=True, carries_rows=carries_rows
+    )
+    consts = tuple(filter(is_moving, closed.consts))
     return Traced(
         program,
-        (*closed.consts, *arrays),
-        (*(None,) * len(closed.consts), *axes, *(None,) * len(traced_keywords)),
+        (*consts, *arrays),
+        (*(None,) * len(consts), *axes, *(None,) * len(traced_keywords)),
         out_tree,
     )
 

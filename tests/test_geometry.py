@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lrjax.geometry import IDENTITY, ChainedMap, RowMap, ceil_div, round_down, round_up
+from lrjax.geometry import IDENTITY, BandMap, ChainedMap, RowMap, ceil_div, round_down, round_up
 
 row_maps = st.builds(
     RowMap,
@@ -16,7 +16,14 @@ row_maps = st.builds(
     base=st.integers(1, 4),
 )
 chains = st.lists(row_maps, min_size=1, max_size=4).map(lambda maps: ChainedMap(tuple(maps)))
-any_maps = st.one_of(row_maps, chains)
+bands = st.builds(
+    BandMap,
+    stride=st.integers(1, 40),
+    base=st.integers(1, 40),
+    low=st.integers(-5, 5),
+    extent=st.integers(1, 6),
+)
+any_maps = st.one_of(row_maps, chains, bands)
 rows = st.integers(-30, 30)
 counts = st.integers(1, 12)
 
@@ -59,9 +66,22 @@ def test_maps_are_monotone(row_map, start, count):
     assert row_map.frontier(start) <= row_map.frontier(start + count)
 
 
+@given(any_maps, rows, counts)
+def test_window_lies_within_its_range(row_map, start, count):
+    """Windows of one size hold what their rows need, and stop where the range does."""
+    if not isinstance(row_map, BandMap):
+        start, count = (rows * row_map.quantum for rows in (start, count))
+    elif row_map.quantum > 1:
+        start *= row_map.quantum
+    stop = row_map.first(start) + row_map.size(count)
+    last_needed = row_map.end(start + count) - getattr(row_map, "_slack", 0)
+    assert last_needed <= stop <= row_map.end(start + count)
+
+
 @given(any_maps, rows, st.integers(-5, 5))
 def test_shift_by_the_quantum_moves_everything_alike(row_map, start, times):
-    shift = times * row_map.quantum
+    period = row_map.base if isinstance(row_map, BandMap) else row_map.quantum
+    shift = times * period
     moved = shift * row_map.rate
     assert moved.denominator == 1
     assert row_map.first(start + shift) == row_map.first(start) + moved

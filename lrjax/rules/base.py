@@ -16,6 +16,7 @@ import jax
 import numpy as np
 
 from lrjax.compat import bind
+from lrjax.constants import Constant
 from lrjax.geometry import AnyMap
 
 Shape = tuple[int, ...]
@@ -34,12 +35,14 @@ class Operand:
       shape, dtype: of the whole value.
       row_axis: the axis that carries rows, None for a value that only exists whole.
       literal: the value of a scalar literal, else None.
+      constant: the value, computed on demand, if no input of the program changes it.
     """
 
     shape: Shape
     dtype: Any
     row_axis: int | None
     literal: Any = None
+    constant: Constant | None = None
 
     @property
     def height(self) -> int:

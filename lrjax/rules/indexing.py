@@ -6,12 +6,16 @@ dimension), or one set of indices picks from all rows alike (``x[..., indices]``
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import dataclasses
+from collections.abc import Callable, Sequence
 
 import jax
+import numpy as np
 from jax import lax
 
 from lrjax.geometry import IDENTITY
+from lrjax.rules import banded
+from lrjax.rules.banded import Taps, constant_rows
 from lrjax.rules.base import Array, Equation, NotRowLocal, Operand, RowOp, RowRead, Rows, rule
 
 
@@ -30,6 +34,8 @@ def gather(equation: Equation) -> RowOp:
         (*numbers.collapsed_slice_dims, *numbers.operand_batching_dims), len(operand.shape)
     )
     axis = equation.row_axis
+    if axis in numbers.collapsed_slice_dims:
+        return _picked_rows(equation, batch_dims)
     if axis not in window_dims or sizes[axis] != operand.height:
         raise NotRowLocal("rows are picked by indices")
     out_axis = numbers.offset_dims[window_dims.index(axis)]
@@ -69,7 +75,68 @@ def scatter(equation: Equation) -> RowOp:
         matches = [f in (None, a) for f, a in zip(found, axes, strict=True)]
         if all(matches) and any(f is not None for f in found):
             return _picked_per_row(equation, axes, axis)
-    raise NotRowLocal("rows are scattered by indices")
+    return _scattered_rows(equation, batch_dims)
+
+
+def _picked_rows(equation: Equation, batch_dims: Sequence[int]) -> RowOp:
+    """``x[:, rows]`` with constant rows."""
+    operand, axis, height = equation.operands[0], equation.row_axis, equation.height
+    numbers, sizes = equation.params["dimension_numbers"], equation.params["slice_sizes"]
+    others_whole = _with(sizes, axis, height) == operand.shape
+    if tuple(numbers.start_index_map) != (axis,) or len(batch_dims) != 1 or not others_whole:
+        raise NotRowLocal("rows are picked by indices")
+
+    def make() -> Taps:
+        rows = constant_rows(equation, 1, height)
+        return banded.taps(np.arange(len(rows)), rows, None, len(rows), height)
+
+    found = _remembered(equation, 1, axis, make)
+    out_axis = batch_dims[0]
+
+    def arrange(picked: Array) -> Array:
+        return jax.numpy.moveaxis(picked, axis, out_axis)
+
+    return banded.sum_of_taps(equation, found, axis, out_axis, arrange)
+
+
+def _scattered_rows(equation: Equation, batch_dims: Sequence[int]) -> RowOp:
+    """The gradient of ``x[:, rows]``: every row is the sum of those that were picked from it."""
+    operand, _, updates = equation.operands
+    numbers = equation.params["dimension_numbers"]
+    picked = tuple(numbers.scatter_dims_to_operand_dims)
+    is_sum = equation.primitive.name == "scatter-add" and len(picked) == 1
+    if not is_sum or tuple(numbers.inserted_window_dims) != picked or len(batch_dims) != 1:
+        raise NotRowLocal("rows are scattered by indices")
+    (axis,), (source,) = picked, batch_dims
+    height = operand.shape[axis]
+    window = [s for a, s in enumerate(updates.shape) if a != source]
+    if updates.row_axis != source or operand.row_axis not in (None, axis):
+        raise NotRowLocal("rows are scattered by indices")
+    if window != [s for a, s in enumerate(operand.shape) if a != axis]:
+        raise NotRowLocal("rows are scattered by indices")
+
+    def make() -> Taps:
+        rows = constant_rows(equation, 1, height)
+        return banded.taps(rows, np.arange(len(rows)), None, height, len(rows))
+
+    found = _remembered(equation, 1, axis, make)
+
+    def evaluate(windows: Sequence[Array], rows: Rows) -> Sequence[Array]:
+        total = found.sum(windows[2], rows, source, operand.dtype)
+        return [windows[0] + jax.numpy.moveaxis(total, source, axis)]
+
+    summed = banded.sum_of_taps(equation, found, source, axis, operand=2)
+    reads = (RowRead(IDENTITY, axis), None, summed.reads[2])
+    return dataclasses.replace(summed, reads=reads, evaluate=evaluate)
+
+
+def _remembered(equation: Equation, indices: int, axis: int, make: Callable[[], Taps]) -> Taps:
+    constant = equation.operands[indices].constant
+    if constant is None:
+        raise NotRowLocal("rows are picked by indices")
+    shapes = [operand.shape for operand in equation.operands]
+    name = f"{equation.primitive.name} {axis} {shapes} {equation.params['mode']}"
+    return banded.remembered(constant.key + name.encode(), make)
 
 
 @rule("dynamic_update_slice")

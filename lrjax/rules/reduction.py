@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 
 from lrjax.geometry import IDENTITY
+from lrjax.rules import banded
+from lrjax.rules.banded import Taps
 from lrjax.rules.base import (
     Array,
     Equation,
@@ -110,7 +113,8 @@ def dot_general(equation: Equation) -> RowOp:
 
     paired = _paired_axis(lhs, rhs, lhs_contract, rhs_contract)
     if paired is not None:
-        return op(paired, None, is_reduction=True)
+        band = _product_with_band(equation, paired)
+        return op(paired, None, is_reduction=True) if band is None else band
     paired = _paired_axis(lhs, rhs, lhs_batch, rhs_batch)
     if paired is not None:
         return op(paired, lhs_batch.index(paired[0]))
@@ -124,6 +128,34 @@ def dot_general(equation: Equation) -> RowOp:
     free = _free_axes(rhs, rhs_contract, rhs_batch)
     lhs_free = len(lhs.shape) - len(lhs_contract) - batch
     return op((None, rhs.row_axis), batch + lhs_free + free.index(rhs.row_axis))
+
+
+def _product_with_band(equation: Equation, paired: tuple[int, int]) -> RowOp | None:
+    """Rows times a constant banded matrix, as ``jax.image.resize`` makes them; None if not."""
+    dimensions = equation.params["dimension_numbers"]
+    if dimensions[0] != ((paired[0],), (paired[1],)) or any(map(len, dimensions[1])):
+        return None
+    image = equation.row_operand
+    axis, matrix = paired[image], equation.operands[1 - image]
+    contracted = paired[1 - image]
+    if matrix.constant is None or matrix.row_axis is not None or len(matrix.shape) != 2:
+        return None
+
+    def make() -> Taps:
+        assert matrix.constant is not None
+        return banded.of_matrix(matrix.constant, contracted)
+
+    try:
+        found = banded.remembered(matrix.constant.key + bytes([contracted]), make)
+    except NotRowLocal:
+        return None
+    # The axis of the matrix comes after the others, or before them.
+    out_axis = len(equation.outputs[0].shape) - 1 if image == 0 else 0
+
+    def arrange(rows: Array) -> Array:
+        return jnp.moveaxis(rows, axis, out_axis)
+
+    return banded.sum_of_taps(equation, found, axis, out_axis, arrange)
 
 
 def _free_axes(operand: Operand, contract: Sequence[int], batch: Sequence[int]) -> list[int]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
 from collections.abc import Sequence
 
 import jax
@@ -9,6 +11,7 @@ import numpy as np
 from jax import lax
 
 from lrjax.geometry import IDENTITY, RowMap
+from lrjax.rules import banded
 from lrjax.rules.base import (
     Array,
     Equation,
@@ -19,6 +22,7 @@ from lrjax.rules.base import (
     removed_axes,
     rule,
 )
+from lrjax.rules.random import random_rows
 
 
 def _row_by_row(equation: Equation, out_axis: int, **block_params: object) -> RowOp:
@@ -41,6 +45,11 @@ def _row_by_row(equation: Equation, out_axis: int, **block_params: object) -> Ro
     )
 
 
+# Rows that a reshape folds into one or makes of one (pixel shuffle, patches of up to 32 rows). One
+# that makes more flattens the map, which then ends a stage.
+MOST_ROWS_PER_ROW = 32
+
+
 def _with(shape: Sequence[int], axis: int, size: int) -> tuple[int, ...]:
     return tuple(size if a == axis else s for a, s in enumerate(shape))
 
@@ -55,11 +64,13 @@ def broadcast_in_dim(equation: Equation) -> RowOp:
 
 
 def constant_along_rows(equation: Equation, axis: int) -> RowOp | None:
-    """The row form of an equation without row operands whose output repeats, or counts, rows.
+    """The row form of an equation without row operands whose rows are alike, counted or random.
 
     Returns None where the equation is neither; its output must then exist whole.
     """
     name, params = equation.primitive.name, equation.params
+    if name == "random_bits":
+        return random_rows(equation, axis)
     shape = equation.outputs[0].shape
     if name == "broadcast_in_dim" and equation.operands and len(equation.operands) == 1:
         operand = equation.operands[0].shape
@@ -99,15 +110,33 @@ def reshape(equation: Equation) -> RowOp:
     new_sizes = equation.params["new_sizes"]
     order = equation.params.get("dimensions")  # transposed like this first
     order = tuple(range(len(shape))) if order is None else tuple(order)
-    before = int(np.prod([shape[a] for a in order[: order.index(axis)]]))
-    for out_axis, size in enumerate(new_sizes):
-        if size == shape[axis] and int(np.prod(new_sizes[:out_axis])) == before:
-            return _row_by_row(
-                equation,
-                out_axis,
-                new_sizes=lambda n, a=out_axis: _with(new_sizes, a, n),
-            )
+    before = math.prod(shape[a] for a in order[: order.index(axis)])
+    # Axes at the rows' place in memory; one of as many rows is the best, then one of the most.
+    heights = {
+        out_axis: size
+        for out_axis, size in enumerate(new_sizes)
+        if math.prod(new_sizes[:out_axis]) == before
+    }
+    for out_axis, height in heights.items():
+        if height == shape[axis]:
+            return _reshaped(equation, out_axis, IDENTITY)
+    for out_axis, height in sorted(heights.items(), key=lambda item: -item[1]):
+        rows, left = divmod(shape[axis], max(height, 1))
+        if not left and rows <= MOST_ROWS_PER_ROW:
+            return _reshaped(equation, out_axis, RowMap(stride=rows, extent=rows))
+        rows, left = divmod(height, max(shape[axis], 1))
+        if not left and rows <= MOST_ROWS_PER_ROW:
+            # Floor division: rows of the operand that hold the output rows.
+            row_map = RowMap(extent=rows, pad=rows - 1, base=rows)
+            return _reshaped(equation, out_axis, row_map)
     raise NotRowLocal(f"reshape {shape} -> {tuple(new_sizes)} does not keep rows whole")
+
+
+def _reshaped(equation: Equation, out_axis: int, row_map: RowMap) -> RowOp:
+    kept = _row_by_row(
+        equation, out_axis, new_sizes=lambda n: _with(equation.params["new_sizes"], out_axis, n)
+    )
+    return dataclasses.replace(kept, reads=(RowRead(row_map, equation.row_axis),))
 
 
 @rule("squeeze")
@@ -133,9 +162,16 @@ def transpose(equation: Equation) -> RowOp:
 
 @rule("rev")
 def rev(equation: Equation) -> RowOp:
-    if equation.row_axis in equation.params["dimensions"]:
+    axis, dimensions = equation.row_axis, equation.params["dimensions"]
+    if axis not in dimensions:
+        return _row_by_row(equation, axis)
+    if equation.height > banded.LOWEST_MAP:
         raise NotRowLocal("rows are reversed")
-    return _row_by_row(equation, equation.row_axis)
+
+    def arrange(rows: Array) -> Array:
+        return lax.rev(rows, [a for a in dimensions if a != axis])
+
+    return banded.sum_of_taps(equation, banded.of_reversal(equation.height), axis, axis, arrange)
 
 
 @rule("slice")
@@ -198,16 +234,38 @@ def pad(equation: Equation) -> RowOp:
 @rule("concatenate")
 def concatenate(equation: Equation) -> RowOp:
     axis = equation.row_axis
-    if equation.params["dimension"] == axis:
-        raise NotRowLocal("rows are concatenated")
-    reads = tuple(RowRead(IDENTITY, axis) for _ in equation.operands)
     if any(operand.row_axis not in (None, axis) for operand in equation.operands):
         raise NotRowLocal("operands carry rows on different axes")
+    if equation.params["dimension"] == axis:
+        return _rows_after_rows(equation, axis)
+    reads = tuple(RowRead(IDENTITY, axis) for _ in equation.operands)
 
     def evaluate(windows: Sequence[Array], rows: Rows) -> Sequence[Array]:
         return equation.bind(*windows)
 
     return RowOp(reads=reads, out_axes=(axis,), height=equation.height, evaluate=evaluate)
+
+
+def _rows_after_rows(equation: Equation, axis: int) -> RowOp:
+    """Every operand at its offset; a row is taken from the one that it lies in."""
+    heights = [operand.shape[axis] for operand in equation.operands]
+    ends = np.cumsum(heights)
+    starts = ends - heights
+
+    def evaluate(windows: Sequence[Array], rows: Rows) -> Sequence[Array]:
+        position = jax.numpy.asarray(rows.start) + lax.iota(np.int32, rows.count)
+        along = [-1 if a == axis else 1 for a in range(windows[0].ndim)]
+        result = windows[0]
+        for start, window in zip(starts[1:], windows[1:], strict=True):
+            result = jax.numpy.where((position >= start).reshape(along), window, result)
+        return [result]
+
+    return RowOp(
+        reads=tuple(RowRead(RowMap(pad=int(start)), axis) for start in starts),
+        out_axes=(axis,),
+        height=int(ends[-1]),
+        evaluate=evaluate,
+    )
 
 
 @rule("split")
