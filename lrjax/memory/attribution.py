@@ -385,9 +385,9 @@ class Attribution:
         if self.home.get(made_by.id) in self.in_loops or self._backward(made_by):
             return False
         return any(
-            _is_backward(self.described(user).op_name)
+            _is_backward(self.described(reader).op_name)
             for member in self._members(piece)
-            for user in self.users.get(member.id, ())
+            for reader in self._readers_of(member)
         )
 
 
