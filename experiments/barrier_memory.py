@@ -14,6 +14,7 @@ The answers, per version of jax, go to ``results/barrier_memory.json`` and, as a
 """
 
 import argparse
+import functools
 import os
 import time
 from collections.abc import Callable
@@ -31,9 +32,13 @@ from experiments import report
 from lrjax import autodiff, memory, models
 from lrjax.graph import RowGraph, build, size_bytes
 from lrjax.inline import flatten
+from lrjax.models.convnext import ConvNeXtBlock
+from lrjax.models.resnet import ResidualBlock
+from lrjax.models.unet import DoubleConv
 from lrjax.tracing import trace
 
 MIB = 2**20
+BLOCKS = (ResidualBlock, DoubleConv, ConvNeXtBlock)
 RESULTS = report.RESULTS / "barrier_memory.json"
 
 
@@ -69,8 +74,8 @@ NETWORKS = {
 class Row:
     """One program: a network by a method, and the peak it may take.
 
-    ``method`` is ``"column"``, ``"checkpoint"`` (the values that the model names are saved) or
-    ``"stream"`` in ``num_blocks``.
+    ``method`` is ``"column"``, ``"remat"`` (``nn.remat`` around every block) or ``"stream"`` in
+    ``num_blocks``.
     """
 
     network: str
@@ -83,9 +88,8 @@ class Row:
 
     def apply(self) -> Callable[..., Any]:
         network = NETWORKS[self.network]
-        if self.method == "checkpoint":
-            policy = jax.checkpoint_policies.save_any_names_but_these()
-            return jax.checkpoint(network, policy=policy)
+        if self.method == "remat":
+            return functools.partial(_with_remat, network)
         if self.method == "stream":
             return lrjax.rowwise(network, in_axes=(None, 1), num_blocks=self.num_blocks)
         return network
@@ -93,21 +97,40 @@ class Row:
 
 ROWS = (
     Row("resnet50-batch", "column"),
-    Row("resnet50-batch", "checkpoint"),
+    Row("resnet50-batch", "remat"),
     Row("resnet50-batch", "stream", 64, limit_mib=1_250),
     Row("resnet50-frozen", "column"),
-    Row("resnet50-frozen", "checkpoint"),
+    Row("resnet50-frozen", "remat"),
     Row("resnet50-frozen", "stream", 128),
     Row("unet-group", "column"),
-    Row("unet-group", "checkpoint"),
+    Row("unet-group", "remat"),
     Row("unet-group", "stream", 128),
     Row("unet-frozen", "column"),
-    Row("unet-frozen", "checkpoint"),
+    Row("unet-frozen", "remat"),
     Row("unet-frozen", "stream", 128),
     Row("convnext", "column"),
-    Row("convnext", "checkpoint"),
+    Row("convnext", "remat"),
     Row("convnext", "stream", 128),
 )
+
+
+def _with_remat(network: Network, variables: Any, images: jax.Array) -> Any:
+    """The network with ``nn.remat`` around every block."""
+    inside: set[tuple[str, ...]] = set()
+
+    def around(call: Callable[..., Any], args: Any, kwargs: Any, context: Any) -> Any:
+        module = context.module
+        is_block = isinstance(module, BLOCKS) and context.method_name == "__call__"
+        if not is_block or module.path in inside:
+            return call(*args, **kwargs)
+        inside.add(module.path)
+        try:
+            return nn.remat(lambda module, x: module(x, **kwargs))(module, *args)
+        finally:
+            inside.remove(module.path)
+
+    with nn.intercept_methods(around):
+        return network(variables, images)
 
 
 def gradient(fun: Callable[..., Any]) -> Callable[..., Any]:

@@ -103,8 +103,9 @@ def test_generated_networks_run_by_rows():
         if min(c.args[1].shape[c.in_axes[1]], 99) < 4:
             continue  # in a map of one row, rows and batch look alike
         first, *rest = graphs_of(c.fun, c.args, c.in_axes)
-        expected = ["reshape"] if c.description.endswith("flatten") else []
-        assert fallbacks(first) == expected, c.description
+        # Rows of a few columns are flattened row by row.
+        allowed = ([], ["reshape"]) if c.description.endswith("flatten") else ([],)
+        assert fallbacks(first) in allowed, c.description
         assert [fallbacks(graph) for graph in rest] in ([], [[]]), c.description
 
 
