@@ -1,11 +1,13 @@
 """The memory this project promises, asserted for the device it promises it on.
 
-The programs and their limits are those of ``experiments/vgg16_memory.py``. Nothing is executed:
-XLA compiles for an H200 that need not be there.
+The programs and their limits are those of ``experiments/vgg16_memory.py`` and
+``experiments/barrier_memory.py``. Nothing is executed: XLA compiles for an H200 that need not be
+there.
 """
 
 import pytest
 
+from experiments import barrier_memory
 from experiments import vgg16_memory as claims
 from experiments.vgg16_stack import COLUMN, Method
 from lrjax.memory import is_installed
@@ -44,3 +46,10 @@ def test_compile_time(strategy):
     seconds = claims.compile_cpu_s((COLUMN, few, many), repeats=3)
     assert max(seconds.values()) <= claims.COMPILE_LIMIT * seconds[COLUMN]
     assert seconds[many] <= claims.COMPILE_GROWTH_LIMIT * seconds[few]
+
+
+@pytest.mark.parametrize("row", [row for row in barrier_memory.ROWS if row.limit_mib], ids=str)
+def test_peak_memory_of_modern_networks(row):
+    found = barrier_memory.measure(row, "h200")
+    assert found["peak_mib"] <= row.limit_mib
+    assert found["operations"] <= 1.5
