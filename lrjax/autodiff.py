@@ -20,7 +20,8 @@ from jax.custom_derivatives import SymbolicZero
 
 from lrjax import calls as _calls  # noqa: F401  registers the rules of custom derivatives
 from lrjax import engine
-from lrjax.engine import Values
+from lrjax.blocks import keep_rows, read_rows, write_rows
+from lrjax.clock import Clock, clock_of
 from lrjax.graph import RowGraph, build
 from lrjax.inline import (
     FlatEquation,
@@ -31,6 +32,7 @@ from lrjax.inline import (
     masks_from_outputs,
 )
 from lrjax.late import with_late_copies
+from lrjax.line_buffers import Values, empty_lines, reader_of
 from lrjax.residuals import residuals
 from lrjax.rowloop import RowLoop, row_loop
 from lrjax.rules.base import Array, RowOp
@@ -118,7 +120,7 @@ def stream(program: FlatProgram, axes: Axes, num_blocks: int) -> Callable[..., l
 
     The forward pass saves what ends a stage: reductions over rows and maps that column operations
     take whole. Everything else is recomputed as cotangents arrive. Where the only output is a
-    scalar sum over rows, value and gradient are one pass and nothing is recomputed.
+    scalar sum over rows, value and gradient are one pass and only late copies are done twice.
     """
     structs = program.structs
 
@@ -313,7 +315,7 @@ def _without_tangent(value: Array) -> Array:
 
 def _run_and_save_lines(loop: RowLoop, values: Values) -> tuple[Values, Values]:
     """The forward loop, keeping the line buffers that every step starts with."""
-    clock = engine.clock_of(loop)
+    clock = clock_of(loop)
 
     def step(carry: Any, row: Any) -> Any:
         lines, outputs, sums = carry
@@ -323,7 +325,7 @@ def _run_and_save_lines(loop: RowLoop, values: Values) -> tuple[Values, Values]:
         outputs = engine.write_outputs(loop, now, outputs, result.rows)
         return (result.lines, outputs, engine.add_partial(loop, sums, result.partial)), lines
 
-    start = (engine.empty_lines(loop), engine.empty_outputs(loop, values), engine.empty_sums(loop))
+    start = (empty_lines(loop), engine.empty_outputs(loop, values), engine.empty_sums(loop))
     (_, outputs, sums), saved = lax.scan(step, start, clock.table())
     return {**outputs, **engine.finished_sums(loop, sums)}, saved
 
@@ -336,13 +338,13 @@ def _reverse_loop(
     loop: RowLoop, values: Values, saved: Values, cotangents: Values, perturbed: frozenset[int]
 ) -> Values:
     """Walk the steps in reverse: halo gradients flow to the step above through the line buffers."""
-    clock = engine.clock_of(loop)
+    clock = clock_of(loop)
     avals = loop.graph.program.avals
     array_bars = {v: jnp.zeros_like(a) for v, a in _inexact(values).items() if v in loop.arrays}
     array_bars = {v: a for v, a in array_bars.items() if v in perturbed}
     wholes = {v: values[v] for v in loop.wholes}
     moving_wholes = {v: a for v, a in _inexact(wholes).items() if v in perturbed}
-    readers = {v: engine.reader(loop, v) for v in moving_wholes}
+    readers = {v: reader_of(loop, v) for v in moving_wholes}
     whole_bars = {}
     for v, a in moving_wholes.items():
         with readers[v].origin():
@@ -369,7 +371,7 @@ def _reverse_loop(
         for name, source in moving_windows.items():
             array_bars = {
                 **array_bars,
-                source.value: engine.write_rows(
+                source.value: write_rows(
                     array_bars[source.value],
                     window_bars[name],
                     now["window", *name],
@@ -400,13 +402,13 @@ def _reverse_loop(
     return bars
 
 
-def _owned_rows(loop: RowLoop, clock: engine.Clock, value: int, cotangent: Array) -> Array:
+def _owned_rows(loop: RowLoop, clock: Clock, value: int, cotangent: Array) -> Array:
     """The cotangent of the rows that this step gives; rows given again elsewhere get none."""
     producer, axis = loop.producer[value], loop.graph.row_axis[value]
     track = loop.schedule.tracks[producer]
     name = ("start", producer)
-    rows = engine.read_rows(cotangent, clock[name], track.rows, axis, 0, clock.bounds(name))
+    rows = read_rows(cotangent, clock[name], track.rows, axis, 0, clock.bounds(name))
     if track.is_steady:
         return rows
     low, high = clock["owned", producer], clock["stop", producer]
-    return engine.keep_rows(rows, clock[name], axis, low, high, 0)
+    return keep_rows(rows, clock[name], axis, low, high, 0)

@@ -7,250 +7,30 @@ integers; most do not change.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 
-from lrjax.geometry import ceil_div
+from lrjax.blocks import keep_rows, read_rows, write_rows
+from lrjax.clock import Clock, clock_of
 from lrjax.graph import RowGraph
 from lrjax.inline import Atom, FlatEquation, Literal
+from lrjax.line_buffers import (
+    AtHand,
+    Ring,
+    Values,
+    empty_lines,
+    extend,
+    line_buffer_of,
+    producer_of,
+)
 from lrjax.rowloop import Band, RowLoop, Source
 from lrjax.rules.base import Array, Rows
 from lrjax.rules.reduction import identity_of
-
-Values = dict[int, Array]
-
-LINE_BUFFERS = "line_buffers"  # the named scope of operations that keep rows between steps
-
-
-# --- Clock: the integers of a step ---------------------------------------------------------------
-
-
-class Clock:
-    """Integers that depend on the step, by name: constants stay Python integers.
-
-    Call ``table()`` for the scanned rows and ``at(row)`` inside the loop.
-    """
-
-    def __init__(self, series: Mapping[Any, Sequence[int]], row: Any = None):
-        self.series = series
-        varying = [name for name, values in series.items() if len(set(values)) > 1]
-        self.column = {name: i for i, name in enumerate(varying)}
-        self.row = row
-
-    def table(self) -> np.ndarray:
-        steps = len(next(iter(self.series.values())))
-        columns = [self.series[name] for name in self.column]
-        return np.array(columns, dtype=np.int32).reshape(len(columns), steps).T
-
-    def at(self, row: Any) -> Clock:
-        return Clock(self.series, row)
-
-    def __getitem__(self, name: Any) -> Any:
-        column = self.column.get(name)
-        return self.series[name][0] if column is None else self.row[column]
-
-    def bounds(self, name: Any) -> tuple[int, int]:
-        values = self.series[name]
-        return min(values), max(values)
-
-
-def clock_of(loop: RowLoop) -> Clock:
-    """The step, every task's rows, and where windows lie."""
-    steps = range(loop.steps)
-    series: dict[Any, Sequence[int]] = {"step": list(steps)}
-    for i, track in enumerate(loop.schedule.tracks):
-        owned, stops = track.frontier[:-1], track.frontier[1:]
-        series["start", i] = [stop - track.rows for stop in stops]
-        series["owned", i], series["stop", i] = owned, stops
-        if track.depth > track.rows:
-            gap = track.carried - track.depth
-            series["shift", i] = [advance + gap for advance in track.advances]
-    for s in loop.sources:
-        series["window", s.node, s.operand] = loop.window_starts(s)
-        if s.value in loop.producer:
-            series["back", s.node, s.operand] = loop.look_back(s)
-    return Clock(series)
-
-
-# --- Rows of whole arrays ------------------------------------------------------------------------
-
-
-def _slice(array: Array, start: Any, size: int, axis: int) -> Array:
-    if isinstance(start, int | np.integer):
-        return lax.slice_in_dim(array, int(start), int(start) + size, axis=axis)
-    return lax.dynamic_slice_in_dim(array, start, size, axis=axis)
-
-
-def _shifted(rows: Array, start: Any, size: int, axis: int, fill: Any) -> Array:
-    """``size`` rows from ``start`` on, where rows outside are ``fill``; any start is allowed."""
-    count = rows.shape[axis]
-    shape = list(rows.shape)
-    shape[axis] = size
-    edge = jnp.full(shape, fill, rows.dtype)
-    padded = lax.concatenate([edge, rows, edge], axis)
-    return _slice(padded, jnp.clip(start + size, 0, count + size), size, axis)
-
-
-def read_rows(
-    array: Array, start: Any, size: int, axis: int, fill: Any, bounds: tuple[int, int]
-) -> Array:
-    """Rows of a whole array, those outside it ``fill``; ``bounds`` are the extremes of start."""
-    height = array.shape[axis]
-    if bounds[0] >= 0 and bounds[1] + size <= height:
-        return _slice(array, start, size, axis)
-    count = min(size, height)
-    inside = jnp.clip(start, 0, height - count)
-    rows = lax.dynamic_slice_in_dim(array, inside, count, axis=axis)
-    return _shifted(rows, start - inside, size, axis, fill)
-
-
-def write_rows(
-    array: Array,
-    rows: Array,
-    start: Any,
-    axis: int,
-    bounds: tuple[int, int],
-    combine: Callable[[Array, Array], Array] = lambda old, new: new,
-) -> Array:
-    """Put rows into a whole array in place; rows outside it are dropped."""
-    height, size = array.shape[axis], rows.shape[axis]
-    rows = rows.astype(array.dtype)
-    if bounds[0] >= 0 and bounds[1] + size <= height:
-        old = _slice(array, start, size, axis)
-        return lax.dynamic_update_slice_in_dim(array, combine(old, rows), start, axis)
-    count = min(size, height)
-    inside = jnp.clip(start, 0, height - count)
-    old = lax.dynamic_slice_in_dim(array, inside, count, axis=axis)
-    new = _shifted(rows, inside - start, count, axis, 0)
-    position = inside + jnp.arange(count)
-    kept = _along(axis, array.ndim, (position >= start) & (position < start + size))
-    new = jnp.where(kept, combine(old, new), old)
-    return lax.dynamic_update_slice_in_dim(array, new, inside, axis)
-
-
-def _along(axis: int, ndim: int, mask: Array) -> Array:
-    return mask.reshape([-1 if a == axis else 1 for a in range(ndim)])
-
-
-def keep_rows(block: Array, start: Any, axis: int, low: Any, high: Any, fill: Any) -> Array:
-    """Set rows of a block outside ``[low, high)`` to ``fill``; the first row is ``start``."""
-    # One unsigned comparison: a row before ``low`` wraps round to a large number.
-    inside = lax.iota(np.int32, block.shape[axis]) + jnp.asarray(start - low, np.int32)
-    kept = inside.astype(np.uint32) < jnp.asarray(high - low, np.uint32)
-    mask = lax.broadcast_in_dim(kept, block.shape, (axis,))
-    return lax.select(mask, block, lax.full_like(block, fill))
-
-
-# --- Line buffers --------------------------------------------------------------------------------
-
-
-@functools.partial(jax.tree_util.register_dataclass, data_fields=["rows"], meta_fields=["axis"])
-@dataclasses.dataclass(frozen=True)
-class AtHand:
-    """Rows of a value within a step: contiguous rows that end at its frontier."""
-
-    rows: Array
-    axis: int
-
-    def window(self, back: Any, size: int) -> Array:
-        """``size`` rows, the first of them ``back`` rows before the frontier."""
-        if isinstance(back, int) and back == size == self.rows.shape[self.axis]:
-            return self.rows
-        return _slice(self.rows, self.rows.shape[self.axis] - back, size, self.axis)
-
-
-@functools.partial(
-    jax.tree_util.register_dataclass, data_fields=["slots", "slab", "step"], meta_fields=["axis"]
-)
-@dataclasses.dataclass(frozen=True)
-class Ring:
-    """Rows of a value within a step: the newest slab, and older ones in their slots."""
-
-    slots: Array
-    slab: Array
-    axis: int
-    step: Any
-
-    def window(self, back: int, size: int) -> Array:
-        rows = self.slab.shape[self.axis]
-        count = self.slots.shape[self.axis] // rows
-        pieces = []
-        for age in range(ceil_div(back, rows) - 1, (back - size) // rows - 1, -1):
-            # Rows counted from the frontier back: this slab holds (age * rows, age * rows + rows].
-            far, near = min(back, (age + 1) * rows), max(back - size, age * rows)
-            offset = (age + 1) * rows - far
-            if age == 0:
-                pieces.append(_slice(self.slab, offset, far - near, self.axis))
-            else:
-                slot = (self.step + count - age) % count
-                pieces.append(
-                    lax.dynamic_slice_in_dim(
-                        self.slots, slot * rows + offset, far - near, axis=self.axis
-                    )
-                )
-        return pieces[0] if len(pieces) == 1 else lax.concatenate(pieces, self.axis)
-
-
-def _line_shape(loop: RowLoop, value: int) -> tuple[int, ...]:
-    shape = list(loop.graph.program.avals[value].shape)
-    shape[loop.graph.row_axis[value]] = loop.line_rows(value)
-    return tuple(shape)
-
-
-@contextlib.contextmanager
-def _line_buffer_of(loop: RowLoop, value: int) -> Iterator[None]:
-    """Operations within are named as the line buffer of a value, for memory profiles."""
-    with _producer(loop, value).origin(), jax.named_scope(LINE_BUFFERS):
-        yield
-
-
-def _producer(loop: RowLoop, value: int) -> FlatEquation:
-    return loop.nodes[loop.producer[value]].equation
-
-
-def reader(loop: RowLoop, value: int) -> FlatEquation:
-    """The first equation that reads a value from outside the loop."""
-    return next(node.equation for node in loop.nodes if value in node.equation.inputs)
-
-
-def empty_lines(loop: RowLoop) -> Values:
-    """Line buffers before the first step: nothing but rows above the image."""
-    lines = {}
-    for v in loop.producer:
-        if loop.line_rows(v):
-            with _line_buffer_of(loop, v):
-                fill = loop.production_fill.get(v, 0)
-                dtype = loop.graph.program.avals[v].dtype
-                lines[v] = jnp.full(_line_shape(loop, v), fill, dtype)
-    return lines
-
-
-def _extend(
-    loop: RowLoop, clock: Clock, value: int, lines: Values, slab: Array
-) -> tuple[AtHand | Ring, Array | None]:
-    """Add a step's rows to what is kept of a value: what can be read now, and what is kept."""
-    track, axis = loop.track(value), loop.graph.row_axis[value]
-    if value not in lines:
-        return AtHand(slab, axis), None
-    if loop.is_ring(value):
-        count = lines[value].shape[axis] // track.rows
-        slot = (clock["step"] % count) * track.rows
-        slots = lax.dynamic_update_slice_in_dim(lines[value], slab, slot, axis)
-        return Ring(slots, slab, axis, clock["step"]), slots
-    shift = clock["shift", loop.producer[value]]
-    older = _slice(lines[value], shift, track.depth - track.rows, axis)
-    rows = lax.concatenate([older, slab], axis)
-    kept = _slice(rows, track.depth - track.carried, track.carried, axis)
-    return AtHand(rows, axis), kept
-
 
 # --- One step ------------------------------------------------------------------------------------
 
@@ -394,8 +174,8 @@ def _skip_band(loop: RowLoop, clock: Clock, band: Band, lines: Values) -> _Progr
 def _keep(
     loop: RowLoop, clock: Clock, made: _Progress, value: int, slab: Array, lines: Values
 ) -> None:
-    with _line_buffer_of(loop, value):
-        made.at_hand[value], line = _extend(loop, clock, value, lines, slab)
+    with line_buffer_of(loop, value):
+        made.at_hand[value], line = extend(loop, clock, value, lines, slab)
     if line is not None:
         made.lines[value] = line
     if value in loop.row_outputs:
@@ -514,7 +294,7 @@ def empty_outputs(loop: RowLoop, values: Values) -> Values:
         filling = lax.stop_gradient(values[loop.latest_input]).ravel()[0]
     outputs = {}
     for v in loop.row_outputs:
-        with _producer(loop, v).origin():
+        with producer_of(loop, v).origin():
             outputs[v] = jnp.full(avals[v].shape, filling, avals[v].dtype)
     return outputs
 
@@ -524,7 +304,7 @@ def write_outputs(loop: RowLoop, clock: Clock, outputs: Values, rows: Values) ->
     for v, array in outputs.items():
         name = ("start", loop.producer[v])
         axis = loop.graph.row_axis[v]
-        with _producer(loop, v).origin():
+        with producer_of(loop, v).origin():
             written[v] = write_rows(array, rows[v], clock[name], axis, clock.bounds(name))
     return written
 

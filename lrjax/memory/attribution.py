@@ -10,7 +10,7 @@ import functools
 import re
 from collections.abc import Iterable, Iterator, Sequence
 
-from lrjax.engine import LINE_BUFFERS
+from lrjax.line_buffers import LINE_BUFFERS
 from lrjax.memory.assignment import Assignment, Index, Instruction, Shape, Value
 from lrjax.memory.lifetimes import Piece
 from lrjax.memory.profile import Buffer

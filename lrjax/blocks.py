@@ -1,0 +1,79 @@
+"""Blocks of rows of arrays that exist whole: read, write, mask."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from lrjax.rules.base import Array
+
+
+def slice_rows(array: Array, start: Any, size: int, axis: int) -> Array:
+    """``size`` rows of an array that holds all of them, static where the start is."""
+    if isinstance(start, int | np.integer):
+        return lax.slice_in_dim(array, int(start), int(start) + size, axis=axis)
+    return lax.dynamic_slice_in_dim(array, start, size, axis=axis)
+
+
+def _shifted(rows: Array, start: Any, size: int, axis: int, fill: Any) -> Array:
+    """``size`` rows from ``start`` on, where rows outside are ``fill``; any start is allowed."""
+    count = rows.shape[axis]
+    shape = list(rows.shape)
+    shape[axis] = size
+    edge = jnp.full(shape, fill, rows.dtype)
+    padded = lax.concatenate([edge, rows, edge], axis)
+    return slice_rows(padded, jnp.clip(start + size, 0, count + size), size, axis)
+
+
+def read_rows(
+    array: Array, start: Any, size: int, axis: int, fill: Any, bounds: tuple[int, int]
+) -> Array:
+    """Rows of a whole array, those outside it ``fill``; ``bounds`` are the extremes of start."""
+    height = array.shape[axis]
+    if bounds[0] >= 0 and bounds[1] + size <= height:
+        return slice_rows(array, start, size, axis)
+    count = min(size, height)
+    inside = jnp.clip(start, 0, height - count)
+    rows = lax.dynamic_slice_in_dim(array, inside, count, axis=axis)
+    return _shifted(rows, start - inside, size, axis, fill)
+
+
+def write_rows(
+    array: Array,
+    rows: Array,
+    start: Any,
+    axis: int,
+    bounds: tuple[int, int],
+    combine: Callable[[Array, Array], Array] = lambda old, new: new,
+) -> Array:
+    """Put rows into a whole array in place; rows outside it are dropped."""
+    height, size = array.shape[axis], rows.shape[axis]
+    rows = rows.astype(array.dtype)
+    if bounds[0] >= 0 and bounds[1] + size <= height:
+        old = slice_rows(array, start, size, axis)
+        return lax.dynamic_update_slice_in_dim(array, combine(old, rows), start, axis)
+    count = min(size, height)
+    inside = jnp.clip(start, 0, height - count)
+    old = lax.dynamic_slice_in_dim(array, inside, count, axis=axis)
+    new = _shifted(rows, inside - start, count, axis, 0)
+    position = inside + jnp.arange(count)
+    kept = _along(axis, array.ndim, (position >= start) & (position < start + size))
+    new = jnp.where(kept, combine(old, new), old)
+    return lax.dynamic_update_slice_in_dim(array, new, inside, axis)
+
+
+def _along(axis: int, ndim: int, mask: Array) -> Array:
+    return mask.reshape([-1 if a == axis else 1 for a in range(ndim)])
+
+
+def keep_rows(block: Array, start: Any, axis: int, low: Any, high: Any, fill: Any) -> Array:
+    """Set rows of a block outside ``[low, high)`` to ``fill``; the first row is ``start``."""
+    # One unsigned comparison: a row before ``low`` wraps round to a large number.
+    inside = lax.iota(np.int32, block.shape[axis]) + jnp.asarray(start - low, np.int32)
+    kept = inside.astype(np.uint32) < jnp.asarray(high - low, np.uint32)
+    mask = lax.broadcast_in_dim(kept, block.shape, (axis,))
+    return lax.select(mask, block, lax.full_like(block, fill))
