@@ -12,7 +12,8 @@ import jax.numpy as jnp
 from lrjax import autodiff
 from lrjax.inline import evaluate
 from lrjax.options import Options, checked_options, checked_segments
-from lrjax.segments import Segment, split
+from lrjax.planner.choice import Choice
+from lrjax.segments import Segment, split, split_at
 from lrjax.tracing import Traced, trace
 
 
@@ -40,7 +41,8 @@ def rowwise(
         arXiv 2401.11471), or "column" (whole maps, the baseline); one, or one per segment.
       cuts: where to keep a whole map and start a new segment: names given by
         ``jax.ad_checkpoint.checkpoint_name`` in ``fun``, or a number of segments.
-      plan: reserved for plans made by the planner.
+      plan: what ``lrjax.plan`` made for this function and these shapes, instead of the three
+        above.
 
     Returns:
       A function with ``fun``'s signature, outputs and dtypes, to be used under ``jit``, ``grad``,
@@ -65,12 +67,11 @@ def rowwise(
 
 def run(traced: Traced, options: Options) -> Any:
     """A traced call under checked options: segment by segment, each under its strategy."""
-    segments = split(traced.program, traced.axes, options.cuts)
-    choices = checked_segments(options, segments)
+    segments, choices = segments_and_choices(traced, options)
     values = dict(zip(traced.program.inputs, traced.inputs, strict=True))
     values.update(traced.program.constants)
     for segment, choice in zip(segments, choices, strict=True):
-        call = segment_function(segment, choice.strategy, choice.num_blocks)
+        call = chosen_function(segment, choice)
         outputs = call(*(jnp.asarray(values[v]) for v in segment.program.inputs))
         values.update(zip(segment.made, outputs, strict=True))
     outputs = [
@@ -78,6 +79,29 @@ def run(traced: Traced, options: Options) -> Any:
         for v in traced.program.outputs
     ]
     return jax.tree.unflatten(traced.out_tree, outputs)
+
+
+def segments_and_choices(
+    traced: Traced, options: Options
+) -> tuple[list[Segment], Sequence[Choice]]:
+    """The segments of a call and how each runs.
+
+    Raises:
+      ValueError: the options, or the plan, do not fit the call.
+    """
+    plan = options.plan
+    if plan is None:
+        segments = split(traced.program, traced.axes, options.cuts)
+        return segments, checked_segments(options, segments)
+    plan.check(traced)
+    return split_at(traced.program, traced.axes, plan.cuts), plan.choices
+
+
+def chosen_function(segment: Segment, choice: Choice) -> Callable[..., Sequence[Any]]:
+    """A segment as a differentiable function of its inputs, run as chosen."""
+    if choice.strategy == "checkpoint":
+        return jax.checkpoint(lambda *inputs: evaluate(segment.program, inputs))
+    return segment_function(segment, choice.strategy, choice.num_blocks)
 
 
 def segment_function(

@@ -1,0 +1,230 @@
+"""What the planner may choose from: where a program may be cut, and how each segment may run."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Collection, Sequence
+
+import jax.numpy as jnp
+import numpy as np
+
+from lrjax.graph import RowGraph, build, size_bytes
+from lrjax.inline import FlatEquation, FlatProgram
+from lrjax.options import most_blocks
+from lrjax.planner.choice import Choice
+from lrjax.planner.cost import SegmentCost, segment_cost
+from lrjax.segments import Cuttable, Segment
+
+MOST_CUTS = 24
+# Rows of a step, at the least: below, launching kernels costs more than what they compute.
+LEAST_ROWS = 8
+FEWEST_BLOCKS = 4
+
+
+@dataclasses.dataclass(frozen=True)
+class Span:
+    """The operations between two of the places where the program may be cut.
+
+    Attributes:
+      segment: they, as a segment.
+      wrt: inputs of the segment that are differentiated.
+      argument_bytes: row maps it reads that are arguments of the whole function.
+      input_bytes: other row maps it reads.
+      output_bytes: what it gives to later segments, or to the caller.
+      passing_bytes: row maps that earlier segments make and later ones read past this one.
+      has_moving_maps: gradients flow out of it through row maps.
+      flops: operations of its forward pass.
+      last_flops: those of its last operation that has any; it need not be done again.
+    """
+
+    segment: Segment
+    wrt: tuple[int, ...]
+    argument_bytes: float
+    input_bytes: float
+    output_bytes: float
+    passing_bytes: float
+    has_moving_maps: bool
+    flops: float
+    last_flops: float
+
+    @functools.cached_property
+    def graph(self) -> RowGraph:
+        return build(self.segment.program, self.segment.axes)
+
+    @functools.cached_property
+    def has_rows(self) -> bool:
+        return any(node.op is not None and node.op.flops > 0 for node in self.graph.nodes)
+
+    @property
+    def is_scalar(self) -> bool:
+        """Its only result is a number, so that forward and backward pass may be one."""
+        avals = [self.segment.program.avals[v] for v in self.segment.made]
+        return len(avals) == 1 and avals[0].shape == ()
+
+    def block_counts(self, strategy: str) -> list[int]:
+        """Numbers of blocks to choose from, rising; few rows a step come last."""
+        if not self.has_rows:
+            return []
+        most = most_blocks(strategy, self.graph)
+        if strategy == "stream":
+            most //= LEAST_ROWS
+        first = FEWEST_BLOCKS if strategy == "stream" else 2
+        return [2**k for k in range(20) if first <= 2**k <= most]
+
+
+class Candidates:
+    """Spans of one program and their costs, each made when it is asked for.
+
+    Attributes:
+      bounds: operations on rows before each place where the program may be cut, from 0 to all.
+    """
+
+    def __init__(
+        self,
+        program: FlatProgram,
+        axes: Sequence[int | None],
+        wrt: Collection[int],
+        target: str,
+    ):
+        self.whole = Cuttable.of(program, axes)
+        self.target = target
+        self.moving = _moving_values(program, {program.inputs[i] for i in wrt})
+        graph = build(program, axes)
+        self.flops = {
+            node.equation.outputs[0]: node.op.flops * node.op.height
+            for node in graph.nodes
+            if node.op is not None
+        }
+        self.bounds = (0, *self._cuts(), len(self.whole.operations))
+        self._spans: dict[tuple[int, int], Span] = {}
+        self._costs: dict[tuple[int, int, Choice], SegmentCost] = {}
+
+    @property
+    def last(self) -> int:
+        """The number of the last bound."""
+        return len(self.bounds) - 1
+
+    def span(self, start: int, stop: int) -> Span:
+        """The span between two bounds, by their numbers."""
+        key = start, stop
+        if key not in self._spans:
+            self._spans[key] = self._span(self.bounds[start], self.bounds[stop])
+        return self._spans[key]
+
+    def cost(self, start: int, stop: int, choice: Choice) -> SegmentCost:
+        """The cost model's answer for a span; maps that merely pass by included."""
+        key = start, stop, choice
+        if key not in self._costs:
+            span = self.span(start, stop)
+            found = segment_cost(span.segment, choice, span.wrt, self.target)
+            own, passing = span.argument_bytes, span.passing_bytes
+            self._costs[key] = SegmentCost(
+                found.operations,
+                max(found.saved_bytes - own, 0.0),
+                max(found.forward_bytes - own, 0.0) + passing,
+                max(found.backward_bytes - own, 0.0) + passing,
+            )
+        return self._costs[key]
+
+    # --- Where to cut ----------------------------------------------------------------------------
+
+    def _cuts(self) -> list[int]:
+        """Positions behind which few bytes cross, and before operations that cost something."""
+        operations = self.whole.operations
+        width, count = self._crossing()
+        heavy = [i for i, e in enumerate(operations) if self._weight(e) > 0]
+        places = heavy[1:]
+        # Not where more crosses than at a neighbour: inside a residual block.
+        narrow = [
+            p
+            for k, p in enumerate(places)
+            if any(
+                measure[p] <= measure[places[max(k - 1, 0)]]
+                and measure[p] <= measure[places[min(k + 1, len(places) - 1)]]
+                for measure in (width, count)
+            )
+        ]
+        while len(narrow) > MOST_CUTS:
+            narrow.remove(self._least_missed(narrow))
+        return narrow
+
+    def _weight(self, equation: FlatEquation) -> float:
+        """Operations of convolutions and the like, and of windows; 0 for what is elementwise."""
+        flops = self.flops.get(equation.outputs[0], 0.0)
+        if equation.primitive.name.startswith("reduce_window"):
+            return max(flops, 1.0)
+        size = max(math.prod(self.whole.program.avals[v].shape) for v in equation.outputs)
+        return flops if flops > 8 * size else 0.0
+
+    def _crossing(self) -> tuple[list[int], list[int]]:
+        """Bytes and number of the row maps that cross before every operation."""
+        operations, program = self.whole.operations, self.whole.program
+        last_use = {v: len(operations) for v in program.outputs if isinstance(v, int)}
+        for i, equation in enumerate(operations):
+            last_use.update((v, max(i, last_use.get(v, 0))) for v in _values(equation))
+        steps = np.zeros((2, len(operations) + 2), np.int64)
+        for i, equation in enumerate(operations):
+            for v in equation.outputs:
+                if v in self.whole.row_axis and last_use.get(v, i) > i:
+                    change = size_bytes(program.avals[v]), 1
+                    steps[:, i + 1] += change
+                    steps[:, last_use[v] + 1] -= change
+        width, count = np.cumsum(steps, axis=1)[:, : len(operations)].tolist()
+        return width, count
+
+    def _least_missed(self, places: list[int]) -> int:
+        """The place between whose neighbours the least is done."""
+        operations = self.whole.operations
+        work = [0.0]
+        for equation in operations:
+            work.append(work[-1] + self.flops.get(equation.outputs[0], 0.0))
+        bounds = [0, *places, len(operations)]
+        between = {p: work[bounds[k + 2]] - work[bounds[k]] for k, p in enumerate(places)}
+        return min(places, key=between.__getitem__)
+
+    # --- Spans -----------------------------------------------------------------------------------
+
+    def _span(self, start: int, stop: int) -> Span:
+        segment = self.whole.between(start, stop)
+        program, arguments = segment.program, set(self.whole.program.inputs)
+        maps = [v for v, a in zip(program.inputs, segment.axes, strict=True) if a is not None]
+        own = [self.flops.get(e.outputs[0], 0.0) for e in self.whole.operations[start:stop]]
+        return Span(
+            segment=segment,
+            wrt=tuple(i for i, v in enumerate(program.inputs) if v in self.moving),
+            argument_bytes=self._bytes(v for v in maps if v in arguments),
+            input_bytes=self._bytes(v for v in maps if v not in arguments),
+            output_bytes=self._bytes(segment.made),
+            passing_bytes=self._bytes(self._passing(start, stop) - set(program.inputs)),
+            has_moving_maps=any(v in self.moving for v in maps),
+            flops=sum(own),
+            last_flops=next((f for f in reversed(own) if f > 0), 0.0),
+        )
+
+    def _passing(self, start: int, stop: int) -> set[int]:
+        operations = self.whole.operations
+        made = {v for e in operations[:start] for v in e.outputs}
+        wanted = {v for e in operations[stop:] for v in _values(e)}
+        wanted.update(v for v in self.whole.program.outputs if isinstance(v, int))
+        return made & wanted
+
+    def _bytes(self, values: object) -> float:
+        avals = self.whole.program.avals
+        return float(sum(size_bytes(avals[v]) for v in values))  # type: ignore[attr-defined]
+
+
+def _values(equation: FlatEquation) -> list[int]:
+    return [v for v in equation.inputs if isinstance(v, int)]
+
+
+def _moving_values(program: FlatProgram, wrt: set[int]) -> set[int]:
+    """Values through which gradients flow."""
+    moving = {v for v in wrt if jnp.issubdtype(program.avals[v].dtype, jnp.inexact)}
+    for equation in program.equations:
+        if moving.intersection(_values(equation)):
+            moving.update(
+                v for v in equation.outputs if jnp.issubdtype(program.avals[v].dtype, jnp.inexact)
+            )
+    return moving
