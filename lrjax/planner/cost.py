@@ -13,7 +13,13 @@ from lrjax import autodiff
 from lrjax.graph import RowGraph, size_bytes
 from lrjax.planner.choice import Choice
 from lrjax.planner.loops import program_liveness, reverse_loop_bytes, saved_lines_bytes
-from lrjax.planner.whole import column_liveness, joint_program, values
+from lrjax.planner.whole import (
+    column_liveness,
+    forward_liveness,
+    joint_program,
+    values,
+    without_outputs,
+)
 from lrjax.segments import Segment
 
 
@@ -60,8 +66,10 @@ def segment_cost(segment: Segment, choice: Choice, wrt: Sequence[int], target: s
       wrt: inputs of the segment that are differentiated.
       target: a name in ``lrjax.memory.TARGETS``.
     """
-    if choice.strategy in ("column", "checkpoint"):
-        return _whole_cost(segment, choice, wrt, target)
+    if choice.strategy == "column":
+        return _column_cost(segment, wrt)
+    if choice.strategy == "checkpoint":
+        return _checkpoint_cost(segment, wrt)
     if choice.strategy == "stream":
         return _stream_cost(segment, choice, wrt, target)
     return _differentiated_cost(segment, choice, wrt, target)
@@ -132,14 +140,24 @@ def _operations(graph: RowGraph) -> float:
     return sum(n.op.flops * n.op.height for nodes in stages for n in nodes if n.op is not None)
 
 
-def _whole_cost(segment: Segment, choice: Choice, wrt: Sequence[int], target: str) -> SegmentCost:
+def _column_cost(segment: Segment, wrt: Sequence[int]) -> SegmentCost:
     joint = joint_program(segment.program, wrt)
-    lives = column_liveness(joint, segment.axes, wrt)
-    border = joint.border
-    size = lives.size
-    cot = sum(size[v] for v in joint.cotangents)
-    saved = set(lives.alive_at(border)) - set(joint.cotangents)
-    outs = set(values(joint.program.outputs[: len(segment.program.outputs)]))
-    saved_bytes = sum(size.get(v, 0) for v in saved | outs)
-    forward = max((t for t in lives.timeline[:border]), default=0.0) - cot
-    return SegmentCost(0.0, saved_bytes, forward, lives.peak(border))
+    lives, border = column_liveness(joint, segment.axes, wrt)
+    given = set(values(joint.program.outputs[: len(segment.program.outputs)]))
+    saved = given.union(lives.alive_at(border)).difference(joint.cotangents)
+    waiting = sum(lives.size[v] for v in joint.cotangents)
+    return SegmentCost(
+        0.0,
+        sum(lives.size.get(v, 0.0) for v in saved),
+        lives.peak(0, border) - waiting,
+        lives.peak(border),
+    )
+
+
+def _checkpoint_cost(segment: Segment, wrt: Sequence[int]) -> SegmentCost:
+    """What a segment gives is all it saves; its backward pass begins with its forward pass."""
+    forward = forward_liveness(segment.program)
+    joint = without_outputs(joint_program(segment.program, wrt))
+    lives, _ = column_liveness(joint, segment.axes, wrt)
+    saved = sum(forward.size.get(v, 0.0) for v in values(segment.program.outputs))
+    return SegmentCost(0.0, saved, forward.peak(), lives.peak())

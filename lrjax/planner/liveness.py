@@ -33,12 +33,14 @@ class Operation:
       inputs, outputs: values.
       kind: how it runs.
       scratch: bytes that exist only while it runs.
+      overwrites: an input whose place the result takes, if nobody reads it afterwards.
     """
 
     inputs: tuple[int, ...]
     outputs: tuple[int, ...]
     kind: Kind
     scratch: float = 0.0
+    overwrites: int | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,6 +128,8 @@ class Liveness:
         if last >= len(self.operations) or last <= self.maker.get(value, 0):
             return False
         operation = self.operations[last]
+        if operation.overwrites == value:
+            return True
         fits = any(self.size.get(v, 0.0) == self.size[value] for v in operation.outputs)
         others = (v for v in self.sources[last] if v != value)
         taken = any(
