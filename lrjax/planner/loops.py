@@ -1,0 +1,198 @@
+"""Segments that run by rows: what exists while row loops run."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Collection
+
+from lrjax.autodiff import RowProgram
+from lrjax.engine import accumulator_dtype
+from lrjax.graph import RowGraph, size_bytes
+from lrjax.planner.adjoint import Adjoint
+from lrjax.planner.liveness import Kind, Liveness, Operation
+from lrjax.planner.whole import kind_of, values
+from lrjax.rowloop import RowLoop
+
+
+def row_bytes(graph: RowGraph, value: int) -> float:
+    return size_bytes(graph.program.avals[value]) / max(graph.height(value), 1)
+
+
+def program_liveness(rows: RowProgram, free: Collection[int], wanted: Collection[int]) -> Liveness:
+    """A row program as a sequence of column operations and row loops.
+
+    Args:
+      rows: the program.
+      free: inputs and outputs that take nothing here (arguments, parameter gradients).
+      wanted: inputs that exist when it is done.
+    """
+    graph = rows.graph
+    operations: list[Operation] = []
+    for stage, loop in enumerate(rows.loops):
+        for node in graph.column_nodes(stage):
+            equation = node.equation
+            kind = kind_of(equation.primitive)
+            operations.append(Operation(values(equation.inputs), equation.outputs, kind))
+        if loop is not None:
+            sums = [v for n in loop.nodes if n.is_reduction for v in n.equation.outputs]
+            read = tuple(dict.fromkeys((*loop.arrays, *loop.wholes)))
+            made = (*loop.row_outputs, *sums)
+            operations.append(Operation(read, made, Kind.LIBRARY, loop_bytes(loop, free)))
+    avals = graph.program.avals
+    size = {v: float(size_bytes(avals[v])) for v in range(len(avals)) if v not in free}
+    outputs = frozenset(values(graph.program.outputs))
+    inputs = frozenset(graph.program.inputs)
+    return Liveness(tuple(operations), size, before=inputs, after=outputs | frozenset(wanted))
+
+
+def loop_bytes(loop: RowLoop, free: Collection[int]) -> float:
+    """Bytes that exist only within a row loop, at its worst moment."""
+    return line_bytes(loop) + accumulator_bytes(loop, free) + step_of(loop).liveness().peak()
+
+
+def accumulator_bytes(loop: RowLoop, free: Collection[int]) -> float:
+    """Reductions that are accumulated wider than they are given."""
+    total = 0.0
+    avals = loop.graph.program.avals
+    for node in loop.nodes:
+        for v in node.equation.outputs if node.is_reduction else ():
+            wide = avals[v].size * accumulator_dtype(avals[v].dtype).itemsize
+            if wide != size_bytes(avals[v]):
+                total += wide - (0 if v in free else size_bytes(avals[v]))
+    return total
+
+
+@dataclasses.dataclass
+class Step:
+    """One step of a row loop as named operations on slabs, windows and line buffers.
+
+    Attributes:
+      operations: with the names of their primitives; "window" and "extend" are the loop's own.
+      size: bytes of every value.
+      kept: values that exist when the step ends.
+      older: stand-ins for what line buffers hold when the step starts.
+      wholes: whole values read.
+      windows: of whole maps, by stand-in.
+    """
+
+    operations: list[tuple[str, Operation]]
+    size: dict[int, float]
+    kept: set[int]
+    older: dict[int, int]
+    slab: dict[int, int]
+    windows: dict[int, int]
+    fresh: int
+
+    def liveness(self) -> Liveness:
+        operations = tuple(o for _, o in self.operations)
+        return Liveness(operations, self.size, after=frozenset(self.kept))
+
+
+def step_of(loop: RowLoop) -> Step:
+    """What one step does, as far as bytes go."""
+    graph, avals = loop.graph, loop.graph.program.avals
+    step = Step([], {}, set(), {}, {}, {}, len(avals))
+    is_banded = len(loop.bands) > 1
+
+    def fresh(size: float) -> int:
+        step.size[step.fresh] = size
+        step.fresh += 1
+        return step.fresh - 1
+
+    for v in loop.producer:
+        track = loop.track(v)
+        is_line = loop.line_rows(v) > 0
+        rows = track.depth if is_line and not loop.is_ring(v) else track.rows
+        step.size[v] = row_bytes(graph, v) * rows
+        if is_line and not loop.is_ring(v):
+            step.slab[v] = fresh(row_bytes(graph, v) * track.rows)
+            step.older[v] = fresh(0.0)
+    for i, node in enumerate(loop.nodes):
+        sources = {s.operand: s for s in loop.sources_of(i)}
+        inputs = []
+        for operand, v in enumerate(node.equation.inputs):
+            if not isinstance(v, int):
+                continue
+            source = sources.get(operand)
+            if source is None:
+                inputs.append(v)
+                continue
+            start, stop = loop.window(source, 0)
+            window = row_bytes(graph, v) * (stop - start)
+            if v in loop.producer and not loop.is_ring(v) and step.size[v] == window:
+                inputs.append(v)
+                continue
+            cut = fresh(window)
+            step.operations.append(("window", Operation((v,), (cut,), Kind.FUSED)))
+            step.windows[cut] = v
+            inputs.append(cut)
+        made = tuple(step.slab.get(v, v) for v in node.equation.outputs)
+        kind = kind_of(node.equation.primitive)
+        step.operations.append((node.equation.primitive.name, Operation(tuple(inputs), made, kind)))
+        for v in node.equation.outputs:
+            if v in step.slab:
+                extended = Operation((step.slab[v], step.older[v]), (v,), Kind.FUSED)
+                step.operations.append(("extend", extended))
+                step.kept.add(v)
+            elif v in loop.producer and loop.is_ring(v):
+                step.kept.add(v)
+            if node.is_reduction:
+                step.size[v] = size_bytes(avals[v])
+                if is_banded:
+                    step.kept.add(v)
+    return step
+
+
+def line_bytes(loop: RowLoop) -> float:
+    return sum(row_bytes(loop.graph, v) * loop.line_rows(v) for v in loop.producer)
+
+
+# --- Steps that are differentiated ---------------------------------------------------------------
+
+
+def reverse_loop_bytes(loop: RowLoop, moving: Collection[int], free: Collection[int]) -> float:
+    """Bytes that exist only within the reverse loop of 2PS or OverL.
+
+    Args:
+      loop: the row loop.
+      moving: whole values that are differentiated.
+      free: those among them whose gradients are the program's.
+    """
+    avals = loop.graph.program.avals
+    step = step_of(loop)
+    step.kept.clear()
+    still = {v for v in loop.wholes if v not in moving}
+    adjoint = Adjoint(step.size, {*moving, *step.older.values()} - still, step.fresh)
+    for v in loop.wholes:
+        step.size.setdefault(v, 0.0)
+    given = []
+    for v in loop.row_outputs:
+        given.append(adjoint.seed(v))
+    partial_size = {v: float(size_bytes(avals[v])) for v in loop.wholes if v in moving}
+    for v, line in step.older.items():
+        adjoint.pieces.setdefault(v, []).append(adjoint.fresh(0.0))
+        step.size[line] = row_bytes(loop.graph, v) * loop.line_rows(v)
+    for node in loop.nodes:
+        if node.is_reduction:
+            for v in node.equation.outputs:
+                adjoint.pieces.setdefault(v, []).append(adjoint.fresh(0.0))
+    step.size.update(partial_size)
+    adjoint.reverse(step.operations)
+    made = {p for line in step.older.values() for p in adjoint.pieces.get(line, [])}
+    for v in partial_size:
+        step.size[v] = 0.0
+    for line in step.older.values():
+        step.size[line] = 0.0
+    operations = (*(o for _, o in step.operations), *adjoint.operations)
+    lives = Liveness(tuple(operations), step.size, before=frozenset(given), after=frozenset(made))
+    bars = sum(
+        avals[v].size * accumulator_dtype(avals[v].dtype).itemsize
+        - (size_bytes(avals[v]) if v in free and avals[v].dtype.itemsize >= 4 else 0)
+        for v in partial_size
+    )
+    return line_bytes(loop) + bars + lives.peak()
+
+
+def saved_lines_bytes(loop: RowLoop) -> float:
+    """What 2PS keeps of every step: the line buffers it starts with."""
+    return loop.steps * line_bytes(loop)
