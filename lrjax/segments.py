@@ -80,9 +80,7 @@ class Cuttable:
 
     def between(self, start: int, stop: int) -> Segment:
         """The segment of operations ``start`` to ``stop`` (exclusive)."""
-        part = {
-            e.outputs[0]: 1 + (i >= stop) - (i < start) for i, e in enumerate(self.operations)
-        }
+        part = {e.outputs[0]: 1 + (i >= stop) - (i < start) for i, e in enumerate(self.operations)}
         return _segment(self.program, self.row_axis, part, 1)
 
 

@@ -15,6 +15,7 @@ from lrjax.inline import FlatEquation, FlatProgram
 from lrjax.options import most_blocks
 from lrjax.planner.choice import Choice
 from lrjax.planner.cost import SegmentCost, segment_cost
+from lrjax.planner.operations import OperationCounts
 from lrjax.segments import Cuttable, Segment
 
 MOST_CUTS = 24
@@ -30,24 +31,16 @@ class Span:
     Attributes:
       segment: they, as a segment.
       wrt: inputs of the segment that are differentiated.
-      argument_bytes: row maps it reads that are arguments of the whole function.
-      input_bytes: other row maps it reads.
       output_bytes: what it gives to later segments, or to the caller.
-      passing_bytes: row maps that earlier segments make and later ones read past this one.
-      has_moving_maps: gradients flow out of it through row maps.
+      moving_bytes: row maps it takes whose gradients it gives.
       flops: operations of its forward pass.
-      last_flops: those of its last operation that has any; it need not be done again.
     """
 
     segment: Segment
     wrt: tuple[int, ...]
-    argument_bytes: float
-    input_bytes: float
     output_bytes: float
-    passing_bytes: float
-    has_moving_maps: bool
+    moving_bytes: float
     flops: float
-    last_flops: float
 
     @functools.cached_property
     def graph(self) -> RowGraph:
@@ -71,7 +64,8 @@ class Span:
         if strategy == "stream":
             most //= LEAST_ROWS
         first = FEWEST_BLOCKS if strategy == "stream" else 2
-        return [2**k for k in range(20) if first <= 2**k <= most]
+        ladder = sorted(m * 2**k for k in range(20) for m in (2, 3))
+        return [count for count in ladder if first <= count <= most]
 
 
 class Candidates:
@@ -91,12 +85,7 @@ class Candidates:
         self.whole = Cuttable.of(program, axes)
         self.target = target
         self.moving = _moving_values(program, {program.inputs[i] for i in wrt})
-        graph = build(program, axes)
-        self.flops = {
-            node.equation.outputs[0]: node.op.flops * node.op.height
-            for node in graph.nodes
-            if node.op is not None
-        }
+        self.counts = OperationCounts(program, axes, wrt, self.moving)
         self.bounds = (0, *self._cuts(), len(self.whole.operations))
         self._spans: dict[tuple[int, int], Span] = {}
         self._costs: dict[tuple[int, int, Choice], SegmentCost] = {}
@@ -114,18 +103,14 @@ class Candidates:
         return self._spans[key]
 
     def cost(self, start: int, stop: int, choice: Choice) -> SegmentCost:
-        """The cost model's answer for a span; maps that merely pass by included."""
+        """The cost model's answer for a span."""
         key = start, stop, choice
         if key not in self._costs:
             span = self.span(start, stop)
             found = segment_cost(span.segment, choice, span.wrt, self.target)
-            own, passing = span.argument_bytes, span.passing_bytes
-            self._costs[key] = SegmentCost(
-                found.operations,
-                max(found.saved_bytes - own, 0.0),
-                max(found.forward_bytes - own, 0.0) + passing,
-                max(found.backward_bytes - own, 0.0) + passing,
-            )
+            equations = self.whole.operations[self.bounds[start] : self.bounds[stop]]
+            operations = self.counts.of(equations, choice, found, span.graph)
+            self._costs[key] = dataclasses.replace(found, operations=operations)
         return self._costs[key]
 
     # --- Where to cut ----------------------------------------------------------------------------
@@ -152,7 +137,7 @@ class Candidates:
 
     def _weight(self, equation: FlatEquation) -> float:
         """Operations of convolutions and the like, and of windows; 0 for what is elementwise."""
-        flops = self.flops.get(equation.outputs[0], 0.0)
+        flops = self.counts.forward.get(equation.outputs[0], 0.0)
         if equation.primitive.name.startswith("reduce_window"):
             return max(flops, 1.0)
         size = max(math.prod(self.whole.program.avals[v].shape) for v in equation.outputs)
@@ -179,7 +164,7 @@ class Candidates:
         operations = self.whole.operations
         work = [0.0]
         for equation in operations:
-            work.append(work[-1] + self.flops.get(equation.outputs[0], 0.0))
+            work.append(work[-1] + self.counts.forward.get(equation.outputs[0], 0.0))
         bounds = [0, *places, len(operations)]
         between = {p: work[bounds[k + 2]] - work[bounds[k]] for k, p in enumerate(places)}
         return min(places, key=between.__getitem__)
@@ -188,31 +173,18 @@ class Candidates:
 
     def _span(self, start: int, stop: int) -> Span:
         segment = self.whole.between(start, stop)
-        program, arguments = segment.program, set(self.whole.program.inputs)
+        program, avals = segment.program, self.whole.program.avals
         maps = [v for v, a in zip(program.inputs, segment.axes, strict=True) if a is not None]
-        own = [self.flops.get(e.outputs[0], 0.0) for e in self.whole.operations[start:stop]]
+        own = [
+            self.counts.forward.get(e.outputs[0], 0.0) for e in self.whole.operations[start:stop]
+        ]
         return Span(
             segment=segment,
             wrt=tuple(i for i, v in enumerate(program.inputs) if v in self.moving),
-            argument_bytes=self._bytes(v for v in maps if v in arguments),
-            input_bytes=self._bytes(v for v in maps if v not in arguments),
-            output_bytes=self._bytes(segment.made),
-            passing_bytes=self._bytes(self._passing(start, stop) - set(program.inputs)),
-            has_moving_maps=any(v in self.moving for v in maps),
+            output_bytes=sum(size_bytes(avals[v]) for v in segment.made),
+            moving_bytes=sum(size_bytes(avals[v]) for v in maps if v in self.moving),
             flops=sum(own),
-            last_flops=next((f for f in reversed(own) if f > 0), 0.0),
         )
-
-    def _passing(self, start: int, stop: int) -> set[int]:
-        operations = self.whole.operations
-        made = {v for e in operations[:start] for v in e.outputs}
-        wanted = {v for e in operations[stop:] for v in _values(e)}
-        wanted.update(v for v in self.whole.program.outputs if isinstance(v, int))
-        return made & wanted
-
-    def _bytes(self, values: object) -> float:
-        avals = self.whole.program.avals
-        return float(sum(size_bytes(avals[v]) for v in values))  # type: ignore[attr-defined]
 
 
 def _values(equation: FlatEquation) -> list[int]:

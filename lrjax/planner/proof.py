@@ -27,6 +27,8 @@ HOPE = 1.4
 _HOPE_STEP = 1.04
 # Compilations that may fail while a plan that fits is improved.
 _VAIN = 2
+# Operations that a faster plan must save, as a fraction.
+_WORTHWHILE = 2e-3
 
 
 class BudgetTooSmallError(memory.DoesNotFitError):
@@ -149,7 +151,7 @@ class Prover:
         while self.compilations < last and vain < (_VAIN if best else most_compilations):
             if best is not None and self.verified[best.steps] >= WELL_USED * budget:
                 break
-            below = best.score * (1 - 1e-6) if best else math.inf
+            below = best.score * (1 - _WORTHWHILE) if best else math.inf
             found = search(self.model, dataclasses.replace(limits, hoped=hoped, below=below))
             if found is None or self.is_known_not_to_fit(found, budget):
                 hoped *= _HOPE_STEP

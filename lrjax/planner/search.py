@@ -128,18 +128,16 @@ class Model:
         span = self.candidates.span(start, stop)
         if strategy == "column" or (strategy == "stream" and span.is_scalar):
             return once
-        # What a row loop saves (ends of stages) need not be done again.
-        again = 1.0 if strategy == "checkpoint" else 0.9
-        return once + again * max(span.flops - span.last_flops, 0.0)
+        # What stream holds between stages need not be done again.
+        return once + (0.9 if strategy == "stream" else 1.0) * span.flops
 
     def least_bytes(self, start: int, stop: int, strategy: str) -> float:
         """Own bytes of a span that no cost lies far below, without asking for the cost."""
         span = self.candidates.span(start, stop)
-        maps = span.passing_bytes + span.input_bytes + span.output_bytes
         if strategy in ("column", "checkpoint"):
             kept = self.column_held[stop] - self.column_held[start]
-            return max(maps, 0.9 * kept)
-        return maps + (span.input_bytes if span.has_moving_maps else 0.0)
+            return max(span.output_bytes, 0.9 * kept)
+        return span.output_bytes + span.moving_bytes
 
 
 def penalty(choice: Choice) -> float:

@@ -12,7 +12,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from lrjax.graph import size_bytes
-from lrjax.inline import FlatEquation, FlatProgram, Literal, flatten, function_of, without_dead_equations
+from lrjax.inline import (
+    FlatEquation,
+    FlatProgram,
+    Literal,
+    flatten,
+    function_of,
+    without_dead_equations,
+)
 from lrjax.planner.liveness import Kind, Liveness, Operation
 from lrjax.rules.elementwise import ELEMENTWISE
 
@@ -143,9 +150,7 @@ class PoolGradient:
 POOL_INDEX_BYTES = 20
 
 
-def pool_gradients(
-    program: FlatProgram, size: MutableMapping[int, float]
-) -> list[PoolGradient]:
+def pool_gradients(program: FlatProgram, size: MutableMapping[int, float]) -> list[PoolGradient]:
     found: list[PoolGradient] = []
     readers: dict[int, list[FlatEquation]] = {}
     for equation in program.equations:
@@ -160,7 +165,9 @@ def pool_gradients(
         scratch = float(math.prod(pooled.shape) * POOL_INDEX_BYTES)
         is_added = any(e.primitive.name in ("add", "add_any") for e in readers.get(made, []))
         users = [
-            j for j, e in enumerate(program.equations) if _uses_zeros(program, e, program.avals[made])
+            j
+            for j, e in enumerate(program.equations)
+            if _uses_zeros(program, e, program.avals[made])
         ]
         if is_added or not users or users[0] > i:
             found.append(PoolGradient(i, scratch))
@@ -172,14 +179,19 @@ def pool_gradients(
 
 
 def _uses_zeros(program: FlatProgram, equation: FlatEquation, aval: Any) -> bool:
-    if kind_of(equation.primitive) is not Kind.FUSED or equation.primitive.name == "broadcast_in_dim":
+    if (
+        kind_of(equation.primitive) is not Kind.FUSED
+        or equation.primitive.name == "broadcast_in_dim"
+    ):
         return False
     like = program.avals[equation.outputs[0]]
     name = equation.primitive.name
     return name in ("max", "select_n") and (like.shape, like.dtype) == (aval.shape, aval.dtype)
 
 
-def column_liveness(joint: Joint, axes: Sequence[int | None], wrt: Sequence[int]) -> tuple[Liveness, int]:
+def column_liveness(
+    joint: Joint, axes: Sequence[int | None], wrt: Sequence[int]
+) -> tuple[Liveness, int]:
     """What exists in the course of both passes; arguments and parameter gradients take nothing."""
     program = joint.program
     size: dict[int, float] = {v: size_bytes(program.avals[v]) for e in program.equations
