@@ -141,7 +141,7 @@ class Candidates:
         if equation.primitive.name.startswith("reduce_window"):
             return max(flops, 1.0)
         size = max(math.prod(self.whole.program.avals[v].shape) for v in equation.outputs)
-        return flops if flops > 8 * size else 0.0
+        return flops if flops > 4 * size else 0.0
 
     def _crossing(self) -> tuple[list[int], list[int]]:
         """Bytes and number of the row maps that cross before every operation."""

@@ -1,4 +1,4 @@
-"""What is planned: a call, the arguments it is differentiated by, and the program that proves it."""
+"""What is planned: a call, what it is differentiated by, and the program that proves the plan."""
 
 from __future__ import annotations
 

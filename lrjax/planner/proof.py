@@ -143,30 +143,34 @@ class Prover:
           BudgetTooSmallError: there is none.
         """
         budget = limits.budget
-        if self.model.peak_bytes(self.column) <= HOPE * budget:
-            if self.verify(self.column, on_progress) <= budget:
-                return self.column
+        is_close = self.model.peak_bytes(self.column) <= HOPE * budget
+        if is_close and self.verify(self.column, on_progress) <= budget:
+            return self.column
         best = self.best_known(limits)
         hoped, vain, last = budget, 0, self.compilations + most_compilations
-        while self.compilations < last and vain < (_VAIN if best else most_compilations):
+        while self.compilations < last and (best is None or vain < _VAIN):
             if best is not None and self.verified[best.steps] >= WELL_USED * budget:
                 break
             below = best.score * (1 - _WORTHWHILE) if best else math.inf
             found = search(self.model, dataclasses.replace(limits, hoped=hoped, below=below))
-            if found is None or self.is_known_not_to_fit(found, budget):
+            if found is None or self.verified.get(found.steps, 0) > budget:
                 hoped *= _HOPE_STEP
                 if hoped > HOPE * budget:
                     break
-            elif self.verify(found, on_progress) <= budget:
-                best = found
-            else:
-                vain += 1
+                continue
+            peak = self.verify(found, on_progress)
+            if peak <= budget:
+                best, hoped = found, budget
+                continue
+            vain += 1
+            if best is None:
+                # Until something fits, what has not been tried is believed to be as far off.
+                hoped = min(hoped, budget * max(self.predicted[found.steps] / peak, 0.5))
         if best is None:
-            raise self.too_small(limits, on_progress)
+            best = self.smallest(limits, on_progress)
+            if self.verified[best.steps] > budget:
+                raise self.too_small(best, budget)
         return best
-
-    def is_known_not_to_fit(self, found: Found, budget: float) -> bool:
-        return self.verified.get(found.steps, 0) > budget
 
     def best_known(self, limits: Limits) -> Found | None:
         """The fastest of the plans compiled so far that fits."""
@@ -205,8 +209,8 @@ class Prover:
                 best, high = found, min(middle, self.model.peak_bytes(found))
         return best
 
-    def too_small(self, limits: Limits, on_progress: OnProgress) -> BudgetTooSmallError:
-        found = self.smallest(limits, on_progress)
+    def too_small(self, found: Found, budget: float) -> BudgetTooSmallError:
+        """The error that names the smallest plan's peak, and what holds it."""
         peak = self.verified[found.steps]
         step, number, held, own = max(
             self.model.passes(found), key=lambda entry: entry[2] + entry[3]
@@ -215,7 +219,7 @@ class Prover:
         name = ("forward", "backward")[number]
         fixed = self.problem.fixed_bytes
         return BudgetTooSmallError(
-            f"budget={limits.budget / MIB:,.1f} MiB: no plan fits. The smallest budget that works "
+            f"budget={budget / MIB:,.1f} MiB: no plan fits. The smallest budget that works "
             f"is {peak / MIB:,.1f} MiB ({peak:,} bytes). There the peak is in the {name} pass of "
             f"segment {segment} of {len(found.steps)} ({step.choice.strategy}), which takes "
             f"{own / MIB:,.1f} MiB; arguments and gradients are {fixed / MIB:,.1f} MiB, and what "
