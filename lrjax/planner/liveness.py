@@ -10,6 +10,7 @@ import dataclasses
 import enum
 import functools
 from collections.abc import Collection, Mapping
+from typing import Any
 
 
 class Kind(enum.Enum):
@@ -30,15 +31,21 @@ class Operation:
     """An operation on values.
 
     Attributes:
+      name: of its primitive.
       inputs, outputs: values.
       kind: how it runs.
+      like: shape and dtype of its first output.
+      is_backward: it belongs to the backward pass.
       scratch: bytes that exist only while it runs.
       overwrites: an input whose place the result takes, if nobody reads it afterwards.
     """
 
+    name: str
     inputs: tuple[int, ...]
     outputs: tuple[int, ...]
     kind: Kind
+    like: Any = None
+    is_backward: bool = False
     scratch: float = 0.0
     overwrites: int | None = None
 
@@ -62,6 +69,12 @@ class Liveness:
     @functools.cached_property
     def maker(self) -> dict[int, int]:
         return {v: i for i, o in enumerate(self.operations) for v in o.outputs}
+
+    @functools.cached_property
+    def border(self) -> int:
+        """The first operation of the backward pass."""
+        marks = (i for i, o in enumerate(self.operations) if o.is_backward)
+        return next(marks, len(self.operations))
 
     @functools.cached_property
     def existing(self) -> frozenset[int]:
