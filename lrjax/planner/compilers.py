@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import MutableMapping, Sequence
 from typing import Any
 
@@ -24,7 +23,7 @@ _LIBRARY = (
     "custom_call", "pure_callback",
 )
 # fmt: on
-_ZEROS = ("max", "select_n", "custom_jvp_call")
+_ZEROS = ("max", "select_n", "custom_jvp_call", "gradient of custom_jvp_call")
 
 # Per element of a pooled map: the value in float32 and its place as four int32.
 POOL_INDEX_BYTES = 20

@@ -30,6 +30,11 @@ def program_liveness(rows: RowProgram, free: Collection[int], target: str) -> Li
       target: the device.
     """
     graph = rows.graph
+    avals = graph.program.avals
+    size = {v: float(size_bytes(avals[v])) for v in range(len(avals)) if v not in free}
+    fresh = len(avals)
+    copies: dict[int, int] = {}
+    maker = {v for node in graph.nodes for v in node.equation.outputs}
     operations: list[Operation] = []
     for stage, loop in enumerate(rows.loops):
         for node in graph.column_nodes(stage):
@@ -44,31 +49,47 @@ def program_liveness(rows: RowProgram, free: Collection[int], target: str) -> Li
             sums = [v for n in loop.nodes if n.is_reduction for v in n.equation.outputs]
             read = tuple(dict.fromkeys((*loop.arrays, *loop.wholes)))
             made = (*loop.row_outputs, *sums)
-            inner = loop_bytes(loop, free, target)
+            inner = loop_bytes(loop, target)
+            for v in kernels_read(loop).difference(maker):
+                if v not in copies:
+                    copies[v] = fresh
+                    fresh += 1
+                    size[copies[v]] = float(size_bytes(avals[v]))
+                    operations.append(Operation("copy", (), (copies[v],), Kind.ROOT))
+            read += tuple(copies[v] for v in kernels_read(loop) if v in copies)
+            wide = {v: accumulator_bytes(loop, v) for v in sums}
+            for v in sums:
+                if v in free and wide[v] == size_bytes(avals[v]):
+                    continue
+                size[fresh] = wide[v]
+                made = (*made, fresh)
+                fresh += 1
             operations.append(Operation("row loop", read, made, Kind.LIBRARY, scratch=inner))
-    avals = graph.program.avals
-    size = {v: float(size_bytes(avals[v])) for v in range(len(avals)) if v not in free}
     outputs = frozenset(values(graph.program.outputs))
     inputs = frozenset(graph.program.inputs)
-    operations = compiled(operations, size, len(avals), target)
-    return Liveness(operations, size, before=inputs, after=outputs)
+    operations = compiled(operations, size, fresh, target)
+    hosts = {v: float(size_bytes(avals[v])) for v in outputs.intersection(free) - inputs}
+    return Liveness(operations, size, before=inputs, after=outputs, hosts=hosts)
 
 
-def loop_bytes(loop: RowLoop, free: Collection[int], target: str) -> float:
-    """Bytes that exist only within a row loop, at its worst moment."""
-    return line_bytes(loop) + accumulator_bytes(loop, free) + step_of(loop).liveness(target).peak()
+def kernels_read(loop: RowLoop) -> set[int]:
+    """Whole values that are kernels of convolutions."""
+    found = (
+        node.equation.inputs[1]
+        for node in loop.nodes
+        if node.equation.primitive.name == "conv_general_dilated"
+    )
+    return {v for v in found if isinstance(v, int) and v in loop.wholes}
 
 
-def accumulator_bytes(loop: RowLoop, free: Collection[int]) -> float:
-    """Reductions that are accumulated wider than they are given."""
-    total = 0.0
-    avals = loop.graph.program.avals
-    for node in loop.nodes:
-        for v in node.equation.outputs if node.is_reduction else ():
-            wide = avals[v].size * accumulator_dtype(avals[v].dtype).itemsize
-            if wide != size_bytes(avals[v]):
-                total += wide - (0 if v in free else size_bytes(avals[v]))
-    return total
+def loop_bytes(loop: RowLoop, target: str) -> float:
+    """Bytes of line buffers, and of whatever else exists only within a step, at its worst."""
+    return line_bytes(loop) + step_of(loop).liveness(target).peak()
+
+
+def accumulator_bytes(loop: RowLoop, value: int) -> float:
+    aval = loop.graph.program.avals[value]
+    return float(aval.size * accumulator_dtype(aval.dtype).itemsize)
 
 
 @dataclasses.dataclass

@@ -114,10 +114,11 @@ def column_liveness(
     size.update((v, float(size_bytes(program.avals[v]))) for v in joint.cotangents)
     gradients = program.outputs[len(program.outputs) - len(wrt) :]
     free = [v for v, i in zip(gradients, wrt, strict=True) if axes[i] is None]
-    size.update((v, 0.0) for v in values(free))
+    hosts = {v: float(size_bytes(program.avals[v])) for v in values(free)}
+    size.update(dict.fromkeys(hosts, 0.0))
     operations = compiled(operations_of(program, joint.border), size, len(program.avals), target)
     given = frozenset(values(gradients))
-    return Liveness(operations, size, before=frozenset(joint.cotangents), after=given)
+    return Liveness(operations, size, before=frozenset(joint.cotangents), after=given, hosts=hosts)
 
 
 def forward_liveness(program: FlatProgram, target: str) -> Liveness:
