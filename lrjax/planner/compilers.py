@@ -23,6 +23,11 @@ _LIBRARY = (
     "custom_call", "pure_callback",
 )
 # fmt: on
+# What compilers do not compute a second time in the backward pass.
+_EXPENSIVE = frozenset((
+    "cbrt", "cos", "erf", "erf_inv", "erfc", "exp", "exp2", "expm1", "lgamma", "log", "log1p",
+    "logistic", "pow", "rsqrt", "sin", "sqrt", "tan", "tanh",
+))  # fmt: skip
 _ZEROS = ("max", "select_n", "custom_jvp_call", "gradient of custom_jvp_call")
 
 # Per element of a pooled map: the value in float32 and its place as four int32.
@@ -42,7 +47,21 @@ def compiled(
     operations: Sequence[Operation], size: MutableMapping[int, float], fresh: int, target: str
 ) -> tuple[Operation, ...]:
     """The operations as XLA runs them on the target; new values are numbered from ``fresh``."""
-    return tuple(_with_pool_gradients(operations, size, fresh))
+    return tuple(_with_pool_gradients(_computed_once(operations), size, fresh))
+
+
+def _computed_once(operations: Sequence[Operation]) -> list[Operation]:
+    """Expensive results of the forward pass that the backward pass reads, if through others."""
+    wanted: set[int] = set()
+    found = []
+    for operation in reversed(operations):
+        is_wanted = not wanted.isdisjoint(operation.outputs)
+        if operation.is_backward or (is_wanted and operation.kind is Kind.FUSED):
+            wanted.update(operation.inputs)
+        if is_wanted and not operation.is_backward and operation.name in _EXPENSIVE:
+            operation = dataclasses.replace(operation, kind=Kind.ROOT)
+        found.append(operation)
+    return found[::-1]
 
 
 def _with_pool_gradients(
