@@ -3,8 +3,8 @@
     python -m experiments.plan_costs                              # everything
     python -m experiments.plan_costs --target h200 --only vgg16/1024 resnet50/512/column
 
-Training steps in bfloat16, batch 1 (ResNet-50: 4), gradients with respect to the parameters. A plan
-is written ``network/size/segments``, the segments joined by ``+``: ``stream-32+column`` is a first
+Training steps in bfloat16 (on CPU float32), batch 1 (ResNet-50: 4), gradients with respect to the
+parameters. A plan is written ``network/size/segments``, the segments joined by ``+``: ``stream-32+column`` is a first
 half in 32 blocks of rows and a second half by whole maps. The network is cut where the maps are
 narrowest.
 
@@ -13,6 +13,7 @@ Compiled programs are not compiled again: XLA's peaks are kept, per version of j
 """
 
 import dataclasses
+import functools
 import os
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -51,28 +52,32 @@ def _flax(model: nn.Module, batch: int) -> Network:
         return jnp.mean(jnp.square(outputs.astype(jnp.float32))), updated
 
     def arguments(size: int) -> tuple[Any, ...]:
-        small = jax.ShapeDtypeStruct((1, 64, 64, 3), jnp.bfloat16)
+        small = jax.ShapeDtypeStruct((1, 64, 64, 3), model.dtype)
         variables = dict(jax.eval_shape(model.init, jax.random.key(0), small))
-        images = jax.ShapeDtypeStruct((batch, size, size, 3), jnp.bfloat16)
+        images = jax.ShapeDtypeStruct((batch, size, size, 3), model.dtype)
         return variables.pop("params"), images, variables
 
     return Network(loss, arguments, (None, 1, None))
 
 
-def _vgg16() -> Network:
+def _vgg16(dtype: Any) -> Network:
     def loss(params: Any, images: jax.Array) -> Any:
         return vgg16_stack.loss(params, images), ()
 
-    return Network(loss, lambda size: vgg16_stack.structs(size, size, jnp.bfloat16), (None, 1))
+    return Network(loss, lambda size: vgg16_stack.structs(size, size, dtype), (None, 1))
 
 
-NETWORKS = {
-    "vgg16": _vgg16(),
-    "resnet50": _flax(models.ResNet50(dtype=jnp.bfloat16), 4),
-    "unet": _flax(models.UNet(norm="group", dtype=jnp.bfloat16), 1),
-    "unet-frozen": _flax(models.UNet(norm="frozen", dtype=jnp.bfloat16), 1),
-    "convnext": _flax(models.ConvNeXtT(dtype=jnp.bfloat16), 1),
-}
+@functools.cache
+def network(name: str, target: str) -> Network:
+    """A network in the dtype that is usual on the target."""
+    dtype = jnp.float32 if target == "cpu" else jnp.bfloat16
+    if name == "vgg16":
+        return _vgg16(dtype)
+    if name == "resnet50":
+        return _flax(models.ResNet50(dtype=dtype), 4)
+    if name == "unet":
+        return _flax(models.UNet(norm="frozen", dtype=dtype), 1)
+    return _flax(models.ConvNeXtT(dtype=dtype), 1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,22 +87,26 @@ class Plan:
     network: str
     size: int
     choices: tuple[Choice, ...]
+    target: str
+
+    @property
+    def step(self) -> Network:
+        return network(self.network, self.target)
 
     def __str__(self) -> str:
         return f"{self.network}/{self.size}/{'+'.join(map(_name, self.choices))}"
 
     def segments(self) -> list[Segment]:
-        network = NETWORKS[self.network]
-        traced = trace(network.loss, network.in_axes, network.arguments(self.size), {})
+        step = self.step
+        traced = trace(step.loss, step.in_axes, step.arguments(self.size), {})
         count = len(self.choices)
         return split(traced.program, traced.axes, count if count > 1 else ())
 
     def gradient(self) -> Callable[..., Any]:
         """The training step, run as planned."""
-        network = NETWORKS[self.network]
 
         def planned(*args: Any) -> Any:
-            traced = trace(network.loss, network.in_axes, args, {})
+            traced = trace(self.step.loss, self.step.in_axes, args, {})
             values = dict(zip(traced.program.inputs, traced.inputs, strict=True))
             values.update(traced.program.constants)
             for segment, choice in zip(self.segments(), self.choices, strict=True):
@@ -121,17 +130,16 @@ def _name(choice: Choice) -> str:
     return choice.strategy if is_whole else f"{choice.strategy}-{choice.num_blocks}"
 
 
-def parse(text: str) -> Plan:
-    """A plan from its name."""
-    network, size, choices = text.split("/")
+def parse(text: str, target: str) -> Plan:
+    """A plan for a target from its name."""
+    name, size, choices = text.split("/")
     parts = (part.partition("-") for part in choices.split("+"))
-    return Plan(network, int(size), tuple(Choice(name, int(n or 1)) for name, _, n in parts))
+    return Plan(name, int(size), tuple(Choice(name, int(n or 1)) for name, _, n in parts), target)
 
 
 def wrt_of(plan: Plan, segment: Segment) -> list[int]:
     """Inputs of a segment that are differentiated: those that depend on the parameters."""
-    network = NETWORKS[plan.network]
-    args = network.arguments(plan.size)
+    args = plan.step.arguments(plan.size)
     moving = len(jax.tree.leaves(args[0]))
     count = len(jax.tree.leaves(args))
     still = range(moving, count)  # images, statistics

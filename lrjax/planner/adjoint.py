@@ -45,24 +45,24 @@ class Adjoint:
         pieces = self.pieces.get(value, [])
         if len(pieces) > 1:
             total = self.fresh(self.size.get(value, 0.0))
-            self.operations.append(Operation(tuple(pieces), (total,), Kind.FUSED))
+            self.operations.append(Operation("add_any", tuple(pieces), (total,), Kind.FUSED))
             self.pieces[value] = [total]
         return self.pieces[value][0] if pieces else None
 
-    def reverse(self, operations: Sequence[tuple[str, Operation]]) -> None:
-        """Walk the named operations backwards."""
-        for name, operation in operations:
+    def reverse(self, operations: Sequence[Operation]) -> None:
+        """Walk the operations backwards."""
+        for operation in operations:
             if self.moving.intersection(operation.inputs):
                 self.moving.update(operation.outputs)
-        for name, operation in reversed(operations):
+        for operation in reversed(operations):
             bars = [self.of(v) for v in operation.outputs if v in self.moving]
             given = tuple(bar for bar in bars if bar is not None)
             if given:
-                self._share(name, operation, given)
+                self._share(operation, given)
 
-    def _share(self, name: str, operation: Operation, given: tuple[int, ...]) -> None:
+    def _share(self, operation: Operation, given: tuple[int, ...]) -> None:
         """The shares of an operation's inputs in the cotangents of its outputs."""
-        needed = () if name in LINEAR else operation.inputs
+        needed = () if operation.name in LINEAR else operation.inputs
         separate = operation.kind is Kind.LIBRARY and len(operation.inputs) == 2
         for v in dict.fromkeys(operation.inputs):
             if v not in self.moving:
@@ -71,7 +71,9 @@ class Adjoint:
             # Of a product, the share of one factor is made from the other.
             read = tuple(w for w in needed if w != v) if separate else needed
             kind = self._kind(operation, v)
-            self.operations.append(Operation((*read, *given), (share,), kind))
+            self.operations.append(
+                Operation(f"gradient of {operation.name}", (*read, *given), (share,), kind)
+            )
             self.pieces.setdefault(v, []).append(share)
 
     def _kind(self, operation: Operation, value: int) -> Kind:

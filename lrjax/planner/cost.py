@@ -67,9 +67,9 @@ def segment_cost(segment: Segment, choice: Choice, wrt: Sequence[int], target: s
       target: a name in ``lrjax.memory.TARGETS``.
     """
     if choice.strategy == "column":
-        return _column_cost(segment, wrt)
+        return _column_cost(segment, wrt, target)
     if choice.strategy == "checkpoint":
-        return _checkpoint_cost(segment, wrt)
+        return _checkpoint_cost(segment, wrt, target)
     if choice.strategy == "stream":
         return _stream_cost(segment, choice, wrt, target)
     return _differentiated_cost(segment, choice, wrt, target)
@@ -84,9 +84,9 @@ def _stream_cost(segment: Segment, choice: Choice, wrt: Sequence[int], target: s
     own = set(first.inputs)
     if found.backward is None:
         free = own | set(values(first.outputs[count:]))
-        lives = program_liveness(found.forward, free, ())
+        lives = program_liveness(found.forward, free, target)
         return SegmentCost(operations, 0.0, lives.peak(), 0.0)
-    lives = program_liveness(found.forward, own, ())
+    lives = program_liveness(found.forward, own, target)
     saved = sum(lives.size.get(v, 0.0) for v in set(values(first.outputs)) - own)
     second = found.backward.graph.program
     residuals = dict(zip(second.inputs, first.outputs[count:], strict=False))
@@ -96,7 +96,7 @@ def _stream_cost(segment: Segment, choice: Choice, wrt: Sequence[int], target: s
         for v, i in zip(second.outputs, wrt, strict=True)
         if isinstance(v, int) and segment.axes[i] is None
     }
-    back = program_liveness(found.backward, free, ())
+    back = program_liveness(found.backward, free, target)
     return SegmentCost(operations, saved, lives.peak(), back.peak())
 
 
@@ -116,7 +116,7 @@ def _differentiated_cost(
             depends.update(node.equation.outputs)
     outputs = set(values(program.outputs)) - own
     free = {program.inputs[i] for i in wrt if segment.axes[i] is None}
-    lives = program_liveness(rows, own, ())
+    lives = program_liveness(rows, own, target)
     lines, arrays, most = 0.0, set(outputs), 0.0
     for loop in rows.loops:
         if loop is None:
@@ -128,7 +128,7 @@ def _differentiated_cost(
             size_bytes(avals[v])
             for v in {*loop.row_outputs, *(a for a in loop.arrays if a in depends)}
         )
-        inner = reverse_loop_bytes(loop, depends, free)
+        inner = reverse_loop_bytes(loop, depends, free, target)
         most = max(most, lines + held + bars + inner)
     saved = lines + sum(size_bytes(avals[v]) for v in arrays)
     forward = lives.peak() + lines
@@ -140,9 +140,10 @@ def _operations(graph: RowGraph) -> float:
     return sum(n.op.flops * n.op.height for nodes in stages for n in nodes if n.op is not None)
 
 
-def _column_cost(segment: Segment, wrt: Sequence[int]) -> SegmentCost:
+def _column_cost(segment: Segment, wrt: Sequence[int], target: str) -> SegmentCost:
     joint = joint_program(segment.program, wrt)
-    lives, border = column_liveness(joint, segment.axes, wrt)
+    lives = column_liveness(joint, segment.axes, wrt, target)
+    border = lives.border
     given = set(values(joint.program.outputs[: len(segment.program.outputs)]))
     saved = given.union(lives.alive_at(border)).difference(joint.cotangents)
     waiting = sum(lives.size[v] for v in joint.cotangents)
@@ -154,10 +155,10 @@ def _column_cost(segment: Segment, wrt: Sequence[int]) -> SegmentCost:
     )
 
 
-def _checkpoint_cost(segment: Segment, wrt: Sequence[int]) -> SegmentCost:
+def _checkpoint_cost(segment: Segment, wrt: Sequence[int], target: str) -> SegmentCost:
     """What a segment gives is all it saves; its backward pass begins with its forward pass."""
-    forward = forward_liveness(segment.program)
+    forward = forward_liveness(segment.program, target)
     joint = without_outputs(joint_program(segment.program, wrt))
-    lives, _ = column_liveness(joint, segment.axes, wrt)
+    lives = column_liveness(joint, segment.axes, wrt, target)
     saved = sum(forward.size.get(v, 0.0) for v in values(segment.program.outputs))
     return SegmentCost(0.0, saved, forward.peak(), lives.peak())

@@ -10,6 +10,7 @@ import dataclasses
 import enum
 import functools
 from collections.abc import Collection, Mapping
+from typing import Any
 
 
 class Kind(enum.Enum):
@@ -30,15 +31,21 @@ class Operation:
     """An operation on values.
 
     Attributes:
+      name: of its primitive.
       inputs, outputs: values.
       kind: how it runs.
+      like: shape and dtype of its first output.
+      is_backward: it belongs to the backward pass.
       scratch: bytes that exist only while it runs.
       overwrites: an input whose place the result takes, if nobody reads it afterwards.
     """
 
+    name: str
     inputs: tuple[int, ...]
     outputs: tuple[int, ...]
     kind: Kind
+    like: Any = None
+    is_backward: bool = False
     scratch: float = 0.0
     overwrites: int | None = None
 
@@ -52,16 +59,25 @@ class Liveness:
       size: bytes of every value; a value that is not in it takes none.
       before: values that exist when the first operation starts.
       after: values that must exist when the last one has run.
+      hosts: bytes of results that have a place of their own (parameter gradients). Until they are
+        made, smaller values may live there.
     """
 
     operations: tuple[Operation, ...]
     size: Mapping[int, float]
     before: frozenset[int] = frozenset()
     after: frozenset[int] = frozenset()
+    hosts: Mapping[int, float] = dataclasses.field(default_factory=dict)
 
     @functools.cached_property
     def maker(self) -> dict[int, int]:
         return {v: i for i, o in enumerate(self.operations) for v in o.outputs}
+
+    @functools.cached_property
+    def border(self) -> int:
+        """The first operation of the backward pass."""
+        marks = (i for i, o in enumerate(self.operations) if o.is_backward)
+        return next(marks, len(self.operations))
 
     @functools.cached_property
     def existing(self) -> frozenset[int]:
@@ -108,20 +124,42 @@ class Liveness:
         """Bytes alive while each operation runs."""
         count = len(self.operations)
         changes = [0.0] * (count + 2)
-        for v, last in self.last_use.items():
-            size = self.size.get(v, 0.0)
-            if not size:
-                continue
-            first = self.maker.get(v, 0)
-            if self._is_overwritten(v, last):
-                last -= 1
-            changes[first] += size
-            changes[last + 1] -= size
+        for v, (first, last) in self.intervals.items():
+            if v not in self.hosted:
+                changes[first] += self.size[v]
+                changes[last + 1] -= self.size[v]
         alive, found = 0.0, []
         for i, operation in enumerate(self.operations):
             alive += changes[i]
             found.append(alive + operation.scratch)
         return found
+
+    @functools.cached_property
+    def intervals(self) -> dict[int, tuple[int, int]]:
+        """The first and the last operation while which a value takes a place."""
+        return {
+            v: (self.maker.get(v, 0), last - self._is_overwritten(v, last))
+            for v, last in self.last_use.items()
+            if self.size.get(v, 0.0)
+        }
+
+    @functools.cached_property
+    def hosted(self) -> frozenset[int]:
+        """Values that live where a result will be, as XLA assigns them: largest first, each to the
+        smallest place that is free as long as it lives."""
+        places = sorted((size, self.maker.get(v, 0), v) for v, size in self.hosts.items())
+        taken: dict[int, list[tuple[int, int]]] = {}
+        found: set[int] = set()
+        for v in sorted(self.intervals, key=lambda v: (-self.size[v], self.intervals[v])):
+            first, last = self.intervals[v]
+            for size, made, place in places:
+                others = taken.get(place, ())
+                free = last < made and all(last < a or first > b for a, b in others)
+                if self.size[v] <= size and free and v not in self.before:
+                    taken.setdefault(place, []).append((first, last))
+                    found.add(v)
+                    break
+        return frozenset(found)
 
     def _is_overwritten(self, value: int, last: int) -> bool:
         """The last reader puts its result into the value's own place."""

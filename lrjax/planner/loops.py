@@ -5,12 +5,15 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Collection
 
+import jax
+
 from lrjax.autodiff import RowProgram
 from lrjax.engine import accumulator_dtype
 from lrjax.graph import RowGraph, size_bytes
 from lrjax.planner.adjoint import Adjoint
+from lrjax.planner.compilers import compiled, kind_of
 from lrjax.planner.liveness import Kind, Liveness, Operation
-from lrjax.planner.whole import kind_of, values
+from lrjax.planner.whole import values
 from lrjax.rowloop import RowLoop
 
 
@@ -18,48 +21,75 @@ def row_bytes(graph: RowGraph, value: int) -> float:
     return size_bytes(graph.program.avals[value]) / max(graph.height(value), 1)
 
 
-def program_liveness(rows: RowProgram, free: Collection[int], wanted: Collection[int]) -> Liveness:
+def program_liveness(rows: RowProgram, free: Collection[int], target: str) -> Liveness:
     """A row program as a sequence of column operations and row loops.
 
     Args:
       rows: the program.
       free: inputs and outputs that take nothing here (arguments, parameter gradients).
-      wanted: inputs that exist when it is done.
+      target: the device.
     """
     graph = rows.graph
+    avals = graph.program.avals
+    size = {v: float(size_bytes(avals[v])) for v in range(len(avals)) if v not in free}
+    fresh = len(avals)
+    copies: dict[int, int] = {}
+    maker = {v for node in graph.nodes for v in node.equation.outputs}
     operations: list[Operation] = []
     for stage, loop in enumerate(rows.loops):
         for node in graph.column_nodes(stage):
             equation = node.equation
             kind = kind_of(equation.primitive)
-            operations.append(Operation(values(equation.inputs), equation.outputs, kind))
+            like = graph.program.avals[equation.outputs[0]]
+            read = values(equation.inputs)
+            operations.append(
+                Operation(equation.primitive.name, read, equation.outputs, kind, like)
+            )
         if loop is not None:
             sums = [v for n in loop.nodes if n.is_reduction for v in n.equation.outputs]
             read = tuple(dict.fromkeys((*loop.arrays, *loop.wholes)))
             made = (*loop.row_outputs, *sums)
-            operations.append(Operation(read, made, Kind.LIBRARY, loop_bytes(loop, free)))
-    avals = graph.program.avals
-    size = {v: float(size_bytes(avals[v])) for v in range(len(avals)) if v not in free}
+            inner = loop_bytes(loop, target)
+            for v in kernels_read(loop).difference(maker):
+                if v not in copies:
+                    copies[v] = fresh
+                    fresh += 1
+                    size[copies[v]] = float(size_bytes(avals[v]))
+                    operations.append(Operation("copy", (), (copies[v],), Kind.ROOT))
+            read += tuple(copies[v] for v in kernels_read(loop) if v in copies)
+            wide = {v: accumulator_bytes(loop, v) for v in sums}
+            for v in sums:
+                if v in free and wide[v] == size_bytes(avals[v]):
+                    continue
+                size[fresh] = wide[v]
+                made = (*made, fresh)
+                fresh += 1
+            operations.append(Operation("row loop", read, made, Kind.LIBRARY, scratch=inner))
     outputs = frozenset(values(graph.program.outputs))
     inputs = frozenset(graph.program.inputs)
-    return Liveness(tuple(operations), size, before=inputs, after=outputs | frozenset(wanted))
+    operations = compiled(operations, size, fresh, target)
+    hosts = {v: float(size_bytes(avals[v])) for v in outputs.intersection(free) - inputs}
+    return Liveness(operations, size, before=inputs, after=outputs, hosts=hosts)
 
 
-def loop_bytes(loop: RowLoop, free: Collection[int]) -> float:
-    """Bytes that exist only within a row loop, at its worst moment."""
-    return line_bytes(loop) + accumulator_bytes(loop, free) + step_of(loop).liveness().peak()
+def kernels_read(loop: RowLoop) -> set[int]:
+    """Whole values that are kernels of convolutions."""
+    found = (
+        node.equation.inputs[1]
+        for node in loop.nodes
+        if node.equation.primitive.name == "conv_general_dilated"
+    )
+    return {v for v in found if isinstance(v, int) and v in loop.wholes}
 
 
-def accumulator_bytes(loop: RowLoop, free: Collection[int]) -> float:
-    """Reductions that are accumulated wider than they are given."""
-    total = 0.0
-    avals = loop.graph.program.avals
-    for node in loop.nodes:
-        for v in node.equation.outputs if node.is_reduction else ():
-            wide = avals[v].size * accumulator_dtype(avals[v].dtype).itemsize
-            if wide != size_bytes(avals[v]):
-                total += wide - (0 if v in free else size_bytes(avals[v]))
-    return total
+def loop_bytes(loop: RowLoop, target: str) -> float:
+    """Bytes of line buffers, and of whatever else exists only within a step, at its worst."""
+    return line_bytes(loop) + step_of(loop).liveness(target).peak()
+
+
+def accumulator_bytes(loop: RowLoop, value: int) -> float:
+    aval = loop.graph.program.avals[value]
+    return float(aval.size * accumulator_dtype(aval.dtype).itemsize)
 
 
 @dataclasses.dataclass
@@ -75,7 +105,7 @@ class Step:
       windows: of whole maps, by stand-in.
     """
 
-    operations: list[tuple[str, Operation]]
+    operations: list[Operation]
     size: dict[int, float]
     kept: set[int]
     older: dict[int, int]
@@ -83,8 +113,8 @@ class Step:
     windows: dict[int, int]
     fresh: int
 
-    def liveness(self) -> Liveness:
-        operations = tuple(o for _, o in self.operations)
+    def liveness(self, target: str) -> Liveness:
+        operations = compiled(self.operations, self.size, self.fresh, target)
         return Liveness(operations, self.size, after=frozenset(self.kept))
 
 
@@ -118,29 +148,39 @@ def step_of(loop: RowLoop) -> Step:
                 inputs.append(v)
                 continue
             start, stop = loop.window(source, 0)
-            window = row_bytes(graph, v) * (stop - start)
+            height = avals[v].shape[source.read.axis]
+            window = size_bytes(avals[v]) / max(height, 1) * (stop - start)
             if v in loop.producer and not loop.is_ring(v) and step.size[v] == window:
                 inputs.append(v)
                 continue
             cut = fresh(window)
-            step.operations.append(("window", Operation((v,), (cut,), Kind.FUSED)))
+            step.operations.append(Operation("window", (v,), (cut,), Kind.FUSED))
             step.windows[cut] = v
             inputs.append(cut)
         made = tuple(step.slab.get(v, v) for v in node.equation.outputs)
         kind = kind_of(node.equation.primitive)
-        step.operations.append((node.equation.primitive.name, Operation(tuple(inputs), made, kind)))
+        name = node.equation.primitive.name
+        like = None if node.is_reduction else slab_like(loop, i)
+        step.operations.append(Operation(name, tuple(inputs), made, kind, like))
         for v in node.equation.outputs:
             if v in step.slab:
-                extended = Operation((step.slab[v], step.older[v]), (v,), Kind.FUSED)
-                step.operations.append(("extend", extended))
-                step.kept.add(v)
-            elif v in loop.producer and loop.is_ring(v):
-                step.kept.add(v)
+                read = (step.slab[v], step.older[v])
+                step.operations.append(Operation("extend", read, (v,), Kind.FUSED))
             if node.is_reduction:
                 step.size[v] = size_bytes(avals[v])
                 if is_banded:
                     step.kept.add(v)
     return step
+
+
+def slab_like(loop: RowLoop, node: int) -> jax.ShapeDtypeStruct:
+    """Shape and dtype of a node's first output in one step."""
+    value = loop.nodes[node].equation.outputs[0]
+    aval = loop.graph.program.avals[value]
+    shape = list(aval.shape)
+    if value in loop.graph.row_axis:
+        shape[loop.graph.row_axis[value]] = loop.schedule.tracks[node].rows
+    return jax.ShapeDtypeStruct(tuple(shape), aval.dtype)
 
 
 def line_bytes(loop: RowLoop) -> float:
@@ -150,7 +190,9 @@ def line_bytes(loop: RowLoop) -> float:
 # --- Steps that are differentiated ---------------------------------------------------------------
 
 
-def reverse_loop_bytes(loop: RowLoop, moving: Collection[int], free: Collection[int]) -> float:
+def reverse_loop_bytes(
+    loop: RowLoop, moving: Collection[int], free: Collection[int], target: str
+) -> float:
     """Bytes that exist only within the reverse loop of 2PS or OverL.
 
     Args:
@@ -183,8 +225,8 @@ def reverse_loop_bytes(loop: RowLoop, moving: Collection[int], free: Collection[
         step.size[v] = 0.0
     for line in step.older.values():
         step.size[line] = 0.0
-    operations = (*(o for _, o in step.operations), *adjoint.operations)
-    lives = Liveness(tuple(operations), step.size, before=frozenset(given), after=frozenset(made))
+    operations = compiled((*step.operations, *adjoint.operations), step.size, adjoint.next, target)
+    lives = Liveness(operations, step.size, before=frozenset(given), after=frozenset(made))
     bars = sum(
         avals[v].size * accumulator_dtype(avals[v].dtype).itemsize
         - (size_bytes(avals[v]) if v in free and avals[v].dtype.itemsize >= 4 else 0)

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import math
-from collections.abc import MutableMapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -20,27 +19,8 @@ from lrjax.inline import (
     function_of,
     without_dead_equations,
 )
-from lrjax.planner.liveness import Kind, Liveness, Operation
-from lrjax.rules.elementwise import ELEMENTWISE
-
-# What compilers fuse into readers beside elementwise operations.
-_MOVES = (
-    "broadcast_in_dim", "reshape", "squeeze", "expand_dims", "transpose", "rev", "slice", "pad",
-    "concatenate", "dynamic_slice", "gather", "iota", "tile", "split", "select_and_gather_add",
-    "custom_jvp_call", "custom_vjp_call", "random_bits", "random_wrap", "random_unwrap", "random_fold_in", "random_seed", "threefry2x32",
-)  # fmt: skip
-_FUSED = frozenset((*ELEMENTWISE, *_MOVES)) - {"optimization_barrier"}
-_LIBRARY = ("conv_general_dilated", "dot_general", "scatter", "sort",
-            "scan", "while", "cond", "fft", "custom_call", "pure_callback")  # fmt: skip
-
-
-def kind_of(primitive: Any) -> Kind:
-    """How XLA runs a primitive."""
-    if primitive.name in _FUSED:
-        return Kind.FUSED
-    if primitive.name.startswith(_LIBRARY):
-        return Kind.LIBRARY
-    return Kind.ROOT
+from lrjax.planner.compilers import compiled, kind_of
+from lrjax.planner.liveness import Liveness, Operation
 
 
 def values(atoms: Sequence[Any]) -> tuple[int, ...]:
@@ -101,122 +81,51 @@ def _split(
     return forward, backward
 
 
-def operations_of(
-    program: FlatProgram, size: MutableMapping[int, float]
-) -> tuple[tuple[Operation, ...], list[int]]:
-    """Operations of a program, and where each of its equations went."""
-    pools = pool_gradients(program, size)
-    operations: list[Operation] = []
-    position = []
-    for i, equation in enumerate(program.equations):
-        for pool in pools:
-            if pool.first_zeros == i:
-                made = tuple(v for v in (pool.zeros, pool.target) if v is not None)
-                operations.append(Operation((), made, Kind.ROOT))
-        inputs = values(equation.inputs)
-        inputs += tuple(p.zeros for p in pools if p.last_zeros == i and p.zeros is not None)
-        own = next((p for p in pools if p.equation == i), None)
-        operation = Operation(inputs, equation.outputs, kind_of(equation.primitive))
-        if own is not None:
-            target = own.target
-            operation = dataclasses.replace(
-                operation,
-                inputs=(*inputs, target) if target is not None else inputs,
-                scratch=own.scratch,
-                overwrites=target,
-            )
-        position.append(len(operations))
-        operations.append(operation)
-    return tuple(operations), position
+def operations_of(program: FlatProgram, border: int) -> list[Operation]:
+    """A program's equations; those from ``border`` on are the backward pass."""
+    return [
+        Operation(
+            e.primitive.name,
+            values(e.inputs),
+            e.outputs,
+            kind_of(e.primitive),
+            program.avals[e.outputs[0]] if e.outputs else None,
+            i >= border,
+        )
+        for i, e in enumerate(program.equations)
+    ]
 
 
-@dataclasses.dataclass(frozen=True)
-class PoolGradient:
-    """What XLA:GPU makes of the gradient of a max pool: a scatter of values to stored indices.
-
-    The array it scatters into is a copy of zeros. A ReLU over a map of the same shape compares
-    with those zeros and is made together with them, so that both exist from there on.
-    """
-
-    equation: int
-    scratch: float
-    first_zeros: int = -1
-    last_zeros: int = -1
-    zeros: int | None = None
-    target: int | None = None
-
-
-# Per element of the pooled map: the value in float32 and its place as four int32.
-POOL_INDEX_BYTES = 20
-
-
-def pool_gradients(program: FlatProgram, size: MutableMapping[int, float]) -> list[PoolGradient]:
-    found: list[PoolGradient] = []
-    readers: dict[int, list[FlatEquation]] = {}
-    for equation in program.equations:
-        for v in values(equation.inputs):
-            readers.setdefault(v, []).append(equation)
-    fresh = len(program.avals)
-    for i, equation in enumerate(program.equations):
-        if equation.primitive.name != "select_and_scatter_add":
-            continue
-        (made,) = equation.outputs
-        pooled = program.aval(equation.inputs[0])
-        scratch = float(math.prod(pooled.shape) * POOL_INDEX_BYTES)
-        is_added = any(e.primitive.name in ("add", "add_any") for e in readers.get(made, []))
-        users = [
-            j
-            for j, e in enumerate(program.equations)
-            if _uses_zeros(program, e, program.avals[made])
-        ]
-        if is_added or not users or users[0] > i:
-            found.append(PoolGradient(i, scratch))
-            continue
-        size[fresh] = size[fresh + 1] = size[made]
-        found.append(PoolGradient(i, scratch, users[0], users[-1], fresh, fresh + 1))
-        fresh += 2
-    return found
-
-
-def _uses_zeros(program: FlatProgram, equation: FlatEquation, aval: Any) -> bool:
-    if (
-        kind_of(equation.primitive) is not Kind.FUSED
-        or equation.primitive.name == "broadcast_in_dim"
-    ):
-        return False
-    like = program.avals[equation.outputs[0]]
-    name = equation.primitive.name
-    return name in ("max", "select_n") and (like.shape, like.dtype) == (aval.shape, aval.dtype)
+def made_sizes(program: FlatProgram) -> dict[int, float]:
+    """Bytes of everything that a program's equations make."""
+    return {
+        v: float(size_bytes(program.avals[v]))
+        for equation in program.equations
+        for v in equation.outputs
+    }
 
 
 def column_liveness(
-    joint: Joint, axes: Sequence[int | None], wrt: Sequence[int]
-) -> tuple[Liveness, int]:
+    joint: Joint, axes: Sequence[int | None], wrt: Sequence[int], target: str
+) -> Liveness:
     """What exists in the course of both passes; arguments and parameter gradients take nothing."""
     program = joint.program
-    size: dict[int, float] = {v: size_bytes(program.avals[v]) for e in program.equations
-                              for v in e.outputs}  # fmt: skip
-    size.update((v, size_bytes(program.avals[v])) for v in joint.cotangents)
+    size = made_sizes(program)
+    size.update((v, float(size_bytes(program.avals[v]))) for v in joint.cotangents)
     gradients = program.outputs[len(program.outputs) - len(wrt) :]
     free = [v for v, i in zip(gradients, wrt, strict=True) if axes[i] is None]
-    size.update((v, 0.0) for v in values(free))
-    operations, position = operations_of(program, size)
-    border = position[joint.border] if joint.border < len(position) else len(operations)
-    lives = Liveness(
-        operations,
-        size,
-        before=frozenset(joint.cotangents),
-        after=frozenset(values(gradients)),
-    )
-    return lives, border
+    hosts = {v: float(size_bytes(program.avals[v])) for v in values(free)}
+    size.update(dict.fromkeys(hosts, 0.0))
+    operations = compiled(operations_of(program, joint.border), size, len(program.avals), target)
+    given = frozenset(values(gradients))
+    return Liveness(operations, size, before=frozenset(joint.cotangents), after=given, hosts=hosts)
 
 
-def forward_liveness(program: FlatProgram) -> Liveness:
+def forward_liveness(program: FlatProgram, target: str) -> Liveness:
     """What exists in the course of a forward pass of which nothing is kept but its outputs."""
-    size: dict[int, float] = {
-        v: size_bytes(program.avals[v]) for e in program.equations for v in e.outputs
-    }
-    operations, _ = operations_of(program, size)
+    size = made_sizes(program)
+    listed = operations_of(program, len(program.equations))
+    operations = compiled(listed, size, len(program.avals), target)
     return Liveness(operations, size, after=frozenset(values(program.outputs)))
 
 

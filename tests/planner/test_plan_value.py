@@ -66,7 +66,9 @@ def test_the_fingerprint_is_the_same_in_every_trace(plan, x64):
         (lambda p, x: logits(p, x) + 1, structs(), (None, 1), "operation"),
     ],
 )
-def test_other_calls_are_refused_with_the_difference(plan, x64, tmp_path, fun, args, in_axes, message):
+def test_other_calls_are_refused_with_the_difference(
+    plan, x64, tmp_path, fun, args, in_axes, message
+):
     args = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, "float64"), args)
     with pytest.raises(lrjax.PlanMismatchError, match=message.replace("[1, 64, 16, 3]", ".*64")):
         jax.eval_shape(lrjax.rowwise(fun, in_axes=in_axes, plan=plan), *args)

@@ -43,9 +43,7 @@ def test_at_columns_own_peak_the_plan_is_column(column_peak):
 
 def test_less_memory_costs_more_operations_and_fits(column_peak):
     seen = []
-    plans = [
-        plan_for(int(column_peak * part), on_progress=seen.append) for part in (0.6, 1.0)
-    ]
+    plans = [plan_for(int(column_peak * part), on_progress=seen.append) for part in (0.6, 1.0)]
     for plan in plans:
         by_rows = lrjax.rowwise(logits, in_axes=(None, 1), plan=plan)
         assert peak_of(by_rows, ARGS) == plan.verified_peak_bytes <= plan.budget_bytes
