@@ -174,28 +174,30 @@ class Prover:
 
     def best_known(self, limits: Limits) -> Found | None:
         """The fastest of the plans compiled so far that fits."""
-        fitting = [
-            Found(steps, self.model.score(steps))
-            for steps, peak in self.verified.items()
-            if peak <= limits.budget
-            and all(step.choice.strategy in limits.strategies for step in steps)
-        ]
+        known = self.known(limits)
+        fitting = [found for found in known if self.verified[found.steps] <= limits.budget]
         return min(fitting, key=lambda found: found.score, default=None)
+
+    def known(self, limits: Limits) -> list[Found]:
+        """The plans compiled so far, of these strategies."""
+        return [
+            Found(steps, self.model.score(steps))
+            for steps in self.verified
+            if all(step.choice.strategy in limits.strategies for step in steps)
+        ]
 
     # --- Without a budget ------------------------------------------------------------------------
 
     def smallest(self, limits: Limits, on_progress: OnProgress, attempts: int = 3) -> Found:
         """About the smallest peak that any plan reaches, confirmed by XLA."""
-        best: Found | None = None
         for _ in range(attempts):
             found = self.smallest_predicted(limits)
             if found is None or found.steps in self.verified:
                 break
-            peak = self.verify(found, on_progress)
-            if best is None or peak < self.verified[best.steps]:
-                best = found
-        known = [Found(steps, 0.0) for steps in self.verified]
-        return min(known or [self.column], key=lambda f: self.verified.get(f.steps, math.inf))
+            self.verify(found, on_progress)
+        if not self.known(limits):
+            self.verify(self.column, on_progress)
+        return min(self.known(limits), key=lambda found: self.verified[found.steps])
 
     def smallest_predicted(self, limits: Limits) -> Found | None:
         low, high = self.model.fixed_bytes, 1.5 * self.model.peak_bytes(self.column)
