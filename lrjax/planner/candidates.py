@@ -22,6 +22,7 @@ MOST_CUTS = 24
 # Rows of a step, at the least: below, launching kernels costs more than what they compute.
 LEAST_ROWS = 8
 FEWEST_BLOCKS = 4
+MOST_BLOCKS = 1024
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,6 +64,7 @@ class Span:
         most = most_blocks(strategy, self.graph)
         if strategy == "stream":
             most //= LEAST_ROWS
+        most = min(most, MOST_BLOCKS)
         first = FEWEST_BLOCKS if strategy == "stream" else 2
         ladder = sorted(m * 2**k for k in range(20) for m in (2, 3))
         return [count for count in ladder if first <= count <= most]

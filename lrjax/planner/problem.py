@@ -104,7 +104,8 @@ def problem_of(
 
 
 def _struct(leaf: Any) -> Any:
-    return jax.ShapeDtypeStruct(jnp.shape(leaf), jax.dtypes.result_type(leaf))
+    shaped = jax.eval_shape(lambda x: x, leaf)
+    return jax.ShapeDtypeStruct(shaped.shape, shaped.dtype)
 
 
 def _chosen(
