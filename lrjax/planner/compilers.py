@@ -24,14 +24,34 @@ _LIBRARY = (
 )
 # fmt: on
 # What compilers do not compute a second time in the backward pass.
-_EXPENSIVE = frozenset((
-    "cbrt", "cos", "erf", "erf_inv", "erfc", "exp", "exp2", "expm1", "lgamma", "log", "log1p",
-    "logistic", "pow", "rsqrt", "sin", "sqrt", "tan", "tanh",
-))  # fmt: skip
+_EXPENSIVE = frozenset(
+    (
+        "cbrt",
+        "cos",
+        "erf",
+        "erf_inv",
+        "erfc",
+        "exp",
+        "exp2",
+        "expm1",
+        "lgamma",
+        "log",
+        "log1p",
+        "logistic",
+        "pow",
+        "rsqrt",
+        "sin",
+        "sqrt",
+        "tan",
+        "tanh",
+    )
+)  # fmt: skip
 _ZEROS = ("max", "select_n", "custom_jvp_call", "gradient of custom_jvp_call")
 
-# Per element of a pooled map: the value in float32 and its place as four int32.
-POOL_INDEX_BYTES = 20
+# A place in a map is four of them.
+INDEX_BYTES = 4
+# Per element of a pooled map: the value in float32 and its place.
+POOL_INDEX_BYTES = 4 + 4 * INDEX_BYTES
 
 
 def kind_of(primitive: Any) -> Kind:
@@ -47,7 +67,14 @@ def compiled(
     operations: Sequence[Operation], size: MutableMapping[int, float], fresh: int, target: str
 ) -> tuple[Operation, ...]:
     """The operations as XLA runs them on the target; new values are numbered from ``fresh``."""
-    return tuple(_with_pool_gradients(_computed_once(operations), size, fresh))
+    is_cpu = target == "cpu"
+    if is_cpu:
+        operations = [_on_cpu(o, size) for o in operations]
+    once = _computed_once(operations)
+    if is_cpu:
+        once, fresh = _with_differences(once, size, fresh)
+    pools = _with_pool_places if is_cpu else _with_pool_gradients
+    return tuple(pools(once, size, fresh))
 
 
 def _computed_once(operations: Sequence[Operation]) -> list[Operation]:
@@ -107,3 +134,83 @@ def _with_pool_gradients(
         else:
             found[place] = changed
     return found
+
+
+def _with_pool_places(
+    operations: Sequence[Operation], size: MutableMapping[int, float], fresh: int
+) -> list[Operation]:
+    """XLA:CPU's gradient of a max pool: a scatter to places that the forward pass finds.
+
+    It counts all elements along four axes, from the start of the program until the places of the
+    largest are known, and keeps these, and the zeros that it scatters into.
+    """
+    found = list(operations)
+    early: list[int] = []
+    for operation in operations:
+        if operation.name != "select_and_scatter_add":
+            continue
+        (made,) = operation.outputs
+        source, operand = operation.inputs[:2]
+        elements = size[made] / operation.like.dtype.itemsize
+        pooled = size.get(source, 0.0) / operation.like.dtype.itemsize
+        counts, target, places = fresh, fresh + 1, fresh + 2
+        fresh += 3
+        size[counts] = elements * 4 * INDEX_BYTES
+        size[target] = size[made]
+        size[places] = pooled * 4 * INDEX_BYTES
+        early += [counts, target]
+        forward = [
+            i
+            for i, o in enumerate(found)
+            if o.name.startswith("reduce_window") and operand in o.inputs
+        ]
+        where = forward[0] + 1 if forward else found.index(operation)
+        find = Operation(
+            "places",
+            (operand, counts),
+            (places,),
+            Kind.ROOT,
+            scratch=size.get(source, 0.0),
+            is_backward=found[where - 1].is_backward,
+        )
+        found.insert(where, find)
+        found[found.index(operation)] = dataclasses.replace(
+            operation, inputs=(source, places, target), overwrites=target
+        )
+    return [Operation("counts", (), tuple(early), Kind.ROOT), *found] if early else found
+
+
+def _on_cpu(operation: Operation, size: MutableMapping[int, float]) -> Operation:
+    if operation.name.startswith("reduce_window"):
+        return dataclasses.replace(operation, kind=Kind.LIBRARY)
+    if operation.dense_bytes:
+        return dataclasses.replace(operation, scratch=2 * operation.dense_bytes)
+    return operation
+
+
+def _with_differences(
+    operations: Sequence[Operation], size: MutableMapping[int, float], fresh: int
+) -> tuple[list[Operation], int]:
+    """XLA:CPU keeps what normalisations subtract their means from, and the differences too.
+
+    It computes a difference again for the ReLU's mask, and reads the kept one for the gradient of
+    the scale.
+    """
+    last: dict[int, int] = {}
+    for i, operation in enumerate(operations):
+        if operation.is_backward:
+            last.update((v, i) for v in operation.inputs)
+    found = list(operations)
+    kept = []
+    for i, operation in enumerate(operations):
+        if operation.name == "sub" and not operation.is_backward and operation.outputs[0] in last:
+            reader = last[operation.outputs[0]]
+            size[fresh] = size[operation.outputs[0]]
+            found[reader] = dataclasses.replace(
+                found[reader], inputs=(*found[reader].inputs, fresh)
+            )
+            kept.append((i, dataclasses.replace(operation, outputs=(fresh,), kind=Kind.ROOT)))
+            fresh += 1
+    for i, operation in reversed(kept):
+        found.insert(i + 1, operation)
+    return found, fresh

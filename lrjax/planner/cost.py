@@ -66,7 +66,8 @@ def segment_cost(segment: Segment, choice: Choice, wrt: Sequence[int], target: s
       wrt: inputs of the segment that are differentiated.
       target: a name in ``lrjax.memory.TARGETS``.
     """
-    if choice.strategy == "column":
+    # XLA:CPU finds that what a checkpoint does again has been done before, and keeps it.
+    if choice.strategy == "column" or (choice.strategy == "checkpoint" and target == "cpu"):
         return _column_cost(segment, wrt, target)
     if choice.strategy == "checkpoint":
         return _checkpoint_cost(segment, wrt, target)
