@@ -7,6 +7,7 @@ plan search may; what its operations read and give follows from the operations t
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, MutableMapping, Sequence
+from typing import Any
 
 from lrjax.planner.liveness import Kind, Operation
 
@@ -27,6 +28,7 @@ class Adjoint:
         self.next = fresh
         self.cotangent: dict[int, int] = {}
         self.pieces: dict[int, list[int]] = {}
+        self.like: dict[int, Any] = {}
         self.operations: list[Operation] = []
 
     def fresh(self, size: float) -> int:
@@ -52,6 +54,7 @@ class Adjoint:
     def reverse(self, operations: Sequence[Operation]) -> None:
         """Walk the operations backwards."""
         for operation in operations:
+            self.like.update(dict.fromkeys(operation.outputs, operation.like))
             if self.moving.intersection(operation.inputs):
                 self.moving.update(operation.outputs)
         for operation in reversed(operations):
@@ -71,9 +74,8 @@ class Adjoint:
             # Of a product, the share of one factor is made from the other.
             read = tuple(w for w in needed if w != v) if separate else needed
             kind = self._kind(operation, v)
-            self.operations.append(
-                Operation(f"gradient of {operation.name}", (*read, *given), (share,), kind)
-            )
+            name, like = f"gradient of {operation.name}", self.like.get(v)
+            self.operations.append(Operation(name, (*given, *read), (share,), kind, like))
             self.pieces.setdefault(v, []).append(share)
 
     def _kind(self, operation: Operation, value: int) -> Kind:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Collection
+from typing import Any
 
 import jax
 
@@ -154,18 +155,22 @@ def step_of(loop: RowLoop) -> Step:
                 inputs.append(v)
                 continue
             cut = fresh(window)
-            step.operations.append(Operation("window", (v,), (cut,), Kind.FUSED))
+            like = rows_like(avals[v], source.read.axis, stop - start)
+            step.operations.append(Operation("window", (v,), (cut,), Kind.FUSED, like))
             step.windows[cut] = v
             inputs.append(cut)
         made = tuple(step.slab.get(v, v) for v in node.equation.outputs)
         kind = kind_of(node.equation.primitive)
         name = node.equation.primitive.name
-        like = None if node.is_reduction else slab_like(loop, i)
+        head = node.equation.outputs[0]
+        axis = graph.row_axis.get(head)
+        like = rows_like(avals[head], axis, loop.schedule.tracks[i].rows)
         step.operations.append(Operation(name, tuple(inputs), made, kind, like))
         for v in node.equation.outputs:
             if v in step.slab:
                 read = (step.slab[v], step.older[v])
-                step.operations.append(Operation("extend", read, (v,), Kind.FUSED))
+                like = rows_like(avals[v], graph.row_axis[v], loop.track(v).depth)
+                step.operations.append(Operation("extend", read, (v,), Kind.FUSED, like))
             if node.is_reduction:
                 step.size[v] = size_bytes(avals[v])
                 if is_banded:
@@ -173,13 +178,11 @@ def step_of(loop: RowLoop) -> Step:
     return step
 
 
-def slab_like(loop: RowLoop, node: int) -> jax.ShapeDtypeStruct:
-    """Shape and dtype of a node's first output in one step."""
-    value = loop.nodes[node].equation.outputs[0]
-    aval = loop.graph.program.avals[value]
+def rows_like(aval: Any, axis: int | None, rows: int) -> jax.ShapeDtypeStruct:
+    """Shape and dtype of some rows of a value."""
     shape = list(aval.shape)
-    if value in loop.graph.row_axis:
-        shape[loop.graph.row_axis[value]] = loop.schedule.tracks[node].rows
+    if axis is not None:
+        shape[axis] = rows
     return jax.ShapeDtypeStruct(tuple(shape), aval.dtype)
 
 
