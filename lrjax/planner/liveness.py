@@ -6,10 +6,11 @@ reads or writes does.
 
 from __future__ import annotations
 
+import bisect
 import dataclasses
 import enum
 import functools
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 
@@ -188,3 +189,16 @@ class Liveness:
 
     def peak(self, first: int = 0, stop: int | None = None) -> float:
         return max(self.timeline[first:stop], default=0.0)
+
+
+def bytes_beside(sizes: Iterable[float], hosts: Iterable[float]) -> float:
+    """Bytes of values that find no place among results that are not made yet, one in each."""
+    places = sorted(hosts)
+    total = 0.0
+    for size in sorted(sizes, reverse=True):
+        place = bisect.bisect_left(places, size)
+        if place < len(places):
+            del places[place]
+        else:
+            total += size
+    return total

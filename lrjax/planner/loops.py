@@ -11,7 +11,6 @@ import jax
 from lrjax.autodiff import RowProgram
 from lrjax.engine import accumulator_dtype
 from lrjax.graph import RowGraph, size_bytes
-from lrjax.planner.adjoint import Adjoint
 from lrjax.planner.compilers import compiled, kind_of
 from lrjax.planner.liveness import Kind, Liveness, Operation
 from lrjax.planner.whole import values
@@ -188,56 +187,3 @@ def rows_like(aval: Any, axis: int | None, rows: int) -> jax.ShapeDtypeStruct:
 
 def line_bytes(loop: RowLoop) -> float:
     return sum(row_bytes(loop.graph, v) * loop.line_rows(v) for v in loop.producer)
-
-
-# --- Steps that are differentiated ---------------------------------------------------------------
-
-
-def reverse_loop_bytes(
-    loop: RowLoop, moving: Collection[int], free: Collection[int], target: str
-) -> float:
-    """Bytes that exist only within the reverse loop of 2PS or OverL.
-
-    Args:
-      loop: the row loop.
-      moving: whole values that are differentiated.
-      free: those among them whose gradients are the program's.
-    """
-    avals = loop.graph.program.avals
-    step = step_of(loop)
-    step.kept.clear()
-    still = {v for v in loop.wholes if v not in moving}
-    adjoint = Adjoint(step.size, {*moving, *step.older.values()} - still, step.fresh)
-    for v in loop.wholes:
-        step.size.setdefault(v, 0.0)
-    given = []
-    for v in loop.row_outputs:
-        given.append(adjoint.seed(v))
-    partial_size = {v: float(size_bytes(avals[v])) for v in loop.wholes if v in moving}
-    for v, line in step.older.items():
-        adjoint.pieces.setdefault(v, []).append(adjoint.fresh(0.0))
-        step.size[line] = row_bytes(loop.graph, v) * loop.line_rows(v)
-    for node in loop.nodes:
-        if node.is_reduction:
-            for v in node.equation.outputs:
-                adjoint.pieces.setdefault(v, []).append(adjoint.fresh(0.0))
-    step.size.update(partial_size)
-    adjoint.reverse(step.operations)
-    made = {p for line in step.older.values() for p in adjoint.pieces.get(line, [])}
-    for v in partial_size:
-        step.size[v] = 0.0
-    for line in step.older.values():
-        step.size[line] = 0.0
-    operations = compiled((*step.operations, *adjoint.operations), step.size, adjoint.next, target)
-    lives = Liveness(operations, step.size, before=frozenset(given), after=frozenset(made))
-    bars = sum(
-        avals[v].size * accumulator_dtype(avals[v].dtype).itemsize
-        - (size_bytes(avals[v]) if v in free and avals[v].dtype.itemsize >= 4 else 0)
-        for v in partial_size
-    )
-    return line_bytes(loop) + bars + lives.peak()
-
-
-def saved_lines_bytes(loop: RowLoop) -> float:
-    """What 2PS keeps of every step: the line buffers it starts with."""
-    return loop.steps * line_bytes(loop)
