@@ -6,7 +6,8 @@ plan search may; what its operations read and give follows from the operations t
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, MutableMapping, Sequence
+from collections.abc import Collection, MutableMapping, Sequence
+from typing import Any
 
 from lrjax.planner.liveness import Kind, Operation
 
@@ -27,6 +28,7 @@ class Adjoint:
         self.next = fresh
         self.cotangent: dict[int, int] = {}
         self.pieces: dict[int, list[int]] = {}
+        self.like: dict[int, Any] = {}
         self.operations: list[Operation] = []
 
     def fresh(self, size: float) -> int:
@@ -34,9 +36,9 @@ class Adjoint:
         self.next += 1
         return self.next - 1
 
-    def seed(self, value: int) -> int:
-        """A cotangent that is given."""
-        made = self.fresh(self.size.get(value, 0.0))
+    def seed(self, value: int, size: float | None = None) -> int:
+        """A cotangent that is given; of the value's size unless told."""
+        made = self.fresh(self.size.get(value, 0.0) if size is None else size)
         self.pieces.setdefault(value, []).append(made)
         return made
 
@@ -45,13 +47,16 @@ class Adjoint:
         pieces = self.pieces.get(value, [])
         if len(pieces) > 1:
             total = self.fresh(self.size.get(value, 0.0))
-            self.operations.append(Operation("add_any", tuple(pieces), (total,), Kind.FUSED))
+            self.operations.append(
+                Operation("add_any", tuple(pieces), (total,), Kind.FUSED, is_backward=True)
+            )
             self.pieces[value] = [total]
         return self.pieces[value][0] if pieces else None
 
     def reverse(self, operations: Sequence[Operation]) -> None:
         """Walk the operations backwards."""
         for operation in operations:
+            self.like.update(dict.fromkeys(operation.outputs, operation.like))
             if self.moving.intersection(operation.inputs):
                 self.moving.update(operation.outputs)
         for operation in reversed(operations):
@@ -71,9 +76,8 @@ class Adjoint:
             # Of a product, the share of one factor is made from the other.
             read = tuple(w for w in needed if w != v) if separate else needed
             kind = self._kind(operation, v)
-            self.operations.append(
-                Operation(f"gradient of {operation.name}", (*read, *given), (share,), kind)
-            )
+            name, like = f"gradient of {operation.name}", self.like.get(v)
+            self.operations.append(Operation(name, (*given, *read), (share,), kind, like, True))
             self.pieces.setdefault(v, []).append(share)
 
     def _kind(self, operation: Operation, value: int) -> Kind:
@@ -82,7 +86,3 @@ class Adjoint:
         largest = max((self.size.get(v, 0.0) for v in operation.outputs), default=0.0)
         is_sum = operation.kind is Kind.FUSED and self.size.get(value, 0.0) < largest / 8
         return Kind.ROOT if is_sum else Kind.FUSED
-
-
-def sizes(values: Collection[int], size: Mapping[int, float]) -> float:
-    return sum(size.get(v, 0.0) for v in values)

@@ -46,10 +46,13 @@ _EXPENSIVE = frozenset(
         "tanh",
     )
 )  # fmt: skip
+POOL_GRADIENTS = ("select_and_scatter_add", "gradient of reduce_window_max")
 _ZEROS = ("max", "select_n", "custom_jvp_call", "gradient of custom_jvp_call")
 
-# Per element of a pooled map: the value in float32 and its place as four int32.
-POOL_INDEX_BYTES = 20
+# A place in a map is four of them.
+INDEX_BYTES = 4
+# Per element of a pooled map: the value in float32 and its place.
+POOL_INDEX_BYTES = 4 + 4 * INDEX_BYTES
 
 
 def kind_of(primitive: Any) -> Kind:
@@ -65,7 +68,46 @@ def compiled(
     operations: Sequence[Operation], size: MutableMapping[int, float], fresh: int, target: str
 ) -> tuple[Operation, ...]:
     """The operations as XLA runs them on the target; new values are numbered from ``fresh``."""
-    return tuple(_with_pool_gradients(_computed_once(operations), size, fresh))
+    if target == "cpu":
+        return _on_cpu(_computed_once(operations), size, fresh)
+    return _with_pool_gradients(_computed_once(operations), size, fresh)
+
+
+class _Rewrite:
+    """Changes to a sequence of operations, and values that they add."""
+
+    def __init__(
+        self, operations: Sequence[Operation], size: MutableMapping[int, float], fresh: int
+    ):
+        self.operations, self.size, self.next = list(operations), size, fresh
+        self.early: dict[int, list[Operation]] = {}
+
+    def value(self, size: float) -> int:
+        self.size[self.next] = size
+        self.next += 1
+        return self.next - 1
+
+    def change(self, index: int, **fields: Any) -> None:
+        self.operations[index] = dataclasses.replace(self.operations[index], **fields)
+
+    def read(self, index: int, value: int) -> None:
+        """An operation reads one value more."""
+        self.change(index, inputs=(*self.operations[index].inputs, value))
+
+    def insert(self, index: int, operation: Operation) -> None:
+        """Put an operation before the one at ``index``."""
+        self.early.setdefault(index, []).append(operation)
+
+    def make(self, index: int, value: int) -> None:
+        """Make a value, out of nothing, before the operation at ``index``."""
+        backward = self.operations[index].is_backward
+        self.insert(index, Operation("", (), (value,), Kind.ROOT, is_backward=backward))
+
+    def result(self) -> tuple[Operation, ...]:
+        found: list[Operation] = []
+        for i, operation in enumerate(self.operations):
+            found += [*self.early.get(i, ()), operation]
+        return tuple(found)
 
 
 def _computed_once(operations: Sequence[Operation]) -> list[Operation]:
@@ -82,46 +124,108 @@ def _computed_once(operations: Sequence[Operation]) -> list[Operation]:
     return found[::-1]
 
 
+def _shape_of(operation: Operation) -> Any:
+    like = operation.like
+    return None if like is None else (like.shape, like.dtype)
+
+
 def _with_pool_gradients(
     operations: Sequence[Operation], size: MutableMapping[int, float], fresh: int
-) -> list[Operation]:
+) -> tuple[Operation, ...]:
     """XLA:GPU's gradient of a max pool: a scatter of values to places that are found first.
 
-    What it scatters into is a copy of zeros. A ReLU of a map of the same shape compares with those
-    zeros; they are made with it, and both they and the copy exist from there on.
+    What it scatters into is a copy of zeros, made where a ReLU of a map of the same shape first
+    compares with zeros. Where the pool's gradient is an operation of the program, and not of a
+    step that is differentiated, the ReLU's own zeros come to exist as well.
     """
-    found = list(operations)
+    new = _Rewrite(operations, size, fresh)
     added = {v for o in operations if o.name in ("add", "add_any") for v in o.inputs}
-    zeros_of: dict[Any, int] = {}
-    for operation in operations:
-        if operation.name != "select_and_scatter_add":
+    shared: set[Any] = set()
+    for i, operation in enumerate(operations):
+        if operation.name not in POOL_GRADIENTS or operation.like is None:
             continue
         (made,) = operation.outputs
         pooled = size.get(operation.inputs[0], 0.0) / operation.like.dtype.itemsize
-        changed = dataclasses.replace(operation, scratch=pooled * POOL_INDEX_BYTES)
-        key = (operation.like.shape, operation.like.dtype)
-        users = [o for o in found if o.name in _ZEROS and (o.like.shape, o.like.dtype) == key]
-        place = found.index(operation)
-        if made not in added and users and found.index(users[0]) < place:
-            target = fresh
-            fresh += 1
-            size[target] = size[made]
-            made_early = [target]
-            if key not in zeros_of:
-                zeros_of[key] = fresh
-                fresh += 1
-                size[zeros_of[key]] = size[made]
-                made_early.append(zeros_of[key])
-                last = users[-1]
-                found[found.index(last)] = dataclasses.replace(
-                    last, inputs=(*last.inputs, zeros_of[key])
-                )
-            changed = dataclasses.replace(
-                changed, inputs=(*changed.inputs, target), overwrites=target
-            )
-            found[place] = changed
-            early = Operation("zeros", (), tuple(made_early), Kind.ROOT)
-            found.insert(found.index(users[0]) if users[0] in found else 0, early)
-        else:
-            found[place] = changed
-    return found
+        new.change(i, scratch=pooled * POOL_INDEX_BYTES)
+        shape = _shape_of(operation)
+        users = [j for j, o in enumerate(operations) if o.name in _ZEROS and _shape_of(o) == shape]
+        if made in added or not users or users[0] > i:
+            continue
+        target = new.value(size[made])
+        new.make(users[0], target)
+        new.read(i, target)
+        new.change(i, overwrites=target)
+        if operation.name == "select_and_scatter_add" and shape not in shared:
+            shared.add(shape)
+            zeros = new.value(size[made])
+            new.make(users[0], zeros)
+            new.read(users[-1], zeros)
+    return new.result()
+
+
+# --- CPU -----------------------------------------------------------------------------------------
+
+
+def _on_cpu(
+    operations: Sequence[Operation], size: MutableMapping[int, float], fresh: int
+) -> tuple[Operation, ...]:
+    new = _Rewrite(operations, size, fresh)
+    for i, operation in enumerate(operations):
+        if operation.name.startswith("reduce_window"):
+            new.change(i, kind=Kind.LIBRARY)
+        if operation.dense_bytes:
+            new.change(i, scratch=2 * operation.dense_bytes)
+        if operation.name in POOL_GRADIENTS and operation.like is not None:
+            _find_places(new, i)
+    _keep_differences(new)
+    return new.result()
+
+
+def _find_places(new: _Rewrite, index: int) -> None:
+    """XLA:CPU's gradient of a max pool: a scatter to places that the forward pass finds.
+
+    It counts all elements along four axes, from the start of the program until the places of the
+    largest are known, and keeps these, and the zeros that it scatters into.
+    """
+    operation = new.operations[index]
+    (made,) = operation.outputs
+    source, operand = operation.inputs[0], operation.inputs[-1]
+    itemsize = operation.like.dtype.itemsize
+    counts = new.value(new.size[made] / itemsize * 4 * INDEX_BYTES)
+    places = new.value(new.size.get(source, 0.0) / itemsize * 4 * INDEX_BYTES)
+    target = new.value(new.size[made])
+    new.make(0, counts)
+    new.make(0, target)
+    forward = (
+        i
+        for i, o in enumerate(new.operations)
+        if o.name.startswith("reduce_window") and operand in o.inputs
+    )
+    where = next(forward, index - 1) + 1
+    found = Operation(
+        "places",
+        (operand, counts),
+        (places,),
+        Kind.ROOT,
+        scratch=new.size.get(source, 0.0),
+        is_backward=new.operations[where].is_backward,
+    )
+    new.insert(where, found)
+    new.change(index, inputs=(source, places, target), overwrites=target)
+
+
+def _keep_differences(new: _Rewrite) -> None:
+    """XLA:CPU keeps what normalisations subtract their means from, and the differences too.
+
+    It computes a difference again for the ReLU's mask, and reads the kept one for the gradient of
+    the scale.
+    """
+    last: dict[int, int] = {}
+    for i, operation in enumerate(new.operations):
+        if operation.is_backward:
+            last.update((v, i) for v in operation.inputs)
+    for i, operation in enumerate(new.operations):
+        if operation.name == "sub" and not operation.is_backward and operation.outputs[0] in last:
+            kept = new.value(new.size[operation.outputs[0]])
+            new.insert(i + 1, dataclasses.replace(operation, outputs=(kept,), kind=Kind.ROOT))
+            new.read(last[operation.outputs[0]], kept)

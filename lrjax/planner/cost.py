@@ -10,9 +10,10 @@ import dataclasses
 from collections.abc import Sequence
 
 from lrjax import autodiff
-from lrjax.graph import RowGraph, size_bytes
+from lrjax.graph import RowGraph
 from lrjax.planner.choice import Choice
-from lrjax.planner.loops import program_liveness, reverse_loop_bytes, saved_lines_bytes
+from lrjax.planner.loops import program_liveness
+from lrjax.planner.reverse import differentiated_bytes
 from lrjax.planner.whole import (
     column_liveness,
     forward_liveness,
@@ -66,7 +67,8 @@ def segment_cost(segment: Segment, choice: Choice, wrt: Sequence[int], target: s
       wrt: inputs of the segment that are differentiated.
       target: a name in ``lrjax.memory.TARGETS``.
     """
-    if choice.strategy == "column":
+    # XLA:CPU finds that what a checkpoint does again has been done before, and keeps it.
+    if choice.strategy == "column" or (choice.strategy == "checkpoint" and target == "cpu"):
         return _column_cost(segment, wrt, target)
     if choice.strategy == "checkpoint":
         return _checkpoint_cost(segment, wrt, target)
@@ -107,32 +109,9 @@ def _differentiated_cost(
     rows = autodiff.differentiable_program(
         segment.program, segment.axes, choice.strategy, choice.num_blocks
     )
-    program, avals = rows.graph.program, rows.graph.program.avals
-    own = set(program.inputs)
-    moving = {program.inputs[i] for i in wrt}
-    depends = set(moving)
-    for node in rows.graph.nodes:
-        if not depends.isdisjoint(values(node.equation.inputs)):
-            depends.update(node.equation.outputs)
-    outputs = set(values(program.outputs)) - own
-    free = {program.inputs[i] for i in wrt if segment.axes[i] is None}
-    lives = program_liveness(rows, own, target)
-    lines, arrays, most = 0.0, set(outputs), 0.0
-    for loop in rows.loops:
-        if loop is None:
-            continue
-        lines += saved_lines_bytes(loop)
-        arrays |= {v for v in (*loop.arrays, *loop.wholes) if v not in own}
-        held = sum(size_bytes(avals[v]) for v in arrays)
-        bars = sum(
-            size_bytes(avals[v])
-            for v in {*loop.row_outputs, *(a for a in loop.arrays if a in depends)}
-        )
-        inner = reverse_loop_bytes(loop, depends, free, target)
-        most = max(most, lines + held + bars + inner)
-    saved = lines + sum(size_bytes(avals[v]) for v in arrays)
-    forward = lives.peak() + lines
-    return SegmentCost(4 / 3 * _operations(rows.graph) * 3, saved, forward, most)
+    found = differentiated_bytes(rows, segment.axes, wrt, target)
+    operations = 4 * _operations(rows.graph)
+    return SegmentCost(operations, found.saved, found.forward, found.backward)
 
 
 def _operations(graph: RowGraph) -> float:

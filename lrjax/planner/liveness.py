@@ -6,10 +6,11 @@ reads or writes does.
 
 from __future__ import annotations
 
+import bisect
 import dataclasses
 import enum
 import functools
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 
@@ -37,6 +38,7 @@ class Operation:
       like: shape and dtype of its first output.
       is_backward: it belongs to the backward pass.
       scratch: bytes that exist only while it runs.
+      dense_bytes: of the kernel gradient of a grouped convolution, were it not grouped.
       overwrites: an input whose place the result takes, if nobody reads it afterwards.
     """
 
@@ -47,6 +49,7 @@ class Operation:
     like: Any = None
     is_backward: bool = False
     scratch: float = 0.0
+    dense_bytes: float = 0.0
     overwrites: int | None = None
 
 
@@ -186,3 +189,16 @@ class Liveness:
 
     def peak(self, first: int = 0, stop: int | None = None) -> float:
         return max(self.timeline[first:stop], default=0.0)
+
+
+def bytes_beside(sizes: Iterable[float], hosts: Iterable[float]) -> float:
+    """Bytes of values that find no place among results that are not made yet, one in each."""
+    places = sorted(hosts)
+    total = 0.0
+    for size in sorted(sizes, reverse=True):
+        place = bisect.bisect_left(places, size)
+        if place < len(places):
+            del places[place]
+        else:
+            total += size
+    return total

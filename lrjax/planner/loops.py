@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Collection
+from typing import Any
 
 import jax
 
 from lrjax.autodiff import RowProgram
 from lrjax.engine import accumulator_dtype
 from lrjax.graph import RowGraph, size_bytes
-from lrjax.planner.adjoint import Adjoint
 from lrjax.planner.compilers import compiled, kind_of
 from lrjax.planner.liveness import Kind, Liveness, Operation
 from lrjax.planner.whole import values
@@ -154,18 +154,22 @@ def step_of(loop: RowLoop) -> Step:
                 inputs.append(v)
                 continue
             cut = fresh(window)
-            step.operations.append(Operation("window", (v,), (cut,), Kind.FUSED))
+            like = rows_like(avals[v], source.read.axis, stop - start)
+            step.operations.append(Operation("window", (v,), (cut,), Kind.FUSED, like))
             step.windows[cut] = v
             inputs.append(cut)
         made = tuple(step.slab.get(v, v) for v in node.equation.outputs)
         kind = kind_of(node.equation.primitive)
         name = node.equation.primitive.name
-        like = None if node.is_reduction else slab_like(loop, i)
+        head = node.equation.outputs[0]
+        axis = graph.row_axis.get(head)
+        like = rows_like(avals[head], axis, loop.schedule.tracks[i].rows)
         step.operations.append(Operation(name, tuple(inputs), made, kind, like))
         for v in node.equation.outputs:
             if v in step.slab:
                 read = (step.slab[v], step.older[v])
-                step.operations.append(Operation("extend", read, (v,), Kind.FUSED))
+                like = rows_like(avals[v], graph.row_axis[v], loop.track(v).depth)
+                step.operations.append(Operation("extend", read, (v,), Kind.FUSED, like))
             if node.is_reduction:
                 step.size[v] = size_bytes(avals[v])
                 if is_banded:
@@ -173,68 +177,13 @@ def step_of(loop: RowLoop) -> Step:
     return step
 
 
-def slab_like(loop: RowLoop, node: int) -> jax.ShapeDtypeStruct:
-    """Shape and dtype of a node's first output in one step."""
-    value = loop.nodes[node].equation.outputs[0]
-    aval = loop.graph.program.avals[value]
+def rows_like(aval: Any, axis: int | None, rows: int) -> jax.ShapeDtypeStruct:
+    """Shape and dtype of some rows of a value."""
     shape = list(aval.shape)
-    if value in loop.graph.row_axis:
-        shape[loop.graph.row_axis[value]] = loop.schedule.tracks[node].rows
+    if axis is not None:
+        shape[axis] = rows
     return jax.ShapeDtypeStruct(tuple(shape), aval.dtype)
 
 
 def line_bytes(loop: RowLoop) -> float:
     return sum(row_bytes(loop.graph, v) * loop.line_rows(v) for v in loop.producer)
-
-
-# --- Steps that are differentiated ---------------------------------------------------------------
-
-
-def reverse_loop_bytes(
-    loop: RowLoop, moving: Collection[int], free: Collection[int], target: str
-) -> float:
-    """Bytes that exist only within the reverse loop of 2PS or OverL.
-
-    Args:
-      loop: the row loop.
-      moving: whole values that are differentiated.
-      free: those among them whose gradients are the program's.
-    """
-    avals = loop.graph.program.avals
-    step = step_of(loop)
-    step.kept.clear()
-    still = {v for v in loop.wholes if v not in moving}
-    adjoint = Adjoint(step.size, {*moving, *step.older.values()} - still, step.fresh)
-    for v in loop.wholes:
-        step.size.setdefault(v, 0.0)
-    given = []
-    for v in loop.row_outputs:
-        given.append(adjoint.seed(v))
-    partial_size = {v: float(size_bytes(avals[v])) for v in loop.wholes if v in moving}
-    for v, line in step.older.items():
-        adjoint.pieces.setdefault(v, []).append(adjoint.fresh(0.0))
-        step.size[line] = row_bytes(loop.graph, v) * loop.line_rows(v)
-    for node in loop.nodes:
-        if node.is_reduction:
-            for v in node.equation.outputs:
-                adjoint.pieces.setdefault(v, []).append(adjoint.fresh(0.0))
-    step.size.update(partial_size)
-    adjoint.reverse(step.operations)
-    made = {p for line in step.older.values() for p in adjoint.pieces.get(line, [])}
-    for v in partial_size:
-        step.size[v] = 0.0
-    for line in step.older.values():
-        step.size[line] = 0.0
-    operations = compiled((*step.operations, *adjoint.operations), step.size, adjoint.next, target)
-    lives = Liveness(operations, step.size, before=frozenset(given), after=frozenset(made))
-    bars = sum(
-        avals[v].size * accumulator_dtype(avals[v].dtype).itemsize
-        - (size_bytes(avals[v]) if v in free and avals[v].dtype.itemsize >= 4 else 0)
-        for v in partial_size
-    )
-    return line_bytes(loop) + bars + lives.peak()
-
-
-def saved_lines_bytes(loop: RowLoop) -> float:
-    """What 2PS keeps of every step: the line buffers it starts with."""
-    return loop.steps * line_bytes(loop)

@@ -91,9 +91,18 @@ def operations_of(program: FlatProgram, border: int) -> list[Operation]:
             kind_of(e.primitive),
             program.avals[e.outputs[0]] if e.outputs else None,
             i >= border,
+            dense_bytes=dense_bytes(program, e),
         )
         for i, e in enumerate(program.equations)
     ]
+
+
+def dense_bytes(program: FlatProgram, equation: FlatEquation) -> float:
+    """Bytes of the kernel gradient of a grouped convolution, were it not grouped."""
+    if equation.primitive.name != "conv_general_dilated":
+        return 0.0
+    groups = equation.params["batch_group_count"]
+    return float(size_bytes(program.avals[equation.outputs[0]]) * groups) if groups > 1 else 0.0
 
 
 def made_sizes(program: FlatProgram) -> dict[int, float]:
