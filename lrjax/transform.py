@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -11,6 +12,7 @@ import jax.numpy as jnp
 
 from lrjax import autodiff
 from lrjax.inline import evaluate
+from lrjax.micro_batches import by_micro_batches, micro_batches
 from lrjax.options import Options, checked_options, checked_segments
 from lrjax.planner.choice import Choice
 from lrjax.segments import Segment, split, split_at
@@ -99,6 +101,10 @@ def segments_and_choices(
 
 def chosen_function(segment: Segment, choice: Choice) -> Callable[..., Sequence[Any]]:
     """A segment as a differentiable function of its inputs, run as chosen."""
+    if choice.micro_batches > 1:
+        own = micro_batches(segment, choice.micro_batches)
+        once = dataclasses.replace(choice, micro_batches=1)
+        return by_micro_batches(own, chosen_function(own.part, once))
     if choice.strategy == "checkpoint":
         return jax.checkpoint(lambda *inputs: evaluate(segment.program, inputs))
     return segment_function(segment, choice.strategy, choice.num_blocks)

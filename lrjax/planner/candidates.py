@@ -12,6 +12,13 @@ import numpy as np
 
 from lrjax.graph import RowGraph, build, size_bytes
 from lrjax.inline import FlatEquation, FlatProgram
+from lrjax.micro_batches import (
+    BATCH_AXIS,
+    MicroBatches,
+    batch_graph,
+    independent_operations,
+    micro_batches,
+)
 from lrjax.options import most_blocks
 from lrjax.planner.choice import Choice
 from lrjax.planner.cost import SegmentCost, segment_cost
@@ -35,6 +42,7 @@ class Span:
       output_bytes: what it gives to later segments, or to the caller.
       moving_bytes: row maps it takes whose gradients it gives.
       flops: operations of its forward pass.
+      batch: images that may be run one after the other; 1 where they depend on each other.
     """
 
     segment: Segment
@@ -42,6 +50,7 @@ class Span:
     output_bytes: float
     moving_bytes: float
     flops: float
+    batch: int
 
     @functools.cached_property
     def graph(self) -> RowGraph:
@@ -56,6 +65,16 @@ class Span:
         """Its only result is a number, so that forward and backward pass may be one."""
         avals = [self.segment.program.avals[v] for v in self.segment.made]
         return len(avals) == 1 and avals[0].shape == ()
+
+    def parts(self, count: int) -> MicroBatches:
+        """The span in parts of its batch."""
+        if count not in self._parts:
+            self._parts[count] = micro_batches(self.segment, count)
+        return self._parts[count]
+
+    @functools.cached_property
+    def _parts(self) -> dict[int, MicroBatches]:
+        return {}
 
     def block_counts(self, strategy: str) -> list[int]:
         """Numbers of blocks to choose from, rising; few rows a step come last."""
@@ -88,6 +107,7 @@ class Candidates:
         self.target = target
         self.moving = _moving_values(program, {program.inputs[i] for i in wrt})
         self.counts = OperationCounts(program, axes, wrt, self.moving)
+        self.independent = independent_operations(self.whole, axes)
         self.bounds = (0, *self._cuts(), len(self.whole.operations))
         self._spans: dict[tuple[int, int], Span] = {}
         self._costs: dict[tuple[int, int, Choice], SegmentCost] = {}
@@ -109,11 +129,35 @@ class Candidates:
         key = start, stop, choice
         if key not in self._costs:
             span = self.span(start, stop)
-            found = segment_cost(span.segment, choice, span.wrt, self.target)
+            if choice.micro_batches > 1:
+                found = self._by_micro_batches(span, choice)
+            else:
+                found = segment_cost(span.segment, choice, span.wrt, self.target)
             equations = self.whole.operations[self.bounds[start] : self.bounds[stop]]
             operations = self.counts.of(equations, choice, found, span.graph)
             self._costs[key] = dataclasses.replace(found, operations=operations)
         return self._costs[key]
+
+    def _by_micro_batches(self, span: Span, choice: Choice) -> SegmentCost:
+        """One part's passes beside the whole maps that enter and leave, and the gradients' sums."""
+        parts = choice.micro_batches
+        own = span.parts(parts)
+        once = segment_cost(
+            own.part, dataclasses.replace(choice, micro_batches=1), span.wrt, self.target
+        )
+        structs = span.segment.program.structs
+        sums = sum(4.0 * math.prod(structs[i].shape) for i in span.wrt if i not in own.divided)
+        taken = sum(size_bytes(structs[i]) for i in own.divided) / parts
+        return SegmentCost(
+            once.operations * parts,
+            span.output_bytes,
+            span.output_bytes + once.forward_bytes + taken,
+            span.output_bytes
+            + span.moving_bytes
+            + sums
+            + taken
+            + max(once.backward_bytes, once.forward_bytes),
+        )
 
     # --- Where to cut ----------------------------------------------------------------------------
 
@@ -186,7 +230,14 @@ class Candidates:
             output_bytes=sum(size_bytes(avals[v]) for v in segment.made),
             moving_bytes=sum(size_bytes(avals[v]) for v in maps if v in self.moving),
             flops=sum(own),
+            batch=self._batch(segment) if all(self.independent[start:stop]) else 1,
         )
+
+    def _batch(self, segment: Segment) -> int:
+        if batch_graph(segment) is None:
+            return 1
+        structs = zip(segment.program.structs, segment.axes, strict=True)
+        return next(x.shape[BATCH_AXIS] for x, axis in structs if axis is not None)
 
 
 def _values(equation: FlatEquation) -> list[int]:

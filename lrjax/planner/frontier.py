@@ -158,7 +158,7 @@ def _curve(
         own = dataclasses.replace(limits, budget=budget, hoped=budget)
         found = prover.fastest(own, MOST_COMPILATIONS, tell)
         made = prover.plan(found, budget)
-        detail = " + ".join(choice.strategy for choice in made.choices)
+        detail = " + ".join(step.strategy for step in found.steps)
         assert made.verified_peak_bytes is not None
         points.append(
             Point(method, budget, made.verified_peak_bytes, made.operations, detail, made)

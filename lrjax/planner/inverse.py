@@ -14,7 +14,7 @@ import numpy as np
 
 from lrjax.planner.problem import Problem
 from lrjax.planner.proof import MIB, OnProgress, Prover
-from lrjax.planner.search import Found, Limits, Step
+from lrjax.planner.search import STRATEGIES, Found, Limits, Step
 
 MOST_COMPILATIONS = 5
 # Sizes at which the curve is known, as multiples of the one that plans were compared at.
@@ -23,7 +23,7 @@ _MOST_STEPS = 4096
 METHODS = {
     "column": ("column",),
     "best checkpoint": ("column", "checkpoint"),
-    "lrjax": ("column", "checkpoint", "stream", "2ps", "overl"),
+    "lrjax": STRATEGIES,
 }
 
 
@@ -121,7 +121,7 @@ class _Largest:
             prover.verified[found.steps],
             prover.operations(found),
             compilations,
-            " + ".join(step.choice.strategy for step in found.steps),
+            " + ".join(step.strategy for step in found.steps),
         )
 
     def tried(self, reference: int, size: int) -> int:

@@ -119,7 +119,7 @@ class Prover:
     def progress(self, found: Found) -> Progress:
         return Progress(
             compilations=self.compilations,
-            strategies=tuple(step.choice.strategy for step in found.steps),
+            strategies=tuple(step.strategy for step in found.steps),
             operations=self.operations(found),
             predicted_bytes=self.predicted[found.steps],
             verified_bytes=self.verified.get(found.steps),
@@ -183,7 +183,7 @@ class Prover:
         return [
             Found(steps, self.model.score(steps))
             for steps in self.verified
-            if all(step.choice.strategy in limits.strategies for step in steps)
+            if all(step.strategy in limits.strategies for step in steps)
         ]
 
     # --- Without a budget ------------------------------------------------------------------------

@@ -26,6 +26,7 @@ from lrjax.planner.choice import Choice
 # doubling of its blocks, and for doing operations again. Too small to outweigh real operations.
 _LOOP, _DOUBLING, _AGAIN = 2e-4, 1e-4, 1e-4
 COLUMN = Choice("column")
+STRATEGIES = ("column", "checkpoint", "stream", "2ps", "overl", "checkpoint*", "stream*")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,10 +38,14 @@ class Step:
     choice: Choice
 
     @property
+    def strategy(self) -> str:
+        """As ``STRATEGIES`` names it."""
+        return self.choice.strategy + ("*" if self.choice.micro_batches > 1 else "")
+
+    @property
     def shape(self) -> tuple[int, int, str]:
         """What corrections are kept by: the span and its strategy, whatever the blocks."""
-        kind = f"{self.choice.strategy}*" if self.choice.micro_batches > 1 else self.choice.strategy
-        return self.start, self.stop, kind
+        return self.start, self.stop, self.strategy
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,11 +134,13 @@ class Model:
         if strategy == "column" or (strategy == "stream" and span.is_scalar):
             return once
         # What stream holds between stages need not be done again.
-        return once + (0.9 if strategy == "stream" else 1.0) * span.flops
+        return once + (0.9 if strategy.startswith("stream") else 1.0) * span.flops
 
     def least_bytes(self, start: int, stop: int, strategy: str) -> float:
         """Own bytes of a span that no cost lies far below, without asking for the cost."""
         span = self.candidates.span(start, stop)
+        if strategy == "checkpoint*":
+            return span.output_bytes + span.moving_bytes
         if strategy in ("column", "checkpoint"):
             kept = self.column_held[stop] - self.column_held[start]
             return max(span.output_bytes, 0.9 * kept)
@@ -157,13 +164,13 @@ class Limits:
       budget: bytes, for steps that a compilation has corrected.
       hoped: bytes, for steps whose prediction has not been tried; at least the budget.
       below: scores of interest are lower than this.
-      strategies: to choose from.
+      strategies: to choose from; those with a star run a part of the batch at a time.
     """
 
     budget: float
     hoped: float
     below: float = math.inf
-    strategies: tuple[str, ...] = ("column", "checkpoint", "stream", "2ps", "overl")
+    strategies: tuple[str, ...] = STRATEGIES
 
 
 def search(model: Model, limits: Limits) -> Found | None:
@@ -265,7 +272,14 @@ class _Search:
 
 
 def step_choices(span: Span, strategy: str) -> list[Choice]:
-    """The choices of one strategy for a span, from few blocks to many."""
+    """The choices of one strategy for a span, from much memory to little."""
     if strategy in ("column", "checkpoint"):
         return [Choice(strategy)]
-    return [Choice(strategy, count) for count in span.block_counts(strategy)]
+    if not strategy.endswith("*"):
+        return [Choice(strategy, count) for count in span.block_counts(strategy)]
+    if span.batch == 1:
+        return []
+    if strategy == "checkpoint*":
+        parts = [n for n in range(2, span.batch + 1) if span.batch % n == 0]
+        return [Choice("checkpoint", 1, n) for n in parts]
+    return [Choice("stream", count, span.batch) for count in span.block_counts("stream")]
