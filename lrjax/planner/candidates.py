@@ -42,7 +42,7 @@ class Span:
       output_bytes: what it gives to later segments, or to the caller.
       moving_bytes: row maps it takes whose gradients it gives.
       flops: operations of its forward pass.
-      batch: images that may be run one after the other; 1 where they depend on each other.
+      may_divide: its operations take every image by itself.
     """
 
     segment: Segment
@@ -50,7 +50,7 @@ class Span:
     output_bytes: float
     moving_bytes: float
     flops: float
-    batch: int
+    may_divide: bool
 
     @functools.cached_property
     def graph(self) -> RowGraph:
@@ -65,6 +65,15 @@ class Span:
         """Its only result is a number, so that forward and backward pass may be one."""
         avals = [self.segment.program.avals[v] for v in self.segment.made]
         return len(avals) == 1 and avals[0].shape == ()
+
+    @functools.cached_property
+    def batch(self) -> int:
+        """Images that may be run one after the other; 1 where they depend on each other."""
+        structs = zip(self.segment.program.structs, self.segment.axes, strict=True)
+        count = next((x.shape[BATCH_AXIS] for x, axis in structs if axis is not None), 1)
+        if not self.may_divide or count == 1 or batch_graph(self.segment) is None:
+            return 1
+        return count
 
     def parts(self, count: int) -> MicroBatches:
         """The span in parts of its batch."""
@@ -230,14 +239,8 @@ class Candidates:
             output_bytes=sum(size_bytes(avals[v]) for v in segment.made),
             moving_bytes=sum(size_bytes(avals[v]) for v in maps if v in self.moving),
             flops=sum(own),
-            batch=self._batch(segment) if all(self.independent[start:stop]) else 1,
+            may_divide=all(self.independent[start:stop]),
         )
-
-    def _batch(self, segment: Segment) -> int:
-        if batch_graph(segment) is None:
-            return 1
-        structs = zip(segment.program.structs, segment.axes, strict=True)
-        return next(x.shape[BATCH_AXIS] for x, axis in structs if axis is not None)
 
 
 def _values(equation: FlatEquation) -> list[int]:
