@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import MutableMapping, Sequence
 from typing import Any
 
+from lrjax.graph import size_bytes
+from lrjax.inline import FlatEquation, FlatProgram
+from lrjax.memory.targets import GpuTarget, TpuTarget, find
 from lrjax.planner.liveness import Kind, Operation
 from lrjax.rules.elementwise import ELEMENTWISE
 
@@ -49,6 +53,11 @@ _EXPENSIVE = frozenset(
 POOL_GRADIENTS = ("select_and_scatter_add", "gradient of reduce_window_max")
 _ZEROS = ("max", "select_n", "custom_jvp_call", "gradient of custom_jvp_call")
 
+# A TPU's vectors: channels are padded to as many. Narrower maps are laid out another way.
+LANES = 128
+# Copies in other layouts that XLA:TPU makes for a kernel gradient of few channels. Measured with
+# VGG-16's second convolution at 1024x1024.
+RELAID_COPIES = 2.5
 # A place in a map is four of them.
 INDEX_BYTES = 4
 # Per element of a pooled map: the value in float32 and its place.
@@ -68,9 +77,47 @@ def compiled(
     operations: Sequence[Operation], size: MutableMapping[int, float], fresh: int, target: str
 ) -> tuple[Operation, ...]:
     """The operations as XLA runs them on the target; new values are numbered from ``fresh``."""
-    if target == "cpu":
-        return _on_cpu(_computed_once(operations), size, fresh)
-    return _with_pool_gradients(_computed_once(operations), size, fresh)
+    operations = _computed_once(operations)
+    if is_gpu(target):
+        return _with_pool_gradients(operations, size, fresh)
+    return operations if is_tpu(target) else _on_cpu(operations, size, fresh)
+
+
+def is_gpu(target: str) -> bool:
+    return isinstance(find(target), GpuTarget)
+
+
+def is_tpu(target: str) -> bool:
+    return isinstance(find(target), TpuTarget)
+
+
+def buffer_bytes(aval: Any, target: str) -> float:
+    """Bytes of a value as a whole array on the target."""
+    size = float(size_bytes(aval))
+    channels = aval.shape[-1] if len(aval.shape) > 2 else LANES
+    if is_tpu(target) and LANES / 4 <= channels < LANES:
+        return size * LANES / channels
+    return size
+
+
+def convolution_scratch(program: FlatProgram, equation: FlatEquation, target: str) -> float:
+    """Bytes that a convolution on whole maps needs while it runs, beside what it reads and gives.
+
+    XLA:CPU makes the kernel gradient of a grouped convolution as if it were not grouped, twice.
+    XLA:TPU reads a map of few channels for its kernel gradient from shifted copies.
+    """
+    if equation.primitive.name != "conv_general_dilated":
+        return 0.0
+    image, other, given = (program.aval(v) for v in (*equation.inputs, *equation.outputs))
+    spec = equation.params["dimension_numbers"]
+    groups = equation.params["batch_group_count"]
+    if target == "cpu" and groups > 1:
+        return 2.0 * size_bytes(given) * groups
+    kernel = [given.shape[d] for d in spec.out_spec[2:]]
+    is_kernel_gradient = math.prod(kernel) < math.prod(other.shape[d] for d in spec.rhs_spec[2:])
+    if is_tpu(target) and is_kernel_gradient and buffer_bytes(image, target) > size_bytes(image):
+        return (kernel[-1] + RELAID_COPIES) * buffer_bytes(image, target)
+    return 0.0
 
 
 class _Rewrite:
@@ -110,7 +157,7 @@ class _Rewrite:
         return tuple(found)
 
 
-def _computed_once(operations: Sequence[Operation]) -> list[Operation]:
+def _computed_once(operations: Sequence[Operation]) -> tuple[Operation, ...]:
     """Expensive results of the forward pass that the backward pass reads, if through others."""
     wanted: set[int] = set()
     found = []
@@ -121,7 +168,7 @@ def _computed_once(operations: Sequence[Operation]) -> list[Operation]:
         if is_wanted and not operation.is_backward and operation.name in _EXPENSIVE:
             operation = dataclasses.replace(operation, kind=Kind.ROOT)
         found.append(operation)
-    return found[::-1]
+    return tuple(reversed(found))
 
 
 def _shape_of(operation: Operation) -> Any:
@@ -173,8 +220,6 @@ def _on_cpu(
     for i, operation in enumerate(operations):
         if operation.name.startswith("reduce_window"):
             new.change(i, kind=Kind.LIBRARY)
-        if operation.dense_bytes:
-            new.change(i, scratch=2 * operation.dense_bytes)
         if operation.name in POOL_GRADIENTS and operation.like is not None:
             _find_places(new, i)
     _keep_differences(new)

@@ -38,7 +38,6 @@ class Operation:
       like: shape and dtype of its first output.
       is_backward: it belongs to the backward pass.
       scratch: bytes that exist only while it runs.
-      dense_bytes: of the kernel gradient of a grouped convolution, were it not grouped.
       overwrites: an input whose place the result takes, if nobody reads it afterwards.
     """
 
@@ -49,7 +48,6 @@ class Operation:
     like: Any = None
     is_backward: bool = False
     scratch: float = 0.0
-    dense_bytes: float = 0.0
     overwrites: int | None = None
 
 

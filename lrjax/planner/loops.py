@@ -11,7 +11,7 @@ import jax
 from lrjax.autodiff import RowProgram
 from lrjax.engine import accumulator_dtype
 from lrjax.graph import RowGraph, size_bytes
-from lrjax.planner.compilers import compiled, kind_of
+from lrjax.planner.compilers import compiled, is_tpu, kind_of
 from lrjax.planner.liveness import Kind, Liveness, Operation
 from lrjax.planner.whole import values
 from lrjax.rowloop import RowLoop
@@ -50,7 +50,7 @@ def program_liveness(rows: RowProgram, free: Collection[int], target: str) -> Li
             read = tuple(dict.fromkeys((*loop.arrays, *loop.wholes)))
             made = (*loop.row_outputs, *sums)
             inner = loop_bytes(loop, target)
-            for v in kernels_read(loop).difference(maker):
+            for v in () if is_tpu(target) else kernels_read(loop).difference(maker):
                 if v not in copies:
                     copies[v] = fresh
                     fresh += 1

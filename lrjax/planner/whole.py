@@ -19,7 +19,7 @@ from lrjax.inline import (
     function_of,
     without_dead_equations,
 )
-from lrjax.planner.compilers import compiled, kind_of
+from lrjax.planner.compilers import buffer_bytes, compiled, convolution_scratch, kind_of
 from lrjax.planner.liveness import Liveness, Operation
 
 
@@ -81,7 +81,7 @@ def _split(
     return forward, backward
 
 
-def operations_of(program: FlatProgram, border: int) -> list[Operation]:
+def operations_of(program: FlatProgram, border: int, target: str) -> list[Operation]:
     """A program's equations; those from ``border`` on are the backward pass."""
     return [
         Operation(
@@ -91,24 +91,16 @@ def operations_of(program: FlatProgram, border: int) -> list[Operation]:
             kind_of(e.primitive),
             program.avals[e.outputs[0]] if e.outputs else None,
             i >= border,
-            dense_bytes=dense_bytes(program, e),
+            convolution_scratch(program, e, target),
         )
         for i, e in enumerate(program.equations)
     ]
 
 
-def dense_bytes(program: FlatProgram, equation: FlatEquation) -> float:
-    """Bytes of the kernel gradient of a grouped convolution, were it not grouped."""
-    if equation.primitive.name != "conv_general_dilated":
-        return 0.0
-    groups = equation.params["batch_group_count"]
-    return float(size_bytes(program.avals[equation.outputs[0]]) * groups) if groups > 1 else 0.0
-
-
-def made_sizes(program: FlatProgram) -> dict[int, float]:
+def made_sizes(program: FlatProgram, target: str) -> dict[int, float]:
     """Bytes of everything that a program's equations make."""
     return {
-        v: float(size_bytes(program.avals[v]))
+        v: buffer_bytes(program.avals[v], target)
         for equation in program.equations
         for v in equation.outputs
     }
@@ -119,21 +111,23 @@ def column_liveness(
 ) -> Liveness:
     """What exists in the course of both passes; arguments and parameter gradients take nothing."""
     program = joint.program
-    size = made_sizes(program)
-    size.update((v, float(size_bytes(program.avals[v]))) for v in joint.cotangents)
+    size = made_sizes(program, target)
+    size.update((v, buffer_bytes(program.avals[v], target)) for v in joint.cotangents)
     gradients = program.outputs[len(program.outputs) - len(wrt) :]
     free = [v for v, i in zip(gradients, wrt, strict=True) if axes[i] is None]
     hosts = {v: float(size_bytes(program.avals[v])) for v in values(free)}
     size.update(dict.fromkeys(hosts, 0.0))
-    operations = compiled(operations_of(program, joint.border), size, len(program.avals), target)
+    operations = compiled(
+        operations_of(program, joint.border, target), size, len(program.avals), target
+    )
     given = frozenset(values(gradients))
     return Liveness(operations, size, before=frozenset(joint.cotangents), after=given, hosts=hosts)
 
 
 def forward_liveness(program: FlatProgram, target: str) -> Liveness:
     """What exists in the course of a forward pass of which nothing is kept but its outputs."""
-    size = made_sizes(program)
-    listed = operations_of(program, len(program.equations))
+    size = made_sizes(program, target)
+    listed = operations_of(program, len(program.equations), target)
     operations = compiled(listed, size, len(program.avals), target)
     return Liveness(operations, size, after=frozenset(values(program.outputs)))
 
