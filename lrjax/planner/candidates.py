@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import math
 from collections.abc import Collection, Sequence
 
@@ -119,6 +120,7 @@ class Candidates:
         self.independent = independent_operations(self.whole, axes)
         self.bounds = (0, *self._cuts(), len(self.whole.operations))
         self._spans: dict[tuple[int, int], Span] = {}
+        self._between: dict[int, float] = {}
         self._costs: dict[tuple[int, int, Choice], SegmentCost] = {}
 
     @property
@@ -138,14 +140,51 @@ class Candidates:
         key = start, stop, choice
         if key not in self._costs:
             span = self.span(start, stop)
-            if choice.micro_batches > 1:
-                found = self._by_micro_batches(span, choice)
-            else:
-                found = segment_cost(span.segment, choice, span.wrt, self.target)
+            found = self._bytes(start, stop, choice)
             equations = self.whole.operations[self.bounds[start] : self.bounds[stop]]
             operations = self.counts.of(equations, choice, found, span.graph)
             self._costs[key] = dataclasses.replace(found, operations=operations)
         return self._costs[key]
+
+    def _bytes(self, start: int, stop: int, choice: Choice) -> SegmentCost:
+        span = self.span(start, stop)
+        if choice.micro_batches > 1:
+            return self._by_micro_batches(span, choice)
+        if stop - start > 1 and choice.strategy in ("column", "checkpoint"):
+            return self._by_whole_maps(start, stop, choice)
+        return segment_cost(span.segment, choice, span.wrt, self.target)
+
+    def _by_whole_maps(self, start: int, stop: int, choice: Choice) -> SegmentCost:
+        """From the spans between neighbouring bounds: their passes follow each other."""
+        saved = forward = backward = 0.0
+        for k in range(start, stop):
+            kept = self.cost(k, k + 1, Choice("column"))
+            forward = max(forward, saved + kept.forward_bytes)
+            backward = max(backward, saved + kept.backward_bytes)
+            saved += kept.saved_bytes + (self._saved_between(k) if k > start else 0.0)
+        if choice.strategy == "column":
+            return SegmentCost(0.0, saved, forward, backward)
+        again = [self.cost(k, k + 1, choice) for k in range(start, stop)]
+        pairs = itertools.pairwise(again)
+        return SegmentCost(
+            0.0,
+            again[-1].saved_bytes,
+            # What one span gives the next takes.
+            max(again[0].forward_bytes, *(b.forward_bytes + a.saved_bytes for a, b in pairs)),
+            backward,
+        )
+
+    def _saved_between(self, bound: int) -> float:
+        """What two neighbouring spans hold together beyond what each holds by itself."""
+        if bound not in self._between:
+            column = Choice("column")
+            before, both = self.span(bound - 1, bound), self.span(bound - 1, bound + 1)
+            joint = segment_cost(both.segment, column, both.wrt, self.target)
+            single = [self.cost(k, k + 1, column).saved_bytes for k in (bound - 1, bound)]
+            # A map that only the second reads is given by the first; joined, it may not exist.
+            least = -float(before.output_bytes)
+            self._between[bound] = max(joint.saved_bytes - sum(single), least)
+        return self._between[bound]
 
     def _by_micro_batches(self, span: Span, choice: Choice) -> SegmentCost:
         """One part's passes beside the whole maps that enter and leave, and the gradients' sums."""
