@@ -26,7 +26,7 @@ from lrjax.planner.cost import SegmentCost, segment_cost
 from lrjax.planner.operations import OperationCounts
 from lrjax.segments import Cuttable, Segment
 
-MOST_CUTS = 24
+MOST_CUTS = 18
 # Rows of a step, at the least: below, launching kernels costs more than what they compute.
 LEAST_ROWS = 8
 FEWEST_BLOCKS = 4

@@ -4,7 +4,7 @@ A label at a cut is what has been chosen from the input up to it: the bytes that
 until their backward passes, and a score, their operations. A segment fits where fixed bytes, what
 the segments before it hold, and the most that is alive in its own passes are within the limit; what
 follows it does not matter, because its own passes enclose theirs. Of two labels at a cut, one that
-neither holds less nor scores lower is dropped.
+neither holds less nor scores lower (by more than a trifle) is dropped.
 
 Labels are taken up in the order of their score plus a lower bound of what is to come (every
 operation once: column), so the first to reach the end is the best. Costs are asked for only when a
@@ -25,6 +25,8 @@ from lrjax.planner.choice import Choice
 # Of equal operations, the simpler: fractions of a segment's operations, for a row loop, for every
 # doubling of its blocks, and for doing operations again. Too small to outweigh real operations.
 _LOOP, _DOUBLING, _AGAIN = 2e-4, 1e-4, 1e-4
+# Labels that hold about as much for about as many operations are one.
+_ALIKE_BYTES, _ALIKE_SCORE = 1.002, 1.0005
 COLUMN = Choice("column")
 STRATEGIES = ("column", "checkpoint", "stream", "2ps", "overl", "checkpoint*", "stream*")
 
@@ -221,7 +223,9 @@ class _Search:
             heapq.heappush(self.queue, entry)
 
     def is_dominated(self, node: int, held: float, score: float) -> bool:
-        return any(h <= held and s <= score for h, s in self.settled[node])
+        return any(
+            h <= held * _ALIKE_BYTES and s <= score * _ALIKE_SCORE for h, s in self.settled[node]
+        )
 
     def extend(self, node: int, held: float, score: float, steps: tuple[Step, ...]) -> None:
         before = steps[-1].choice.strategy if steps else None
@@ -254,6 +258,11 @@ class _Search:
             self.push(stop, held, score, (*steps, step), None)
 
     def fewest_blocks(self, start: int, stop: int, name: str, held: float) -> Step | None:
+        # The paper's orders do the same operations again; they are asked where stream is too large.
+        if name in ("2ps", "overl") and "stream" in self.limits.strategies:
+            streamed = step_choices(self.candidates.span(start, stop), "stream")
+            if streamed and self.fits(Step(start, stop, streamed[-1]), held):
+                return None
         choices = step_choices(self.candidates.span(start, stop), name)
         steps = [Step(start, stop, choice) for choice in choices]
         # More blocks take less memory, up to some number: the most are judged first.
