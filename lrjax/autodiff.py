@@ -47,11 +47,6 @@ class RowProgram:
     graph: RowGraph
     loops: tuple[RowLoop | None, ...]
 
-    @property
-    def out_axes(self) -> list[int | None]:
-        outputs = self.graph.program.outputs
-        return [self.graph.row_axis.get(v) if isinstance(v, int) else None for v in outputs]
-
     def run(self, inputs: Sequence[Array]) -> list[Array]:
         return engine.run_graph(self.graph, self.loops, inputs)
 
@@ -81,17 +76,18 @@ def row_program(
     return RowProgram(graph, tuple(loops))
 
 
-def traced_program(
-    function: Callable[..., Any],
-    structs: Sequence[Any],
-    axes: Axes,
-    num_blocks: int,
-    budget: float = math.inf,
-) -> RowProgram:
-    """Trace at full shape and tile: the stream form of any function of arrays."""
+def traced_graph(
+    function: Callable[..., Any], structs: Sequence[Any], axes: Axes, budget: float = math.inf
+) -> RowGraph:
+    """Trace at full shape: the row graph of any function of arrays."""
     program = masks_from_outputs(flatten(jax.make_jaxpr(function)(*structs)))
-    graph = build(program, axes, budget=budget)
-    return row_program(graph, "stream", num_blocks)
+    return build(program, axes, budget=budget)
+
+
+def out_axes_of(graph: RowGraph) -> list[int | None]:
+    """Row axes of a graph's outputs."""
+    outputs = graph.program.outputs
+    return [graph.row_axis.get(v) if isinstance(v, int) else None for v in outputs]
 
 
 # --- Stream --------------------------------------------------------------------------------------
@@ -105,14 +101,33 @@ class StreamPrograms:
     backward: RowProgram | None
 
 
+@dataclasses.dataclass(frozen=True)
+class StreamGraphs:
+    """What the passes of stream compute, before it is decided in how many blocks."""
+
+    forward: RowGraph
+    backward: RowGraph | None
+
+    def programs(self, num_blocks: int) -> StreamPrograms:
+        first = row_program(self.forward, "stream", num_blocks)
+        if self.backward is None:
+            return StreamPrograms(first, None)
+        return StreamPrograms(first, row_program(self.backward, "stream", num_blocks))
+
+
+def stream_graphs(program: FlatProgram, axes: Axes, wrt: Sequence[int]) -> StreamGraphs:
+    """The passes that give the gradient with respect to some of the inputs."""
+    one_pass = _value_and_gradient(program, axes, wrt)
+    if one_pass is not None:
+        return StreamGraphs(one_pass, None)
+    return _two_passes(program, axes, wrt)
+
+
 def stream_programs(
     program: FlatProgram, axes: Axes, num_blocks: int, wrt: Sequence[int]
 ) -> StreamPrograms:
-    """The passes that give the gradient with respect to some of the inputs."""
-    one_pass = _value_and_gradient(program, axes, num_blocks, wrt)
-    if one_pass is not None:
-        return StreamPrograms(one_pass, None)
-    return _two_passes(program, axes, num_blocks, wrt)
+    """The passes in a number of blocks."""
+    return stream_graphs(program, axes, wrt).programs(num_blocks)
 
 
 def stream(program: FlatProgram, axes: Axes, num_blocks: int) -> Callable[..., list[Array]]:
@@ -126,8 +141,8 @@ def stream(program: FlatProgram, axes: Axes, num_blocks: int) -> Callable[..., l
 
     @jax.custom_vjp
     def call(*inputs: Array) -> list[Array]:
-        primal = traced_program(lambda *xs: evaluate(program, xs), structs, axes, num_blocks)
-        return primal.run(inputs)
+        primal = traced_graph(lambda *xs: evaluate(program, xs), structs, axes)
+        return row_program(primal, "stream", num_blocks).run(inputs)
 
     def forward(*inputs: Any) -> Any:
         wrt = [
@@ -186,9 +201,7 @@ class _ByIdentity:
         self.value = value
 
 
-def _two_passes(
-    program: FlatProgram, axes: Axes, num_blocks: int, wrt: Sequence[int]
-) -> StreamPrograms:
+def _two_passes(program: FlatProgram, axes: Axes, wrt: Sequence[int]) -> StreamGraphs:
     saved = residuals(program, axes, wrt)
     policy = jax.checkpoint_policies.save_only_these_names(*saved.names.values())
     tree: Any = None
@@ -200,10 +213,9 @@ def _two_passes(
         leaves, tree = jax.tree.flatten(pull)
         return outputs, leaves
 
-    first = traced_program(forward, program.structs, axes, num_blocks, saved.budget)
+    graph = traced_graph(forward, program.structs, axes, saved.budget)
     count = len(program.outputs)
     outputs = [program.aval(v) for v in program.outputs]
-    graph = first.graph
     structs = [
         jax.ShapeDtypeStruct(a.shape, a.dtype)
         for a in (graph.program.aval(v) for v in graph.program.outputs[count:])
@@ -221,20 +233,17 @@ def _two_passes(
             cotangents[i] = ct
         return jax.tree.unflatten(tree, leaves)(cotangents)
 
-    out_axes = first.out_axes
-    second = traced_program(
+    out_axes = out_axes_of(graph)
+    second = traced_graph(
         backward,
         [*structs, *(outputs[i] for i in inexact)],
         [*out_axes[count:], *(out_axes[i] for i in inexact)],
-        num_blocks,
         saved.budget,
     )
-    return StreamPrograms(first, second)
+    return StreamGraphs(graph, second)
 
 
-def _value_and_gradient(
-    program: FlatProgram, axes: Axes, num_blocks: int, wrt: Sequence[int]
-) -> RowProgram | None:
+def _value_and_gradient(program: FlatProgram, axes: Axes, wrt: Sequence[int]) -> RowGraph | None:
     """Value and gradient as one pass, where the program is one scalar and nothing must wait."""
     if len(program.outputs) != 1 or not wrt:
         return None
@@ -247,8 +256,8 @@ def _value_and_gradient(
         (value,), pull = jax.vjp(function, *moving)
         return value, *pull([jnp.ones((), out.dtype)])
 
-    found = traced_program(both, program.structs, axes, num_blocks)
-    return found if sum(loop is not None for loop in found.loops) == 1 else None
+    found = traced_graph(both, program.structs, axes)
+    return found if len(found.loops) == 1 else None
 
 
 # --- 2PS and OverL -------------------------------------------------------------------------------
