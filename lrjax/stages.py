@@ -14,8 +14,10 @@ from __future__ import annotations
 
 import bisect
 import dataclasses
+import functools
 import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from scipy.sparse import csr_array
@@ -93,6 +95,15 @@ class Problem:
     available: Mapping[int, int] = dataclasses.field(default_factory=dict)
     pinned: Mapping[int, Collection[int]] = dataclasses.field(default_factory=dict)
 
+    @functools.cached_property
+    def home(self) -> tuple[int, ...]:
+        """The stage of every operation."""
+        return _latest_stages(self, _earliest_stages(self))
+
+    @functools.cached_property
+    def cuts(self) -> MinimumCuts:
+        return MinimumCuts(self, self.home)
+
     def bytes_of(self, values: Collection[int]) -> int:
         """Bytes of row values."""
         return sum(self.size[v] for v in values)
@@ -106,7 +117,7 @@ def cut_into_stages(problem: Problem, budget: float = math.inf) -> Stages:
       budget: bytes that may exist whole while a row loop runs: what it reads, what it gives and
         what later ones read. More is held only where no exchange rate helps.
     """
-    home = _latest_stages(problem, _earliest_stages(problem))
+    home = problem.home
     boundaries = _Boundaries(problem, home, budget)
     count = 1 + max(home, default=0)
     crossing: list[frozenset[int]] = [frozenset()] * count
@@ -126,7 +137,7 @@ class _Boundaries:
 
     def __init__(self, problem: Problem, home: Sequence[int], budget: float):
         self.problem, self.budget = problem, budget
-        self.cuts = MinimumCuts(problem, home)
+        self.cuts = problem.cuts
         size = problem.size
         count = 1 + max(home, default=0)
         located = list(zip(home, problem.operations, strict=True))
@@ -243,6 +254,7 @@ class MinimumCuts:
         self.vertex = {v: 2 + i for i, v in enumerate(problem.size)}
         self.first_operation = 2 + len(self.vertex)
         columns = zip(*self._edges(home), strict=True) if problem.size else ((),) * 6
+        self.known: dict[Any, frozenset[int]] = {}  # answers; several budgets ask the same
         self.tail, self.head, self.bytes, self.flops, self.stage, self.held = map(np.array, columns)
 
     def _edges(self, home: Sequence[int]) -> Iterator[tuple[int, int, float, float, int, int]]:
@@ -264,6 +276,14 @@ class MinimumCuts:
         self, stage: int, wanted: set[int], free: set[int], operations_per_byte: float
     ) -> frozenset[int]:
         """Values to hold across the boundary behind ``stage``; those in ``free`` cost nothing."""
+        question = stage, frozenset(wanted), frozenset(free), operations_per_byte
+        if question not in self.known:
+            self.known[question] = self._cheapest(stage, wanted, free, operations_per_byte)
+        return self.known[question]
+
+    def _cheapest(
+        self, stage: int, wanted: set[int], free: set[int], operations_per_byte: float
+    ) -> frozenset[int]:
         if not wanted:
             return frozenset()
         cost = self.bytes + self.flops / operations_per_byte

@@ -9,18 +9,19 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 
-from lrjax import autodiff
-from lrjax.graph import RowGraph
 from lrjax.planner.choice import Choice
 from lrjax.planner.loops import program_liveness
 from lrjax.planner.reverse import differentiated_bytes
-from lrjax.planner.whole import (
-    column_liveness,
-    forward_liveness,
-    joint_program,
-    values,
-    without_outputs,
+from lrjax.planner.segment_programs import (
+    column_operations,
+    differentiable_of,
+    forward_operations,
+    joint_of,
+    operations_of,
+    repetition,
+    stream_graphs_of,
 )
+from lrjax.planner.whole import column_liveness, forward_liveness, values, without_outputs
 from lrjax.segments import Segment
 
 
@@ -59,85 +60,104 @@ def peak_bytes(costs: Sequence[SegmentCost], fixed_bytes: float) -> float:
 
 
 def segment_cost(segment: Segment, choice: Choice, wrt: Sequence[int], target: str) -> SegmentCost:
-    """Predict what a segment costs.
+    """Predict what a segment costs; nothing is compiled.
+
+    What does not depend on the number of blocks is kept while the same ``segment`` object is asked
+    about again.
 
     Args:
       segment: the segment.
-      choice: how it runs.
+      choice: how it runs. Micro-batches and offloading are the caller's to account for.
       wrt: inputs of the segment that are differentiated.
       target: a name in ``lrjax.memory.TARGETS``.
+
+    Raises:
+      ValueError: for a strategy that does not exist.
+
+    Example:
+      >>> segments = split(traced.program, traced.axes, 2)
+      >>> costs = [segment_cost(s, Choice("stream", 64), wrt, "h200") for s in segments]
+      >>> peak_bytes(costs, fixed_bytes)
     """
-    # XLA:CPU finds that what a checkpoint does again has been done before, and keeps it.
-    if choice.strategy == "column" or (choice.strategy == "checkpoint" and target == "cpu"):
-        return _column_cost(segment, wrt, target)
-    if choice.strategy == "checkpoint":
-        return _checkpoint_cost(segment, wrt, target)
-    if choice.strategy == "stream":
-        return _stream_cost(segment, choice, wrt, target)
-    return _differentiated_cost(segment, choice, wrt, target)
+    if choice.strategy not in _COSTS:
+        known = ", ".join(map(repr, _COSTS))
+        raise ValueError(f"strategy={choice.strategy!r} is unknown; choose one of {known}.")
+    return _COSTS[choice.strategy](segment, choice, tuple(wrt), target)
 
 
-def _stream_cost(segment: Segment, choice: Choice, wrt: Sequence[int], target: str) -> SegmentCost:
-    program = segment.program
-    found = autodiff.stream_programs(program, segment.axes, choice.num_blocks, wrt)
-    first = found.forward.graph.program
-    count = len(program.outputs)
-    operations = sum(_operations(p.graph) for p in (found.forward, found.backward) if p)
-    own = set(first.inputs)
-    if found.backward is None:
-        free = own | set(values(first.outputs[count:]))
-        lives = program_liveness(found.forward, free, target)
-        return SegmentCost(operations, 0.0, lives.peak(), 0.0)
-    lives = program_liveness(found.forward, own, target)
-    saved = sum(lives.size.get(v, 0.0) for v in set(values(first.outputs)) - own)
-    second = found.backward.graph.program
-    residuals = dict(zip(second.inputs, first.outputs[count:], strict=False))
-    free = {v for v, r in residuals.items() if r in own}
-    free |= {
-        v
-        for v, i in zip(second.outputs, wrt, strict=True)
-        if isinstance(v, int) and segment.axes[i] is None
-    }
-    back = program_liveness(found.backward, free, target)
-    return SegmentCost(operations, saved, lives.peak(), back.peak())
-
-
-def _differentiated_cost(
-    segment: Segment, choice: Choice, wrt: Sequence[int], target: str
+def _column_cost(
+    segment: Segment, choice: Choice, wrt: tuple[int, ...], target: str
 ) -> SegmentCost:
-    """2PS and OverL: the forward loops, then each step again and differentiated, in reverse."""
-    rows = autodiff.differentiable_program(
-        segment.program, segment.axes, choice.strategy, choice.num_blocks
-    )
-    found = differentiated_bytes(rows, segment.axes, wrt, target)
-    operations = 4 * _operations(rows.graph)
-    return SegmentCost(operations, found.saved, found.forward, found.backward)
-
-
-def _operations(graph: RowGraph) -> float:
-    stages = (graph.stage_nodes(stage) for stage in graph.loops)
-    return sum(n.op.flops * n.op.height for nodes in stages for n in nodes if n.op is not None)
-
-
-def _column_cost(segment: Segment, wrt: Sequence[int], target: str) -> SegmentCost:
-    joint = joint_program(segment.program, wrt)
+    joint = joint_of(segment, wrt)
     lives = column_liveness(joint, segment.axes, wrt, target)
     border = lives.border
     given = set(values(joint.program.outputs[: len(segment.program.outputs)]))
     saved = given.union(lives.alive_at(border)).difference(joint.cotangents)
     waiting = sum(lives.size[v] for v in joint.cotangents)
     return SegmentCost(
-        0.0,
+        column_operations(segment, wrt),
         sum(lives.size.get(v, 0.0) for v in saved),
-        lives.peak(0, border) - waiting,
+        max(lives.peak(0, border) - waiting, 0.0),
         lives.peak(border),
     )
 
 
-def _checkpoint_cost(segment: Segment, wrt: Sequence[int], target: str) -> SegmentCost:
+def _checkpoint_cost(
+    segment: Segment, choice: Choice, wrt: tuple[int, ...], target: str
+) -> SegmentCost:
     """What a segment gives is all it saves; its backward pass begins with its forward pass."""
+    operations = column_operations(segment, wrt) + forward_operations(segment)
+    if target == "cpu":
+        # XLA:CPU sees that what is done again has been done before, and keeps that instead.
+        return dataclasses.replace(
+            _column_cost(segment, choice, wrt, target), operations=operations
+        )
     forward = forward_liveness(segment.program, target)
-    joint = without_outputs(joint_program(segment.program, wrt))
+    joint = without_outputs(joint_of(segment, wrt))
     lives = column_liveness(joint, segment.axes, wrt, target)
     saved = sum(forward.size.get(v, 0.0) for v in values(segment.program.outputs))
-    return SegmentCost(0.0, saved, forward.peak(), lives.peak())
+    return SegmentCost(operations, saved, forward.peak(), lives.peak())
+
+
+def _stream_cost(
+    segment: Segment, choice: Choice, wrt: tuple[int, ...], target: str
+) -> SegmentCost:
+    """Two row programs. Arguments and parameter gradients take nothing, residuals do."""
+    found = stream_graphs_of(segment, wrt).programs(choice.num_blocks)
+    first = found.forward.graph.program
+    count = len(segment.program.outputs)
+    own = set(first.inputs)
+    if found.backward is None:
+        gradients = set(values(first.outputs[count:]))
+        both = program_liveness(found.forward, own | gradients, target)
+        return SegmentCost(operations_of(found.forward), 0.0, both.peak(), 0.0)
+    forward = program_liveness(found.forward, own, target)
+    saved = sum(forward.size.get(v, 0.0) for v in set(values(first.outputs)) - own)
+    second = found.backward.graph.program
+    residuals = zip(second.inputs, first.outputs[count:], strict=False)
+    free = {v for v, residual in residuals if residual in own}
+    for v, i in zip(second.outputs, wrt, strict=True):
+        if isinstance(v, int) and segment.axes[i] is None:
+            free.add(v)
+    backward = program_liveness(found.backward, free, target)
+    operations = operations_of(found.forward) + operations_of(found.backward)
+    return SegmentCost(operations, saved, forward.peak(), backward.peak())
+
+
+def _differentiated_cost(
+    segment: Segment, choice: Choice, wrt: tuple[int, ...], target: str
+) -> SegmentCost:
+    """2PS and OverL: the forward loops, then each step again and differentiated, in reverse."""
+    rows = differentiable_of(segment, choice.strategy, choice.num_blocks)
+    found = differentiated_bytes(rows, segment.axes, wrt, target)
+    operations = column_operations(segment, wrt) + forward_operations(segment)
+    return SegmentCost(operations * repetition(rows), found.saved, found.forward, found.backward)
+
+
+_COSTS = {
+    "column": _column_cost,
+    "checkpoint": _checkpoint_cost,
+    "stream": _stream_cost,
+    "2ps": _differentiated_cost,
+    "overl": _differentiated_cost,
+}

@@ -123,6 +123,8 @@ def step_of(loop: RowLoop) -> Step:
     graph, avals = loop.graph, loop.graph.program.avals
     step = Step([], {}, set(), {}, {}, {}, len(avals))
     is_banded = len(loop.bands) > 1
+    always = (0, loop.steps - 1)
+    ends = {b.nodes[-1]: b for b in loop.bands if (b.first, b.last) != always}
 
     def fresh(size: float) -> int:
         step.size[step.fresh] = size
@@ -174,6 +176,14 @@ def step_of(loop: RowLoop) -> Step:
                 step.size[v] = size_bytes(avals[v])
                 if is_banded:
                     step.kept.add(v)
+        if i in ends:
+            # What a branch reads exists until it is done.
+            band = ends[i]
+            inside = {v for n in band.nodes for v in loop.nodes[n].equation.outputs}
+            read = {v for n in band.nodes for v in loop.nodes[n].row_inputs() if v in step.size}
+            step.operations.append(
+                Operation("branch", tuple(read - inside), (fresh(0.0),), Kind.LIBRARY)
+            )
     return step
 
 
