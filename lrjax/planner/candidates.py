@@ -162,7 +162,8 @@ class Candidates:
             forward = max(forward, saved + kept.forward_bytes)
             backward = max(backward, saved + kept.backward_bytes)
             saved += kept.saved_bytes + (self._saved_between(k) if k > start else 0.0)
-        if choice.strategy == "column":
+        # XLA:CPU keeps what should be done again (see ``cost``).
+        if choice.strategy == "column" or self.target == "cpu":
             return SegmentCost(0.0, saved, forward, backward)
         again = [self.cost(k, k + 1, choice) for k in range(start, stop)]
         pairs = itertools.pairwise(again)

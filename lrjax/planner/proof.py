@@ -147,11 +147,13 @@ class Prover:
         if is_close and self.verify(self.column, on_progress) <= budget:
             return self.column
         best = self.best_known(limits)
+        worthwhile = 0.0  # a plan that another budget left here may be more frugal than it must
         hoped, vain, last = budget, 0, self.compilations + most_compilations
         while self.compilations < last and (best is None or vain < _VAIN):
             if best is not None and self.verified[best.steps] >= WELL_USED * budget:
                 break
-            below = best.score * (1 - _WORTHWHILE) if best else math.inf
+            below = best.score * (1 - worthwhile) if best else math.inf
+            worthwhile = _WORTHWHILE
             found = search(self.model, dataclasses.replace(limits, hoped=hoped, below=below))
             if found is None or self.verified.get(found.steps, 0) > budget:
                 hoped *= _HOPE_STEP
