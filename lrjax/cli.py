@@ -394,7 +394,7 @@ def plan(
             fun, args, in_axes = planning.training_call(
                 network, size, batch, numbers, labels_pixels=pixels
             )
-            call = {"in_axes": in_axes, "target": target, "wrt": 0, "on_progress": tell}
+            call: Any = {"in_axes": in_axes, "target": target, "wrt": 0, "on_progress": tell}
             if frontier is not None:
                 curve = lrjax.frontier(fun, *args, steps=steps, **call)
                 curve.save_png(frontier, f"{model}, {image}, batch {batch}, {dtype}")

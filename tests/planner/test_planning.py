@@ -58,7 +58,7 @@ def test_less_memory_costs_more_operations_and_fits(column_peak):
 
 
 def test_a_searched_plan_computes_what_column_does(column_peak, x64):
-    args = arguments(128, 32)
+    args = arguments(128, 32, convolutions=2)
     peak = peak_of(features, args)
     plan = plan_for(int(0.6 * peak), features, args)
     assert not plan.is_column
