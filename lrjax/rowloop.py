@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lrjax.geometry import ceil_div, round_up
-from lrjax.graph import Node, RowGraph
+from lrjax.graph import Node, RowGraph, size_bytes
 from lrjax.rules.base import RowRead
 from lrjax.schedule import Read, Schedule, Task, Track, overlap_schedule, shared_schedule
 
@@ -284,6 +284,15 @@ class RowLoop:
         if self.is_ring(value):
             return round_up(track.depth, track.rows)
         return track.carried
+
+    @functools.cached_property
+    def line_bytes(self) -> int:
+        """Bytes of all line buffers."""
+        graph = self.graph
+        per_row = {
+            v: size_bytes(graph.program.avals[v]) // max(graph.height(v), 1) for v in self.producer
+        }
+        return sum(self.line_rows(v) * size for v, size in per_row.items())
 
     def look_back(self, source: Source) -> list[int]:
         """Per step, how far before the value's frontier a window starts."""
