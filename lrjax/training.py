@@ -190,6 +190,21 @@ class CompiledStep:
     xla_peak: int
 
 
+def check_step(
+    model: nn.Module, source: ImageSource, strategy: Strategy, *, batch_size: int
+) -> None:
+    """Traces the forward pass of a training step, so that what does not fit is known early.
+
+    Raises:
+      ValueError: where the model does not take the images, or lrjax not the strategy.
+    """
+    images, labels = _batch_structs(source, batch_size)
+    key = jax.random.key(0)
+    statistics = dict(jax.eval_shape(model.init, key, images))
+    params = statistics.pop("params")
+    jax.eval_shape(_row_loss(model, source, strategy), params, images, labels, statistics, key)
+
+
 def compile_step(
     model: nn.Module,
     source: ImageSource,
@@ -205,33 +220,14 @@ def compile_step(
       ValueError: where the model does not take the images, or lrjax not the strategy.
     """
     init_key, dropout_key = jax.random.split(jax.random.key(seed))
-    images = jax.ShapeDtypeStruct((batch_size, *source.image_shape), jnp.uint8)
-    labels = jax.ShapeDtypeStruct((batch_size, *source.label_shape), jnp.int32)
+    images, labels = _batch_structs(source, batch_size)
     # Traced, not run: a convolution stack's parameters need no forward pass over a large image.
     statistics = dict(
         jax.jit(lambda key: model.init(key, jnp.zeros(images.shape, images.dtype)))(init_key)
     )
     params = statistics.pop("params")
     optimizer_state = jax.jit(optimizer.init)(params)
-    loss = strategy.apply(
-        classification_loss(model), loss_in_axes(labels_pixels=bool(source.label_shape))
-    )
-
-    def step(
-        params: Any,
-        statistics: Any,
-        state: Any,
-        images: jax.Array,
-        labels: jax.Array,
-        key: jax.Array,
-    ) -> tuple[Any, Any, Any, jax.Array]:
-        (value, updated), grads = jax.value_and_grad(loss, has_aux=True)(
-            params, images, labels, statistics, key
-        )
-        # Flax starts running statistics in float32 and gives them back in the computation's type.
-        statistics = jax.tree.map(lambda new, old: new.astype(old.dtype), updated, statistics)
-        updates, state = optimizer.update(grads, state, params)
-        return optax.apply_updates(params, updates), statistics, state, value
+    step = _step(_row_loss(model, source, strategy), optimizer)
 
     start = time.perf_counter()
     compiled = (
@@ -250,6 +246,45 @@ def compile_step(
         xla_temp=temporaries,
         xla_peak=peak,
     )
+
+
+def _batch_structs(
+    source: ImageSource, batch_size: int
+) -> tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct]:
+    """Images and labels of a batch."""
+    return (
+        jax.ShapeDtypeStruct((batch_size, *source.image_shape), jnp.uint8),
+        jax.ShapeDtypeStruct((batch_size, *source.label_shape), jnp.int32),
+    )
+
+
+def _row_loss(model: nn.Module, source: ImageSource, strategy: Strategy) -> LossFunction:
+    axes = loss_in_axes(labels_pixels=bool(source.label_shape))
+    return strategy.apply(classification_loss(model), axes)
+
+
+def _step(
+    loss: LossFunction, optimizer: optax.GradientTransformation
+) -> Callable[..., tuple[Any, Any, Any, jax.Array]]:
+    """Gradient and update: new parameters, statistics and optimizer state, and the loss."""
+
+    def step(
+        params: Any,
+        statistics: Any,
+        state: Any,
+        images: jax.Array,
+        labels: jax.Array,
+        key: jax.Array,
+    ) -> tuple[Any, Any, Any, jax.Array]:
+        (value, updated), grads = jax.value_and_grad(loss, has_aux=True)(
+            params, images, labels, statistics, key
+        )
+        # Flax starts running statistics in float32 and gives them back in the computation's type.
+        statistics = jax.tree.map(lambda new, old: new.astype(old.dtype), updated, statistics)
+        updates, state = optimizer.update(grads, state, params)
+        return optax.apply_updates(params, updates), statistics, state, value
+
+    return step
 
 
 def _planned_bytes(compiled: jax.stages.Compiled) -> tuple[int, int]:
