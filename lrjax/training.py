@@ -4,13 +4,12 @@ The strategy is `lrjax.rowwise` around the loss and nothing else; the model, the
 data are the same ones an ordinary Flax loop would use. `"column"` is that ordinary loop.
 """
 
-import ctypes
 import gc
 import statistics
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
@@ -22,6 +21,8 @@ import psutil
 
 import lrjax
 from lrjax.data import ImageSource, batches
+from lrjax.memory import peak_bytes, temp_bytes
+from lrjax.memory.rss import return_freed_memory
 
 StrategyName = Literal["column", "stream", "2ps", "overl"]
 _LABELS = {"column": "column", "stream": "stream", "2ps": "2PS", "overl": "OverL"}
@@ -105,8 +106,7 @@ class Memory:
 
     Attributes:
       xla_temp: temporaries of the compiled step.
-      xla_peak: temporaries, arguments and outputs that alias none of them: what XLA plans to hold
-        at most, parameters and optimizer state included.
+      xla_peak: what XLA plans to hold at most, parameters and optimizer state included.
       rss: largest resident size of the process while it trained, above that just before: on CPU the
         temporaries as the operating system saw them.
       device: the accelerator's own peak, where it reports one.
@@ -235,7 +235,6 @@ def compile_step(
         .lower(params, statistics, optimizer_state, images, labels, dropout_key)
         .compile()
     )
-    temporaries, peak = _planned_bytes(compiled)
     return CompiledStep(
         call=compiled,
         params=params,
@@ -243,8 +242,8 @@ def compile_step(
         optimizer_state=optimizer_state,
         dropout_key=dropout_key,
         compile_seconds=time.perf_counter() - start,
-        xla_temp=temporaries,
-        xla_peak=peak,
+        xla_temp=temp_bytes(compiled),
+        xla_peak=peak_bytes(compiled),
     )
 
 
@@ -285,23 +284,6 @@ def _step(
         return optax.apply_updates(params, updates), statistics, state, value
 
     return step
-
-
-def _planned_bytes(compiled: jax.stages.Compiled) -> tuple[int, int]:
-    """Temporaries, and temporaries with arguments and those outputs that alias none of them.
-
-    `peak_memory_in_bytes` is not used: on XLA:CPU (jax 0.10.2) it leaves the temporaries out.
-    """
-    analysis = compiled.memory_analysis()
-    if analysis is None:
-        raise RuntimeError("this JAX backend gives no memory analysis of a compiled program")
-    peak = (
-        analysis.temp_size_in_bytes
-        + analysis.argument_size_in_bytes
-        + analysis.output_size_in_bytes
-        - analysis.alias_size_in_bytes
-    )
-    return analysis.temp_size_in_bytes, peak
 
 
 def train(
@@ -379,7 +361,7 @@ def measured_rss(interval: float = 0.002) -> Iterator[ResidentSize]:
     otherwise reuse it and the training would seem to need less than it does.
     """
     gc.collect()
-    _trim_heap()
+    return_freed_memory()
     process = psutil.Process()
     before = process.memory_info().rss
     size = ResidentSize(before, before)
@@ -396,12 +378,6 @@ def measured_rss(interval: float = 0.002) -> Iterator[ResidentSize]:
     finally:
         done.set()
         sampler.join()
-
-
-def _trim_heap() -> None:
-    # Only glibc has it; elsewhere there is nothing to do.
-    with suppress(AttributeError, OSError, TypeError):
-        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _device_peak() -> int | None:
