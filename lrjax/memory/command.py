@@ -8,9 +8,7 @@ import json
 import os
 import re
 import sys
-import tempfile
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -144,31 +142,6 @@ def check_target(target: str | None) -> None:
       ImportError: its plugin is not installed; the message has the command.
     """
     device_of(target)
-
-
-def check_writable(path: Path) -> None:
-    """Before anything is compiled.
-
-    Raises:
-      ValueError: no file can be written at ``path``.
-    """
-    directory = path.parent
-    if not directory.is_dir():
-        raise ValueError(f"{path}: there is no directory {directory}; make it first")
-    if path.is_dir() or not os.access(path if path.exists() else directory, os.W_OK):
-        raise ValueError(f"{path}: cannot be written; choose another file")
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write the file whole or not at all."""
-    descriptor, partial = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(descriptor, "w") as file:
-            file.write(text)
-        os.replace(partial, path)
-    except BaseException:
-        os.unlink(partial)
-        raise
 
 
 def verdict(profile: MemoryProfile) -> str:
