@@ -157,15 +157,10 @@ def operations_and_floor(network: Network, num_blocks: int) -> tuple[float, floa
     graphs = [p.graph for p in (found.forward, found.backward) if p is not None]
     axes = [*(None for _ in jax.tree.leaves(args[0])), 1]
     column = build(flatten(jax.make_jaxpr(gradient(network))(*args)), axes)
-    ratio = sum(map(_operations, graphs)) / _operations(column, once=True)
+    ratio = sum(graph.operations() for graph in graphs) / column.operations(once=True)
     fixed = sum(size_bytes(leaf) for leaf in jax.tree.leaves(args[0]))
     fixed += sum(size_bytes(leaf) for leaf in jax.tree.leaves(args[0]["params"]))
     return ratio, fixed + max(map(_whole_bytes, graphs))
-
-
-def _operations(graph: RowGraph, once: bool = False) -> float:
-    stages = [graph.nodes] if once else [graph.stage_nodes(stage) for stage in graph.loops]
-    return sum(n.op.flops * n.op.height for nodes in stages for n in nodes if n.op is not None)
 
 
 def _whole_bytes(graph: RowGraph) -> float:

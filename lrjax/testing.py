@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lrjax.options import Cuts
 from lrjax.transform import rowwise
 
 TOLERANCES = {"float64": 1e-11, "complex128": 1e-11, "float32": 1e-5, "complex64": 1e-5}
@@ -98,7 +99,7 @@ def assert_same_as_column(
     *,
     num_blocks: int | Sequence[int] | None,
     strategy: str | Sequence[str] = "stream",
-    cuts: Sequence[str] | int = (),
+    cuts: Cuts = (),
     kwargs: Mapping[str, Any] | None = None,
     argnums: Sequence[int] | None = None,
     tolerance: float | None = None,

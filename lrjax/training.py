@@ -1,7 +1,8 @@
 """Train a Flax network under one of the strategies, and measure it: losses, time and memory.
 
-The strategy is `lrjax.rowwise` around the loss and nothing else; the model, the optimizer and the
-data are the same ones an ordinary Flax loop would use. `"column"` is that ordinary loop.
+The strategy is `lrjax.linen.rowwise` around the model, or `lrjax.rowwise` around the loss where
+pixels have labels, and nothing else; the model, the optimizer and the data are the same ones an
+ordinary Flax loop would use. `"column"` is that ordinary loop.
 """
 
 import gc
@@ -20,6 +21,7 @@ import optax
 import psutil
 
 import lrjax
+import lrjax.linen
 from lrjax.data import ImageSource, batches
 from lrjax.memory import peak_bytes, temp_bytes
 from lrjax.memory.rss import return_freed_memory
@@ -76,17 +78,23 @@ class Strategy:
         """The name used in tables and plots; hybrids (with cuts) end in `-H`."""
         return _LABELS[self.name] + ("-H" if self.cuts else "")
 
-    def apply(self, fun: LossFunction, in_axes: tuple[int | None, ...]) -> LossFunction:
-        """`fun` under this strategy; column is `fun` itself, so that the baseline is plain JAX."""
+    def loss(self, model: nn.Module, *, labels_pixels: bool) -> LossFunction:
+        """`classification_loss` of the model under this strategy; under column it is plain Flax.
+
+        Where every pixel has a label the loss is a sum over rows, and runs by rows with the model:
+        forward and backward are one pass. Where an image has one, the model alone runs by rows.
+        """
         if self.name == "column":
-            return fun
-        return lrjax.rowwise(
-            fun,
-            in_axes=in_axes,
-            num_blocks=self.num_blocks,
-            strategy=self.name,
-            cuts=self.cuts,
-        )
+            return classification_loss(model)
+        rows: dict[str, Any] = {
+            "num_blocks": self.num_blocks,
+            "strategy": self.name,
+            "cuts": self.cuts,
+        }
+        if labels_pixels:
+            axes = (None, 1, 1, None, None)
+            return lrjax.rowwise(classification_loss(model), in_axes=axes, **rows)
+        return classification_loss(lrjax.linen.rowwise(model, in_axes=1, **rows))
 
 
 def parse_num_blocks(text: str) -> int | tuple[int, ...]:
@@ -171,11 +179,6 @@ def classification_loss(model: nn.Module) -> LossFunction:
     return loss
 
 
-def loss_in_axes(*, labels_pixels: bool) -> tuple[int | None, ...]:
-    """Row axes of the loss's arguments: images carry rows, and so do labels of pixels."""
-    return None, 1, 1 if labels_pixels else None, None, None
-
-
 @dataclass(frozen=True)
 class CompiledStep:
     """One training step compiled for its arguments, and the state it starts from."""
@@ -202,7 +205,8 @@ def check_step(
     key = jax.random.key(0)
     statistics = dict(jax.eval_shape(model.init, key, images))
     params = statistics.pop("params")
-    jax.eval_shape(_row_loss(model, source, strategy), params, images, labels, statistics, key)
+    loss = strategy.loss(model, labels_pixels=bool(source.label_shape))
+    jax.eval_shape(loss, params, images, labels, statistics, key)
 
 
 def compile_step(
@@ -227,7 +231,7 @@ def compile_step(
     )
     params = statistics.pop("params")
     optimizer_state = jax.jit(optimizer.init)(params)
-    step = _step(_row_loss(model, source, strategy), optimizer)
+    step = _step(strategy.loss(model, labels_pixels=bool(source.label_shape)), optimizer)
 
     start = time.perf_counter()
     compiled = (
@@ -255,11 +259,6 @@ def _batch_structs(
         jax.ShapeDtypeStruct((batch_size, *source.image_shape), jnp.uint8),
         jax.ShapeDtypeStruct((batch_size, *source.label_shape), jnp.int32),
     )
-
-
-def _row_loss(model: nn.Module, source: ImageSource, strategy: Strategy) -> LossFunction:
-    axes = loss_in_axes(labels_pixels=bool(source.label_shape))
-    return strategy.apply(classification_loss(model), axes)
 
 
 def _step(
