@@ -369,6 +369,7 @@ def plan(
     lrjax. Ends with status 3 where nothing fits.
     """
     import lrjax
+    from lrjax import files
     from lrjax.memory import DoesNotFitError, command
     from lrjax.models import registry
     from lrjax.planner import command as planning
@@ -377,7 +378,7 @@ def plan(
     try:
         command.check_target(target)
         for path in filter(None, (save, frontier)):
-            command.check_writable(path)
+            files.check_writable(path)
         numbers = command.dtype_of(dtype)
         network = _network(model, 1000, width, numbers.name, head=head, norm=norm)
         size = _size(image, "image")
@@ -413,7 +414,9 @@ def plan(
             fun, args, in_axes = planning.training_call(
                 network, size, batch, numbers, labels_pixels=pixels
             )
-            call = {"in_axes": in_axes, "target": target, "wrt": 0, "on_progress": tell}
+            call: dict[str, Any] = {
+                "in_axes": in_axes, "target": target, "wrt": 0, "on_progress": tell
+            }  # fmt: skip
             if frontier is not None:
                 curve = lrjax.frontier(fun, *args, steps=steps, **call)
                 curve.save_png(frontier, f"{model}, {image}, batch {batch}, {dtype}")
@@ -421,7 +424,7 @@ def plan(
             made = lrjax.plan(fun, *args, budget=amount, **call)
     except DoesNotFitError as error:
         _stop(error, DOES_NOT_FIT)
-    except (ValueError, ImportError) as error:
+    except (ValueError, ImportError, OSError) as error:
         _stop(error)
     wide.print(str(made), highlight=False)
     if save is not None:
