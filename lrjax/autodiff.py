@@ -68,7 +68,7 @@ def row_program(
 
     if order == "stream" and num_blocks > 1:
         for stage in graph.loops:
-            graph = with_late_copies(loop_of(graph, stage), stage)
+            graph = with_late_copies(graph, stage, loop_of)
     loops = [
         loop_of(graph, stage) if members else None
         for stage, members in enumerate(graph.stages.members)

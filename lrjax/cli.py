@@ -98,13 +98,16 @@ def train(
     optimizer: Annotated[str, typer.Option(help="sgd (momentum 0.9) or adam.")] = "sgd",
     lr: Annotated[float, typer.Option(help="Learning rate.")] = 1e-3,
     seed: Annotated[int, typer.Option(help="Of parameters, data and dropout.")] = 0,
+    check: Annotated[
+        bool, typer.Option("--check", help="Only look whether everything fits; train nothing.")
+    ] = False,
 ) -> None:
     """Train a network, and write losses, step times, peak memory, a plot and the parameters.
 
     Memory is measured two ways: what XLA plans for the compiled step, and how much the process
     grows while it trains.
     """
-    options = {name: value for name, value in locals().items() if name != "out"}
+    options = {name: value for name, value in locals().items() if name not in ("out", "check")}
     # Imported here so that `--help` and a mistyped option do not wait for JAX.
     from lrjax import report, training
 
@@ -118,6 +121,9 @@ def train(
             raise ValueError(f"steps: got {steps}; use 1 or more")
         if batch < 1:
             raise ValueError(f"batch: got {batch}; use 1 or more")
+        if check:
+            training.check_step(network, source, chosen, batch_size=batch)
+            return
         skipped = [str(file) for file in getattr(source, "skipped", ())]
         _announce(source, skipped)
         with console.status(f"{chosen.label}: compiling"):
@@ -191,15 +197,18 @@ def compare_strategies(
     if any(option.split("=")[0] in ("--num-blocks", "--cuts") for option in context.args):
         _stop("give blocks and cuts within --strategy, as name[:blocks][@cuts]")
 
-    runs: list[Any] = []
-    for spec, parsed in zip(strategy, chosen, strict=True):
-        directory = out / re.sub("[^a-z0-9]+", "-", spec)
-        command = [sys.executable, "-m", "lrjax.cli", "train", *context.args]
-        command += ["--out", str(directory), *_strategy_options(parsed)]
-        code = subprocess.run(command, env=os.environ, stdin=subprocess.DEVNULL).returncode
-        if code:
-            _stop(f"the run {spec} failed with status {code}", code if code > 0 else FAILED)
-        runs.append(report.read_metrics(directory))
+    arguments = {
+        spec: [*context.args, "--out", str(_directory(out, spec)), *_strategy_options(parsed)]
+        for spec, parsed in zip(strategy, chosen, strict=True)
+    }
+    # The last run's bad option is known before the first run has trained.
+    for spec, own in arguments.items():
+        _succeeded(spec, app(["train", *own, "--check"], standalone_mode=False) or 0)
+    for spec, own in arguments.items():
+        command = [sys.executable, "-m", "lrjax.cli", "train", *own]
+        run = subprocess.run(command, env=os.environ, stdin=subprocess.DEVNULL)
+        _succeeded(spec, run.returncode)
+    runs = [report.read_metrics(_directory(out, spec)) for spec in strategy]
 
     report.write_plot(out / report.COMPARISON_PLOT_FILE, runs)
     differences = [
@@ -221,6 +230,16 @@ def compare_strategies(
             f"more than {tolerance:.0e}",
             FAILED,
         )
+
+
+def _directory(out: Path, spec: str) -> Path:
+    """Where the run of a strategy leaves its files."""
+    return out / re.sub("[^a-z0-9]+", "-", spec)
+
+
+def _succeeded(spec: str, code: int) -> None:
+    if code:
+        _stop(f"the run {spec} failed with status {code}", code if code > 0 else FAILED)
 
 
 @app.command()
@@ -265,7 +284,7 @@ def memory(
 
     Ends with status 3 where it does not fit.
     """
-    from lrjax import memory
+    from lrjax import files, memory
     from lrjax.memory import command, text
     from lrjax.models import registry
 
@@ -283,7 +302,7 @@ def memory(
         _stop(error)
     try:
         for path in filter(None, (png, html, json)):
-            command.check_writable(path)
+            files.check_writable(path)
         if (function is None) == (model is None):
             raise ValueError("give either MODULE:FUNCTION or --model")
         if function is not None:
@@ -299,7 +318,7 @@ def memory(
             program = command.gradient_program(
                 network, chosen, size, batch, numbers, labels_pixels=pixels
             )
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         _stop(error)
     try:
         profile = memory.profile(program.fun, *program.args, target=target)
@@ -312,7 +331,7 @@ def memory(
     if html is not None:
         profile.save_html(html)
     if json is not None:
-        command.write_whole(json, profile.to_json())
+        files.write_whole(json, profile.to_json())
     if profile.fits is False:
         raise typer.Exit(DOES_NOT_FIT)
 
@@ -350,6 +369,7 @@ def plan(
     lrjax. Ends with status 3 where nothing fits.
     """
     import lrjax
+    from lrjax import files
     from lrjax.memory import DoesNotFitError, command
     from lrjax.models import registry
     from lrjax.planner import command as planning
@@ -358,7 +378,7 @@ def plan(
     try:
         command.check_target(target)
         for path in filter(None, (save, frontier)):
-            command.check_writable(path)
+            files.check_writable(path)
         numbers = command.dtype_of(dtype)
         network = _network(model, 1000, width, numbers.name, head=head, norm=norm)
         size = _size(image, "image")
@@ -394,7 +414,9 @@ def plan(
             fun, args, in_axes = planning.training_call(
                 network, size, batch, numbers, labels_pixels=pixels
             )
-            call: Any = {"in_axes": in_axes, "target": target, "wrt": 0, "on_progress": tell}
+            call: dict[str, Any] = {
+                "in_axes": in_axes, "target": target, "wrt": 0, "on_progress": tell
+            }  # fmt: skip
             if frontier is not None:
                 curve = lrjax.frontier(fun, *args, steps=steps, **call)
                 curve.save_png(frontier, f"{model}, {image}, batch {batch}, {dtype}")
@@ -402,7 +424,7 @@ def plan(
             made = lrjax.plan(fun, *args, budget=amount, **call)
     except DoesNotFitError as error:
         _stop(error, DOES_NOT_FIT)
-    except (ValueError, ImportError) as error:
+    except (ValueError, ImportError, OSError) as error:
         _stop(error)
     wide.print(str(made), highlight=False)
     if save is not None:

@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lrjax.options import Cuts
 from lrjax.planner.plan import Plan
 from lrjax.transform import rowwise
 
@@ -99,7 +100,7 @@ def assert_same_as_column(
     *,
     num_blocks: int | Sequence[int] | None = None,
     strategy: str | Sequence[str] = "stream",
-    cuts: Sequence[str] | int = (),
+    cuts: Cuts = (),
     plan: Plan | None = None,
     kwargs: Mapping[str, Any] | None = None,
     argnums: Sequence[int] | None = None,

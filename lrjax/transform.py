@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from lrjax import autodiff
 from lrjax.inline import evaluate
 from lrjax.micro_batches import by_micro_batches, micro_batches
-from lrjax.options import Options, checked_options, checked_segments
+from lrjax.options import Cuts, Options, checked_options, checked_segments
 from lrjax.planner.choice import Choice
 from lrjax.segments import Segment, split, split_at
 from lrjax.tracing import Traced, trace
@@ -25,7 +25,7 @@ def rowwise(
     in_axes: Any,
     num_blocks: int | Sequence[int] | None = None,
     strategy: str | Sequence[str] = "stream",
-    cuts: Sequence[str] | int = (),
+    cuts: Cuts = (),
     plan: Any = None,
 ) -> Callable[..., Any]:
     """Run ``fun`` by blocks of rows, forward and backward: same values, same gradients.
@@ -42,7 +42,10 @@ def rowwise(
       strategy: "stream" (differentiate first, then tile; least memory), "2ps" or "overl" (LR-CNN,
         arXiv 2401.11471), or "column" (whole maps, the baseline); one, or one per segment.
       cuts: where to keep a whole map and start a new segment: names given by
-        ``jax.ad_checkpoint.checkpoint_name`` in ``fun``, or a number of segments.
+        ``jax.ad_checkpoint.checkpoint_name`` in ``fun``, or a number of segments. A tuple of names
+        is a group: in ``[("a", "b"), "c"]`` only ``c`` is kept from forward to backward, and ``a``
+        and ``b`` are made again, and kept, while the backward pass is between the start and ``c``.
+        With groups, names are given in ``fun``'s order.
       plan: what ``lrjax.plan`` made for this function and these shapes, instead of the three
         above.
 
@@ -72,15 +75,37 @@ def run(traced: Traced, options: Options) -> Any:
     segments, choices = segments_and_choices(traced, options)
     values = dict(zip(traced.program.inputs, traced.inputs, strict=True))
     values.update(traced.program.constants)
-    for segment, choice in zip(segments, choices, strict=True):
-        call = chosen_function(segment, choice)
-        outputs = call(*(jnp.asarray(values[v]) for v in segment.program.inputs))
-        values.update(zip(segment.made, outputs, strict=True))
+    for group in options.groups(len(segments)):
+        later = {v for segment in segments[group.stop :] for v in segment.program.inputs}
+        later.update(v for v in traced.program.outputs if isinstance(v, int))
+        parts = [(segments[i], choices[i]) for i in group]
+        values.update(_run_group(parts, values, later))
     outputs = [
         values[v] if isinstance(v, int) else jnp.asarray(v.value, v.dtype)
         for v in traced.program.outputs
     ]
     return jax.tree.unflatten(traced.out_tree, outputs)
+
+
+def _run_group(
+    parts: Sequence[tuple[Segment, Choice]], values: dict[int, Any], later: set[int]
+) -> dict[int, Any]:
+    """What a group of segments makes for ``later`` use; maps between them live in it alone."""
+    made = [v for segment, _ in parts for v in segment.made]
+    taken = dict.fromkeys(v for segment, _ in parts for v in segment.program.inputs)
+    inputs = [v for v in taken if v not in made]
+    kept = [v for v in made if v in later]
+
+    def call(*arrays: Any) -> list[Any]:
+        own = dict(zip(inputs, arrays, strict=True))
+        for segment, choice in parts:
+            outputs = chosen_function(segment, choice)(*(own[v] for v in segment.program.inputs))
+            own.update(zip(segment.made, outputs, strict=True))
+        return [own[v] for v in kept]
+
+    if len(parts) > 1:
+        call = jax.checkpoint(call)
+    return dict(zip(kept, call(*(jnp.asarray(values[v]) for v in inputs)), strict=True))
 
 
 def segments_and_choices(
@@ -93,7 +118,9 @@ def segments_and_choices(
     """
     plan = options.plan
     if plan is None:
-        segments = split(traced.program, traced.axes, options.cuts)
+        segments = split(
+            traced.program, traced.axes, options.flat_cuts, in_order=options.has_groups
+        )
         return segments, checked_segments(options, segments)
     plan.check(traced)
     return split_at(traced.program, traced.axes, plan.cuts), plan.choices

@@ -9,11 +9,11 @@ import dataclasses
 import hashlib
 import json
 import os
-import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from lrjax.files import write_whole
 from lrjax.geometry import ceil_div
 from lrjax.inline import Literal
 from lrjax.planner.choice import Choice
@@ -216,15 +216,7 @@ class Plan:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the plan to a file, whole or not at all."""
-        path = Path(path)
-        descriptor, partial = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        try:
-            with os.fdopen(descriptor, "w") as file:
-                file.write(self.to_json())
-            os.replace(partial, path)
-        except BaseException:
-            os.unlink(partial)
-            raise
+        write_whole(path, self.to_json())
 
     @classmethod
     def load(
