@@ -188,6 +188,7 @@ def _with_pool_gradients(
     new = _Rewrite(operations, size, fresh)
     added = {v for o in operations if o.name in ("add", "add_any") for v in o.inputs}
     shared: set[Any] = set()
+    beside_skip: list[tuple[float, int]] = []
     for i, operation in enumerate(operations):
         if operation.name not in POOL_GRADIENTS or operation.like is None:
             continue
@@ -196,6 +197,8 @@ def _with_pool_gradients(
         new.change(i, scratch=pooled * POOL_INDEX_BYTES)
         shape = _shape_of(operation)
         users = [j for j, o in enumerate(operations) if o.name in _ZEROS and _shape_of(o) == shape]
+        if made in added and operation.name == "select_and_scatter_add":
+            beside_skip.append((pooled * 4 * INDEX_BYTES, i))
         if made in added or not users or users[0] > i:
             continue
         target = new.value(size[made])
@@ -207,7 +210,22 @@ def _with_pool_gradients(
             zeros = new.value(size[made])
             new.make(users[0], zeros)
             new.read(users[-1], zeros)
+    _find_early(new, sorted(beside_skip)[:-1])
     return new.result()
+
+
+def _find_early(new: _Rewrite, pools: Sequence[tuple[float, int]]) -> None:
+    """Places in maps that a skip connection reads too.
+
+    What such a gradient is scattered into is the skip's, so XLA:GPU schedules the search for the
+    places, which needs the forward pass alone, at its end. It does not do so for the largest map.
+    """
+    backward = next((i for i, o in enumerate(new.operations) if o.is_backward), None)
+    for size, i in pools if backward is not None else ():
+        places = new.value(size)
+        new.make(backward, places)
+        new.read(i, places)
+        new.change(i, scratch=new.operations[i].scratch - size)
 
 
 # --- CPU -----------------------------------------------------------------------------------------

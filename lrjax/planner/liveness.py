@@ -164,7 +164,7 @@ class Liveness:
 
     def _is_overwritten(self, value: int, last: int) -> bool:
         """The last reader puts its result into the value's own place."""
-        if last >= len(self.operations) or last <= self.maker.get(value, 0):
+        if last >= len(self.operations) or last <= self.maker.get(value, -1):
             return False
         operation = self.operations[last]
         if operation.overwrites == value:

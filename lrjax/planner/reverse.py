@@ -6,12 +6,12 @@ import dataclasses
 from collections.abc import Collection, Sequence
 
 from lrjax.autodiff import RowProgram
-from lrjax.engine import accumulator_dtype
 from lrjax.graph import size_bytes
 from lrjax.planner.adjoint import Adjoint
 from lrjax.planner.compilers import compiled
 from lrjax.planner.liveness import Liveness, bytes_beside
-from lrjax.planner.loops import kernels_read, line_bytes, program_liveness, row_bytes, step_of
+from lrjax.planner.loops import accumulator_bytes, program_liveness
+from lrjax.planner.steps import Step, kernels_read, line_bytes, row_bytes
 from lrjax.planner.whole import values
 from lrjax.rowloop import RowLoop
 
@@ -65,7 +65,7 @@ def _weight_bytes(loop: RowLoop, moving: Collection[int], params: Collection[int
     hosts = {v: float(size_bytes(avals[v])) for v in params}
     sizes = []
     for v in wholes:
-        wide = float(avals[v].size * accumulator_dtype(avals[v].dtype).itemsize)
+        wide = accumulator_bytes(avals[v])
         if v in params and wide == size_bytes(avals[v]):
             del hosts[v]  # accumulated in its place
         else:
@@ -78,10 +78,10 @@ def _weight_bytes(loop: RowLoop, moving: Collection[int], params: Collection[int
 def _step_bytes(loop: RowLoop, moving: Collection[int], target: str) -> float:
     """Most bytes alive in one step: forward, then its adjoint."""
     avals = loop.graph.program.avals
-    step = step_of(loop)
+    step = Step(loop)
     size = step.size
     still = {v for v in loop.wholes if v not in moving}
-    adjoint = Adjoint(size, {*moving, *step.older.values()} - still, step.fresh)
+    adjoint = Adjoint(size, {*moving, *step.older.values()} - still, step.next)
     given = [adjoint.seed(v) for v in loop.row_outputs]
     sums = [v for n in loop.nodes if n.is_reduction for v in n.equation.outputs]
     for v in (*step.older.values(), *sums):

@@ -137,4 +137,5 @@ def without_outputs(joint: Joint) -> Joint:
     count = len(joint.program.outputs) - joint.gradients
     program = dataclasses.replace(joint.program, outputs=joint.program.outputs[count:])
     program = without_dead_equations(program)
-    return dataclasses.replace(joint, program=program, border=0)
+    border = len(_split(program.equations, joint.cotangents)[0])
+    return dataclasses.replace(joint, program=program, border=border)
