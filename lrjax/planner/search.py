@@ -65,12 +65,14 @@ class Model:
       candidates: spans and their costs.
       fixed_bytes: arguments and gradients.
       factors: per shape of a step, factors of the bytes of its forward and backward pass.
+      tried: steps that were compiled with the pass of the peak in them.
     """
 
     def __init__(self, candidates: Candidates, fixed_bytes: float):
         self.candidates = candidates
         self.fixed_bytes = fixed_bytes
         self.factors: dict[tuple[int, int, str], tuple[float, float]] = {}
+        self.tried: set[Step] = set()
 
     def own_bytes(self, step: Step) -> tuple[float, float]:
         """Bytes of a step's forward and backward pass, corrected."""
@@ -98,6 +100,7 @@ class Model:
         """
         passes = self.passes(found)
         top = max(passes, key=lambda entry: entry[2] + entry[3])
+        self.tried.add(top[0])
         for entry in passes:
             step, i, held, own = entry
             if own <= 0 or (held + own <= peak and entry is not top):
@@ -163,7 +166,7 @@ class Limits:
     """What a search may use.
 
     Attributes:
-      budget: bytes, for steps that a compilation has corrected.
+      budget: bytes, for steps that held the peak of a plan that was compiled.
       hoped: bytes, for steps whose prediction has not been tried; at least the budget.
       below: scores of interest are lower than this.
       strategies: to choose from; those with a star run a part of the batch at a time.
@@ -276,7 +279,7 @@ class _Search:
 
     def fits(self, step: Step, held: float) -> bool:
         limits = self.limits
-        limit = limits.budget if step.shape in self.model.factors else limits.hoped
+        limit = limits.budget if step in self.model.tried else limits.hoped
         return self.model.fixed_bytes + held + max(self.model.own_bytes(step)) <= limit
 
 
