@@ -67,6 +67,8 @@ NETWORKS = {
     "unet-group": Network(models.UNet(norm="group", dtype=jnp.bfloat16), 1, 4096),
     "unet-frozen": Network(models.UNet(norm="frozen", dtype=jnp.bfloat16), 1, 4096),
     "convnext": Network(models.ConvNeXtT(dtype=jnp.bfloat16), 1, 4096),
+    "resnet50-frozen-16384": Network(models.ResNet50(norm="frozen", dtype=jnp.bfloat16), 1, 16384),
+    "convnext-16384": Network(models.ConvNeXtT(dtype=jnp.bfloat16), 1, 16384),
 }
 
 
@@ -74,7 +76,8 @@ NETWORKS = {
 class Row:
     """One program: a network by a method, and the peak it may take.
 
-    ``method`` is ``"column"``, ``"remat"`` (``nn.remat`` around every block) or ``"stream"`` in
+    ``method`` is ``"column"``, ``"remat"`` (``nn.remat`` around every block), ``"remat-stages"``
+    (the same, and of the blocks' outputs only those that end a stage are kept) or ``"stream"`` in
     ``num_blocks``.
     """
 
@@ -90,6 +93,9 @@ class Row:
         network = NETWORKS[self.network]
         if self.method == "remat":
             return functools.partial(_with_remat, network)
+        if self.method == "remat-stages":
+            policy = jax.checkpoint_policies.save_only_these_names(*_stage_ends(network.model))
+            return jax.checkpoint(functools.partial(_with_remat, network), policy=policy)
         if self.method == "stream":
             return lrjax.rowwise(network, in_axes=(None, 1), num_blocks=self.num_blocks)
         return network
@@ -101,7 +107,11 @@ ROWS = (
     Row("resnet50-batch", "stream", 64, limit_mib=1_250),
     Row("resnet50-frozen", "column"),
     Row("resnet50-frozen", "remat"),
+    Row("resnet50-frozen", "remat-stages"),
     Row("resnet50-frozen", "stream", 128, limit_mib=1_400),
+    Row("resnet50-frozen-16384", "remat"),
+    Row("resnet50-frozen-16384", "remat-stages"),
+    Row("resnet50-frozen-16384", "stream", 512),
     Row("unet-group", "column"),
     Row("unet-group", "remat"),
     Row("unet-group", "stream", 128),
@@ -110,8 +120,17 @@ ROWS = (
     Row("unet-frozen", "stream", 128),
     Row("convnext", "column"),
     Row("convnext", "remat"),
+    Row("convnext", "remat-stages"),
     Row("convnext", "stream", 128),
+    Row("convnext-16384", "remat"),
+    Row("convnext-16384", "remat-stages"),
+    Row("convnext-16384", "stream", 512),
 )
+
+
+def _stage_ends(model: nn.Module) -> list[str]:
+    """Names of the last block of every stage (ResNet and ConvNeXt)."""
+    return [f"stage{stage}_block{blocks}" for stage, blocks in enumerate(model.blocks, start=1)]
 
 
 def _with_remat(network: Network, variables: Any, images: jax.Array) -> Any:
@@ -157,15 +176,10 @@ def operations_and_floor(network: Network, num_blocks: int) -> tuple[float, floa
     graphs = [p.graph for p in (found.forward, found.backward) if p is not None]
     axes = [*(None for _ in jax.tree.leaves(args[0])), 1]
     column = build(flatten(jax.make_jaxpr(gradient(network))(*args)), axes)
-    ratio = sum(map(_operations, graphs)) / _operations(column, once=True)
+    ratio = sum(graph.operations() for graph in graphs) / column.operations(once=True)
     fixed = sum(size_bytes(leaf) for leaf in jax.tree.leaves(args[0]))
     fixed += sum(size_bytes(leaf) for leaf in jax.tree.leaves(args[0]["params"]))
     return ratio, fixed + max(map(_whole_bytes, graphs))
-
-
-def _operations(graph: RowGraph, once: bool = False) -> float:
-    stages = [graph.nodes] if once else [graph.stage_nodes(stage) for stage in graph.loops]
-    return sum(n.op.flops * n.op.height for nodes in stages for n in nodes if n.op is not None)
 
 
 def _whole_bytes(graph: RowGraph) -> float:
@@ -213,8 +227,8 @@ def tables(results: dict[str, Any]) -> str:
         [
             "# Memory of modern networks' gradients, compiled for an H200",
             "bfloat16, training mode; ResNet-50 with BatchNorm at batch 8, 1024x1024, the others "
-            "at batch 1, 4096x4096. MiB; operations as a multiple of column's. Printed by "
-            "`python -m experiments.barrier_memory`.",
+            "at batch 1, 4096x4096 unless named. MiB; operations as a multiple of column's. "
+            "Printed by `python -m experiments.barrier_memory`.",
             report.markdown_table(header, lines),
         ]
     )

@@ -7,10 +7,12 @@ The small networks of ``experiments.small_models`` on images of an odd height, u
 and three block counts; compared are outputs, updated running statistics and all gradients, each
 relative to its own largest value. Arrays that are rounding error in column too (the gradient of a
 bias in front of a normalisation) are left out. In float32 the last column says how far column
-itself is from column in float64. The answers go to ``results/model_exactness.json`` and ``.md``.
+itself is from column in float64. The answers go to ``results/model_exactness.json`` and ``.md``,
+beside those of models that were measured earlier.
 """
 
 import argparse
+import json
 import os
 from collections.abc import Sequence
 from typing import Any
@@ -105,14 +107,15 @@ def main() -> None:
         for name in options.models
         for row in measured(name, jnp.dtype(dtype).type)
     ]
-    if options.models == list(MODELS):
-        environment = report.environment()
-        path = report.RESULTS / "model_exactness.json"
-        report.write_json(path, {"environment": environment, "rows": rows})
-        text = (
-            f"# Models by rows against column\n\nCPU, jax {environment['jax']}\n\n{table(rows)}\n"
-        )
-        path.with_suffix(".md").write_text(text)
+    path = report.RESULTS / "model_exactness.json"
+    earlier = json.loads(path.read_text())["rows"] if path.exists() else []
+    measured_now = {(row["model"], row["dtype"]) for row in rows}
+    rows += [row for row in earlier if (row["model"], row["dtype"]) not in measured_now]
+    rows.sort(key=lambda row: (row["dtype"] == "float32", list(MODELS).index(row["model"])))
+    environment = report.environment()
+    report.write_json(path, {"environment": environment, "rows": rows})
+    text = f"# Models by rows against column\n\nCPU, jax {environment['jax']}\n\n{table(rows)}\n"
+    path.with_suffix(".md").write_text(text)
     print(table(rows))
 
 

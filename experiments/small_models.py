@@ -31,7 +31,11 @@ MODELS: dict[str, nn.Module] = {
         stages=((1, 8, 1, 1, 3), (3, 8, 1, 2, 5)), num_classes=3, width=1 / 4, drop_path_rate=0.3
     ),
     "densenet": models.DenseNet(blocks=(2, 1), num_classes=3, width=1 / 8),
+    "vgg": models.VGG16(num_classes=3, width=1 / 64, head="gap"),
 }
+
+# VGG-16 halves five times; three rows are left.
+SHAPES = {"vgg": (1, 101, 33, 3)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,6 +46,7 @@ class TrainingCall:
     """
 
     model: nn.Module
+    shape: tuple[int, ...] = IMAGES
 
     def __call__(self, params: Any, images: jax.Array, statistics: Any) -> Any:
         return self.model.apply(
@@ -52,9 +57,9 @@ class TrainingCall:
             rngs={"dropout": jax.random.key(5)},
         )
 
-    def arguments(self, shape: tuple[int, ...] = IMAGES) -> tuple[Any, jax.Array, Any]:
+    def arguments(self) -> tuple[Any, jax.Array, Any]:
         """Parameters (none of them zero or one), images and running statistics."""
-        images = jax.random.normal(jax.random.key(1), shape, self.model.dtype)
+        images = jax.random.normal(jax.random.key(1), self.shape, self.model.dtype)
         variables = jax.jit(self.model.init)(jax.random.key(0), images)
         params = jax.tree.map(
             lambda leaf: leaf + 0.05 * jax.random.normal(jax.random.key(3), leaf.shape, leaf.dtype),
@@ -64,4 +69,5 @@ class TrainingCall:
 
 
 def training_call(name: str, dtype: Any = jnp.float64) -> TrainingCall:
-    return TrainingCall(MODELS[name].clone(dtype=dtype, param_dtype=dtype))
+    model = MODELS[name].clone(dtype=dtype, param_dtype=dtype)
+    return TrainingCall(model, SHAPES.get(name, IMAGES))

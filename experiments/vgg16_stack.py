@@ -35,10 +35,12 @@ def init(key: jax.Array, dtype: Any = jnp.float32) -> Params:
     return params
 
 
-def structs(height: int, width: int, dtype: Any, batch: int = 1) -> tuple[Any, Any]:
+def structs(
+    height: int, width: int, dtype: Any, batch: int = 1, image_dtype: Any = None
+) -> tuple[Any, Any]:
     """Shapes and dtypes of ``(params, images)``, images ``[batch, height, width, 3]``."""
     params = jax.eval_shape(lambda key: init(key, dtype), jax.eval_shape(lambda: jax.random.key(0)))
-    return params, jax.ShapeDtypeStruct((batch, height, width, 3), dtype)
+    return params, jax.ShapeDtypeStruct((batch, height, width, 3), image_dtype or dtype)
 
 
 def convolution(kernel: jax.Array, bias: jax.Array, x: jax.Array) -> jax.Array:
@@ -57,8 +59,11 @@ def max_pool(x: jax.Array) -> jax.Array:
 def stack(params: Params, images: jax.Array, checkpoint: str | None = None) -> jax.Array:
     """The whole stack: ``[N, H, W, 3]`` to ``[N, H//32, W//32, 512]``.
 
-    ``checkpoint`` puts every ``"block"`` or every ``"layer"`` under ``jax.checkpoint``.
+    ``checkpoint`` puts every ``"block"`` or every ``"layer"`` under ``jax.checkpoint``. Integer
+    images are scaled from 0 to 255 to -1 to 1, in the parameters' dtype.
     """
+    if jnp.issubdtype(images.dtype, jnp.integer):
+        images = images.astype(params[0][0].dtype) / 127.5 - 1
     per_layer = jax.checkpoint if checkpoint == "layer" else _unchanged
     per_block = jax.checkpoint if checkpoint == "block" else _unchanged
 

@@ -1,4 +1,4 @@
-"""The `lrjax` command: train a network, compare strategies, profile memory."""
+"""The `lrjax` command: train a network, compare strategies, profile memory, plan."""
 
 import os
 import re
@@ -98,13 +98,16 @@ def train(
     optimizer: Annotated[str, typer.Option(help="sgd (momentum 0.9) or adam.")] = "sgd",
     lr: Annotated[float, typer.Option(help="Learning rate.")] = 1e-3,
     seed: Annotated[int, typer.Option(help="Of parameters, data and dropout.")] = 0,
+    check: Annotated[
+        bool, typer.Option("--check", help="Only look whether everything fits; train nothing.")
+    ] = False,
 ) -> None:
     """Train a network, and write losses, step times, peak memory, a plot and the parameters.
 
     Memory is measured two ways: what XLA plans for the compiled step, and how much the process
     grows while it trains.
     """
-    options = {name: value for name, value in locals().items() if name != "out"}
+    options = {name: value for name, value in locals().items() if name not in ("out", "check")}
     # Imported here so that `--help` and a mistyped option do not wait for JAX.
     from lrjax import report, training
 
@@ -118,6 +121,9 @@ def train(
             raise ValueError(f"steps: got {steps}; use 1 or more")
         if batch < 1:
             raise ValueError(f"batch: got {batch}; use 1 or more")
+        if check:
+            training.check_step(network, source, chosen, batch_size=batch)
+            return
         skipped = [str(file) for file in getattr(source, "skipped", ())]
         _announce(source, skipped)
         with console.status(f"{chosen.label}: compiling"):
@@ -191,15 +197,18 @@ def compare_strategies(
     if any(option.split("=")[0] in ("--num-blocks", "--cuts") for option in context.args):
         _stop("give blocks and cuts within --strategy, as name[:blocks][@cuts]")
 
-    runs: list[Any] = []
-    for spec, parsed in zip(strategy, chosen, strict=True):
-        directory = out / re.sub("[^a-z0-9]+", "-", spec)
-        command = [sys.executable, "-m", "lrjax.cli", "train", *context.args]
-        command += ["--out", str(directory), *_strategy_options(parsed)]
-        code = subprocess.run(command, env=os.environ, stdin=subprocess.DEVNULL).returncode
-        if code:
-            _stop(f"the run {spec} failed with status {code}", code if code > 0 else FAILED)
-        runs.append(report.read_metrics(directory))
+    arguments = {
+        spec: [*context.args, "--out", str(_directory(out, spec)), *_strategy_options(parsed)]
+        for spec, parsed in zip(strategy, chosen, strict=True)
+    }
+    # The last run's bad option is known before the first run has trained.
+    for spec, own in arguments.items():
+        _succeeded(spec, app(["train", *own, "--check"], standalone_mode=False) or 0)
+    for spec, own in arguments.items():
+        command = [sys.executable, "-m", "lrjax.cli", "train", *own]
+        run = subprocess.run(command, env=os.environ, stdin=subprocess.DEVNULL)
+        _succeeded(spec, run.returncode)
+    runs = [report.read_metrics(_directory(out, spec)) for spec in strategy]
 
     report.write_plot(out / report.COMPARISON_PLOT_FILE, runs)
     differences = [
@@ -221,6 +230,16 @@ def compare_strategies(
             f"more than {tolerance:.0e}",
             FAILED,
         )
+
+
+def _directory(out: Path, spec: str) -> Path:
+    """Where the run of a strategy leaves its files."""
+    return out / re.sub("[^a-z0-9]+", "-", spec)
+
+
+def _succeeded(spec: str, code: int) -> None:
+    if code:
+        _stop(f"the run {spec} failed with status {code}", code if code > 0 else FAILED)
 
 
 @app.command()
@@ -265,7 +284,7 @@ def memory(
 
     Ends with status 3 where it does not fit.
     """
-    from lrjax import memory
+    from lrjax import files, memory
     from lrjax.memory import command, text
     from lrjax.models import registry
 
@@ -283,7 +302,7 @@ def memory(
         _stop(error)
     try:
         for path in filter(None, (png, html, json)):
-            command.check_writable(path)
+            files.check_writable(path)
         if (function is None) == (model is None):
             raise ValueError("give either MODULE:FUNCTION or --model")
         if function is not None:
@@ -299,7 +318,7 @@ def memory(
             program = command.gradient_program(
                 network, chosen, size, batch, numbers, labels_pixels=pixels
             )
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         _stop(error)
     try:
         profile = memory.profile(program.fun, *program.args, target=target)
@@ -312,9 +331,133 @@ def memory(
     if html is not None:
         profile.save_html(html)
     if json is not None:
-        command.write_whole(json, profile.to_json())
+        files.write_whole(json, profile.to_json())
     if profile.fits is False:
         raise typer.Exit(DOES_NOT_FIT)
+
+
+@app.command()
+def plan(
+    model: Annotated[str, typer.Option(help="The network, such as vgg16; see `lrjax train`.")],
+    target: Annotated[
+        str | None, typer.Option(help="The device, present or not; default: the one at hand.")
+    ] = None,
+    budget: Annotated[
+        str | None,
+        typer.Option(help="Such as 8GiB, or 0.5 of the device's memory. Default: all of it."),
+    ] = None,
+    image: Annotated[str, typer.Option(help="N or HEIGHTxWIDTH.")] = "1024",
+    batch: Annotated[int, typer.Option(help="Images at a time.")] = 1,
+    dtype: Annotated[str, typer.Option(help="Of images and computation.")] = "f32",
+    width: Annotated[float, typer.Option(help="Multiplier of the network's channels.")] = 1.0,
+    head: Annotated[str | None, typer.Option(help="VGG-16's: gap or dense.")] = None,
+    norm: Annotated[
+        str | None, typer.Option(help="Normalisation: batch, block, frozen, group or none.")
+    ] = None,
+    maximise: Annotated[
+        str | None, typer.Option(help="Ask for the largest image (its side) or batch that fits.")
+    ] = None,
+    save: Annotated[Path | None, typer.Option(help="Write the plan as JSON.")] = None,
+    frontier: Annotated[
+        Path | None, typer.Option(help="Draw memory against operations, from column to the least.")
+    ] = None,
+    steps: Annotated[int, typer.Option(help="Points of the frontier.")] = 8,
+) -> None:
+    """The fastest plan of a training step within a memory budget, proved by XLA.
+
+    With --maximise, the largest square image or batch that fits by column, the best checkpoints and
+    lrjax. Ends with status 3 where nothing fits.
+    """
+    import lrjax
+    from lrjax import files
+    from lrjax.memory import DoesNotFitError, command
+    from lrjax.models import registry
+    from lrjax.planner import command as planning
+
+    wide = Console(width=max(console.width, 150))
+    try:
+        command.check_target(target)
+        for path in filter(None, (save, frontier)):
+            files.check_writable(path)
+        numbers = command.dtype_of(dtype)
+        network = _network(model, 1000, width, numbers.name, head=head, norm=norm)
+        size = _size(image, "image")
+        if batch < 1:
+            raise ValueError(f"batch: got {batch}; use 1 or more")
+        amount = 1.0 if budget is None else _budget(budget)
+        pixels = registry.network(model).labels_pixels
+        with console.status("planning") as status:
+
+            def tell(progress: Any) -> None:
+                status.update(f"compiling {progress.compilations}: {_told(progress)}")
+                if progress.verified_bytes is not None:
+                    console.print(_told(progress), highlight=False)
+
+            if maximise is not None:
+                _print_largest(
+                    planning.largest_by_method(
+                        network,
+                        maximise,
+                        size[0],
+                        batch,
+                        numbers,
+                        amount,
+                        target,
+                        labels_pixels=pixels,
+                        on_progress=tell,
+                        on_answer=lambda answer: None,
+                    ),
+                    maximise,
+                    wide,
+                )
+                return
+            fun, args, in_axes = planning.training_call(
+                network, size, batch, numbers, labels_pixels=pixels
+            )
+            call: dict[str, Any] = {
+                "in_axes": in_axes, "target": target, "wrt": 0, "on_progress": tell
+            }  # fmt: skip
+            if frontier is not None:
+                curve = lrjax.frontier(fun, *args, steps=steps, **call)
+                curve.save_png(frontier, f"{model}, {image}, batch {batch}, {dtype}")
+                wide.print(str(curve), highlight=False)
+            made = lrjax.plan(fun, *args, budget=amount, **call)
+    except DoesNotFitError as error:
+        _stop(error, DOES_NOT_FIT)
+    except (ValueError, ImportError, OSError) as error:
+        _stop(error)
+    wide.print(str(made), highlight=False)
+    if save is not None:
+        made.save(save)
+
+
+def _told(progress: Any) -> str:
+    peaks = f"predicted {progress.predicted_bytes / 2**20:,.0f} MiB"
+    if progress.verified_bytes is not None:
+        peaks += f", XLA {progress.verified_bytes / 2**20:,.0f} MiB"
+    strategies = " + ".join(progress.strategies)
+    return f"{strategies}: {progress.operations:.3f} x column's operations, {peaks}"
+
+
+def _budget(text: str) -> str | float:
+    """A fraction where the text is a number without a unit."""
+    try:
+        return float(text)
+    except ValueError:
+        return text
+
+
+def _print_largest(answers: Any, maximise: str, wide: Console) -> None:
+    from lrjax.memory import text
+
+    name = "side" if maximise == "image" else "batch"
+    table = text.new_table("method", name, "peak MiB", "operations", "compilations", "segments")
+    for a in answers:
+        table.add_row(
+            a.method, f"{a.size:,}", a.peak_mib, f"{a.operations:.3f}", str(a.compilations),
+            a.strategies,
+        )  # fmt: skip
+    wide.print(table)
 
 
 def _strategy_options(strategy: Any) -> list[str]:

@@ -14,10 +14,11 @@ from lrjax import autodiff
 from lrjax.autodiff import RowProgram
 from lrjax.geometry import AnyMap
 from lrjax.graph import RowGraph, size_bytes
-from lrjax.options import STRATEGIES, checked_options, checked_segments
+from lrjax.options import Cuts, checked_options
 from lrjax.rowloop import RowLoop
-from lrjax.segments import Segment, split
+from lrjax.segments import Segment
 from lrjax.tracing import trace
+from lrjax.transform import segments_and_choices
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,9 +70,12 @@ class Pass:
 
 @dataclasses.dataclass(frozen=True)
 class SegmentReport:
+    """A segment, and the segments of its group: the backward pass first runs them all again."""
+
     strategy: str
     num_blocks: int
     passes: tuple[Pass, ...]
+    group: tuple[int, ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,8 +94,11 @@ class Explanation:
         lines: list[str] = []
         for index, segment in enumerate(self.segments):
             title = f"segment {index}: {segment.strategy}"
-            if segment.strategy != "column":
+            if segment.passes:
                 title += f", {segment.num_blocks} blocks"
+            if len(segment.group) > 1:
+                first, *_, last = segment.group
+                title += f"; group of segments {first} to {last}, run again for the backward pass"
             lines.append(title)
             for one in segment.passes:
                 lines.extend(_table(one))
@@ -107,7 +114,7 @@ def explain(
     in_axes: Any,
     num_blocks: int | Sequence[int] | None = None,
     strategy: str | Sequence[str] = "stream",
-    cuts: Sequence[str] | int = (),
+    cuts: Cuts = (),
     plan: Any = None,
     **kwargs: Any,
 ) -> Explanation:
@@ -129,20 +136,19 @@ def explain(
     """
     options = checked_options(num_blocks, strategy, cuts, plan)
     traced = trace(fun, in_axes, args, kwargs)
-    segments = split(traced.program, traced.axes, options.cuts)
-    choices = checked_segments(options, segments)
+    segments, choices = segments_and_choices(traced, options)
+    groups = [tuple(group) for group in options.groups(len(segments)) for _ in group]
     return Explanation(
         tuple(
-            SegmentReport(c.strategy, c.num_blocks, _passes(segment, c.strategy, c.num_blocks))
-            for segment, c in zip(segments, choices, strict=True)
+            SegmentReport(c.strategy, c.num_blocks, _passes(s, c.strategy, c.num_blocks), group)
+            for s, c, group in zip(segments, choices, groups, strict=True)
         )
     )
 
 
 def _passes(segment: Segment, strategy: str, num_blocks: int) -> tuple[Pass, ...]:
     program, axes = segment.program, segment.axes
-    assert strategy in STRATEGIES
-    if strategy == "column":
+    if strategy in ("column", "checkpoint"):
         return ()
     if strategy in ("2ps", "overl"):
         rows = autodiff.differentiable_program(program, axes, strategy, num_blocks)

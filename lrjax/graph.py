@@ -85,6 +85,11 @@ class RowGraph:
     def fallbacks(self) -> list[Node]:
         return [node for node in self.nodes if node.reason is not None]
 
+    def operations(self, *, once: bool = False) -> float:
+        """Arithmetic operations of the row loops; ``once``: as if none were done again."""
+        done = [self.nodes] if once else [self.stage_nodes(stage) for stage in self.loops]
+        return sum(n.op.flops * n.op.height for nodes in done for n in nodes if n.op is not None)
+
     def height(self, value: int) -> int:
         return self.program.avals[value].shape[self.row_axis[value]]
 

@@ -12,32 +12,62 @@ from __future__ import annotations
 import bisect
 import dataclasses
 import math
+from collections.abc import Callable
 
 from lrjax.graph import Node, RowGraph, size_bytes
 from lrjax.inline import Atom
 from lrjax.rowloop import RowLoop, Source
 from lrjax.stages import MinimumCuts, Operation, Problem
 
-# Operations of a loop that may be done again, as a fraction of all.
-LATE_OPERATIONS = 0.1
+# Shares of a loop's operations that may be done again, and how many percent the line buffers must
+# shrink for every percent of operations.
+LATE_OPERATIONS = (0.02, 0.1)
+WORTH_OPERATIONS = 8
+# Copies wait for their own readers; what part of the share is for copies of copies. Little is
+# enough: in a gradient, a map and what an elementwise operation made of it often wait side by side.
+COPIES_OF_COPIES = 0.1
 # A reader is late if its rows are this many slabs behind those of the first reader, and more than
 # the halo of a window or two.
 _LATE_SLABS = 1
 _LATE_ROWS = 8
-_RATES = tuple(2.0**k for k in range(40, 0, -1))
+_RATES = tuple(2.0 ** (k / 4) for k in range(160, 0, -1))
 
 
-def with_late_copies(loop: RowLoop, stage: int) -> RowGraph:
-    """The loop's graph, with copies of operations in the stage that run just before late readers.
+def with_late_copies(
+    graph: RowGraph, stage: int, loop_of: Callable[[RowGraph, int], RowLoop]
+) -> RowGraph:
+    """The graph, with copies of operations in a stage that run just before late readers.
 
     Args:
-      loop: the row loop of the stage as it is.
-      stage: its number.
+      graph: the graph.
+      stage: number of the stage.
+      loop_of: schedules a stage of a graph.
     """
+    first = loop_of(graph, stage)
+    found = [first]
+    for share in LATE_OPERATIONS:
+        loop = first
+        for part in (1 - COPIES_OF_COPIES, COPIES_OF_COPIES):
+            made = _copied(loop, stage, part * share * _operations(first))
+            loop = loop if made is loop.graph else loop_of(made, stage)
+        found.append(loop)
+
+    def cost(loop: RowLoop) -> float:
+        return loop.line_bytes * (_operations(loop) / _operations(first)) ** WORTH_OPERATIONS
+
+    return min(found, key=cost).graph
+
+
+def _operations(loop: RowLoop) -> float:
+    return sum(node.op.flops * node.op.height for node in loop.nodes if node.op is not None)
+
+
+def _copied(loop: RowLoop, stage: int, allowed: float) -> RowGraph:
+    """The loop's graph with the copies that make its line buffers smallest."""
     late = _late_sources(loop)
     if not late:
         return loop.graph
-    copied = _worth_copying(loop, late)
+    copied = _worth_copying(loop, late, allowed)
     return _Copier(loop, stage, late, copied).graph() if copied else loop.graph
 
 
@@ -55,12 +85,11 @@ def _late_sources(loop: RowLoop) -> set[tuple[int, int]]:
     return found
 
 
-def _worth_copying(loop: RowLoop, late: set[tuple[int, int]]) -> set[int]:
-    """Nodes to do again late, within ``LATE_OPERATIONS``."""
+def _worth_copying(loop: RowLoop, late: set[tuple[int, int]], allowed: float) -> set[int]:
+    """Nodes to do again late, with ``allowed`` operations."""
     wanted = {loop.nodes[n].equation.inputs[operand] for n, operand in late}
     problem = _problem(loop, late)
     cuts = MinimumCuts(problem, [0] * len(loop.nodes))
-    allowed = LATE_OPERATIONS * sum(o.flops for o in problem.operations if o.flops < math.inf)
 
     def copies(rate: float) -> set[int]:
         held = cuts.cheapest(0, {v for v in wanted if isinstance(v, int)}, set(), rate)

@@ -11,7 +11,7 @@ import jax
 from flax import nnx
 
 from lrjax.module_calls import call_rowwise
-from lrjax.options import checked_options
+from lrjax.options import Cuts, checked_options
 
 _GRAPH_NODES = (nnx.Module, nnx.Rngs, nnx.RngStream, nnx.Variable)
 
@@ -22,7 +22,7 @@ def rowwise(
     in_axes: Any,
     num_blocks: int | Sequence[int] | None = None,
     strategy: str | Sequence[str] = "stream",
-    cuts: Sequence[str] | int = (),
+    cuts: Cuts = (),
     plan: Any = None,
 ) -> Callable[..., Any]:
     """A function of NNX modules and arrays, run by blocks of rows.

@@ -6,7 +6,6 @@ Files appear whole or not at all: each is written beside its place and renamed.
 import json
 import os
 import platform
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypedDict
@@ -17,6 +16,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from rich.table import Table
 
+from lrjax.files import replacing, write_whole
 from lrjax.training import Strategy, Training
 
 MIB = 2**20
@@ -107,20 +107,7 @@ def check_writable(directory: Path) -> None:
 
 
 def write_json(path: Path, content: Any) -> None:
-    write_whole(path, (json.dumps(content, indent=1) + "\n").encode())
-
-
-def write_whole(path: Path, content: bytes) -> None:
-    """Writes the file under another name in the same directory, then renames it into place."""
-    descriptor, partial = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(content)
-        os.chmod(partial, 0o644)
-        os.replace(partial, path)
-    except BaseException:
-        os.unlink(partial)
-        raise
+    write_whole(path, json.dumps(content, indent=1) + "\n")
 
 
 def largest_relative_difference(losses: Sequence[float], reference: Sequence[float]) -> float:
@@ -188,7 +175,5 @@ def write_plot(path: Path, runs: Sequence[Metrics]) -> None:
     memory_axes.set_xticks(positions, [run["label"] for run in runs])
     memory_axes.set(ylabel="MiB", title="peak memory")
     memory_axes.legend()
-    with tempfile.TemporaryFile() as buffer:
-        figure.savefig(buffer, format="png", dpi=120)
-        buffer.seek(0)
-        write_whole(path, buffer.read())
+    with replacing(path) as file:
+        figure.savefig(file, format="png", dpi=120)

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lrjax.geometry import ceil_div, round_up
-from lrjax.graph import Node, RowGraph
+from lrjax.graph import Node, RowGraph, size_bytes
 from lrjax.rules.base import RowRead
 from lrjax.schedule import Read, Schedule, Task, Track, overlap_schedule, shared_schedule
 
@@ -52,9 +52,12 @@ class Band:
 # Elementwise functions of a parameter and rows whose derivative is infinite where the rows are 0.
 SINGULAR = ("atan2", "div", "pow", "rem")
 
-# Rings of slabs lower than this cost more than they save: every window is then put together from
-# many slots, and XLA compiles VGG-16's gradient at 4096x4096 in 256 blocks a third slower.
+# Rings of slabs lower than this cost more than they save, unless they are deep: every window is
+# then put together from many slots, and XLA compiles VGG-16's gradient at 4096x4096 in 256 blocks a
+# third slower. Shifting moves all of a deep buffer for a few new rows, and XLA keeps it twice:
+# ConvNeXt-T's gradient at 4096x4096 in 128 blocks takes 2,419 MiB without deep rings, 1,703 with.
 RING_SLAB = 16
+DEEP_SLABS = 16
 
 # Bands are worth a branch where running everything in every step would waste more than this.
 SKIP_ABOVE = 0.1
@@ -271,8 +274,7 @@ class RowLoop:
         return (
             not self.is_differentiated
             and track.is_steady
-            and track.rows >= RING_SLAB
-            and track.depth >= 3 * track.rows
+            and track.depth >= (3 if track.rows >= RING_SLAB else DEEP_SLABS) * track.rows
             and all(len(set(self.look_back(s))) == 1 for s in self.sources if s.value == value)
         )
 
@@ -284,6 +286,15 @@ class RowLoop:
         if self.is_ring(value):
             return round_up(track.depth, track.rows)
         return track.carried
+
+    @functools.cached_property
+    def line_bytes(self) -> int:
+        """Bytes of all line buffers."""
+        graph = self.graph
+        per_row = {
+            v: size_bytes(graph.program.avals[v]) // max(graph.height(v), 1) for v in self.producer
+        }
+        return sum(self.line_rows(v) * size for v, size in per_row.items())
 
     def look_back(self, source: Source) -> list[int]:
         """Per step, how far before the value's frontier a window starts."""

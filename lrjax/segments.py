@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Sequence
 
 import numpy as np
@@ -28,12 +29,23 @@ class Segment:
 
 
 def split(
-    program: FlatProgram, axes: Sequence[int | None], cuts: Sequence[str] | int
+    program: FlatProgram,
+    axes: Sequence[int | None],
+    cuts: Sequence[str] | int,
+    *,
+    in_order: bool = False,
 ) -> list[Segment]:
     """Cut at named values, or into a number of segments.
 
+    Args:
+      program: the whole program.
+      axes: row axis of every input.
+      cuts: names, or the number of segments.
+      in_order: every name must end a segment of its own, in the order given.
+
     Raises:
-      ValueError: for a name that the program does not have, or too many segments.
+      ValueError: for a name that the program does not have, names that are not in order, or too
+        many segments.
     """
     row_axis = build(program, axes).row_axis if cuts else {}
     row_axis.update({v: a for v, a in zip(program.inputs, axes, strict=True) if a is not None})
@@ -42,8 +54,47 @@ def split(
         part = _parts_by_width(program, depends, cuts)
     else:
         part = _parts_by_name(program, depends, cuts)
+        if in_order:
+            _check_order(program, part, cuts)
     count = 1 + max(part.values(), default=0)
     return [_segment(program, row_axis, part, index) for index in range(count)]
+
+
+def split_at(
+    program: FlatProgram, axes: Sequence[int | None], positions: Sequence[int]
+) -> list[Segment]:
+    """Cut behind these numbers of operations on rows, in rising order."""
+    whole = Cuttable.of(program, axes)
+    bounds = [0, *positions, len(whole.operations)]
+    return [whole.between(start, stop) for start, stop in itertools.pairwise(bounds)]
+
+
+@dataclasses.dataclass(frozen=True)
+class Cuttable:
+    """A program that may be cut between any two of its operations on rows.
+
+    Attributes:
+      program: the whole program.
+      row_axis: axis of every value that carries rows.
+      operations: its equations that depend on rows, in order.
+    """
+
+    program: FlatProgram
+    row_axis: dict[int, int]
+    operations: tuple[FlatEquation, ...]
+
+    @classmethod
+    def of(cls, program: FlatProgram, axes: Sequence[int | None]) -> Cuttable:
+        row_axis = dict(build(program, axes).row_axis)
+        row_axis.update({v: a for v, a in zip(program.inputs, axes, strict=True) if a is not None})
+        depends = _depends_on_rows(program, row_axis)
+        operations = tuple(e for e in program.equations if depends.intersection(e.outputs))
+        return cls(program, row_axis, operations)
+
+    def between(self, start: int, stop: int) -> Segment:
+        """The segment of operations ``start`` to ``stop`` (exclusive)."""
+        part = {e.outputs[0]: 1 + (i >= stop) - (i < start) for i, e in enumerate(self.operations)}
+        return _segment(self.program, self.row_axis, part, 1)
 
 
 def _depends_on_rows(program: FlatProgram, row_axis: dict[int, int]) -> set[int]:
@@ -79,6 +130,19 @@ def _parts_by_name(program: FlatProgram, depends: set[int], names: Sequence[str]
     # A tag that ends the program leaves no segment behind it; the numbers stay without gaps.
     numbers = {own: i for i, own in enumerate(sorted(set(part.values())))}
     return {v: numbers[own] for v, own in part.items()}
+
+
+def _check_order(program: FlatProgram, part: dict[int, int], names: Sequence[str]) -> None:
+    """Every name ends the segment of its own number."""
+    ends: dict[str, set[int | None]] = {name: set() for name in names}
+    for equation in program.equations:
+        if _is_tag(equation, names):
+            ends[equation.params["name"]].add(part.get(equation.outputs[0]))
+    if [*ends.values()] != [{i} for i in range(len(names))]:
+        raise ValueError(
+            f"cuts: with groups, the names {list(names)} must follow one another in fun, each on "
+            "what was made from the one before; give them in that order, each once."
+        )
 
 
 def _parts_by_width(program: FlatProgram, depends: set[int], count: int) -> dict[int, int]:

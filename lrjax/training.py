@@ -1,16 +1,16 @@
 """Train a Flax network under one of the strategies, and measure it: losses, time and memory.
 
-The strategy is `lrjax.rowwise` around the loss and nothing else; the model, the optimizer and the
-data are the same ones an ordinary Flax loop would use. `"column"` is that ordinary loop.
+The strategy is `lrjax.linen.rowwise` around the model, or `lrjax.rowwise` around the loss where
+pixels have labels, and nothing else; the model, the optimizer and the data are the same ones an
+ordinary Flax loop would use. `"column"` is that ordinary loop.
 """
 
-import ctypes
 import gc
 import statistics
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
@@ -21,7 +21,10 @@ import optax
 import psutil
 
 import lrjax
+import lrjax.linen
 from lrjax.data import ImageSource, batches
+from lrjax.memory import peak_bytes, temp_bytes
+from lrjax.memory.rss import return_freed_memory
 
 StrategyName = Literal["column", "stream", "2ps", "overl"]
 _LABELS = {"column": "column", "stream": "stream", "2ps": "2PS", "overl": "OverL"}
@@ -75,17 +78,23 @@ class Strategy:
         """The name used in tables and plots; hybrids (with cuts) end in `-H`."""
         return _LABELS[self.name] + ("-H" if self.cuts else "")
 
-    def apply(self, fun: LossFunction, in_axes: tuple[int | None, ...]) -> LossFunction:
-        """`fun` under this strategy; column is `fun` itself, so that the baseline is plain JAX."""
+    def loss(self, model: nn.Module, *, labels_pixels: bool) -> LossFunction:
+        """`classification_loss` of the model under this strategy; under column it is plain Flax.
+
+        Where every pixel has a label the loss is a sum over rows, and runs by rows with the model:
+        forward and backward are one pass. Where an image has one, the model alone runs by rows.
+        """
         if self.name == "column":
-            return fun
-        return lrjax.rowwise(
-            fun,
-            in_axes=in_axes,
-            num_blocks=self.num_blocks,
-            strategy=self.name,
-            cuts=self.cuts,
-        )
+            return classification_loss(model)
+        rows: dict[str, Any] = {
+            "num_blocks": self.num_blocks,
+            "strategy": self.name,
+            "cuts": self.cuts,
+        }
+        if labels_pixels:
+            axes = loss_in_axes(labels_pixels=True)
+            return lrjax.rowwise(classification_loss(model), in_axes=axes, **rows)
+        return classification_loss(lrjax.linen.rowwise(model, in_axes=1, **rows))
 
 
 def parse_num_blocks(text: str) -> int | tuple[int, ...]:
@@ -105,8 +114,7 @@ class Memory:
 
     Attributes:
       xla_temp: temporaries of the compiled step.
-      xla_peak: temporaries, arguments and outputs that alias none of them: what XLA plans to hold
-        at most, parameters and optimizer state included.
+      xla_peak: what XLA plans to hold at most, parameters and optimizer state included.
       rss: largest resident size of the process while it trained, above that just before: on CPU the
         temporaries as the operating system saw them.
       device: the accelerator's own peak, where it reports one.
@@ -190,6 +198,22 @@ class CompiledStep:
     xla_peak: int
 
 
+def check_step(
+    model: nn.Module, source: ImageSource, strategy: Strategy, *, batch_size: int
+) -> None:
+    """Traces the forward pass of a training step, so that what does not fit is known early.
+
+    Raises:
+      ValueError: where the model does not take the images, or lrjax not the strategy.
+    """
+    images, labels = _batch_structs(source, batch_size)
+    key = jax.random.key(0)
+    statistics = dict(jax.eval_shape(model.init, key, images))
+    params = statistics.pop("params")
+    loss = strategy.loss(model, labels_pixels=bool(source.label_shape))
+    jax.eval_shape(loss, params, images, labels, statistics, key)
+
+
 def compile_step(
     model: nn.Module,
     source: ImageSource,
@@ -205,17 +229,47 @@ def compile_step(
       ValueError: where the model does not take the images, or lrjax not the strategy.
     """
     init_key, dropout_key = jax.random.split(jax.random.key(seed))
-    images = jax.ShapeDtypeStruct((batch_size, *source.image_shape), jnp.uint8)
-    labels = jax.ShapeDtypeStruct((batch_size, *source.label_shape), jnp.int32)
+    images, labels = _batch_structs(source, batch_size)
     # Traced, not run: a convolution stack's parameters need no forward pass over a large image.
     statistics = dict(
         jax.jit(lambda key: model.init(key, jnp.zeros(images.shape, images.dtype)))(init_key)
     )
     params = statistics.pop("params")
     optimizer_state = jax.jit(optimizer.init)(params)
-    loss = strategy.apply(
-        classification_loss(model), loss_in_axes(labels_pixels=bool(source.label_shape))
+    step = _step(strategy.loss(model, labels_pixels=bool(source.label_shape)), optimizer)
+
+    start = time.perf_counter()
+    compiled = (
+        jax.jit(step, donate_argnums=(0, 1, 2))
+        .lower(params, statistics, optimizer_state, images, labels, dropout_key)
+        .compile()
     )
+    return CompiledStep(
+        call=compiled,
+        params=params,
+        statistics=statistics,
+        optimizer_state=optimizer_state,
+        dropout_key=dropout_key,
+        compile_seconds=time.perf_counter() - start,
+        xla_temp=temp_bytes(compiled),
+        xla_peak=peak_bytes(compiled),
+    )
+
+
+def _batch_structs(
+    source: ImageSource, batch_size: int
+) -> tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct]:
+    """Images and labels of a batch."""
+    return (
+        jax.ShapeDtypeStruct((batch_size, *source.image_shape), jnp.uint8),
+        jax.ShapeDtypeStruct((batch_size, *source.label_shape), jnp.int32),
+    )
+
+
+def _step(
+    loss: LossFunction, optimizer: optax.GradientTransformation
+) -> Callable[..., tuple[Any, Any, Any, jax.Array]]:
+    """Gradient and update: new parameters, statistics and optimizer state, and the loss."""
 
     def step(
         params: Any,
@@ -233,40 +287,7 @@ def compile_step(
         updates, state = optimizer.update(grads, state, params)
         return optax.apply_updates(params, updates), statistics, state, value
 
-    start = time.perf_counter()
-    compiled = (
-        jax.jit(step, donate_argnums=(0, 1, 2))
-        .lower(params, statistics, optimizer_state, images, labels, dropout_key)
-        .compile()
-    )
-    temporaries, peak = _planned_bytes(compiled)
-    return CompiledStep(
-        call=compiled,
-        params=params,
-        statistics=statistics,
-        optimizer_state=optimizer_state,
-        dropout_key=dropout_key,
-        compile_seconds=time.perf_counter() - start,
-        xla_temp=temporaries,
-        xla_peak=peak,
-    )
-
-
-def _planned_bytes(compiled: jax.stages.Compiled) -> tuple[int, int]:
-    """Temporaries, and temporaries with arguments and those outputs that alias none of them.
-
-    `peak_memory_in_bytes` is not used: on XLA:CPU (jax 0.10.2) it leaves the temporaries out.
-    """
-    analysis = compiled.memory_analysis()
-    if analysis is None:
-        raise RuntimeError("this JAX backend gives no memory analysis of a compiled program")
-    peak = (
-        analysis.temp_size_in_bytes
-        + analysis.argument_size_in_bytes
-        + analysis.output_size_in_bytes
-        - analysis.alias_size_in_bytes
-    )
-    return analysis.temp_size_in_bytes, peak
+    return step
 
 
 def train(
@@ -344,7 +365,7 @@ def measured_rss(interval: float = 0.002) -> Iterator[ResidentSize]:
     otherwise reuse it and the training would seem to need less than it does.
     """
     gc.collect()
-    _trim_heap()
+    return_freed_memory()
     process = psutil.Process()
     before = process.memory_info().rss
     size = ResidentSize(before, before)
@@ -361,12 +382,6 @@ def measured_rss(interval: float = 0.002) -> Iterator[ResidentSize]:
     finally:
         done.set()
         sampler.join()
-
-
-def _trim_heap() -> None:
-    # Only glibc has it; elsewhere there is nothing to do.
-    with suppress(AttributeError, OSError, TypeError):
-        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _device_peak() -> int | None:

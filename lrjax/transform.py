@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -11,8 +12,10 @@ import jax.numpy as jnp
 
 from lrjax import autodiff
 from lrjax.inline import evaluate
-from lrjax.options import Options, checked_options, checked_segments
-from lrjax.segments import Segment, split
+from lrjax.micro_batches import by_micro_batches, micro_batches
+from lrjax.options import Cuts, Options, checked_options, checked_segments
+from lrjax.planner.choice import Choice
+from lrjax.segments import Segment, split, split_at
 from lrjax.tracing import Traced, trace
 
 
@@ -22,7 +25,7 @@ def rowwise(
     in_axes: Any,
     num_blocks: int | Sequence[int] | None = None,
     strategy: str | Sequence[str] = "stream",
-    cuts: Sequence[str] | int = (),
+    cuts: Cuts = (),
     plan: Any = None,
 ) -> Callable[..., Any]:
     """Run ``fun`` by blocks of rows, forward and backward: same values, same gradients.
@@ -39,8 +42,12 @@ def rowwise(
       strategy: "stream" (differentiate first, then tile; least memory), "2ps" or "overl" (LR-CNN,
         arXiv 2401.11471), or "column" (whole maps, the baseline); one, or one per segment.
       cuts: where to keep a whole map and start a new segment: names given by
-        ``jax.ad_checkpoint.checkpoint_name`` in ``fun``, or a number of segments.
-      plan: reserved for plans made by the planner.
+        ``jax.ad_checkpoint.checkpoint_name`` in ``fun``, or a number of segments. A tuple of names
+        is a group: in ``[("a", "b"), "c"]`` only ``c`` is kept from forward to backward, and ``a``
+        and ``b`` are made again, and kept, while the backward pass is between the start and ``c``.
+        With groups, names are given in ``fun``'s order.
+      plan: what ``lrjax.plan`` made for this function and these shapes, instead of the three
+        above.
 
     Returns:
       A function with ``fun``'s signature, outputs and dtypes, to be used under ``jit``, ``grad``,
@@ -65,19 +72,69 @@ def rowwise(
 
 def run(traced: Traced, options: Options) -> Any:
     """A traced call under checked options: segment by segment, each under its strategy."""
-    segments = split(traced.program, traced.axes, options.cuts)
-    choices = checked_segments(options, segments)
+    segments, choices = segments_and_choices(traced, options)
     values = dict(zip(traced.program.inputs, traced.inputs, strict=True))
     values.update(traced.program.constants)
-    for segment, choice in zip(segments, choices, strict=True):
-        call = segment_function(segment, choice.strategy, choice.num_blocks)
-        outputs = call(*(jnp.asarray(values[v]) for v in segment.program.inputs))
-        values.update(zip(segment.made, outputs, strict=True))
+    for group in options.groups(len(segments)):
+        later = {v for segment in segments[group.stop :] for v in segment.program.inputs}
+        later.update(v for v in traced.program.outputs if isinstance(v, int))
+        parts = [(segments[i], choices[i]) for i in group]
+        values.update(_run_group(parts, values, later))
     outputs = [
         values[v] if isinstance(v, int) else jnp.asarray(v.value, v.dtype)
         for v in traced.program.outputs
     ]
     return jax.tree.unflatten(traced.out_tree, outputs)
+
+
+def _run_group(
+    parts: Sequence[tuple[Segment, Choice]], values: dict[int, Any], later: set[int]
+) -> dict[int, Any]:
+    """What a group of segments makes for ``later`` use; maps between them live in it alone."""
+    made = [v for segment, _ in parts for v in segment.made]
+    taken = dict.fromkeys(v for segment, _ in parts for v in segment.program.inputs)
+    inputs = [v for v in taken if v not in made]
+    kept = [v for v in made if v in later]
+
+    def call(*arrays: Any) -> list[Any]:
+        own = dict(zip(inputs, arrays, strict=True))
+        for segment, choice in parts:
+            outputs = chosen_function(segment, choice)(*(own[v] for v in segment.program.inputs))
+            own.update(zip(segment.made, outputs, strict=True))
+        return [own[v] for v in kept]
+
+    if len(parts) > 1:
+        call = jax.checkpoint(call)
+    return dict(zip(kept, call(*(jnp.asarray(values[v]) for v in inputs)), strict=True))
+
+
+def segments_and_choices(
+    traced: Traced, options: Options
+) -> tuple[list[Segment], Sequence[Choice]]:
+    """The segments of a call and how each runs.
+
+    Raises:
+      ValueError: the options, or the plan, do not fit the call.
+    """
+    plan = options.plan
+    if plan is None:
+        segments = split(
+            traced.program, traced.axes, options.flat_cuts, in_order=options.has_groups
+        )
+        return segments, checked_segments(options, segments)
+    plan.check(traced)
+    return split_at(traced.program, traced.axes, plan.cuts), plan.choices
+
+
+def chosen_function(segment: Segment, choice: Choice) -> Callable[..., Sequence[Any]]:
+    """A segment as a differentiable function of its inputs, run as chosen."""
+    if choice.micro_batches > 1:
+        own = micro_batches(segment, choice.micro_batches)
+        once = dataclasses.replace(choice, micro_batches=1)
+        return by_micro_batches(own, chosen_function(own.part, once))
+    if choice.strategy == "checkpoint":
+        return jax.checkpoint(lambda *inputs: evaluate(segment.program, inputs))
+    return segment_function(segment, choice.strategy, choice.num_blocks)
 
 
 def segment_function(

@@ -26,7 +26,7 @@ import jax
 
 from experiments import report
 from experiments.gradcheck import max_error
-from experiments.vgg16_stack import COLUMN, Method, init, parse_method
+from experiments.vgg16_stack import COLUMN, init, parse_method
 from lrjax import memory
 
 METHODS = (
@@ -53,9 +53,9 @@ GRADIENT_LIMIT = 1e-5
 
 @dataclass(frozen=True)
 class Program:
-    """A compiled gradient, ready to be timed."""
+    """A compiled gradient, ready to be timed; ``method`` is its name."""
 
-    method: Method
+    method: Any
     run: Callable[[], Any]
     compile_s: float
     peak_bytes: int
@@ -76,10 +76,12 @@ def arguments(size: int) -> tuple[Any, Any]:
     return jax.block_until_ready((init(jax.random.key(0)), images))
 
 
-def compile_program(method: Method, args: tuple[Any, Any], reference: Any) -> Program:
-    """Compile ``method`` and compare its gradient with ``reference`` (``None``: nothing yet)."""
+def compile_program(
+    method: Any, gradient: Callable[..., Any], args: tuple[Any, ...], reference: Any
+) -> Program:
+    """Compile ``gradient`` and compare what it gives with ``reference`` (``None``: nothing yet)."""
     start = time.perf_counter()
-    compiled = jax.jit(method.gradient()).lower(*args).compile()
+    compiled = jax.jit(gradient).lower(*args).compile()
     compile_s = time.perf_counter() - start
 
     def run() -> Any:
@@ -95,9 +97,9 @@ def compile_program(method: Method, args: tuple[Any, Any], reference: Any) -> Pr
     )
 
 
-def time_in_turns(programs: list[Program], repeats: int) -> dict[Method, list[float]]:
+def time_in_turns(programs: list[Program], repeats: int) -> dict[Any, list[float]]:
     """Seconds of each run of each program, one run of every program per turn."""
-    seconds: dict[Method, list[float]] = {program.method: [] for program in programs}
+    seconds: dict[Any, list[float]] = {program.method: [] for program in programs}
     for program in programs:
         program.run()  # the first run also maps its memory in
     for _ in range(repeats):
@@ -109,13 +111,13 @@ def time_in_turns(programs: list[Program], repeats: int) -> dict[Method, list[fl
 
 
 def summarise(
-    programs: list[Program], seconds: dict[Method, list[float]], rss: dict[Method, int]
+    programs: list[Program], seconds: dict[Any, list[float]], rss: dict[Any, int]
 ) -> list[dict[str, Any]]:
-    """One record per program, with ratios to column."""
-    column = next(program for program in programs if program.method == COLUMN)
+    """One record per program, with ratios to the first, column."""
+    column = programs[0]
     records = []
     for program in programs:
-        turns = zip(seconds[program.method], seconds[COLUMN], strict=True)
+        turns = zip(seconds[program.method], seconds[column.method], strict=True)
         record = {
             "method": str(program.method),
             "compile_s": program.compile_s,
@@ -131,7 +133,7 @@ def summarise(
         }
         if program.method in rss:
             record["rss_bytes"] = rss[program.method]
-            record["rss_ratio"] = rss[program.method] / rss[COLUMN]
+            record["rss_ratio"] = rss[program.method] / rss[column.method]
         records.append(record)
     return records
 
@@ -207,7 +209,7 @@ def main() -> None:
     reference = None
     for method in methods:
         print(f"compiling {method}", file=sys.stderr, flush=True)
-        programs.append(compile_program(method, args, reference))
+        programs.append(compile_program(method, method.gradient(), args, reference))
         if method == COLUMN:
             reference = programs[-1].run()
     seconds = time_in_turns(programs, options.repeats)

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ import pytest
 from experiments.device_jobs import Job
 from experiments.gradcheck import excess_error, max_error
 from experiments.vgg16_stack import COLUMN, Method, parse_method
+from lrjax.models import UNet
 
 SCRIPTS = Path(__file__).resolve().parents[1] / "scripts"
 
@@ -115,6 +117,30 @@ class TestDeviceBenchmark:
         measurements = [record for record in records if "method" in record]
         assert {m["method"] for m in measurements} == set(job.methods)
         assert all(m["step_s"] > 0 and m["peak_source"] == "RSS growth" for m in measurements)
+
+
+class TestOnePass:
+    def test_next_to_nothing_is_done_again(self, monkeypatch):
+        monkeypatch.syspath_prepend(str(SCRIPTS))
+        bench = _script("bench_one_pass")
+        model = UNet(norm="none", num_classes=bench.CLASSES, width=1 / 4)
+        loss = bench.loss_of(model)
+        args = jax.eval_shape(lambda: bench.arguments(model, 512))
+        columns = bench.operations("column", loss, args)
+        for method in ("loss/16", "gradient/32"):
+            again = bench.operations(method, loss, args) / columns
+            assert 1 < again <= bench.LIMITS["operations"], method
+
+    @pytest.mark.slow
+    def test_script(self, tmp_path):
+        out = tmp_path / "one_pass.json"
+        command = [SCRIPTS / "bench_one_pass.py", "--size", "32", "--width", "0.04"]
+        command += ["--blocks", "2", "--repeats", "1", "--out", out]
+        process = subprocess.run([sys.executable, *command], capture_output=True, text=True)
+        assert process.returncode == 0, process.stderr
+        programs = json.loads(out.read_text())["programs"]
+        assert [p["method"] for p in programs] == ["column", "loss/2", "gradient/2"]
+        assert all(p["gradient_error"] <= 1e-5 for p in programs)
 
 
 @pytest.mark.slow

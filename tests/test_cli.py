@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
-from lrjax import report
+from lrjax import files, report
 from lrjax.cli import app
 
 SMALL = [
@@ -152,24 +152,26 @@ def test_comparison_fails_where_losses_differ(tmp_path, monkeypatch):
         (["--strategy", "column", "--strategy", "rows"], "strategy: got 'rows'"),
         (["--strategy", "stream", "--num-blocks", "4"], "within --strategy"),
         (["--strategy", "column", "--steps", "0"], "the run column failed with status 2"),
+        (["--strategy", "column", "--strategy", "stream:33", *SMALL], "the run stream:33 failed"),
     ],
 )
 def test_bad_comparison_is_refused(tmp_path, arguments, message):
     result = invoke("compare-strategies", "--out", tmp_path / "out", *arguments)
     assert result.exit_code == 2
     assert message in result.output
+    assert not (tmp_path / "out").exists()  # no run has trained
 
 
 def test_a_file_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
     target = tmp_path / "metrics.json"
-    report.write_whole(target, b"old")
+    files.write_whole(target, b"old")
 
     def broken(*_):
         raise OSError("disk full")
 
     monkeypatch.setattr("os.replace", broken)
     with pytest.raises(OSError, match="disk full"):
-        report.write_whole(target, b"new")
+        files.write_whole(target, b"new")
     assert target.read_bytes() == b"old"
     assert list(tmp_path.iterdir()) == [target]
 

@@ -86,7 +86,7 @@ def test_targets_are_listed():
         (["shapes:twice", "--args", "f32(3)"], "dtype[shape]"),
         (["shapes:twice", "--args", "q32[3]"], "dtype"),
         (["shapes:twice", "--args", "[f32[3]]"], "JSON"),
-        (["shapes:twice", "--json", "missing/p.json"], "no directory"),
+        (["shapes:twice", "--json", "missing/p.json"], "'missing/p.json' cannot be written"),
         (["shapes:twice", "--model", "vgg16"], "either"),
         ([], "either"),
         (["--model", "vgg17"], "vgg16"),

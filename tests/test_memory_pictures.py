@@ -14,7 +14,7 @@ try:
 except ImportError:
     sync_playwright = None
 
-from lrjax.memory import pictures
+from lrjax.memory import palette, pictures
 from lrjax.memory.profile import KINDS, Buffer, MemoryProfile
 
 MIB = 2**20
@@ -177,7 +177,7 @@ def test_page_holds_the_whole_profile_and_no_address(tmp_path):
 
 
 def test_every_kind_has_its_colour():
-    assert len({pictures._colour(kind) for kind in KINDS}) == len(KINDS)
+    assert len({palette.colour(kind) for kind in KINDS}) == len(KINDS)
 
 
 # --- The page in a browser ----------------------------------------------------------------------

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from jax import lax
 
+import lrjax
 from graphs import assert_row_local, check_rule, fallbacks, graphs_of
 from lrjax.testing import assert_same_as_column
 
@@ -148,3 +149,22 @@ def test_branches_that_mix_rows_fall_back():
         return lax.cond(flag, lambda x: x[:, 1:] + x[:, :-1], lambda x: x[:, 1:], jnp.sin(x))
 
     check_rule(op, normal(2, 9, 3), np.bool_(True), axes=(1, None), falls_back=True)
+
+
+def test_branches_with_convolutions_fall_back_and_explain_says_so():
+    def convolved(x, kernel):
+        return lax.conv_general_dilated(
+            x, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+        )
+
+    def fun(kernel, x, flag):
+        x = convolved(x, kernel)
+        return lax.cond(flag, lambda x: convolved(jnp.tanh(x), kernel), jnp.sin, x)
+
+    args = (normal(3, 3, 2, 2), normal(2, 9, 4, 2, seed=1), np.bool_(True))
+    axes = (None, 1, None)
+    assert_same_as_column(fun, args, axes, num_blocks=3)
+    explained = lrjax.explain(fun, *args, in_axes=axes, num_blocks=3)
+    reasons = [text for text in explained.fallbacks if text.startswith("cond")]
+    assert any(text.endswith("the call mixes neighbouring rows") for text in reasons), reasons
+    assert all(text in str(explained) for text in reasons)

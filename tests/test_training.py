@@ -1,5 +1,6 @@
 """Training learns, repeats itself from its seed, and reports the memory it really used."""
 
+import functools
 import time
 
 import flax.linen as nn
@@ -10,12 +11,15 @@ import optax
 import pytest
 from jax.ad_checkpoint import checkpoint_name
 
+import lrjax
+from lrjax import memory
 from lrjax.data import Example
 from lrjax.models import UNet
 from lrjax.training import (
     DivergedError,
     Strategy,
     Training,
+    classification_loss,
     compile_step,
     measured_rss,
     parse_num_blocks,
@@ -114,6 +118,29 @@ def test_first_loss_is_that_of_the_untrained_model():
 )
 def test_every_strategy_gives_the_columns_losses(strategy, column):
     np.testing.assert_allclose(run(strategy).losses, column.losses, rtol=1e-5)
+
+
+@pytest.mark.parametrize("strategy", [Strategy("stream", 4), Strategy("2ps", 2, ("pool1",))])
+def test_the_model_by_rows_is_as_small_as_the_whole_loss_by_rows(strategy):
+    """Images of one class go through `lrjax.linen.rowwise`, which must cost nothing."""
+    model = SmallCNN()
+    images = jnp.zeros((BATCH, 64, 32, 3), jnp.uint8)
+    params = model.init(jax.random.key(0), images)["params"]
+    args = (params, images, jnp.zeros(BATCH, jnp.int32), {}, jax.random.key(0))
+    whole = lrjax.rowwise(
+        classification_loss(model),
+        in_axes=(None, 1, None, None, None),
+        num_blocks=strategy.num_blocks,
+        strategy=strategy.name,
+        cuts=strategy.cuts,
+    )
+    losses = (strategy.loss(model, labels_pixels=False), whole)
+    compiled = [jax.jit(jax.grad(loss, has_aux=True)).lower(*args).compile() for loss in losses]
+    by_model, by_loss = map(memory.peak_bytes, compiled)
+    assert by_model <= 1.01 * by_loss
+    jax.tree.map(
+        functools.partial(np.testing.assert_allclose, rtol=1e-4), *(c(*args) for c in compiled)
+    )
 
 
 class BrightOrDarkRows(BrightOrDark):

@@ -8,9 +8,7 @@ import json
 import os
 import re
 import sys
-import tempfile
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -123,15 +121,12 @@ def gradient_program(
       dtype: of the images; the parameters are float32.
       labels_pixels: the network classifies every pixel.
     """
-    from lrjax.training import classification_loss, loss_in_axes
-
     images = jax.ShapeDtypeStruct((batch, *image, 3), dtype)
     labels = jax.ShapeDtypeStruct((batch, *image) if labels_pixels else (batch,), jnp.int32)
     key = jax.eval_shape(lambda: jax.random.key(0))
     statistics = dict(jax.eval_shape(network.init, key, images))
     params = statistics.pop("params")
-    in_axes = loss_in_axes(labels_pixels=labels_pixels)
-    loss = strategy.apply(classification_loss(network), in_axes)
+    loss = strategy.loss(network, labels_pixels=labels_pixels)
     gradient = jax.value_and_grad(loss, has_aux=True)
     return Program(gradient, (params, images, labels, statistics, key))
 
@@ -144,31 +139,6 @@ def check_target(target: str | None) -> None:
       ImportError: its plugin is not installed; the message has the command.
     """
     device_of(target)
-
-
-def check_writable(path: Path) -> None:
-    """Before anything is compiled.
-
-    Raises:
-      ValueError: no file can be written at ``path``.
-    """
-    directory = path.parent
-    if not directory.is_dir():
-        raise ValueError(f"{path}: there is no directory {directory}; make it first")
-    if path.is_dir() or not os.access(path if path.exists() else directory, os.W_OK):
-        raise ValueError(f"{path}: cannot be written; choose another file")
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write the file whole or not at all."""
-    descriptor, partial = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(descriptor, "w") as file:
-            file.write(text)
-        os.replace(partial, path)
-    except BaseException:
-        os.unlink(partial)
-        raise
 
 
 def verdict(profile: MemoryProfile) -> str:

@@ -7,6 +7,7 @@ measurement keeps one computation's freed but unreturned memory out of the next 
 Linux only: the mark is read from ``/proc``.
 """
 
+import contextlib
 import ctypes
 import importlib
 import json
@@ -86,7 +87,7 @@ def rss_growth(computation: Callable[[], Any]) -> RssGrowth:
     """
     import jax
 
-    _return_freed_memory()
+    return_freed_memory()
     _reset_high_water_mark()
     baseline = _status_bytes("VmRSS")
     jax.block_until_ready(computation())
@@ -108,14 +109,14 @@ def _search_path() -> list[str]:
     return [entry or os.getcwd() for entry in sys.path]
 
 
-def _return_freed_memory() -> None:
+def return_freed_memory() -> None:
     """Give what compilation allocated and freed back to the system.
 
     It would stay resident otherwise, and the computation would reuse it unseen.
     """
-    malloc_trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's; musl has none
-    if malloc_trim is not None:
-        malloc_trim(0)
+    # Only glibc has it; elsewhere there is nothing to do.
+    with contextlib.suppress(AttributeError, OSError, TypeError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _reset_high_water_mark() -> None:

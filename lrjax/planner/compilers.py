@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import MutableMapping, Sequence
+from collections.abc import Mapping, MutableMapping, Sequence
 from typing import Any
 
 from lrjax.graph import size_bytes
@@ -187,6 +187,7 @@ def _with_pool_gradients(
     """
     new = _Rewrite(operations, size, fresh)
     added = {v for o in operations if o.name in ("add", "add_any") for v in o.inputs}
+    maker = {v: o for o in operations for v in o.outputs}
     shared: set[Any] = set()
     beside_skip: list[tuple[float, int]] = []
     for i, operation in enumerate(operations):
@@ -196,7 +197,11 @@ def _with_pool_gradients(
         pooled = size.get(operation.inputs[0], 0.0) / operation.like.dtype.itemsize
         new.change(i, scratch=pooled * POOL_INDEX_BYTES)
         shape = _shape_of(operation)
-        users = [j for j, o in enumerate(operations) if o.name in _ZEROS and _shape_of(o) == shape]
+        users = [
+            j
+            for j, o in enumerate(operations)
+            if o.name in _ZEROS and _shape_of(o) == shape and not _is_scaled(o, maker)
+        ]
         if made in added and operation.name == "select_and_scatter_add":
             beside_skip.append((pooled * 4 * INDEX_BYTES, i))
         if made in added or not users or users[0] > i:
@@ -214,16 +219,31 @@ def _with_pool_gradients(
     return new.result()
 
 
+def _is_scaled(operation: Operation, maker: Mapping[int, Operation]) -> bool:
+    """Whether what is compared with zeros comes from a product, as a normalisation gives it.
+
+    XLA:GPU fuses more into such a ReLU, and zeros are not among its results.
+    """
+    behind = list(operation.inputs)
+    while not operation.is_backward and behind:
+        made = maker.get(behind.pop())
+        if made is not None and made.name == "mul":
+            return True
+        if made is not None and made.kind is Kind.FUSED:
+            behind += made.inputs
+    return False
+
+
 def _find_early(new: _Rewrite, pools: Sequence[tuple[float, int]]) -> None:
     """Places in maps that a skip connection reads too.
 
     What such a gradient is scattered into is the skip's, so XLA:GPU schedules the search for the
     places, which needs the forward pass alone, at its end. It does not do so for the largest map.
     """
-    backward = next((i for i, o in enumerate(new.operations) if o.is_backward), None)
-    for size, i in pools if backward is not None else ():
+    backward = [i for i, o in enumerate(new.operations) if o.is_backward]
+    for size, i in pools if backward else ():
         places = new.value(size)
-        new.make(backward, places)
+        new.make(backward[0], places)
         new.read(i, places)
         new.change(i, scratch=new.operations[i].scratch - size)
 
