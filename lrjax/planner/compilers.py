@@ -50,6 +50,7 @@ _EXPENSIVE = frozenset(
         "tanh",
     )
 )  # fmt: skip
+KERNEL_GRADIENT = "kernel gradient"  # of a step
 POOL_GRADIENTS = ("select_and_scatter_add", "gradient of reduce_window_max")
 _ZEROS = ("max", "select_n", "custom_jvp_call", "gradient of custom_jvp_call")
 
@@ -258,6 +259,9 @@ def _on_cpu(
     for i, operation in enumerate(operations):
         if operation.name.startswith("reduce_window"):
             new.change(i, kind=Kind.LIBRARY)
+        if operation.name == KERNEL_GRADIENT:
+            # In loops its operands are transposed first: see ``rules.convolution``.
+            new.change(i, scratch=sum(size.get(v, 0.0) for v in operation.inputs))
         if operation.name in POOL_GRADIENTS and operation.like is not None:
             _find_places(new, i)
     _keep_differences(new)
