@@ -51,6 +51,7 @@ _EXPENSIVE = frozenset(
     )
 )  # fmt: skip
 KERNEL_GRADIENT = "kernel gradient"  # of a step
+WINDOW = "window"  # rows that a step reads
 POOL_GRADIENTS = ("select_and_scatter_add", "gradient of reduce_window_max")
 _ZEROS = ("max", "select_n", "custom_jvp_call", "gradient of custom_jvp_call")
 
@@ -189,6 +190,7 @@ def _with_pool_gradients(
     new = _Rewrite(operations, size, fresh)
     added = {v for o in operations if o.name in ("add", "add_any") for v in o.inputs}
     maker = {v: o for o in operations for v in o.outputs}
+    is_step = any(o.name == WINDOW for o in operations)  # rows outside the image are zeros too
     shared: set[Any] = set()
     beside_skip: list[tuple[float, int]] = []
     for i, operation in enumerate(operations):
@@ -201,7 +203,7 @@ def _with_pool_gradients(
         users = [
             j
             for j, o in enumerate(operations)
-            if o.name in _ZEROS and _shape_of(o) == shape and not _is_scaled(o, maker)
+            if o.name in _ZEROS and _shape_of(o) == shape and (is_step or not _is_scaled(o, maker))
         ]
         if made in added and operation.name == "select_and_scatter_add":
             beside_skip.append((pooled * 4 * INDEX_BYTES, i))

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 
 from lrjax.graph import RowGraph, size_bytes
-from lrjax.planner.compilers import KERNEL_GRADIENT, compiled, kind_of
+from lrjax.planner.compilers import KERNEL_GRADIENT, WINDOW, compiled, kind_of
 from lrjax.planner.liveness import Kind, Liveness, Operation
 from lrjax.rowloop import Band, RowLoop, Source
 
@@ -110,7 +110,7 @@ class Step:
             return value
         window = self.fresh(size)
         like = _rows_of(aval, axis, stop - start)
-        self.operations.append(Operation("window", (value,), (window,), Kind.FUSED, like))
+        self.operations.append(Operation(WINDOW, (value,), (window,), Kind.FUSED, like))
         return window
 
     def _extend(self, value: int) -> None:
