@@ -57,6 +57,8 @@ _ZEROS = ("max", "select_n", "custom_jvp_call", "gradient of custom_jvp_call")
 
 # A TPU's vectors: channels are padded to as many. Narrower maps are laid out another way.
 LANES = 128
+# A TPU's vector memory (a v5e's), where XLA keeps what lives within a step.
+FAST_BYTES = 128 * 2**20
 # Copies in other layouts that XLA:TPU makes for a kernel gradient of few channels. Measured with
 # VGG-16's second convolution at 1024x1024.
 RELAID_COPIES = 2.5
@@ -100,6 +102,11 @@ def buffer_bytes(aval: Any, target: str) -> float:
     if is_tpu(target) and LANES / 4 <= channels < LANES:
         return size * LANES / channels
     return size
+
+
+def in_main_memory(step_bytes: float, target: str) -> float:
+    """What of the bytes that live within a step of a loop is in the device's main memory."""
+    return max(step_bytes - FAST_BYTES, 0.0) if is_tpu(target) else step_bytes
 
 
 def convolution_scratch(program: FlatProgram, equation: FlatEquation, target: str) -> float:
