@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -79,15 +80,9 @@ def row_program(
 def traced_graph(
     function: Callable[..., Any], structs: Sequence[Any], axes: Axes, budget: float = math.inf
 ) -> RowGraph:
-    """Trace at full shape: the row graph of any function of arrays."""
+    """Trace any function of arrays at full shape, as a row graph."""
     program = masks_from_outputs(flatten(jax.make_jaxpr(function)(*structs)))
     return build(program, axes, budget=budget)
-
-
-def out_axes_of(graph: RowGraph) -> list[int | None]:
-    """Row axes of a graph's outputs."""
-    outputs = graph.program.outputs
-    return [graph.row_axis.get(v) if isinstance(v, int) else None for v in outputs]
 
 
 # --- Stream --------------------------------------------------------------------------------------
@@ -101,33 +96,31 @@ class StreamPrograms:
     backward: RowProgram | None
 
 
-@dataclasses.dataclass(frozen=True)
-class StreamGraphs:
-    """What the passes of stream compute, before it is decided in how many blocks."""
-
-    forward: RowGraph
-    backward: RowGraph | None
-
-    def programs(self, num_blocks: int) -> StreamPrograms:
-        first = row_program(self.forward, "stream", num_blocks)
-        if self.backward is None:
-            return StreamPrograms(first, None)
-        return StreamPrograms(first, row_program(self.backward, "stream", num_blocks))
-
-
-def stream_graphs(program: FlatProgram, axes: Axes, wrt: Sequence[int]) -> StreamGraphs:
-    """The passes that give the gradient with respect to some of the inputs."""
-    one_pass = _value_and_gradient(program, axes, wrt)
-    if one_pass is not None:
-        return StreamGraphs(one_pass, None)
-    return _two_passes(program, axes, wrt)
-
-
 def stream_programs(
     program: FlatProgram, axes: Axes, num_blocks: int, wrt: Sequence[int]
 ) -> StreamPrograms:
-    """The passes in a number of blocks."""
-    return stream_graphs(program, axes, wrt).programs(num_blocks)
+    """The passes that give the gradient with respect to some of the inputs."""
+    forward, backward = stream_graphs(program, axes, tuple(wrt))
+    return StreamPrograms(
+        row_program(forward, "stream", num_blocks),
+        None if backward is None else row_program(backward, "stream", num_blocks),
+    )
+
+
+def stream_graphs(
+    program: FlatProgram, axes: Axes, wrt: tuple[int, ...]
+) -> tuple[RowGraph, RowGraph | None]:
+    """The passes before they are divided into blocks; the same for every number of blocks."""
+    key = id(program), tuple(axes), wrt
+    if key not in _GRAPHS:
+        one_pass = _value_and_gradient(program, axes, wrt)
+        _GRAPHS[key] = _two_passes(program, axes, wrt) if one_pass is None else (one_pass, None)
+        weakref.finalize(program, _GRAPHS.pop, key, None)
+    return _GRAPHS[key]
+
+
+# By the identity of a program, for as long as it lives.
+_GRAPHS: dict[Any, tuple[RowGraph, RowGraph | None]] = {}
 
 
 def stream(program: FlatProgram, axes: Axes, num_blocks: int) -> Callable[..., list[Array]]:
@@ -141,8 +134,8 @@ def stream(program: FlatProgram, axes: Axes, num_blocks: int) -> Callable[..., l
 
     @jax.custom_vjp
     def call(*inputs: Array) -> list[Array]:
-        primal = traced_graph(lambda *xs: evaluate(program, xs), structs, axes)
-        return row_program(primal, "stream", num_blocks).run(inputs)
+        graph = traced_graph(lambda *xs: evaluate(program, xs), structs, axes)
+        return row_program(graph, "stream", num_blocks).run(inputs)
 
     def forward(*inputs: Any) -> Any:
         wrt = [
@@ -201,7 +194,7 @@ class _ByIdentity:
         self.value = value
 
 
-def _two_passes(program: FlatProgram, axes: Axes, wrt: Sequence[int]) -> StreamGraphs:
+def _two_passes(program: FlatProgram, axes: Axes, wrt: Sequence[int]) -> tuple[RowGraph, RowGraph]:
     saved = residuals(program, axes, wrt)
     policy = jax.checkpoint_policies.save_only_these_names(*saved.names.values())
     tree: Any = None
@@ -233,14 +226,19 @@ def _two_passes(program: FlatProgram, axes: Axes, wrt: Sequence[int]) -> StreamG
             cotangents[i] = ct
         return jax.tree.unflatten(tree, leaves)(cotangents)
 
-    out_axes = out_axes_of(graph)
+    out_axes = _out_axes(graph)
     second = traced_graph(
         backward,
         [*structs, *(outputs[i] for i in inexact)],
         [*out_axes[count:], *(out_axes[i] for i in inexact)],
         saved.budget,
     )
-    return StreamGraphs(graph, second)
+    return graph, second
+
+
+def _out_axes(graph: RowGraph) -> list[int | None]:
+    outputs = graph.program.outputs
+    return [graph.row_axis.get(v) if isinstance(v, int) else None for v in outputs]
 
 
 def _value_and_gradient(program: FlatProgram, axes: Axes, wrt: Sequence[int]) -> RowGraph | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import MutableMapping, Sequence
+from collections.abc import Mapping, MutableMapping, Sequence
 from typing import Any
 
 from lrjax.graph import size_bytes
@@ -50,11 +50,15 @@ _EXPENSIVE = frozenset(
         "tanh",
     )
 )  # fmt: skip
+KERNEL_GRADIENT = "kernel gradient"  # of a step
+WINDOW = "window"  # rows that a step reads
 POOL_GRADIENTS = ("select_and_scatter_add", "gradient of reduce_window_max")
 _ZEROS = ("max", "select_n", "custom_jvp_call", "gradient of custom_jvp_call")
 
 # A TPU's vectors: channels are padded to as many. Narrower maps are laid out another way.
 LANES = 128
+# A TPU's vector memory (a v5e's), where XLA keeps what lives within a step.
+FAST_BYTES = 128 * 2**20
 # Copies in other layouts that XLA:TPU makes for a kernel gradient of few channels. Measured with
 # VGG-16's second convolution at 1024x1024.
 RELAID_COPIES = 2.5
@@ -98,6 +102,11 @@ def buffer_bytes(aval: Any, target: str) -> float:
     if is_tpu(target) and LANES / 4 <= channels < LANES:
         return size * LANES / channels
     return size
+
+
+def in_main_memory(step_bytes: float, target: str) -> float:
+    """What of the bytes that live within a step of a loop is in the device's main memory."""
+    return max(step_bytes - FAST_BYTES, 0.0) if is_tpu(target) else step_bytes
 
 
 def convolution_scratch(program: FlatProgram, equation: FlatEquation, target: str) -> float:
@@ -187,6 +196,8 @@ def _with_pool_gradients(
     """
     new = _Rewrite(operations, size, fresh)
     added = {v for o in operations if o.name in ("add", "add_any") for v in o.inputs}
+    maker = {v: o for o in operations for v in o.outputs}
+    is_step = any(o.name == WINDOW for o in operations)  # rows outside the image are zeros too
     shared: set[Any] = set()
     beside_skip: list[tuple[float, int]] = []
     for i, operation in enumerate(operations):
@@ -196,7 +207,11 @@ def _with_pool_gradients(
         pooled = size.get(operation.inputs[0], 0.0) / operation.like.dtype.itemsize
         new.change(i, scratch=pooled * POOL_INDEX_BYTES)
         shape = _shape_of(operation)
-        users = [j for j, o in enumerate(operations) if o.name in _ZEROS and _shape_of(o) == shape]
+        users = [
+            j
+            for j, o in enumerate(operations)
+            if o.name in _ZEROS and _shape_of(o) == shape and (is_step or not _is_scaled(o, maker))
+        ]
         if made in added and operation.name == "select_and_scatter_add":
             beside_skip.append((pooled * 4 * INDEX_BYTES, i))
         if made in added or not users or users[0] > i:
@@ -214,16 +229,31 @@ def _with_pool_gradients(
     return new.result()
 
 
+def _is_scaled(operation: Operation, maker: Mapping[int, Operation]) -> bool:
+    """Whether what is compared with zeros comes from a product, as a normalisation gives it.
+
+    XLA:GPU fuses more into such a ReLU, and zeros are not among its results.
+    """
+    behind = list(operation.inputs)
+    while not operation.is_backward and behind:
+        made = maker.get(behind.pop())
+        if made is not None and made.name == "mul":
+            return True
+        if made is not None and made.kind is Kind.FUSED:
+            behind += made.inputs
+    return False
+
+
 def _find_early(new: _Rewrite, pools: Sequence[tuple[float, int]]) -> None:
     """Places in maps that a skip connection reads too.
 
     What such a gradient is scattered into is the skip's, so XLA:GPU schedules the search for the
     places, which needs the forward pass alone, at its end. It does not do so for the largest map.
     """
-    backward = next((i for i, o in enumerate(new.operations) if o.is_backward), None)
-    for size, i in pools if backward is not None else ():
+    backward = [i for i, o in enumerate(new.operations) if o.is_backward]
+    for size, i in pools if backward else ():
         places = new.value(size)
-        new.make(backward, places)
+        new.make(backward[0], places)
         new.read(i, places)
         new.change(i, scratch=new.operations[i].scratch - size)
 
@@ -238,6 +268,9 @@ def _on_cpu(
     for i, operation in enumerate(operations):
         if operation.name.startswith("reduce_window"):
             new.change(i, kind=Kind.LIBRARY)
+        if operation.name == KERNEL_GRADIENT:
+            # In loops its operands are transposed first: see ``rules.convolution``.
+            new.change(i, scratch=sum(size.get(v, 0.0) for v in operation.inputs))
         if operation.name in POOL_GRADIENTS and operation.like is not None:
             _find_places(new, i)
     _keep_differences(new)

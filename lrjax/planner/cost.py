@@ -9,17 +9,17 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 
+from lrjax.autodiff import stream_programs
 from lrjax.planner.choice import Choice
 from lrjax.planner.loops import program_liveness
 from lrjax.planner.reverse import differentiated_bytes
 from lrjax.planner.segment_programs import (
     column_operations,
     differentiable_of,
-    forward_operations,
     joint_of,
     operations_of,
+    program_operations,
     repetition,
-    stream_graphs_of,
 )
 from lrjax.planner.whole import column_liveness, forward_liveness, values, without_outputs
 from lrjax.segments import Segment
@@ -106,7 +106,7 @@ def _checkpoint_cost(
     segment: Segment, choice: Choice, wrt: tuple[int, ...], target: str
 ) -> SegmentCost:
     """What a segment gives is all it saves; its backward pass begins with its forward pass."""
-    operations = column_operations(segment, wrt) + forward_operations(segment)
+    operations = column_operations(segment, wrt) + program_operations(segment.program)
     if target == "cpu":
         # XLA:CPU sees that what is done again has been done before, and keeps that instead.
         return dataclasses.replace(
@@ -123,7 +123,7 @@ def _stream_cost(
     segment: Segment, choice: Choice, wrt: tuple[int, ...], target: str
 ) -> SegmentCost:
     """Two row programs. Arguments and parameter gradients take nothing, residuals do."""
-    found = stream_graphs_of(segment, wrt).programs(choice.num_blocks)
+    found = stream_programs(segment.program, segment.axes, choice.num_blocks, wrt)
     first = found.forward.graph.program
     count = len(segment.program.outputs)
     own = set(first.inputs)
@@ -150,7 +150,7 @@ def _differentiated_cost(
     """2PS and OverL: the forward loops, then each step again and differentiated, in reverse."""
     rows = differentiable_of(segment, choice.strategy, choice.num_blocks)
     found = differentiated_bytes(rows, segment.axes, wrt, target)
-    operations = column_operations(segment, wrt) + forward_operations(segment)
+    operations = column_operations(segment, wrt) + program_operations(segment.program)
     return SegmentCost(operations * repetition(rows), found.saved, found.forward, found.backward)
 
 

@@ -8,7 +8,7 @@ from typing import Any
 from lrjax.autodiff import RowProgram
 from lrjax.engine import accumulator_dtype
 from lrjax.graph import Node, RowGraph, size_bytes
-from lrjax.planner.compilers import compiled, is_tpu, kind_of
+from lrjax.planner.compilers import compiled, in_main_memory, is_gpu, kind_of
 from lrjax.planner.liveness import Kind, Liveness, Operation
 from lrjax.planner.steps import Step, kernels_read, line_bytes
 from lrjax.planner.whole import values
@@ -62,13 +62,14 @@ class _Events:
         read = dict.fromkeys((*loop.arrays, *loop.wholes, *self._kernel_copies(loop)))
         sums = [v for n in loop.nodes if n.is_reduction for v in n.equation.outputs]
         made = (*loop.row_outputs, *sums, *self._accumulators(sums))
-        inside = line_bytes(loop) + Step(loop).liveness(self.target).peak()
+        step = in_main_memory(Step(loop).liveness(self.target).peak(), self.target)
+        inside = line_bytes(loop) + step
         loops = Operation("row loop", tuple(read), made, Kind.LIBRARY, scratch=inside)
         self.operations.append(loops)
 
     def _kernel_copies(self, loop: RowLoop) -> list[int]:
-        """Kernels are arguments in one layout and read in another, but for a TPU."""
-        if is_tpu(self.target):
+        """XLA:GPU's libraries read kernels in another layout than arguments have."""
+        if not is_gpu(self.target):
             return []
         kernels = [v for v in kernels_read(loop) if v not in self.made]
         for v in kernels:

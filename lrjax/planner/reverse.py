@@ -8,7 +8,7 @@ from collections.abc import Collection, Sequence
 from lrjax.autodiff import RowProgram
 from lrjax.graph import size_bytes
 from lrjax.planner.adjoint import Adjoint
-from lrjax.planner.compilers import compiled
+from lrjax.planner.compilers import compiled, in_main_memory
 from lrjax.planner.liveness import Liveness, bytes_beside
 from lrjax.planner.loops import accumulator_bytes, program_liveness
 from lrjax.planner.steps import Step, kernels_read, line_bytes, row_bytes
@@ -95,4 +95,5 @@ def _step_bytes(loop: RowLoop, moving: Collection[int], target: str) -> float:
     lines = {p for line in step.older.values() for p in adjoint.pieces.get(line, [])}
     size.update(dict.fromkeys(outside, 0.0))
     operations = compiled((*step.operations, *adjoint.operations), size, adjoint.next, target)
-    return Liveness(operations, size, before=frozenset(given), after=frozenset(lines)).peak()
+    lives = Liveness(operations, size, before=frozenset(given), after=frozenset(lines))
+    return in_main_memory(lives.peak(), target)

@@ -7,15 +7,15 @@ and cutting it into stages takes far longer than a schedule of blocks, and does 
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-import jax.numpy as jnp
-
 from lrjax import autodiff
-from lrjax.autodiff import RowProgram, StreamGraphs, stream_graphs
-from lrjax.graph import RowGraph, build
+from lrjax.autodiff import RowProgram
+from lrjax.inline import FlatEquation, FlatProgram
 from lrjax.planner.whole import Joint, joint_program
+from lrjax.rules.elementwise import ELEMENTWISE
 from lrjax.segments import Segment
 
 # Segments whose programs are kept. A search that cuts at a hundred places has no use for old ones.
@@ -48,18 +48,8 @@ def _once(make: Callable[..., Result]) -> Callable[..., Result]:
 
 
 @_once
-def stream_graphs_of(segment: Segment, wrt: tuple[int, ...]) -> StreamGraphs:
-    return stream_graphs(segment.program, segment.axes, wrt)
-
-
-@_once
 def joint_of(segment: Segment, wrt: tuple[int, ...]) -> Joint:
     return joint_program(segment.program, wrt)
-
-
-@_once
-def forward_of(segment: Segment) -> RowGraph:
-    return build(segment.program, segment.axes)
 
 
 def differentiable_of(segment: Segment, strategy: str, num_blocks: int) -> RowProgram:
@@ -67,24 +57,30 @@ def differentiable_of(segment: Segment, strategy: str, num_blocks: int) -> RowPr
 
 
 @_once
-def forward_operations(segment: Segment) -> float:
-    """Operations of a forward pass."""
-    return operations_once(forward_of(segment))
-
-
-@_once
 def column_operations(segment: Segment, wrt: tuple[int, ...]) -> float:
     """Operations of both passes by whole maps."""
-    joint, forward = joint_of(segment, wrt), forward_of(segment)
-    outputs = segment.program.outputs
-    given = [v for v in outputs if jnp.issubdtype(segment.program.aval(v).dtype, jnp.inexact)]
-    axes = [forward.row_axis.get(v) if isinstance(v, int) else None for v in given]
-    return operations_once(build(joint.program, [*segment.axes, *axes]))
+    return program_operations(joint_of(segment, wrt).program)
 
 
-def operations_once(graph: RowGraph) -> float:
-    """Operations of a graph, each done once."""
-    return sum(n.op.flops * n.op.height for n in graph.nodes if n.op is not None)
+def program_operations(program: FlatProgram) -> float:
+    """Operations of a flat program, counted as the rules count a row graph's."""
+    return sum(_equation_operations(program, equation) for equation in program.equations)
+
+
+def _equation_operations(program: FlatProgram, equation: FlatEquation) -> float:
+    given = sum(math.prod(program.avals[v].shape) for v in equation.outputs)
+    name, read = equation.primitive.name, [program.aval(v).shape for v in equation.inputs]
+    if name == "conv_general_dilated":
+        spec = equation.params["dimension_numbers"].rhs_spec
+        return 2.0 * given * math.prod(read[1][d] for d in spec[1:])
+    if name == "dot_general":
+        contracted = equation.params["dimension_numbers"][0][0]
+        return 2.0 * given * math.prod(read[0][d] for d in contracted)
+    if name.startswith("reduce_window") or name == "select_and_scatter_add":
+        return float(given * math.prod(equation.params["window_dimensions"]))
+    if name.startswith("reduce_"):
+        return float(math.prod(read[0]))
+    return float(given) if name in ELEMENTWISE else 0.0
 
 
 def operations_of(rows: RowProgram) -> float:

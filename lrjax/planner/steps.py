@@ -8,7 +8,7 @@ from typing import Any
 import jax
 
 from lrjax.graph import RowGraph, size_bytes
-from lrjax.planner.compilers import compiled, kind_of
+from lrjax.planner.compilers import KERNEL_GRADIENT, WINDOW, compiled, kind_of
 from lrjax.planner.liveness import Kind, Liveness, Operation
 from lrjax.rowloop import Band, RowLoop, Source
 
@@ -89,6 +89,8 @@ class Step:
         like = _rows_of(self.avals[head], self.loop.graph.row_axis.get(head), track.rows)
         made = tuple(self.slab.get(v, v) for v in node.equation.outputs)
         name, kind = node.equation.primitive.name, kind_of(node.equation.primitive)
+        if node.is_reduction and name == "conv_general_dilated":
+            name = KERNEL_GRADIENT
         self.operations.append(Operation(name, inputs, made, kind, like))
         for v in node.equation.outputs:
             if v in self.slab:
@@ -108,7 +110,7 @@ class Step:
             return value
         window = self.fresh(size)
         like = _rows_of(aval, axis, stop - start)
-        self.operations.append(Operation("window", (value,), (window,), Kind.FUSED, like))
+        self.operations.append(Operation(WINDOW, (value,), (window,), Kind.FUSED, like))
         return window
 
     def _extend(self, value: int) -> None:

@@ -43,7 +43,7 @@ def test_the_largest_batch_by_every_method():
         (("--batch", "0"), 2, "use 1 or more"),
         (("--image", "big"), 2, "use N or HEIGHTxWIDTH"),
         (("--dtype", "f33"), 2, "dtype: got 'f33'"),
-        (("--save", "nowhere/plan.json"), 2, "is not a directory"),
+        (("--save", "nowhere/plan.json"), 2, "does not exist"),
     ],
 )
 def test_bad_input(arguments, status, message):
