@@ -114,7 +114,7 @@ def test_stream_saves_less_than_column(target):
     stream = cost_of(512, Choice("stream", 16), target)
     assert stream.saved_bytes < column.saved_bytes / 10
     assert max(stream.forward_bytes, stream.backward_bytes) < column.backward_bytes / 2
-    assert 1.0 <= stream.operations / column.operations < 1.5
+    assert 0.999 < stream.operations / column.operations < 1.5
 
 
 def test_checkpoint_saves_its_outputs_and_does_the_forward_pass_again():
