@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -47,11 +48,6 @@ class RowProgram:
     graph: RowGraph
     loops: tuple[RowLoop | None, ...]
 
-    @property
-    def out_axes(self) -> list[int | None]:
-        outputs = self.graph.program.outputs
-        return [self.graph.row_axis.get(v) if isinstance(v, int) else None for v in outputs]
-
     def run(self, inputs: Sequence[Array]) -> list[Array]:
         return engine.run_graph(self.graph, self.loops, inputs)
 
@@ -81,17 +77,12 @@ def row_program(
     return RowProgram(graph, tuple(loops))
 
 
-def traced_program(
-    function: Callable[..., Any],
-    structs: Sequence[Any],
-    axes: Axes,
-    num_blocks: int,
-    budget: float = math.inf,
-) -> RowProgram:
-    """Trace at full shape and tile: the stream form of any function of arrays."""
+def traced_graph(
+    function: Callable[..., Any], structs: Sequence[Any], axes: Axes, budget: float = math.inf
+) -> RowGraph:
+    """Trace any function of arrays at full shape, as a row graph."""
     program = masks_from_outputs(flatten(jax.make_jaxpr(function)(*structs)))
-    graph = build(program, axes, budget=budget)
-    return row_program(graph, "stream", num_blocks)
+    return build(program, axes, budget=budget)
 
 
 # --- Stream --------------------------------------------------------------------------------------
@@ -109,10 +100,27 @@ def stream_programs(
     program: FlatProgram, axes: Axes, num_blocks: int, wrt: Sequence[int]
 ) -> StreamPrograms:
     """The passes that give the gradient with respect to some of the inputs."""
-    one_pass = _value_and_gradient(program, axes, num_blocks, wrt)
-    if one_pass is not None:
-        return StreamPrograms(one_pass, None)
-    return _two_passes(program, axes, num_blocks, wrt)
+    forward, backward = stream_graphs(program, axes, tuple(wrt))
+    return StreamPrograms(
+        row_program(forward, "stream", num_blocks),
+        None if backward is None else row_program(backward, "stream", num_blocks),
+    )
+
+
+def stream_graphs(
+    program: FlatProgram, axes: Axes, wrt: tuple[int, ...]
+) -> tuple[RowGraph, RowGraph | None]:
+    """The passes before they are divided into blocks; the same for every number of blocks."""
+    key = id(program), tuple(axes), wrt
+    if key not in _GRAPHS:
+        one_pass = _value_and_gradient(program, axes, wrt)
+        _GRAPHS[key] = _two_passes(program, axes, wrt) if one_pass is None else (one_pass, None)
+        weakref.finalize(program, _GRAPHS.pop, key, None)
+    return _GRAPHS[key]
+
+
+# By the identity of a program, for as long as it lives.
+_GRAPHS: dict[Any, tuple[RowGraph, RowGraph | None]] = {}
 
 
 def stream(program: FlatProgram, axes: Axes, num_blocks: int) -> Callable[..., list[Array]]:
@@ -126,8 +134,8 @@ def stream(program: FlatProgram, axes: Axes, num_blocks: int) -> Callable[..., l
 
     @jax.custom_vjp
     def call(*inputs: Array) -> list[Array]:
-        primal = traced_program(lambda *xs: evaluate(program, xs), structs, axes, num_blocks)
-        return primal.run(inputs)
+        graph = traced_graph(lambda *xs: evaluate(program, xs), structs, axes)
+        return row_program(graph, "stream", num_blocks).run(inputs)
 
     def forward(*inputs: Any) -> Any:
         wrt = [
@@ -186,9 +194,7 @@ class _ByIdentity:
         self.value = value
 
 
-def _two_passes(
-    program: FlatProgram, axes: Axes, num_blocks: int, wrt: Sequence[int]
-) -> StreamPrograms:
+def _two_passes(program: FlatProgram, axes: Axes, wrt: Sequence[int]) -> tuple[RowGraph, RowGraph]:
     saved = residuals(program, axes, wrt)
     policy = jax.checkpoint_policies.save_only_these_names(*saved.names.values())
     tree: Any = None
@@ -200,10 +206,9 @@ def _two_passes(
         leaves, tree = jax.tree.flatten(pull)
         return outputs, leaves
 
-    first = traced_program(forward, program.structs, axes, num_blocks, saved.budget)
+    graph = traced_graph(forward, program.structs, axes, saved.budget)
     count = len(program.outputs)
     outputs = [program.aval(v) for v in program.outputs]
-    graph = first.graph
     structs = [
         jax.ShapeDtypeStruct(a.shape, a.dtype)
         for a in (graph.program.aval(v) for v in graph.program.outputs[count:])
@@ -221,20 +226,22 @@ def _two_passes(
             cotangents[i] = ct
         return jax.tree.unflatten(tree, leaves)(cotangents)
 
-    out_axes = first.out_axes
-    second = traced_program(
+    out_axes = _out_axes(graph)
+    second = traced_graph(
         backward,
         [*structs, *(outputs[i] for i in inexact)],
         [*out_axes[count:], *(out_axes[i] for i in inexact)],
-        num_blocks,
         saved.budget,
     )
-    return StreamPrograms(first, second)
+    return graph, second
 
 
-def _value_and_gradient(
-    program: FlatProgram, axes: Axes, num_blocks: int, wrt: Sequence[int]
-) -> RowProgram | None:
+def _out_axes(graph: RowGraph) -> list[int | None]:
+    outputs = graph.program.outputs
+    return [graph.row_axis.get(v) if isinstance(v, int) else None for v in outputs]
+
+
+def _value_and_gradient(program: FlatProgram, axes: Axes, wrt: Sequence[int]) -> RowGraph | None:
     """Value and gradient as one pass, where the program is one scalar and nothing must wait."""
     if len(program.outputs) != 1 or not wrt:
         return None
@@ -247,8 +254,8 @@ def _value_and_gradient(
         (value,), pull = jax.vjp(function, *moving)
         return value, *pull([jnp.ones((), out.dtype)])
 
-    found = traced_program(both, program.structs, axes, num_blocks)
-    return found if sum(loop is not None for loop in found.loops) == 1 else None
+    found = traced_graph(both, program.structs, axes)
+    return found if len(found.loops) == 1 else None
 
 
 # --- 2PS and OverL -------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ its own derivative on every block (``jax.nn.relu`` has slope 0 at 0, ``jnp.maxim
 from __future__ import annotations
 
 import functools
+from collections import OrderedDict
 from collections.abc import Sequence
 from typing import Any
 
@@ -21,10 +22,32 @@ from lrjax.graph import RowGraph, build
 from lrjax.inline import Literal, flatten
 from lrjax.rules.base import Array, Equation, NotRowLocal, RowOp, RowRead, Rows, rule
 
+_MOST_KNOWN = 1024
+_KNOWN: OrderedDict[Any, tuple[Equation, RowOp]] = OrderedDict()
+
 
 @rule("custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr")
 def custom_call(equation: Equation) -> RowOp:
-    """A call whose body and derivative are both row by row, operand row for output row."""
+    """A call whose body and derivative are both row by row, operand row for output row.
+
+    A planner asks for the same calls again and again, and each answer takes two traces: they are
+    remembered, by the identity of the parameters (which an entry keeps alive).
+    """
+    key = (
+        equation.primitive,
+        tuple((name, id(value)) for name, value in sorted(equation.params.items())),
+        tuple((o.shape, o.dtype, o.row_axis) for o in equation.operands),
+        tuple((out.shape, out.dtype) for out in equation.outputs),
+    )
+    if key not in _KNOWN:
+        _KNOWN[key] = equation, _custom_call(equation)
+    _KNOWN.move_to_end(key)
+    while len(_KNOWN) > _MOST_KNOWN:
+        _KNOWN.popitem(last=False)
+    return _KNOWN[key][1]
+
+
+def _custom_call(equation: Equation) -> RowOp:
     operands = equation.operands
     structs = [jax.ShapeDtypeStruct(o.shape, o.dtype) for o in operands]
     axes = [o.row_axis for o in operands]

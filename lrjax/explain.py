@@ -14,10 +14,11 @@ from lrjax import autodiff
 from lrjax.autodiff import RowProgram
 from lrjax.geometry import AnyMap
 from lrjax.graph import RowGraph, size_bytes
-from lrjax.options import STRATEGIES, Cuts, checked_options, checked_segments
+from lrjax.options import Cuts, checked_options
 from lrjax.rowloop import RowLoop
-from lrjax.segments import Segment, split
+from lrjax.segments import Segment
 from lrjax.tracing import trace
+from lrjax.transform import segments_and_choices
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,7 +94,7 @@ class Explanation:
         lines: list[str] = []
         for index, segment in enumerate(self.segments):
             title = f"segment {index}: {segment.strategy}"
-            if segment.strategy != "column":
+            if segment.passes:
                 title += f", {segment.num_blocks} blocks"
             if len(segment.group) > 1:
                 first, *_, last = segment.group
@@ -135,8 +136,7 @@ def explain(
     """
     options = checked_options(num_blocks, strategy, cuts, plan)
     traced = trace(fun, in_axes, args, kwargs)
-    segments = split(traced.program, traced.axes, options.flat_cuts, in_order=options.has_groups)
-    choices = checked_segments(options, segments)
+    segments, choices = segments_and_choices(traced, options)
     groups = [tuple(group) for group in options.groups(len(segments)) for _ in group]
     return Explanation(
         tuple(
@@ -148,8 +148,7 @@ def explain(
 
 def _passes(segment: Segment, strategy: str, num_blocks: int) -> tuple[Pass, ...]:
     program, axes = segment.program, segment.axes
-    assert strategy in STRATEGIES
-    if strategy == "column":
+    if strategy in ("column", "checkpoint"):
         return ()
     if strategy in ("2ps", "overl"):
         rows = autodiff.differentiable_program(program, axes, strategy, num_blocks)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import IO
 
 
-def write_whole(path: str | Path, content: bytes | str) -> None:
+def write_whole(path: str | os.PathLike[str], content: bytes | str) -> None:
     """Write a file whole or leave what is there; text is UTF-8.
 
     Raises:
@@ -21,7 +21,7 @@ def write_whole(path: str | Path, content: bytes | str) -> None:
         file.write(content.encode("utf-8") if isinstance(content, str) else content)
 
 
-def check_writable(path: str | Path) -> None:
+def check_writable(path: str | os.PathLike[str]) -> None:
     """Find out early that a file could not be written.
 
     Raises:
@@ -31,7 +31,7 @@ def check_writable(path: str | Path) -> None:
 
 
 @contextlib.contextmanager
-def replacing(path: str | Path) -> Iterator[IO[bytes]]:
+def replacing(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
     """A file to write that takes ``path``'s place when all went well, and is gone otherwise.
 
     Raises:
@@ -55,7 +55,7 @@ def replacing(path: str | Path) -> Iterator[IO[bytes]]:
         raise
 
 
-def _check(path: str | Path, destination: Path) -> None:
+def _check(path: str | os.PathLike[str], destination: Path) -> None:
     if not destination.parent.exists():
         raise _unwritable(
             path, f"the directory {str(destination.parent)!r} does not exist", FileNotFoundError
@@ -72,7 +72,7 @@ def _check(path: str | Path, destination: Path) -> None:
         raise _unwritable(path, "the file is read-only", PermissionError)
 
 
-def _unwritable(path: str | Path, reason: str, kind: type[OSError]) -> OSError:
+def _unwritable(path: str | os.PathLike[str], reason: str, kind: type[OSError]) -> OSError:
     return kind(
         f"path={str(path)!r} cannot be written: {reason}. "
         "Name a file in a directory that exists and may be written to."

@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from lrjax.graph import RowGraph, build
+from lrjax.planner.choice import Choice
+from lrjax.planner.plan import Plan
 from lrjax.rowloop import reference_height
 from lrjax.segments import Segment
 
@@ -25,6 +27,7 @@ class Options:
     num_blocks: int | tuple[int, ...] | None
     strategy: str | tuple[str, ...]
     cuts: tuple[str | tuple[str, ...], ...] | int
+    plan: Plan | None = None
 
     @property
     def has_groups(self) -> bool:
@@ -40,7 +43,8 @@ class Options:
     def groups(self, segments: int) -> list[range]:
         """Segments by group: what runs under one checkpoint, alone or with others."""
         kept = list(range(segments - 1))  # segments behind which a map is kept
-        if not isinstance(self.cuts, int):
+        if self.has_groups:
+            assert not isinstance(self.cuts, int)
             is_kept = [isinstance(cut, str) for cut in self.cuts for _ in _names(cut)]
             kept = [i for i in kept if is_kept[i]]
         starts = [0, *(i + 1 for i in kept), segments]
@@ -51,18 +55,16 @@ def _names(cut: str | tuple[str, ...]) -> tuple[str, ...]:
     return (cut,) if isinstance(cut, str) else cut
 
 
-@dataclasses.dataclass(frozen=True)
-class Choice:
-    """Strategy and number of blocks of one segment."""
-
-    strategy: str
-    num_blocks: int
-
-
 def checked_options(num_blocks: Any, strategy: Any, cuts: Any, plan: Any) -> Options:
     """Everything that can be judged without arguments."""
     if plan is not None:
-        raise ValueError("plan: there is no planner yet; give num_blocks, strategy and cuts.")
+        if not isinstance(plan, Plan):
+            raise ValueError(f"plan={plan!r:.80} is no plan; give what lrjax.plan returned.")
+        if num_blocks is not None or strategy != "stream" or cuts not in ((), []):
+            raise ValueError(
+                "plan: it says how every segment runs; leave num_blocks, strategy and cuts out."
+            )
+        return Options(None, "stream", (), plan)
     chosen = (strategy,) if isinstance(strategy, str) else tuple(strategy)
     for name in chosen:
         if name not in STRATEGIES:
@@ -142,14 +144,9 @@ def _per_segment(name: str, value: Any, count: int) -> tuple[Any, ...]:
 
 def _checked_count(strategy: str, number: int | None, graph: RowGraph) -> int:
     order = strategy if strategy in ("2ps", "overl") else "stream"
-    heights = [reference_height(graph, stage, order) for stage in graph.loops]
-    if not heights:
+    if not graph.loops:
         return 1
-    if order == "stream":
-        inputs = [graph.height(v) for v in graph.program.inputs if v in graph.row_axis]
-        most = max(inputs, default=max(heights))
-    else:
-        most = max(heights)
+    most = most_blocks(order, graph)
     if number is None:
         tallest = max((graph.height(v) for v in graph.row_axis), default=most)
         return max(1, min(most, tallest // DEFAULT_ROWS_PER_STEP))
@@ -160,3 +157,12 @@ def _checked_count(strategy: str, number: int | None, graph: RowGraph) -> int:
             f"{strategy!r} divides; the largest allowed is {most}."
         )
     return min(number, most)
+
+
+def most_blocks(order: str, graph: RowGraph) -> int:
+    """Rows that ``num_blocks`` divides: the tallest input's, or for 2PS and OverL the output's."""
+    heights = [reference_height(graph, stage, order) for stage in graph.loops]
+    if order != "stream":
+        return max(heights, default=1)
+    inputs = [graph.height(v) for v in graph.program.inputs if v in graph.row_axis]
+    return max(inputs, default=max(heights, default=1))

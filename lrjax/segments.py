@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Sequence
 
 import numpy as np
@@ -57,6 +58,43 @@ def split(
             _check_order(program, part, cuts)
     count = 1 + max(part.values(), default=0)
     return [_segment(program, row_axis, part, index) for index in range(count)]
+
+
+def split_at(
+    program: FlatProgram, axes: Sequence[int | None], positions: Sequence[int]
+) -> list[Segment]:
+    """Cut behind these numbers of operations on rows, in rising order."""
+    whole = Cuttable.of(program, axes)
+    bounds = [0, *positions, len(whole.operations)]
+    return [whole.between(start, stop) for start, stop in itertools.pairwise(bounds)]
+
+
+@dataclasses.dataclass(frozen=True)
+class Cuttable:
+    """A program that may be cut between any two of its operations on rows.
+
+    Attributes:
+      program: the whole program.
+      row_axis: axis of every value that carries rows.
+      operations: its equations that depend on rows, in order.
+    """
+
+    program: FlatProgram
+    row_axis: dict[int, int]
+    operations: tuple[FlatEquation, ...]
+
+    @classmethod
+    def of(cls, program: FlatProgram, axes: Sequence[int | None]) -> Cuttable:
+        row_axis = dict(build(program, axes).row_axis)
+        row_axis.update({v: a for v, a in zip(program.inputs, axes, strict=True) if a is not None})
+        depends = _depends_on_rows(program, row_axis)
+        operations = tuple(e for e in program.equations if depends.intersection(e.outputs))
+        return cls(program, row_axis, operations)
+
+    def between(self, start: int, stop: int) -> Segment:
+        """The segment of operations ``start`` to ``stop`` (exclusive)."""
+        part = {e.outputs[0]: 1 + (i >= stop) - (i < start) for i, e in enumerate(self.operations)}
+        return _segment(self.program, self.row_axis, part, 1)
 
 
 def _depends_on_rows(program: FlatProgram, row_axis: dict[int, int]) -> set[int]:

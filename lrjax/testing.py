@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lrjax.options import Cuts
+from lrjax.planner.plan import Plan
 from lrjax.transform import rowwise
 
 TOLERANCES = {"float64": 1e-11, "complex128": 1e-11, "float32": 1e-5, "complex64": 1e-5}
@@ -97,9 +98,10 @@ def assert_same_as_column(
     args: Sequence[Any],
     in_axes: Any,
     *,
-    num_blocks: int | Sequence[int] | None,
+    num_blocks: int | Sequence[int] | None = None,
     strategy: str | Sequence[str] = "stream",
     cuts: Cuts = (),
+    plan: Plan | None = None,
     kwargs: Mapping[str, Any] | None = None,
     argnums: Sequence[int] | None = None,
     tolerance: float | None = None,
@@ -119,7 +121,7 @@ def assert_same_as_column(
     Args:
       fun: the function.
       args: its positional arguments.
-      in_axes, num_blocks, strategy, cuts: as for :func:`lrjax.rowwise`.
+      in_axes, num_blocks, strategy, cuts, plan: as for :func:`lrjax.rowwise`.
       kwargs: keyword arguments of ``fun``.
       argnums: arguments to differentiate, all by default.
       tolerance: instead of the dtype's.
@@ -134,7 +136,9 @@ def assert_same_as_column(
       AssertionError: naming every array that differs, by how much and where.
     """
     expected = expected or results(fun, args, kwargs, argnums=argnums, seed=seed)
-    row_fun = rowwise(fun, in_axes=in_axes, num_blocks=num_blocks, strategy=strategy, cuts=cuts)
+    row_fun = rowwise(
+        fun, in_axes=in_axes, num_blocks=num_blocks, strategy=strategy, cuts=cuts, plan=plan
+    )
     found = results(row_fun, args, kwargs, argnums=argnums, seed=seed)
     truth = None
     if tolerance is None and _in_half_precision(args):

@@ -92,7 +92,7 @@ class Strategy:
             "cuts": self.cuts,
         }
         if labels_pixels:
-            axes = (None, 1, 1, None, None)
+            axes = loss_in_axes(labels_pixels=True)
             return lrjax.rowwise(classification_loss(model), in_axes=axes, **rows)
         return classification_loss(lrjax.linen.rowwise(model, in_axes=1, **rows))
 
@@ -177,6 +177,11 @@ def classification_loss(model: nn.Module) -> LossFunction:
         return losses.mean(), updated
 
     return loss
+
+
+def loss_in_axes(*, labels_pixels: bool) -> tuple[int | None, ...]:
+    """Row axes of the loss's arguments: images carry rows, and so do labels of pixels."""
+    return None, 1, 1 if labels_pixels else None, None, None
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -11,8 +12,10 @@ import jax.numpy as jnp
 
 from lrjax import autodiff
 from lrjax.inline import evaluate
-from lrjax.options import Choice, Cuts, Options, checked_options, checked_segments
-from lrjax.segments import Segment, split
+from lrjax.micro_batches import by_micro_batches, micro_batches
+from lrjax.options import Cuts, Options, checked_options, checked_segments
+from lrjax.planner.choice import Choice
+from lrjax.segments import Segment, split, split_at
 from lrjax.tracing import Traced, trace
 
 
@@ -43,7 +46,8 @@ def rowwise(
         is a group: in ``[("a", "b"), "c"]`` only ``c`` is kept from forward to backward, and ``a``
         and ``b`` are made again, and kept, while the backward pass is between the start and ``c``.
         With groups, names are given in ``fun``'s order.
-      plan: reserved for plans made by the planner.
+      plan: what ``lrjax.plan`` made for this function and these shapes, instead of the three
+        above.
 
     Returns:
       A function with ``fun``'s signature, outputs and dtypes, to be used under ``jit``, ``grad``,
@@ -68,8 +72,7 @@ def rowwise(
 
 def run(traced: Traced, options: Options) -> Any:
     """A traced call under checked options: segment by segment, each under its strategy."""
-    segments = split(traced.program, traced.axes, options.flat_cuts, in_order=options.has_groups)
-    choices = checked_segments(options, segments)
+    segments, choices = segments_and_choices(traced, options)
     values = dict(zip(traced.program.inputs, traced.inputs, strict=True))
     values.update(traced.program.constants)
     for group in options.groups(len(segments)):
@@ -96,14 +99,42 @@ def _run_group(
     def call(*arrays: Any) -> list[Any]:
         own = dict(zip(inputs, arrays, strict=True))
         for segment, choice in parts:
-            function = segment_function(segment, choice.strategy, choice.num_blocks)
-            outputs = function(*(own[v] for v in segment.program.inputs))
+            outputs = chosen_function(segment, choice)(*(own[v] for v in segment.program.inputs))
             own.update(zip(segment.made, outputs, strict=True))
         return [own[v] for v in kept]
 
     if len(parts) > 1:
         call = jax.checkpoint(call)
     return dict(zip(kept, call(*(jnp.asarray(values[v]) for v in inputs)), strict=True))
+
+
+def segments_and_choices(
+    traced: Traced, options: Options
+) -> tuple[list[Segment], Sequence[Choice]]:
+    """The segments of a call and how each runs.
+
+    Raises:
+      ValueError: the options, or the plan, do not fit the call.
+    """
+    plan = options.plan
+    if plan is None:
+        segments = split(
+            traced.program, traced.axes, options.flat_cuts, in_order=options.has_groups
+        )
+        return segments, checked_segments(options, segments)
+    plan.check(traced)
+    return split_at(traced.program, traced.axes, plan.cuts), plan.choices
+
+
+def chosen_function(segment: Segment, choice: Choice) -> Callable[..., Sequence[Any]]:
+    """A segment as a differentiable function of its inputs, run as chosen."""
+    if choice.micro_batches > 1:
+        own = micro_batches(segment, choice.micro_batches)
+        once = dataclasses.replace(choice, micro_batches=1)
+        return by_micro_batches(own, chosen_function(own.part, once))
+    if choice.strategy == "checkpoint":
+        return jax.checkpoint(lambda *inputs: evaluate(segment.program, inputs))
+    return segment_function(segment, choice.strategy, choice.num_blocks)
 
 
 def segment_function(

@@ -3,7 +3,13 @@
 from lrjax.memory.comparison import Comparison, compare
 from lrjax.memory.compile import DoesNotFitError, compile_for, is_installed, peak_bytes, temp_bytes
 from lrjax.memory.profile import KINDS, Buffer, MemoryProfile
-from lrjax.memory.profiling import TargetStatus, profile, profile_dump, targets
+from lrjax.memory.profiling import (
+    TargetStatus,
+    device_memory_bytes,
+    profile,
+    profile_dump,
+    targets,
+)
 from lrjax.memory.rss import RssGrowth, measure_rss, rss_growth
 from lrjax.memory.runtime import Measurement, measure
 from lrjax.memory.targets import TARGETS, CpuTarget, GpuTarget, TpuTarget
@@ -23,6 +29,7 @@ __all__ = [
     "TpuTarget",
     "compare",
     "compile_for",
+    "device_memory_bytes",
     "is_installed",
     "measure",
     "measure_rss",

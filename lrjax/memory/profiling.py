@@ -122,6 +122,15 @@ def profile(
     return _assemble(name, compiled, assignment, _capacity(target, device))
 
 
+def device_memory_bytes(target: str | jax.Device | None) -> int | None:
+    """A device's memory; None where the default device does not say.
+
+    Raises:
+      ValueError: no such target.
+    """
+    return _capacity(target, device_of(None) if target is None else target)
+
+
 def profile_dump(path: str | Path, *, target: str | None = None) -> MemoryProfile:
     """The profile of a program that was compiled elsewhere, from XLA's dump of it.
 
@@ -205,7 +214,7 @@ def _with_unique_names(buffers: Iterable[Buffer]) -> tuple[Buffer, ...]:
     return tuple(named)
 
 
-def _capacity(target: str | jax.Device | None, device: jax.Device) -> int | None:
+def _capacity(target: str | jax.Device | None, device: Any) -> int | None:
     if isinstance(target, str):
         return find(target).memory_bytes
     if device.platform == "cpu":

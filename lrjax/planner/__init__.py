@@ -1,0 +1,1 @@
+"""Plans: what runs how, under a memory budget."""

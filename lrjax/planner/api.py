@@ -1,0 +1,81 @@
+"""``lrjax.plan``: a memory budget in, the fastest plan that fits out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from lrjax.memory.compile import device_of
+from lrjax.planner.budget import parse_budget
+from lrjax.planner.plan import Plan
+from lrjax.planner.problem import Problem, problem_of
+from lrjax.planner.proof import MIB, BudgetTooSmallError, OnProgress, prover_of
+from lrjax.planner.search import Limits
+
+MOST_COMPILATIONS = 8
+OBJECTIVES = ("time",)
+
+
+def plan(
+    fun: Callable[..., Any],
+    *args: Any,
+    in_axes: Any,
+    budget: int | float | str,
+    target: str | None = None,
+    wrt: int | Sequence[int] | None = None,
+    objective: str = "time",
+    on_progress: OnProgress | None = None,
+) -> Plan:
+    """The fastest way to train ``fun`` within a memory budget, proved by XLA.
+
+    The budget is for the gradient: of ``fun`` if it gives a scalar, or a tuple whose first entry
+    is one; else of the sum of its outputs' mean squares. Arguments and gradients count. What a
+    training step holds besides, such as an optimizer's state, must be left out of the budget.
+
+    Args:
+      fun: a function of arrays (pytrees), as for ``lrjax.rowwise``.
+      args: its arguments, arrays or ``jax.ShapeDtypeStruct``; only shapes and dtypes are read.
+      in_axes: as for ``lrjax.rowwise``.
+      budget: bytes; text such as ``"8GiB"``; or a fraction of the target's memory (a float of at
+        most 1).
+      target: the device, present or not: a name in ``lrjax.memory.TARGETS``; None for JAX's
+        default.
+      wrt: numbers of the positional arguments that are differentiated; by default those without
+        rows. Arrays of integers are left out.
+      objective: "time", the fewest operations.
+      on_progress: called before and after every compilation with a ``Progress``.
+
+    Returns:
+      A ``Plan``: print it, save it, run it with ``lrjax.rowwise(fun, in_axes=in_axes, plan=plan)``.
+
+    Raises:
+      ValueError: an argument is wrong; nothing was compiled.
+      BudgetTooSmallError: no plan fits; has the smallest budget that works, in bytes.
+      ImportError: XLA's plugin for the target is not installed.
+
+    Example:
+      >>> plan = lrjax.plan(loss, params, images, in_axes=(None, 1), budget="8GiB", target="h200")
+      >>> print(plan)
+      >>> step = jax.jit(jax.grad(lrjax.rowwise(loss, in_axes=(None, 1), plan=plan)))
+    """
+    if objective not in OBJECTIVES:
+        raise ValueError(f"objective={objective!r} is unknown; choose one of {OBJECTIVES}.")
+    device_of(target)
+    allowed = parse_budget(budget, target)
+    problem = problem_of(fun, args, in_axes, target, wrt)
+    check_floor(problem, allowed)
+    prover = prover_of(problem)
+    found = prover.fastest(
+        Limits(allowed, allowed), MOST_COMPILATIONS, on_progress or (lambda progress: None)
+    )
+    return prover.plan(found, allowed)
+
+
+def check_floor(problem: Problem, budget: int) -> None:
+    """Refuse a budget that not even arguments and gradients fit in."""
+    floor = problem.fixed_bytes
+    if budget <= floor:
+        raise BudgetTooSmallError(
+            f"budget={budget / MIB:,.1f} MiB: arguments and gradients alone take "
+            f"{floor / MIB:,.1f} MiB; give more than that, smaller images or a smaller batch."
+        )

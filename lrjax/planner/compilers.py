@@ -1,0 +1,276 @@
+"""What XLA makes of operations on its targets: what it fuses, and what it adds."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import MutableMapping, Sequence
+from typing import Any
+
+from lrjax.graph import size_bytes
+from lrjax.inline import FlatEquation, FlatProgram
+from lrjax.memory.targets import GpuTarget, TpuTarget, find
+from lrjax.planner.liveness import Kind, Operation
+from lrjax.rules.elementwise import ELEMENTWISE
+
+# What compilers fuse into readers beside elementwise operations.
+# fmt: off
+_MOVES = (
+    "broadcast_in_dim", "reshape", "squeeze", "expand_dims", "transpose", "rev", "slice", "pad",
+    "concatenate", "dynamic_slice", "gather", "iota", "tile", "split", "select_and_gather_add",
+    "custom_jvp_call", "custom_vjp_call", "random_bits", "random_wrap", "random_unwrap",
+    "random_fold_in", "random_seed", "threefry2x32",
+)
+_FUSED = frozenset((*ELEMENTWISE, *_MOVES)) - {"optimization_barrier"}
+_LIBRARY = (
+    "conv_general_dilated", "dot_general", "scatter", "sort", "scan", "while", "cond", "fft",
+    "custom_call", "pure_callback",
+)
+# fmt: on
+# What compilers do not compute a second time in the backward pass.
+_EXPENSIVE = frozenset(
+    (
+        "cbrt",
+        "cos",
+        "erf",
+        "erf_inv",
+        "erfc",
+        "exp",
+        "exp2",
+        "expm1",
+        "lgamma",
+        "log",
+        "log1p",
+        "logistic",
+        "pow",
+        "rsqrt",
+        "sin",
+        "sqrt",
+        "tan",
+        "tanh",
+    )
+)  # fmt: skip
+POOL_GRADIENTS = ("select_and_scatter_add", "gradient of reduce_window_max")
+_ZEROS = ("max", "select_n", "custom_jvp_call", "gradient of custom_jvp_call")
+
+# A TPU's vectors: channels are padded to as many. Narrower maps are laid out another way.
+LANES = 128
+# Copies in other layouts that XLA:TPU makes for a kernel gradient of few channels. Measured with
+# VGG-16's second convolution at 1024x1024.
+RELAID_COPIES = 2.5
+# A place in a map is four of them.
+INDEX_BYTES = 4
+# Per element of a pooled map: the value in float32 and its place.
+POOL_INDEX_BYTES = 4 + 4 * INDEX_BYTES
+
+
+def kind_of(primitive: Any) -> Kind:
+    """How XLA runs a primitive."""
+    if primitive.name in _FUSED:
+        return Kind.FUSED
+    if primitive.name.startswith(_LIBRARY):
+        return Kind.LIBRARY
+    return Kind.ROOT
+
+
+def compiled(
+    operations: Sequence[Operation], size: MutableMapping[int, float], fresh: int, target: str
+) -> tuple[Operation, ...]:
+    """The operations as XLA runs them on the target; new values are numbered from ``fresh``."""
+    operations = _computed_once(operations)
+    if is_gpu(target):
+        return _with_pool_gradients(operations, size, fresh)
+    return operations if is_tpu(target) else _on_cpu(operations, size, fresh)
+
+
+def is_gpu(target: str) -> bool:
+    return isinstance(find(target), GpuTarget)
+
+
+def is_tpu(target: str) -> bool:
+    return isinstance(find(target), TpuTarget)
+
+
+def buffer_bytes(aval: Any, target: str) -> float:
+    """Bytes of a value as a whole array on the target."""
+    size = float(size_bytes(aval))
+    channels = aval.shape[-1] if len(aval.shape) > 2 else LANES
+    if is_tpu(target) and LANES / 4 <= channels < LANES:
+        return size * LANES / channels
+    return size
+
+
+def convolution_scratch(program: FlatProgram, equation: FlatEquation, target: str) -> float:
+    """Bytes that a convolution on whole maps needs while it runs, beside what it reads and gives.
+
+    XLA:CPU makes the kernel gradient of a grouped convolution as if it were not grouped, twice.
+    XLA:TPU reads a map of few channels for its kernel gradient from shifted copies.
+    """
+    if equation.primitive.name != "conv_general_dilated":
+        return 0.0
+    image, other, given = (program.aval(v) for v in (*equation.inputs, *equation.outputs))
+    spec = equation.params["dimension_numbers"]
+    groups = equation.params["batch_group_count"]
+    if target == "cpu" and groups > 1:
+        return 2.0 * size_bytes(given) * groups
+    kernel = [given.shape[d] for d in spec.out_spec[2:]]
+    is_kernel_gradient = math.prod(kernel) < math.prod(other.shape[d] for d in spec.rhs_spec[2:])
+    if is_tpu(target) and is_kernel_gradient and buffer_bytes(image, target) > size_bytes(image):
+        return (kernel[-1] + RELAID_COPIES) * buffer_bytes(image, target)
+    return 0.0
+
+
+class _Rewrite:
+    """Changes to a sequence of operations, and values that they add."""
+
+    def __init__(
+        self, operations: Sequence[Operation], size: MutableMapping[int, float], fresh: int
+    ):
+        self.operations, self.size, self.next = list(operations), size, fresh
+        self.early: dict[int, list[Operation]] = {}
+
+    def value(self, size: float) -> int:
+        self.size[self.next] = size
+        self.next += 1
+        return self.next - 1
+
+    def change(self, index: int, **fields: Any) -> None:
+        self.operations[index] = dataclasses.replace(self.operations[index], **fields)
+
+    def read(self, index: int, value: int) -> None:
+        """An operation reads one value more."""
+        self.change(index, inputs=(*self.operations[index].inputs, value))
+
+    def insert(self, index: int, operation: Operation) -> None:
+        """Put an operation before the one at ``index``."""
+        self.early.setdefault(index, []).append(operation)
+
+    def make(self, index: int, value: int) -> None:
+        """Make a value, out of nothing, before the operation at ``index``."""
+        backward = self.operations[index].is_backward
+        self.insert(index, Operation("", (), (value,), Kind.ROOT, is_backward=backward))
+
+    def result(self) -> tuple[Operation, ...]:
+        found: list[Operation] = []
+        for i, operation in enumerate(self.operations):
+            found += [*self.early.get(i, ()), operation]
+        return tuple(found)
+
+
+def _computed_once(operations: Sequence[Operation]) -> tuple[Operation, ...]:
+    """Expensive results of the forward pass that the backward pass reads, if through others."""
+    wanted: set[int] = set()
+    found = []
+    for operation in reversed(operations):
+        is_wanted = not wanted.isdisjoint(operation.outputs)
+        if operation.is_backward or (is_wanted and operation.kind is Kind.FUSED):
+            wanted.update(operation.inputs)
+        if is_wanted and not operation.is_backward and operation.name in _EXPENSIVE:
+            operation = dataclasses.replace(operation, kind=Kind.ROOT)
+        found.append(operation)
+    return tuple(reversed(found))
+
+
+def _shape_of(operation: Operation) -> Any:
+    like = operation.like
+    return None if like is None else (like.shape, like.dtype)
+
+
+def _with_pool_gradients(
+    operations: Sequence[Operation], size: MutableMapping[int, float], fresh: int
+) -> tuple[Operation, ...]:
+    """XLA:GPU's gradient of a max pool: a scatter of values to places that are found first.
+
+    What it scatters into is a copy of zeros, made where a ReLU of a map of the same shape first
+    compares with zeros. Where the pool's gradient is an operation of the program, and not of a
+    step that is differentiated, the ReLU's own zeros come to exist as well.
+    """
+    new = _Rewrite(operations, size, fresh)
+    added = {v for o in operations if o.name in ("add", "add_any") for v in o.inputs}
+    shared: set[Any] = set()
+    for i, operation in enumerate(operations):
+        if operation.name not in POOL_GRADIENTS or operation.like is None:
+            continue
+        (made,) = operation.outputs
+        pooled = size.get(operation.inputs[0], 0.0) / operation.like.dtype.itemsize
+        new.change(i, scratch=pooled * POOL_INDEX_BYTES)
+        shape = _shape_of(operation)
+        users = [j for j, o in enumerate(operations) if o.name in _ZEROS and _shape_of(o) == shape]
+        if made in added or not users or users[0] > i:
+            continue
+        target = new.value(size[made])
+        new.make(users[0], target)
+        new.read(i, target)
+        new.change(i, overwrites=target)
+        if operation.name == "select_and_scatter_add" and shape not in shared:
+            shared.add(shape)
+            zeros = new.value(size[made])
+            new.make(users[0], zeros)
+            new.read(users[-1], zeros)
+    return new.result()
+
+
+# --- CPU -----------------------------------------------------------------------------------------
+
+
+def _on_cpu(
+    operations: Sequence[Operation], size: MutableMapping[int, float], fresh: int
+) -> tuple[Operation, ...]:
+    new = _Rewrite(operations, size, fresh)
+    for i, operation in enumerate(operations):
+        if operation.name.startswith("reduce_window"):
+            new.change(i, kind=Kind.LIBRARY)
+        if operation.name in POOL_GRADIENTS and operation.like is not None:
+            _find_places(new, i)
+    _keep_differences(new)
+    return new.result()
+
+
+def _find_places(new: _Rewrite, index: int) -> None:
+    """XLA:CPU's gradient of a max pool: a scatter to places that the forward pass finds.
+
+    It counts all elements along four axes, from the start of the program until the places of the
+    largest are known, and keeps these, and the zeros that it scatters into.
+    """
+    operation = new.operations[index]
+    (made,) = operation.outputs
+    source, operand = operation.inputs[0], operation.inputs[-1]
+    itemsize = operation.like.dtype.itemsize
+    counts = new.value(new.size[made] / itemsize * 4 * INDEX_BYTES)
+    places = new.value(new.size.get(source, 0.0) / itemsize * 4 * INDEX_BYTES)
+    target = new.value(new.size[made])
+    new.make(0, counts)
+    new.make(0, target)
+    forward = (
+        i
+        for i, o in enumerate(new.operations)
+        if o.name.startswith("reduce_window") and operand in o.inputs
+    )
+    where = next(forward, index - 1) + 1
+    found = Operation(
+        "places",
+        (operand, counts),
+        (places,),
+        Kind.ROOT,
+        scratch=new.size.get(source, 0.0),
+        is_backward=new.operations[where].is_backward,
+    )
+    new.insert(where, found)
+    new.change(index, inputs=(source, places, target), overwrites=target)
+
+
+def _keep_differences(new: _Rewrite) -> None:
+    """XLA:CPU keeps what normalisations subtract their means from, and the differences too.
+
+    It computes a difference again for the ReLU's mask, and reads the kept one for the gradient of
+    the scale.
+    """
+    last: dict[int, int] = {}
+    for i, operation in enumerate(new.operations):
+        if operation.is_backward:
+            last.update((v, i) for v in operation.inputs)
+    for i, operation in enumerate(new.operations):
+        if operation.name == "sub" and not operation.is_backward and operation.outputs[0] in last:
+            kept = new.value(new.size[operation.outputs[0]])
+            new.insert(i + 1, dataclasses.replace(operation, outputs=(kept,), kind=Kind.ROOT))
+            new.read(last[operation.outputs[0]], kept)

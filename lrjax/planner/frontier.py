@@ -1,0 +1,269 @@
+"""``lrjax.frontier``: memory against operations, with the alternatives on the same axes."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from lrjax import memory
+from lrjax.memory.compile import device_of
+from lrjax.planner.plan import MIB, Plan
+from lrjax.planner.problem import Problem, problem_of
+from lrjax.planner.proof import OnProgress, Prover, prover_of
+from lrjax.planner.search import Limits
+
+MOST_COMPILATIONS = 5
+_EVERYTHING = Limits(math.inf, math.inf)
+_WHOLE_MAPS = ("column", "checkpoint")
+
+
+@dataclasses.dataclass(frozen=True)
+class Point:
+    """One way to run the gradient.
+
+    Attributes:
+      method: "column", "checkpoint", "accumulation" or "lrjax".
+      budget_bytes: what it had to fit in; None where there was no choice.
+      peak_bytes: XLA's peak.
+      operations: as a multiple of column's.
+      detail: strategies of the segments, or the number of micro-batches.
+      plan: what ``lrjax.rowwise`` takes; None for "accumulation".
+    """
+
+    method: str
+    budget_bytes: int | None
+    peak_bytes: int
+    operations: float
+    detail: str
+    plan: Plan | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Frontier:
+    """Memory against operations; print it for a table.
+
+    Attributes:
+      target: the device compiled for; None for JAX's default.
+      points: column first, then the alternatives, then lrjax from much memory to little.
+    """
+
+    target: str | None
+    points: tuple[Point, ...]
+
+    def of(self, method: str) -> list[Point]:
+        return [point for point in self.points if point.method == method]
+
+    def __str__(self) -> str:
+        header = ("method", "budget MiB", "peak MiB", "of column", "operations", "")
+        column = self.points[0].peak_bytes
+        rows = [
+            (
+                point.method,
+                "" if point.budget_bytes is None else f"{point.budget_bytes / MIB:,.0f}",
+                f"{point.peak_bytes / MIB:,.0f}",
+                f"{point.peak_bytes / column:.3f}",
+                f"{point.operations:.3f}",
+                point.detail,
+            )
+            for point in self.points
+        ]
+        widths = [max(len(row[c]) for row in (header, *rows)) for c in range(len(header))]
+        return "\n".join(
+            "  ".join(
+                cell.ljust(w) if c in (0, 5) else cell.rjust(w)
+                for c, (cell, w) in enumerate(zip(row, widths, strict=True))
+            ).rstrip()
+            for row in (header, *rows)
+        )
+
+    def to_json(self) -> str:
+        """Points without their plans, as JSON text."""
+        points = [
+            {f.name: getattr(p, f.name) for f in dataclasses.fields(p) if f.name != "plan"}
+            for p in self.points
+        ]
+        return json.dumps({"target": self.target, "points": points}, indent=1) + "\n"
+
+    def save_png(self, path: str | os.PathLike[str], title: str = "") -> None:
+        """Draw the curves.
+
+        Raises:
+          ModuleNotFoundError: matplotlib is not installed; the message has the command.
+        """
+        draw(self, path, title)
+
+
+def frontier(
+    fun: Callable[..., Any],
+    *args: Any,
+    in_axes: Any,
+    target: str | None = None,
+    wrt: int | Sequence[int] | None = None,
+    steps: int = 8,
+    on_progress: OnProgress | None = None,
+) -> Frontier:
+    """What memory costs in operations, from ordinary execution to the least memory there is.
+
+    Args:
+      fun, args, in_axes, target, wrt, on_progress: as for ``lrjax.plan``.
+      steps: budgets, in equal ratios from column's peak to the smallest peak that was found.
+
+    Returns:
+      A ``Frontier``: lrjax's plans; column; ``jax.checkpoint`` around the best segments; and,
+      where the batch (axis 0 of what carries rows) has several images, gradient accumulation over
+      equal parts of it. Every peak is XLA's.
+
+    Raises:
+      ValueError: an argument is wrong; nothing was compiled.
+
+    Example:
+      >>> curve = lrjax.frontier(loss, params, images, in_axes=(None, 1), target="h200")
+      >>> print(curve)
+      >>> curve.save_png("frontier.png")
+    """
+    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 2:
+        raise ValueError(f"steps={steps!r}: a curve has at least 2 points.")
+    device_of(target)
+    problem = problem_of(fun, args, in_axes, target, wrt)
+    prover, tell = prover_of(problem), on_progress or (lambda progress: None)
+    column = prover.verify(prover.column, tell)
+    own = _curve(prover, _EVERYTHING, column, steps, "lrjax", tell)
+    whole = dataclasses.replace(_EVERYTHING, strategies=_WHOLE_MAPS)
+    checkpoint = _curve(prover, whole, column, max(2, steps // 3), "checkpoint", tell)
+    first = Point("column", None, column, 1.0, "", prover.plan(prover.column, column))
+    return Frontier(target, (first, *checkpoint, *_accumulation(problem), *own))
+
+
+def budgets(most: int, least: int, steps: int) -> list[int]:
+    """Budgets in equal ratios, falling."""
+    ratio = (least / most) ** (1 / (steps - 1))
+    return [most, *(math.ceil(most * ratio**k) for k in range(1, steps - 1)), least]
+
+
+def _curve(
+    prover: Prover, limits: Limits, most: int, steps: int, method: str, tell: OnProgress
+) -> list[Point]:
+    least = prover.verified[prover.smallest(limits, tell).steps]
+    points = []
+    # From little memory to much: what fits in little is known to fit in more.
+    for budget in reversed(budgets(most, least, steps)):
+        own = dataclasses.replace(limits, budget=budget, hoped=budget)
+        found = prover.fastest(own, MOST_COMPILATIONS, tell)
+        made = prover.plan(found, budget)
+        detail = " + ".join(step.strategy for step in found.steps)
+        assert made.verified_peak_bytes is not None
+        points.append(
+            Point(method, budget, made.verified_peak_bytes, made.operations, detail, made)
+        )
+    return points[::-1]
+
+
+# --- Gradient accumulation -----------------------------------------------------------------------
+
+
+def _accumulation(problem: Problem) -> list[Point]:
+    """Column on one part of the batch at a time, gradients added up."""
+    structs = jax.tree.leaves(problem.args)
+    first = len(problem.traced.axes) - len(structs)
+    axes = problem.traced.axes[first:]
+    counts = {x.shape[0] for x, axis in zip(structs, axes, strict=True) if axis}
+    if len(counts) != 1 or 0 in axes:
+        return []
+    (batch,) = counts
+    points = []
+    parts = 2
+    while batch % parts == 0 and parts <= batch:
+        by_parts = accumulated(problem, batch, parts)
+        try:
+            compiled = memory.compile_for(by_parts, *problem.args, target=problem.target)
+        except (TypeError, ValueError):  # fun knows its batch
+            break
+        peak = memory.peak_bytes(compiled)
+        points.append(Point("accumulation", None, peak, 1.0, f"{parts} micro-batches"))
+        parts *= 2
+    return points
+
+
+def accumulated(problem: Problem, batch: int, parts: int) -> Callable[..., Any]:
+    """The problem's gradient over equal parts of the batch, added up.
+
+    Arrays without gradients whose first axis is the batch's are divided with the images.
+    """
+    gradient, size = problem.gradient(problem.fun), batch // parts
+
+    def run(*args: Any) -> Any:
+        leaves, tree = jax.tree.flatten(args)
+        divided = [
+            i
+            for i, x in enumerate(leaves)
+            if i not in problem.leaves and x.ndim and x.shape[0] == batch
+        ]
+
+        def one(sums: list[jax.Array], part: jax.Array) -> tuple[list[jax.Array], None]:
+            own = list(leaves)
+            for i in divided:
+                own[i] = lax.dynamic_slice_in_dim(leaves[i], part * size, size)
+            found, _ = gradient(*jax.tree.unflatten(tree, own))
+            return [s + g.astype(s.dtype) for s, g in zip(sums, found, strict=True)], None
+
+        zeros = [
+            jnp.zeros(leaves[i].shape, jnp.promote_types(leaves[i].dtype, jnp.float32))
+            for i in problem.leaves
+        ]
+        sums, _ = lax.scan(one, zeros, jnp.arange(parts))
+        return [
+            (s / parts).astype(leaves[i].dtype) for i, s in zip(problem.leaves, sums, strict=True)
+        ]
+
+    return run
+
+
+# --- Picture -------------------------------------------------------------------------------------
+
+_STYLES = {
+    "column": ("#444444", "s", "none"),
+    "checkpoint": ("#c77c02", "^", ":"),
+    "accumulation": ("#7a5195", "D", ":"),
+    "lrjax": ("#0b6e99", "o", "-"),
+}
+
+
+def draw(curves: Frontier, path: str | os.PathLike[str], title: str) -> None:
+    try:
+        from matplotlib.figure import Figure
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            "pictures need matplotlib: pip install 'lrjax[pictures]'"
+        ) from error
+    figure = Figure(figsize=(7.2, 4.4), layout="constrained")
+    axes = figure.add_subplot()
+    for method, (colour, marker, line) in _STYLES.items():
+        points = sorted(curves.of(method), key=lambda point: point.peak_bytes)
+        if points:
+            axes.plot(
+                [point.peak_bytes / MIB for point in points],
+                [point.operations for point in points],
+                color=colour,
+                marker=marker,
+                linestyle=line,
+                label={"lrjax": "lrjax.plan", "accumulation": "gradient accumulation"}.get(
+                    method, method
+                ),
+            )
+    axes.set_xscale("log")
+    axes.xaxis.set_major_formatter("{x:,.0f}")
+    axes.set_xlabel(f"peak memory, MiB ({curves.target or 'the default device'}, XLA)")
+    axes.set_ylabel("operations, times column's")
+    axes.grid(alpha=0.3, which="both", linewidth=0.5)
+    axes.legend(frameon=False)
+    if title:
+        axes.set_title(title)
+    figure.savefig(path, dpi=150)

@@ -1,0 +1,175 @@
+"""The inverse question: the largest image, or batch, whose gradient fits in a device.
+
+Peaks grow like a polynomial of second degree in an image's side, where rows a step stay the
+same, so three predictions give a curve, and the curve the size; a compilation there corrects it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+
+import numpy as np
+
+from lrjax.planner.problem import Problem
+from lrjax.planner.proof import MIB, OnProgress, Prover
+from lrjax.planner.search import STRATEGIES, Found, Limits, Step
+
+MOST_COMPILATIONS = 5
+# Sizes at which the curve is known, as multiples of the one that plans were compared at.
+_SAMPLES = (0.5, 1, 2)
+_MOST_STEPS = 4096
+METHODS = {
+    "column": ("column",),
+    "best checkpoint": ("column", "checkpoint"),
+    "lrjax": STRATEGIES,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Largest:
+    """The largest size that fits by one method.
+
+    Attributes:
+      method: one of ``METHODS``.
+      size: side of the image, or images of the batch; 0 if not even the smallest fits.
+      peak_bytes: XLA's peak there.
+      operations: as a multiple of column's.
+      compilations: programs compiled to find it.
+      strategies: of the segments.
+    """
+
+    method: str
+    size: int
+    peak_bytes: int
+    operations: float
+    compilations: int
+    strategies: str
+
+    @property
+    def peak_mib(self) -> str:
+        return f"{self.peak_bytes / MIB:,.0f}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Question:
+    """What is to grow.
+
+    Attributes:
+      problem: the problem of a size.
+      step: sizes are multiples of it.
+      start: the size at which plans are first compared.
+      memory_bytes: what the peak must fit in.
+      grows_rows: the size is the image's, so that blocks are added to keep rows per step.
+    """
+
+    problem: Callable[[int], Problem]
+    step: int
+    start: int
+    memory_bytes: int
+    grows_rows: bool
+
+
+def largest(question: Question, method: str, on_progress: OnProgress) -> Largest:
+    """The largest size that fits by a method, confirmed by XLA."""
+    return _Largest(question, method, on_progress).find()
+
+
+class _Largest:
+    def __init__(self, question: Question, method: str, on_progress: OnProgress):
+        self.question, self.method, self.on_progress = question, method, on_progress
+        self.provers: dict[int, Prover] = {}
+        self.limits = Limits(math.inf, math.inf, strategies=METHODS[method])
+        self.least: dict[int, Found] = {}
+        self.fitting: dict[int, tuple[Prover, Found]] = {}
+        self.too_large = math.inf
+
+    def prover(self, size: int) -> Prover:
+        if size not in self.provers:
+            self.provers[size] = Prover(self.question.problem(size))
+        return self.provers[size]
+
+    def find(self) -> Largest:
+        step = self.question.step
+        reference = self.question.start
+        size = self.predicted_size(reference, 1.0)
+        # What is best depends on the size: once more, at the size found.
+        reference = max(size, step)
+        size = max(self.predicted_size(reference, 1.0), step)
+        for _ in range(MOST_COMPILATIONS):
+            peak = self.tried(reference, size)
+            error = peak / self.predicted(reference, size)
+            if peak > self.question.memory_bytes:
+                self.too_large = min(self.too_large, size)
+            low = max(self.fitting, default=0)
+            size = self.predicted_size(reference, error)
+            size = min(max(size, low + step), self.too_large - step)
+            if size <= low:
+                break
+        return self.answer()
+
+    def answer(self) -> Largest:
+        compilations = sum(prover.compilations for prover in self.provers.values())
+        if not self.fitting:
+            return Largest(self.method, 0, 0, 0.0, compilations, "")
+        size = max(self.fitting)
+        prover, found = self.fitting[size]
+        return Largest(
+            self.method,
+            size,
+            prover.verified[found.steps],
+            prover.operations(found),
+            compilations,
+            " + ".join(step.strategy for step in found.steps),
+        )
+
+    def tried(self, reference: int, size: int) -> int:
+        prover = self.prover(size)
+        found = self.scaled(reference, size)
+        peak = prover.verify(found, self.on_progress)
+        if peak <= self.question.memory_bytes:
+            self.fitting[size] = prover, found
+        return peak
+
+    def predicted(self, reference: int, size: int) -> float:
+        """The cost model's own prediction, without what compilations taught."""
+        prover = self.prover(size)
+        known, prover.model.factors = prover.model.factors, {}
+        peak = prover.model.peak_bytes(self.scaled(reference, size))
+        prover.model.factors = known
+        return peak
+
+    def scaled(self, reference: int, size: int) -> Found:
+        """The plan of least memory at the reference, with as many rows a step at another size."""
+        steps = []
+        for step in self.reference_plan(reference).steps:
+            count = step.choice.num_blocks
+            if self.question.grows_rows and count > 1:
+                count = max(1, round(count * size / reference))
+            choice = dataclasses.replace(step.choice, num_blocks=count)
+            steps.append(Step(step.start, step.stop, choice))
+        return Found(tuple(steps), 0.0)
+
+    def reference_plan(self, reference: int) -> Found:
+        prover = self.prover(reference)
+        if self.method == "column":
+            return prover.column
+        if reference not in self.least:
+            self.least[reference] = prover.smallest_predicted(self.limits) or prover.column
+        return self.least[reference]
+
+    def predicted_size(self, reference: int, error: float) -> int:
+        """The largest multiple of the step at which the curve, times ``error``, fits."""
+        step, memory = self.question.step, self.question.memory_bytes
+        sizes = sorted({self.on_grid(reference * k) for k in _SAMPLES})
+        peaks = [error * self.predicted(reference, size) for size in sizes]
+        curve = np.polynomial.Polynomial.fit(sizes, peaks, len(sizes) - 1)
+        size = step
+        while size < _MOST_STEPS * step and curve(size + step) <= memory:
+            size += step
+        return size
+
+    def on_grid(self, size: float) -> int:
+        step = self.question.step
+        return max(step, round(size / step) * step)

@@ -1,0 +1,105 @@
+"""Floating-point operations of a segment under a choice, as a row graph counts them.
+
+Column's are the forward pass and, for what multiplies (convolutions, products), as much again for
+every operand that has a gradient. What is done again is counted from the schedules.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+
+import jax
+import jax.numpy as jnp
+
+from lrjax.graph import RowGraph, build
+from lrjax.inline import FlatEquation, FlatProgram, flatten, function_of
+from lrjax.planner.choice import Choice
+from lrjax.planner.cost import SegmentCost
+from lrjax.rowloop import row_loop
+
+
+class OperationCounts:
+    """Operations of every equation of one program, done once, forward and with its gradients."""
+
+    def __init__(
+        self,
+        program: FlatProgram,
+        axes: Sequence[int | None],
+        wrt: Collection[int],
+        moving: Collection[int],
+    ):
+        graph = build(program, axes)
+        self.forward = {
+            node.equation.outputs[0]: node.op.flops * node.op.height
+            for node in graph.nodes
+            if node.op is not None
+        }
+        rough = {
+            e.outputs[0]: self.forward.get(e.outputs[0], 0.0) * (1 + _gradients(e, moving))
+            for e in program.equations
+        }
+        exact = _graph_operations(_gradient_graph(program, axes, sorted(wrt)))
+        scale = exact / max(sum(rough.values()), 1.0)
+        self.column = {v: flops * scale for v, flops in rough.items()}
+
+    def of(
+        self,
+        equations: Sequence[FlatEquation],
+        choice: Choice,
+        cost: SegmentCost,
+        graph: RowGraph,
+    ) -> float:
+        """Operations of a segment.
+
+        Args:
+          equations: its operations on rows.
+          choice: how it runs.
+          cost: the cost model's answer; it counts stream's from its passes.
+          graph: the segment's forward pass.
+        """
+        heads = [e.outputs[0] for e in equations]
+        once = sum(self.column[v] for v in heads)
+        again = sum(self.forward.get(v, 0.0) for v in heads)
+        if choice.strategy == "column":
+            return once
+        if choice.strategy == "stream":
+            return max(cost.operations, once)
+        if choice.strategy == "overl":
+            return (once + again) * _overlap(graph, choice.num_blocks)
+        return once + again
+
+
+def _gradients(equation: FlatEquation, moving: Collection[int]) -> int:
+    count = sum(isinstance(v, int) and v in moving for v in equation.inputs)
+    return count if equation.primitive.name.startswith(("conv", "dot")) else min(count, 1)
+
+
+def _gradient_graph(
+    program: FlatProgram, axes: Sequence[int | None], wrt: Sequence[int]
+) -> RowGraph:
+    def gradient(*inputs: jax.Array) -> object:
+        function, moving = function_of(program, wrt, inputs)
+        outputs, pull = jax.vjp(lambda *xs: [y for y in function(*xs) if _is_inexact(y)], *moving)
+        return pull([jnp.ones_like(y) for y in outputs])
+
+    return build(flatten(jax.make_jaxpr(gradient)(*program.structs)), axes)
+
+
+def _is_inexact(array: jax.Array) -> bool:
+    return bool(jnp.issubdtype(array.dtype, jnp.inexact))
+
+
+def _graph_operations(graph: RowGraph) -> float:
+    return sum(node.op.flops * node.op.height for node in graph.nodes if node.op is not None)
+
+
+def _overlap(graph: RowGraph, num_blocks: int) -> float:
+    """Rows computed in blocks that each compute their halos, over rows."""
+    done = once = 0.0
+    for stage in graph.loops:
+        loop = row_loop(graph, stage, order="overl", num_blocks=num_blocks, is_differentiated=True)
+        for node, track in zip(loop.nodes, loop.schedule.tracks, strict=True):
+            assert node.op is not None
+            done += node.op.flops * max(track.rows * loop.steps, node.op.height)
+            once += node.op.flops * node.op.height
+    return done / max(once, 1.0)

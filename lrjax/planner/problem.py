@@ -1,0 +1,165 @@
+"""What is planned: a call, what it is differentiated by, and the program that proves the plan."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from lrjax.graph import size_bytes
+from lrjax.planner.plan import Fingerprint, fingerprint
+from lrjax.tracing import Traced, flat_axes, trace
+
+
+@dataclasses.dataclass(frozen=True)
+class Problem:
+    """A traced call and how it is differentiated.
+
+    Attributes:
+      fun, args, in_axes: the call.
+      target: what it is compiled for.
+      traced: its flat program.
+      wrt: numbers of the flat inputs that are differentiated.
+      leaves: numbers of the same among the leaves of the arguments.
+      scalar: how the result becomes a number: "itself", "first" (of a tuple, the others are
+        auxiliary) or "squares" (the mean squares of all floating-point outputs, added).
+    """
+
+    fun: Callable[..., Any]
+    args: tuple[Any, ...]
+    in_axes: Any
+    target: str | None
+    traced: Traced
+    wrt: tuple[int, ...]
+    leaves: tuple[int, ...]
+    scalar: str
+
+    @functools.cached_property
+    def fingerprint(self) -> Fingerprint:
+        return fingerprint(self.traced)
+
+    @property
+    def fixed_bytes(self) -> int:
+        """Arguments and gradients."""
+        structs = self.traced.program.structs
+        return sum(map(size_bytes, structs)) + sum(size_bytes(structs[i]) for i in self.wrt)
+
+    def gradient(self, fun: Callable[..., Any]) -> Callable[..., Any]:
+        """The program whose memory is planned: the gradient of ``fun`` (``self.fun`` by rows)."""
+
+        def gradient(*args: Any) -> Any:
+            leaves, tree = jax.tree.flatten(args)
+
+            def loss(moving: list[Any]) -> Any:
+                full = list(leaves)
+                for i, value in zip(self.leaves, moving, strict=True):
+                    full[i] = value
+                return self.number_of(fun(*jax.tree.unflatten(tree, full)))
+
+            return jax.grad(loss, has_aux=True)([leaves[i] for i in self.leaves])
+
+        return gradient
+
+    def number_of(self, result: Any) -> tuple[Any, Any]:
+        """A scalar to differentiate, and what is returned beside it."""
+        if self.scalar == "itself":
+            return jax.tree.leaves(result)[0], None
+        if self.scalar == "first":
+            return result[0], result[1:]
+        return sum(_mean_square(y) for y in jax.tree.leaves(result) if _is_inexact(y)), None
+
+
+def problem_of(
+    fun: Callable[..., Any],
+    args: tuple[Any, ...],
+    in_axes: Any,
+    target: str | None,
+    wrt: int | Sequence[int] | None,
+) -> Problem:
+    """The problem of a call.
+
+    Raises:
+      ValueError: ``in_axes`` or ``wrt`` do not fit the arguments.
+    """
+    args = jax.tree.map(_struct, tuple(args))
+    traced = trace(fun, in_axes, args, {})
+    axes = flat_axes(in_axes, args)
+    leaves = jax.tree.leaves(args)
+    chosen = _chosen(args, axes, leaves, wrt)
+    first = len(traced.program.inputs) - len(leaves)
+    return Problem(
+        fun=fun,
+        args=args,
+        in_axes=in_axes,
+        target=target,
+        traced=traced,
+        wrt=tuple(first + i for i in chosen),
+        leaves=chosen,
+        scalar=_scalar(traced),
+    )
+
+
+def _struct(leaf: Any) -> Any:
+    shaped = jax.eval_shape(lambda x: x, leaf)
+    return jax.ShapeDtypeStruct(shaped.shape, shaped.dtype)
+
+
+def _chosen(
+    args: tuple[Any, ...],
+    axes: Sequence[int | None],
+    leaves: Sequence[Any],
+    wrt: int | Sequence[int] | None,
+) -> tuple[int, ...]:
+    owners = [path[0].idx for path, _ in jax.tree_util.tree_leaves_with_path(args)]
+    if wrt is None:
+        allowed = [i for i, axis in enumerate(axes) if axis is None]
+    else:
+        numbers = (wrt,) if isinstance(wrt, int) else tuple(wrt)
+        for number in numbers:
+            if isinstance(number, bool) or not isinstance(number, int):
+                raise ValueError(f"wrt={wrt!r} must be numbers of positional arguments.")
+            if not -len(args) <= number < len(args):
+                raise ValueError(
+                    f"wrt={wrt!r}: there is no argument {number} among {len(args)}; count from 0."
+                )
+        positions = {number % len(args) for number in numbers}
+        allowed = [i for i, owner in enumerate(owners) if owner in positions]
+    chosen = tuple(i for i in allowed if _is_inexact(leaves[i]))
+    if not chosen:
+        raise ValueError(
+            f"wrt={wrt!r}: there is no floating-point array to differentiate by; name the "
+            "arguments that hold the parameters."
+        )
+    return chosen
+
+
+def _scalar(traced: Traced) -> str:
+    program = traced.program
+    avals = [program.aval(v) for v in program.outputs]
+    if len(avals) == 1 and _is_number(avals[0]):
+        return "itself"
+    tree = traced.out_tree
+    if len(avals) > 1 and _is_number(avals[0]):
+        result = jax.tree.unflatten(tree, list(range(len(avals))))
+        if isinstance(result, tuple) and result[0] == 0:
+            return "first"
+    if not any(map(_is_inexact, avals)):
+        raise ValueError("fun has no floating-point output, so there is no gradient to plan for.")
+    return "squares"
+
+
+def _is_number(aval: Any) -> bool:
+    return aval.shape == () and _is_inexact(aval)
+
+
+def _is_inexact(leaf: Any) -> bool:
+    return jnp.issubdtype(leaf.dtype, jnp.inexact)
+
+
+def _mean_square(y: Any) -> Any:
+    wide = jnp.promote_types(jnp.float32, jnp.abs(y).dtype)
+    return jnp.mean(jnp.square(jnp.abs(y).astype(wide)))

@@ -1,0 +1,98 @@
+"""2PS and OverL: row loops whose steps are differentiated one by one, in reverse."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Collection, Sequence
+
+from lrjax.autodiff import RowProgram
+from lrjax.engine import accumulator_dtype
+from lrjax.graph import size_bytes
+from lrjax.planner.adjoint import Adjoint
+from lrjax.planner.compilers import compiled
+from lrjax.planner.liveness import Liveness, bytes_beside
+from lrjax.planner.loops import kernels_read, line_bytes, program_liveness, row_bytes, step_of
+from lrjax.planner.whole import values
+from lrjax.rowloop import RowLoop
+
+
+@dataclasses.dataclass(frozen=True)
+class DifferentiatedBytes:
+    """Bytes saved for the backward pass, and the most in the course of each pass."""
+
+    saved: float
+    forward: float
+    backward: float
+
+
+def differentiated_bytes(
+    rows: RowProgram, axes: Sequence[int | None], wrt: Sequence[int], target: str
+) -> DifferentiatedBytes:
+    """What a differentiable row program takes.
+
+    Args:
+      rows: the forward program.
+      axes: row axis of every input.
+      wrt: inputs that are differentiated.
+      target: the device.
+    """
+    program, avals = rows.graph.program, rows.graph.program.avals
+    own = set(program.inputs)
+    moving = {program.inputs[i] for i in wrt}
+    for node in rows.graph.nodes:
+        if not moving.isdisjoint(values(node.equation.inputs)):
+            moving.update(node.equation.outputs)
+    params = {program.inputs[i] for i in wrt if axes[i] is None}
+    held = set(values(program.outputs)) - own
+    lines, most = 0.0, 0.0
+    for loop in filter(None, rows.loops):
+        lines += loop.steps * line_bytes(loop)
+        held |= {v for v in (*loop.arrays, *loop.wholes) if v not in own}
+        moved = {v for v in loop.arrays if v in moving}
+        cotangents = sum(size_bytes(avals[v]) for v in moved.union(loop.row_outputs))
+        around = lines + sum(size_bytes(avals[v]) for v in held) + cotangents
+        inner = _weight_bytes(loop, moving, params) + _step_bytes(loop, moving, target)
+        most = max(most, around + line_bytes(loop) + inner)
+    saved = lines + sum(size_bytes(avals[v]) for v in held)
+    forward = program_liveness(rows, own, target).peak() + lines
+    return DifferentiatedBytes(saved, forward, most)
+
+
+def _weight_bytes(loop: RowLoop, moving: Collection[int], params: Collection[int]) -> float:
+    """Accumulators, and copies of kernels for the forward and for the input's gradient."""
+    avals = loop.graph.program.avals
+    wholes = [v for v in loop.wholes if v in moving]
+    hosts = {v: float(size_bytes(avals[v])) for v in params}
+    sizes = []
+    for v in wholes:
+        wide = float(avals[v].size * accumulator_dtype(avals[v].dtype).itemsize)
+        if v in params and wide == size_bytes(avals[v]):
+            del hosts[v]  # accumulated in its place
+        else:
+            sizes.append(wide)
+    for v in kernels_read(loop):
+        sizes += [float(size_bytes(avals[v]))] * (1 + (v in params))
+    return bytes_beside(sizes, hosts.values())
+
+
+def _step_bytes(loop: RowLoop, moving: Collection[int], target: str) -> float:
+    """Most bytes alive in one step: forward, then its adjoint."""
+    avals = loop.graph.program.avals
+    step = step_of(loop)
+    size = step.size
+    still = {v for v in loop.wholes if v not in moving}
+    adjoint = Adjoint(size, {*moving, *step.older.values()} - still, step.fresh)
+    given = [adjoint.seed(v) for v in loop.row_outputs]
+    sums = [v for n in loop.nodes if n.is_reduction for v in n.equation.outputs]
+    for v in (*step.older.values(), *sums):
+        adjoint.seed(v, size=0.0)
+    # Contributions to the gradients of line buffers and parameters have sizes of their own; what
+    # they belong to is counted outside the step.
+    outside = {line: row_bytes(loop.graph, v) * loop.line_rows(v) for v, line in step.older.items()}
+    outside |= {v: float(size_bytes(avals[v])) for v in loop.wholes if v in moving}
+    size.update(outside)
+    adjoint.reverse(step.operations)
+    lines = {p for line in step.older.values() for p in adjoint.pieces.get(line, [])}
+    size.update(dict.fromkeys(outside, 0.0))
+    operations = compiled((*step.operations, *adjoint.operations), size, adjoint.next, target)
+    return Liveness(operations, size, before=frozenset(given), after=frozenset(lines)).peak()

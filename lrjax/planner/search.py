@@ -1,0 +1,285 @@
+"""The fastest plan whose predicted peak is within a limit: dynamic programming over the cuts.
+
+A label at a cut is what has been chosen from the input up to it: the bytes that those segments hold
+until their backward passes, and a score, their operations. A segment fits where fixed bytes, what
+the segments before it hold, and the most that is alive in its own passes are within the limit; what
+follows it does not matter, because its own passes enclose theirs. Of two labels at a cut, one that
+neither holds less nor scores lower is dropped.
+
+Labels are taken up in the order of their score plus a lower bound of what is to come (every
+operation once: column), so the first to reach the end is the best. Costs are asked for only when a
+label is taken up, and only where cheap lower bounds leave hope.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import heapq
+import itertools
+import math
+
+from lrjax.planner.candidates import Candidates, Span
+from lrjax.planner.choice import Choice
+
+# Of equal operations, the simpler: fractions of a segment's operations, for a row loop, for every
+# doubling of its blocks, and for doing operations again. Too small to outweigh real operations.
+_LOOP, _DOUBLING, _AGAIN = 2e-4, 1e-4, 1e-4
+COLUMN = Choice("column")
+STRATEGIES = ("column", "checkpoint", "stream", "2ps", "overl", "checkpoint*", "stream*")
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """One segment of a plan under construction, between two bounds by their numbers."""
+
+    start: int
+    stop: int
+    choice: Choice
+
+    @property
+    def strategy(self) -> str:
+        """As ``STRATEGIES`` names it."""
+        return self.choice.strategy + ("*" if self.choice.micro_batches > 1 else "")
+
+    @property
+    def shape(self) -> tuple[int, int, str]:
+        """What corrections are kept by: the span and its strategy, whatever the blocks."""
+        return self.start, self.stop, self.strategy
+
+
+@dataclasses.dataclass(frozen=True)
+class Found:
+    """A plan as the search sees it."""
+
+    steps: tuple[Step, ...]
+    score: float
+
+
+class Model:
+    """The cost model with what compilations have taught about it.
+
+    Attributes:
+      candidates: spans and their costs.
+      fixed_bytes: arguments and gradients.
+      factors: per shape of a step, factors of the bytes of its forward and backward pass.
+    """
+
+    def __init__(self, candidates: Candidates, fixed_bytes: float):
+        self.candidates = candidates
+        self.fixed_bytes = fixed_bytes
+        self.factors: dict[tuple[int, int, str], tuple[float, float]] = {}
+
+    def own_bytes(self, step: Step) -> tuple[float, float]:
+        """Bytes of a step's forward and backward pass, corrected."""
+        cost = self.candidates.cost(step.start, step.stop, step.choice)
+        forward, backward = self.factors.get(step.shape, (1.0, 1.0))
+        return cost.forward_bytes * forward, cost.backward_bytes * backward
+
+    def passes(self, found: Found) -> list[tuple[Step, int, float, float]]:
+        """Step, pass, bytes held before, own bytes: of every pass, as predicted."""
+        result, held = [], self.fixed_bytes
+        for step in found.steps:
+            for i, own in enumerate(self.own_bytes(step)):
+                result.append((step, i, held, own))
+            held += self.candidates.cost(step.start, step.stop, step.choice).saved_bytes
+        return result
+
+    def peak_bytes(self, found: Found) -> float:
+        return max(held + own for _, _, held, own in self.passes(found))
+
+    def learn(self, found: Found, peak: float) -> None:
+        """Correct the passes that the verified peak contradicts.
+
+        The pass of the predicted peak answers for what was missing; every pass whose prediction
+        was above the peak is brought down to it.
+        """
+        passes = self.passes(found)
+        top = max(passes, key=lambda entry: entry[2] + entry[3])
+        for entry in passes:
+            step, i, held, own = entry
+            if own <= 0 or (held + own <= peak and entry is not top):
+                continue
+            factors = list(self.factors.get(step.shape, (1.0, 1.0)))
+            factors[i] *= max(peak - held, 0.05 * own) / own
+            self.factors[step.shape] = (factors[0], factors[1])
+
+    def score(self, steps: tuple[Step, ...]) -> float:
+        """What the search minimises."""
+        return sum(
+            self.candidates.cost(s.start, s.stop, s.choice).operations * (1 + penalty(s.choice))
+            for s in steps
+        )
+
+    @functools.cached_property
+    def column_ahead(self) -> list[float]:
+        """Operations of everything behind each bound, done once."""
+        ahead = [0.0]
+        for k in reversed(range(self.candidates.last)):
+            ahead.append(ahead[-1] + self.candidates.cost(k, k + 1, COLUMN).operations)
+        return ahead[::-1]
+
+    @functools.cached_property
+    def column_held(self) -> list[float]:
+        """Bytes that column holds of everything before each bound."""
+        saved = (
+            self.candidates.cost(k, k + 1, COLUMN).saved_bytes for k in range(self.candidates.last)
+        )
+        return list(itertools.accumulate(saved, initial=0.0))
+
+    def least_operations(self, start: int, stop: int, strategy: str) -> float:
+        """Operations of a span that no cost lies below, without asking for the cost."""
+        once = self.column_ahead[start] - self.column_ahead[stop]
+        span = self.candidates.span(start, stop)
+        if strategy == "column" or (strategy == "stream" and span.is_scalar):
+            return once
+        # What stream holds between stages need not be done again.
+        return once + (0.9 if strategy.startswith("stream") else 1.0) * span.flops
+
+    def least_bytes(self, start: int, stop: int, strategy: str) -> float:
+        """Own bytes of a span that no cost lies far below, without asking for the cost."""
+        span = self.candidates.span(start, stop)
+        if strategy == "checkpoint*":
+            return span.output_bytes + span.moving_bytes
+        if strategy in ("column", "checkpoint"):
+            kept = self.column_held[stop] - self.column_held[start]
+            return max(span.output_bytes, 0.9 * kept)
+        return span.output_bytes + span.moving_bytes
+
+
+def penalty(choice: Choice) -> float:
+    """What a choice costs beyond its operations, as a fraction of them."""
+    if choice.strategy == "column":
+        return 0.0
+    if choice.strategy == "checkpoint":
+        return _AGAIN
+    return _LOOP + _DOUBLING * math.log2(choice.num_blocks * choice.micro_batches)
+
+
+@dataclasses.dataclass(frozen=True)
+class Limits:
+    """What a search may use.
+
+    Attributes:
+      budget: bytes, for steps that a compilation has corrected.
+      hoped: bytes, for steps whose prediction has not been tried; at least the budget.
+      below: scores of interest are lower than this.
+      strategies: to choose from; those with a star run a part of the batch at a time.
+    """
+
+    budget: float
+    hoped: float
+    below: float = math.inf
+    strategies: tuple[str, ...] = STRATEGIES
+
+
+def search(model: Model, limits: Limits) -> Found | None:
+    """The plan of the lowest score within the limits, or None."""
+    return _Search(model, limits).run()
+
+
+class _Search:
+    def __init__(self, model: Model, limits: Limits):
+        self.model, self.limits = model, limits
+        self.candidates = model.candidates
+        self.settled: list[list[tuple[float, float]]] = [[] for _ in self.candidates.bounds]
+        self.count = itertools.count()
+        self.queue: list[tuple] = []  # type: ignore[type-arg]
+
+    def run(self) -> Found | None:
+        self.push(0, 0.0, 0.0, (), None)
+        while self.queue:
+            _, _, node, held, score, steps, strategy = heapq.heappop(self.queue)
+            if strategy is not None:
+                self.try_step(node, held, score, steps, strategy)
+                continue
+            if self.is_dominated(node, held, score):
+                continue
+            self.settled[node].append((held, score))
+            if node == self.candidates.last:
+                return Found(steps, score)
+            self.extend(node, held, score, steps)
+        return None
+
+    def push(
+        self,
+        node: int,
+        held: float,
+        score: float,
+        steps: tuple[Step, ...],
+        strategy: tuple[int, str] | None,
+    ) -> None:
+        """Queue a label, or with ``strategy`` a step from it to another bound."""
+        if strategy is None:
+            promise = score + self.model.column_ahead[node]
+        else:
+            stop, name = strategy
+            promise = score + self.model.least_operations(node, stop, name)
+            promise += self.model.column_ahead[stop]
+        if promise < self.limits.below:
+            entry = (promise, next(self.count), node, held, score, steps, strategy)
+            heapq.heappush(self.queue, entry)
+
+    def is_dominated(self, node: int, held: float, score: float) -> bool:
+        return any(h <= held and s <= score for h, s in self.settled[node])
+
+    def extend(self, node: int, held: float, score: float, steps: tuple[Step, ...]) -> None:
+        before = steps[-1].choice.strategy if steps else None
+        for stop in reversed(range(node + 1, self.candidates.last + 1)):
+            for strategy in self.limits.strategies:
+                # Two segments by whole maps behind each other are one.
+                if strategy == before == "column":
+                    continue
+                least = self.model.least_bytes(node, stop, strategy)
+                if self.model.fixed_bytes + held + least <= self.limits.hoped:
+                    self.push(node, held, score, steps, (stop, strategy))
+
+    def try_step(
+        self,
+        node: int,
+        held: float,
+        score: float,
+        steps: tuple[Step, ...],
+        strategy: tuple[int, str],
+    ) -> None:
+        """Take a step from a label, in as few blocks as fit."""
+        stop, name = strategy
+        step = self.fewest_blocks(node, stop, name, held)
+        if step is None:
+            return
+        cost = self.candidates.cost(node, stop, step.choice)
+        score += cost.operations * (1 + penalty(step.choice))
+        held += cost.saved_bytes
+        if not self.is_dominated(stop, held, score):
+            self.push(stop, held, score, (*steps, step), None)
+
+    def fewest_blocks(self, start: int, stop: int, name: str, held: float) -> Step | None:
+        choices = step_choices(self.candidates.span(start, stop), name)
+        steps = [Step(start, stop, choice) for choice in choices]
+        # More blocks take less memory, up to some number: the most are judged first.
+        if not steps or not self.fits(steps[-1], held):
+            return None
+        low, high = 0, len(steps) - 1
+        while low < high:
+            middle = (low + high) // 2
+            low, high = (low, middle) if self.fits(steps[middle], held) else (middle + 1, high)
+        return steps[high]
+
+    def fits(self, step: Step, held: float) -> bool:
+        limits = self.limits
+        limit = limits.budget if step.shape in self.model.factors else limits.hoped
+        return self.model.fixed_bytes + held + max(self.model.own_bytes(step)) <= limit
+
+
+def step_choices(span: Span, strategy: str) -> list[Choice]:
+    """The choices of one strategy for a span, from much memory to little."""
+    if strategy in ("column", "checkpoint"):
+        return [Choice(strategy)]
+    if not strategy.endswith("*"):
+        return [Choice(strategy, count) for count in span.block_counts(strategy)]
+    if span.batch == 1:
+        return []
+    if strategy == "checkpoint*":
+        parts = [n for n in range(2, span.batch + 1) if span.batch % n == 0]
+        return [Choice("checkpoint", 1, n) for n in parts]
+    return [Choice("stream", count, span.batch) for count in span.block_counts("stream")]

@@ -1,0 +1,60 @@
+"""Curves of memory against operations."""
+
+import json
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from networks import arguments, logits, structs
+
+import lrjax
+from lrjax.planner.frontier import accumulated, budgets
+from lrjax.planner.problem import problem_of
+
+
+@pytest.fixture(scope="module")
+def curve():
+    args = structs(256, 32, batch=2, dtype=np.float32)
+    return lrjax.frontier(logits, *args, in_axes=(None, 1), target="cpu", steps=3)
+
+
+def test_every_method_is_on_the_curve(curve):
+    methods = list(dict.fromkeys(point.method for point in curve.points))
+    assert methods == ["column", "checkpoint", "accumulation", "lrjax"]
+    own = curve.of("lrjax")
+    assert len(own) == 3
+    assert own[0].plan.is_column
+    assert own[0].peak_bytes == curve.points[0].peak_bytes
+    assert [p.peak_bytes for p in own] == sorted((p.peak_bytes for p in own), reverse=True)
+    assert [p.operations for p in own] == sorted(p.operations for p in own)
+    assert all(p.peak_bytes <= p.budget_bytes for p in own)
+    assert own[-1].peak_bytes < own[0].peak_bytes
+
+
+def test_it_prints_and_draws(curve, tmp_path):
+    lines = str(curve).splitlines()
+    assert len(lines) == 1 + len(curve.points)
+    assert lines[1].startswith("column")
+    told = json.loads(curve.to_json())
+    assert [p["peak_bytes"] for p in told["points"]] == [p.peak_bytes for p in curve.points]
+    curve.save_png(tmp_path / "curve.png", "a network")
+    assert (tmp_path / "curve.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_accumulated_gradients_are_the_gradients(x64):
+    args = arguments(16, 8, batch=4)
+    problem = problem_of(lambda p, x: jnp.mean(logits(p, x) ** 2), args, (None, 1), "cpu", None)
+    found = accumulated(problem, 4, 2)(*args)
+    expected, _ = problem.gradient(problem.fun)(*args)
+    for one, other in zip(found, expected, strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-10)
+
+
+def test_budgets_fall_in_equal_ratios():
+    assert budgets(800, 100, 4) == [800, 400, 200, 100]
+
+
+@pytest.mark.parametrize("steps", [1, 0, 2.5, True])
+def test_a_curve_needs_two_points(steps):
+    with pytest.raises(ValueError, match="at least 2 points"):
+        lrjax.frontier(logits, *structs(), in_axes=(None, 1), target="cpu", steps=steps)

@@ -1,0 +1,67 @@
+"""Micro-batches around row loops: exact, and offered only where images are independent."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+from networks import arguments, features, plan_by_hand, structs
+
+from lrjax.micro_batches import batch_graph, micro_batches
+from lrjax.planner.choice import Choice
+from lrjax.segments import Cuttable
+from lrjax.testing import assert_same_as_column
+from lrjax.tracing import trace
+
+
+def segment_of(fun, *args, in_axes=(None, 1)):
+    traced = trace(fun, in_axes, args, {})
+    whole = Cuttable.of(traced.program, traced.axes)
+    return whole.between(0, len(whole.operations))
+
+
+@pytest.mark.parametrize("choice", [Choice("stream", 4, 2), Choice("checkpoint", 1, 4)])
+def test_gradients_are_columns(choice, x64):
+    args = arguments(32, 8, batch=4)
+    plan = plan_by_hand(features, structs(32, 8, batch=4), (Choice("column"), choice), (2,))
+    assert_same_as_column(features, args, (None, 1), plan=plan)
+
+
+def normalised(params, image):
+    image = image @ params
+    return image - image.mean(axis=(0, 1, 2))
+
+
+def normalised_by_image(params, image):
+    return (image @ params) - image.mean(axis=(1, 2), keepdims=True)
+
+
+def flipped(params, image):
+    return (image @ params)[::-1]
+
+
+def merged(params, image):
+    return (image @ params).reshape(2, 8, 4, 4).reshape(4, 8, 2, 4)
+
+
+@pytest.mark.parametrize(
+    ("fun", "is_independent"),
+    [
+        (lambda p, x: jnp.tanh(x @ p), True),
+        (normalised_by_image, True),
+        (normalised, False),
+        (flipped, False),
+        (merged, False),
+        (lambda p, x: (x @ p).sum(), False),
+        (lambda p, x: x @ p + jnp.arange(2.0)[:, None, None, None], False),
+    ],
+)
+def test_independence_is_read_off_the_program(fun, is_independent):
+    args = jnp.ones((4, 4)), jnp.ones((2, 8, 4, 4))
+    assert (batch_graph(segment_of(fun, *args)) is not None) == is_independent
+
+
+def test_what_cannot_be_divided_is_refused():
+    args = jax.tree.map(jnp.asarray, arguments(8, 8, batch=3))
+    with pytest.raises(ValueError, match="micro_batches=2 does not divide the batch of 3"):
+        micro_batches(segment_of(features, *args), 2)
+    with pytest.raises(ValueError, match="depend on each other"):
+        micro_batches(segment_of(normalised, jnp.ones((4, 4)), jnp.ones((2, 8, 4, 4))), 2)

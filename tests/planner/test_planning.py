@@ -1,0 +1,210 @@
+"""Budgets in, plans out: searched, compiled for this CPU, and refused where they must be."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+from networks import arguments, features, logits, structs
+
+import lrjax
+from lrjax import memory
+from lrjax.planner.budget import parse_budget
+from lrjax.planner.candidates import MOST_CUTS, Candidates
+from lrjax.planner.problem import problem_of
+from lrjax.planner.proof import Prover
+from lrjax.planner.search import Limits, search
+from lrjax.testing import assert_same_as_column
+
+MIB = 2**20
+ARGS = structs(512, 64)
+
+
+def plan_for(budget, fun=logits, args=ARGS, **options):
+    return lrjax.plan(fun, *args, in_axes=(None, 1), budget=budget, target="cpu", **options)
+
+
+def peak_of(fun, args):
+    def loss(params, images):
+        return jnp.mean(jnp.square(fun(params, images)))
+
+    return memory.peak_bytes(memory.compile_for(jax.grad(loss), *args, target="cpu"))
+
+
+@pytest.fixture(scope="module")
+def column_peak():
+    return peak_of(logits, ARGS)
+
+
+def test_at_columns_own_peak_the_plan_is_column(column_peak):
+    plan = plan_for(column_peak)
+    assert plan.is_column
+    assert plan.verified_peak_bytes == column_peak
+    assert plan.operations == 1
+
+
+def test_less_memory_costs_more_operations_and_fits(column_peak):
+    seen = []
+    plans = [plan_for(int(column_peak * part), on_progress=seen.append) for part in (0.6, 1.0)]
+    for plan in plans:
+        by_rows = lrjax.rowwise(logits, in_axes=(None, 1), plan=plan)
+        assert peak_of(by_rows, ARGS) == plan.verified_peak_bytes <= plan.budget_bytes
+    operations = [plan.operations for plan in plans]
+    assert operations == sorted(operations, reverse=True)
+    assert operations[0] > 1
+    assert not plans[0].is_column
+    counts = [progress.compilations for progress in seen]
+    assert counts == sorted(counts)
+    assert seen[0].verified_bytes is None
+    assert seen[-1].verified_bytes > 0
+
+
+def test_a_searched_plan_computes_what_column_does(column_peak, x64):
+    args = arguments(128, 32)
+    peak = peak_of(features, args)
+    plan = plan_for(int(0.6 * peak), features, args)
+    assert not plan.is_column
+    assert_same_as_column(features, args, (None, 1), plan=plan)
+
+
+def test_too_small_a_budget_names_the_smallest_that_works():
+    floor = problem_of(logits, ARGS, (None, 1), "cpu", None).fixed_bytes
+    with pytest.raises(lrjax.BudgetTooSmallError, match="arguments and gradients alone take"):
+        plan_for(floor)
+    with pytest.raises(lrjax.BudgetTooSmallError, match="smallest budget that works") as error:
+        plan_for(floor + 4096)
+    smallest = error.value.smallest_bytes
+    assert plan_for(smallest).verified_peak_bytes <= smallest
+
+
+# --- The search alone ----------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def prover():
+    return Prover(problem_of(logits, ARGS, (None, 1), "cpu", None))
+
+
+def found_by(prover, budget, **options):
+    return search(prover.model, Limits(budget, budget, **options))
+
+
+def test_predicted_peaks_keep_the_limit_and_scores_fall(prover):
+    column = prover.model.peak_bytes(prover.column)
+    scores = []
+    for part in (0.35, 0.5, 0.7, 0.9, 1.0):
+        found = found_by(prover, part * column)
+        assert prover.model.peak_bytes(found) <= part * column
+        assert found.score == pytest.approx(prover.model.score(found.steps))
+        scores.append(found.score)
+    assert scores == sorted(scores, reverse=True)
+    assert found.steps == prover.column.steps
+
+
+def test_the_search_is_exact_for_two_strategies(prover):
+    """Against every way to cut and choose: by whole maps, kept or computed again."""
+    model, last = prover.model, prover.model.candidates.last
+    strategies = ("column", "checkpoint")
+    every = [()]
+    complete = []
+    while every:
+        steps = every.pop()
+        at = steps[-1].stop if steps else 0
+        if at == last:
+            complete.append(steps)
+            continue
+        for stop in range(at + 1, last + 1):
+            for strategy in strategies:
+                if not (steps and strategy == steps[-1].choice.strategy == "column"):
+                    every.append((*steps, _step(at, stop, strategy)))
+    column = model.peak_bytes(prover.column)
+    for part in (0.6, 0.75, 0.9):
+        fitting = [s for s in complete if _peak(model, s) <= part * column]
+        found = found_by(prover, part * column, strategies=strategies)
+        best = min(map(model.score, fitting), default=None)
+        assert (found and found.score) == (best and pytest.approx(best))
+
+
+def _step(start, stop, strategy):
+    from lrjax.planner.choice import Choice
+    from lrjax.planner.search import Step
+
+    return Step(start, stop, Choice(strategy))
+
+
+def _peak(model, steps):
+    from lrjax.planner.search import Found
+
+    return model.peak_bytes(Found(steps, 0.0))
+
+
+def test_a_correction_holds_for_its_plan_alone():
+    prover = Prover(problem_of(logits, ARGS, (None, 1), "cpu", None))
+    model = prover.model
+    budget = 0.5 * model.peak_bytes(prover.column)
+    found = found_by(prover, budget)
+    before = model.peak_bytes(prover.column)
+    model.learn(found, 2 * budget)
+    assert model.peak_bytes(found) == pytest.approx(2 * budget)
+    assert model.peak_bytes(prover.column) == before
+    other = found_by(prover, budget)
+    assert other is None or other.steps != found.steps
+
+
+def test_cuts_are_few_and_where_one_map_crosses():
+    def residual(params, image):
+        for _ in range(40):
+            image = image + jnp.tanh(jnp.tanh(image @ params) @ params.T)
+        return image
+
+    args = jax.ShapeDtypeStruct((4, 64), "float32"), jax.ShapeDtypeStruct((1, 32, 4), "float32")
+    traced = problem_of(residual, args, (None, 1), "cpu", None).traced
+    candidates = Candidates(traced.program, traced.axes, [0], "cpu")
+    assert len(candidates.bounds) - 2 == MOST_CUTS
+    _, crossing = candidates._crossing()
+    assert {crossing[bound] for bound in candidates.bounds[2:-1]} == {1}
+
+
+# --- Bad input -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("budget", "expected"),
+    [("8GiB", 8 * 2**30), ("500MB", 500_000_000), (" 1.5 KiB", 1536), (12345, 12345)],
+)
+def test_budgets(budget, expected):
+    assert parse_budget(budget, "cpu") == expected
+
+
+def test_a_fraction_is_of_the_targets_memory():
+    assert parse_budget(0.5, "h200") == memory.TARGETS["h200"].memory_bytes // 2
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"budget": "8GB/s"}, "no number with a unit"),
+        ({"budget": "8 gigs"}, "no unit 'gigs'; units are B, KiB"),
+        ({"budget": "8"}, "no number with a unit"),
+        ({"budget": 0}, "more than nothing"),
+        ({"budget": -1.0}, "more than nothing"),
+        ({"budget": "0GiB"}, "more than nothing"),
+        ({"budget": 1.5}, "fraction above 1"),
+        ({"budget": True}, "no amount of memory"),
+        ({"budget": None}, "no amount of memory"),
+        ({"wrt": 2}, "no argument 2 among 2"),
+        ({"wrt": "params"}, "must be numbers"),
+        ({"objective": "beauty"}, "objective='beauty'"),
+        ({"target": "h2000"}, "Did you mean"),
+    ],
+)
+def test_bad_input_is_refused_before_anything_is_compiled(options, message):
+    call = {"in_axes": (None, 1), "budget": "1GiB", "target": "cpu"} | options
+    with pytest.raises(ValueError, match=message):
+        lrjax.plan(
+            logits, *ARGS, **call, on_progress=lambda progress: pytest.fail("it was compiled")
+        )
+
+
+def test_arguments_without_parameters_are_refused():
+    images = jax.ShapeDtypeStruct((1, 16, 16, 3), "uint8")
+    with pytest.raises(ValueError, match="no floating-point array to differentiate by"):
+        lrjax.plan(lambda x: x * 1.0, images, in_axes=1, budget="1GiB", target="cpu")
