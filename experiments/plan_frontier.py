@@ -13,7 +13,6 @@ curves go to ``.png``.
 """
 
 import argparse
-import json
 import os
 import time
 from collections.abc import Callable
@@ -136,10 +135,7 @@ def main() -> None:
         print(curve, flush=True)
         if options.no_write or options.target != "h200":
             continue
-        known = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
-        version = report.versions()["jax"]
-        curves = known.get(version, {}).get("curves", {}) | {case: found}
-        results = report.merge(RESULTS, version, {"curves": curves})
+        results = report.merge(RESULTS, report.versions()["jax"], {"curves": {case: found}})
         RESULTS.with_suffix(".md").write_text(tables(results) + "\n")
         if case in PICTURES:
             curve.save_png(PICTURES[case], f"{case}, bfloat16")

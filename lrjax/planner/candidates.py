@@ -26,7 +26,7 @@ from lrjax.planner.cost import SegmentCost, segment_cost
 from lrjax.planner.operations import OperationCounts
 from lrjax.segments import Cuttable, Segment
 
-MOST_CUTS = 24
+MOST_CUTS = 18
 # Rows of a step, at the least: below, launching kernels costs more than what they compute.
 LEAST_ROWS = 8
 FEWEST_BLOCKS = 4
@@ -162,7 +162,8 @@ class Candidates:
             forward = max(forward, saved + kept.forward_bytes)
             backward = max(backward, saved + kept.backward_bytes)
             saved += kept.saved_bytes + (self._saved_between(k) if k > start else 0.0)
-        if choice.strategy == "column":
+        # XLA:CPU keeps what should be done again (see ``cost``).
+        if choice.strategy == "column" or self.target == "cpu":
             return SegmentCost(0.0, saved, forward, backward)
         again = [self.cost(k, k + 1, choice) for k in range(start, stop)]
         pairs = itertools.pairwise(again)

@@ -83,7 +83,7 @@ class _Largest:
         self.limits = Limits(math.inf, math.inf, strategies=METHODS[method])
         self.least: dict[int, Found] = {}
         self.fitting: dict[int, tuple[Prover, Found]] = {}
-        self.too_large = math.inf
+        self.too_large = (_MOST_STEPS + 1) * question.step
 
     def prover(self, size: int) -> Prover:
         if size not in self.provers:

@@ -4,7 +4,7 @@ A label at a cut is what has been chosen from the input up to it: the bytes that
 until their backward passes, and a score, their operations. A segment fits where fixed bytes, what
 the segments before it hold, and the most that is alive in its own passes are within the limit; what
 follows it does not matter, because its own passes enclose theirs. Of two labels at a cut, one that
-neither holds less nor scores lower is dropped.
+neither holds less nor scores lower (by more than a trifle) is dropped.
 
 Labels are taken up in the order of their score plus a lower bound of what is to come (every
 operation once: column), so the first to reach the end is the best. Costs are asked for only when a
@@ -25,6 +25,8 @@ from lrjax.planner.choice import Choice
 # Of equal operations, the simpler: fractions of a segment's operations, for a row loop, for every
 # doubling of its blocks, and for doing operations again. Too small to outweigh real operations.
 _LOOP, _DOUBLING, _AGAIN = 2e-4, 1e-4, 1e-4
+# Labels that hold about as much for about as many operations are one.
+_ALIKE_BYTES, _ALIKE_SCORE = 1.002, 1.0005
 COLUMN = Choice("column")
 STRATEGIES = ("column", "checkpoint", "stream", "2ps", "overl", "checkpoint*", "stream*")
 
@@ -63,12 +65,14 @@ class Model:
       candidates: spans and their costs.
       fixed_bytes: arguments and gradients.
       factors: per shape of a step, factors of the bytes of its forward and backward pass.
+      tried: steps that were compiled with the pass of the peak in them.
     """
 
     def __init__(self, candidates: Candidates, fixed_bytes: float):
         self.candidates = candidates
         self.fixed_bytes = fixed_bytes
         self.factors: dict[tuple[int, int, str], tuple[float, float]] = {}
+        self.tried: set[Step] = set()
 
     def own_bytes(self, step: Step) -> tuple[float, float]:
         """Bytes of a step's forward and backward pass, corrected."""
@@ -96,6 +100,7 @@ class Model:
         """
         passes = self.passes(found)
         top = max(passes, key=lambda entry: entry[2] + entry[3])
+        self.tried.add(top[0])
         for entry in passes:
             step, i, held, own = entry
             if own <= 0 or (held + own <= peak and entry is not top):
@@ -161,7 +166,7 @@ class Limits:
     """What a search may use.
 
     Attributes:
-      budget: bytes, for steps that a compilation has corrected.
+      budget: bytes, for steps that held the peak of a plan that was compiled.
       hoped: bytes, for steps whose prediction has not been tried; at least the budget.
       below: scores of interest are lower than this.
       strategies: to choose from; those with a star run a part of the batch at a time.
@@ -221,7 +226,9 @@ class _Search:
             heapq.heappush(self.queue, entry)
 
     def is_dominated(self, node: int, held: float, score: float) -> bool:
-        return any(h <= held and s <= score for h, s in self.settled[node])
+        return any(
+            h <= held * _ALIKE_BYTES and s <= score * _ALIKE_SCORE for h, s in self.settled[node]
+        )
 
     def extend(self, node: int, held: float, score: float, steps: tuple[Step, ...]) -> None:
         before = steps[-1].choice.strategy if steps else None
@@ -254,6 +261,11 @@ class _Search:
             self.push(stop, held, score, (*steps, step), None)
 
     def fewest_blocks(self, start: int, stop: int, name: str, held: float) -> Step | None:
+        # The paper's orders do the same operations again; they are asked where stream is too large.
+        if name in ("2ps", "overl") and "stream" in self.limits.strategies:
+            streamed = step_choices(self.candidates.span(start, stop), "stream")
+            if streamed and self.fits(Step(start, stop, streamed[-1]), held):
+                return None
         choices = step_choices(self.candidates.span(start, stop), name)
         steps = [Step(start, stop, choice) for choice in choices]
         # More blocks take less memory, up to some number: the most are judged first.
@@ -267,7 +279,7 @@ class _Search:
 
     def fits(self, step: Step, held: float) -> bool:
         limits = self.limits
-        limit = limits.budget if step.shape in self.model.factors else limits.hoped
+        limit = limits.budget if step in self.model.tried else limits.hoped
         return self.model.fixed_bytes + held + max(self.model.own_bytes(step)) <= limit
 
 

@@ -23,7 +23,7 @@ def convolve(image, kernel):
 
 
 def features(params, image):
-    """Four convolutions, a pool behind every second."""
+    """Convolutions, a pool behind every second."""
     for i, kernel in enumerate(params):
         image = jax.nn.relu(convolve(image, kernel))
         if i % 2:
@@ -35,9 +35,9 @@ def logits(params, image):
     return features(params, image).mean(axis=(1, 2))
 
 
-def arguments(height=64, width=16, batch=1, dtype=np.float64):
+def arguments(height=64, width=16, batch=1, dtype=np.float64, convolutions=4):
     generator = np.random.default_rng(0)
-    sizes = zip((3, *CHANNELS), CHANNELS, strict=False)
+    sizes = list(zip((3, *CHANNELS), CHANNELS, strict=False))[:convolutions]
     params = [generator.standard_normal((3, 3, a, b)).astype(dtype) / 6 for a, b in sizes]
     return params, generator.standard_normal((batch, height, width, 3)).astype(dtype)
 

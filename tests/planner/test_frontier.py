@@ -14,7 +14,7 @@ from lrjax.planner.problem import problem_of
 
 @pytest.fixture(scope="module")
 def curve():
-    args = structs(256, 32, batch=2, dtype=np.float32)
+    args = structs(128, 32, batch=2, dtype=np.float32, convolutions=2)
     return lrjax.frontier(logits, *args, in_axes=(None, 1), target="cpu", steps=3)
 
 
@@ -42,7 +42,7 @@ def test_it_prints_and_draws(curve, tmp_path):
 
 
 def test_accumulated_gradients_are_the_gradients(x64):
-    args = arguments(16, 8, batch=4)
+    args = arguments(16, 8, batch=4, convolutions=2)
     problem = problem_of(lambda p, x: jnp.mean(logits(p, x) ** 2), args, (None, 1), "cpu", None)
     found = accumulated(problem, 4, 2)(*args)
     expected, _ = problem.gradient(problem.fun)(*args)

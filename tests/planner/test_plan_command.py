@@ -1,0 +1,52 @@
+"""``lrjax plan``: what it prints and writes, and what it says of bad input."""
+
+import pytest
+from typer.testing import CliRunner
+
+import lrjax
+from lrjax.cli import app
+
+SMALL = ("--model", "vgg16", "--width", "0.03125", "--image", "64x32", "--target", "cpu")
+
+
+def invoke(*arguments):
+    return CliRunner().invoke(app, ["plan", *map(str, arguments)])
+
+
+@pytest.mark.slow
+def test_a_plan_is_printed_and_saved(tmp_path):
+    result = invoke(*SMALL, "--budget", "1GiB", "--save", tmp_path / "plan.json")
+    assert result.exit_code == 0, result.output
+    assert "1.000 x column's operations" in result.output
+    assert lrjax.Plan.load(tmp_path / "plan.json").is_column
+
+
+@pytest.mark.slow
+def test_the_largest_batch_by_every_method():
+    result = invoke(*SMALL, "--maximise", "batch", "--budget", "24MiB")
+    assert result.exit_code == 0, result.output
+    found = dict.fromkeys(("column", "best checkpoint", "lrjax"), 0)
+    for line in result.output.splitlines():
+        cells = [cell.strip() for cell in line.split("│")]
+        if len(cells) > 2 and cells[1] in found:
+            found[cells[1]] = int(cells[2].replace(",", ""))
+    assert found["lrjax"] >= found["best checkpoint"] >= found["column"] > 0
+    assert found["lrjax"] > found["column"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "message"),
+    [
+        (("--budget", "8GX"), 2, "no unit"),
+        (("--budget", "1KiB"), 3, "arguments and gradients"),
+        (("--maximise", "beauty"), 2, "use image or batch"),
+        (("--batch", "0"), 2, "use 1 or more"),
+        (("--image", "big"), 2, "use N or HEIGHTxWIDTH"),
+        (("--dtype", "f33"), 2, "dtype: got 'f33'"),
+        (("--save", "nowhere/plan.json"), 2, "does not exist"),
+    ],
+)
+def test_bad_input(arguments, status, message):
+    result = invoke(*SMALL, *arguments)
+    assert result.exit_code == status, result.output
+    assert message in result.output.replace("\n", " ")
