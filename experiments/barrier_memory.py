@@ -72,13 +72,29 @@ NETWORKS = {
 }
 
 
+# Maps kept whole between segments: all, or, of the others, only those of the group at work.
+CUTS = {
+    "resnet50-frozen/stream-cuts": [
+        *(f"stage1_block{block}" for block in (1, 2, 3)),
+        *(f"stage2_block{block}" for block in (1, 2, 3, 4)),
+    ],
+    "resnet50-frozen/stream-groups": [
+        ("stage1_block1", "stage1_block2"),
+        "stage1_block3",
+        ("stage2_block1", "stage2_block2", "stage2_block3"),
+        "stage2_block4",
+    ],
+    "convnext/stream-cuts": ["stage2_block3", *(f"stage3_block{block}" for block in (3, 6, 9))],
+}
+
+
 @dataclass(frozen=True)
 class Row:
     """One program: a network by a method, and the peak it may take.
 
     ``method`` is ``"column"``, ``"remat"`` (``nn.remat`` around every block), ``"remat-stages"``
     (the same, and of the blocks' outputs only those that end a stage are kept) or ``"stream"`` in
-    ``num_blocks``.
+    ``num_blocks``, also with ``CUTS``.
     """
 
     network: str
@@ -96,8 +112,9 @@ class Row:
         if self.method == "remat-stages":
             policy = jax.checkpoint_policies.save_only_these_names(*_stage_ends(network.model))
             return jax.checkpoint(functools.partial(_with_remat, network), policy=policy)
-        if self.method == "stream":
-            return lrjax.rowwise(network, in_axes=(None, 1), num_blocks=self.num_blocks)
+        if self.num_blocks is not None:
+            cuts = CUTS.get(f"{self.network}/{self.method}", ())
+            return lrjax.rowwise(network, in_axes=(None, 1), num_blocks=self.num_blocks, cuts=cuts)
         return network
 
 
@@ -109,6 +126,8 @@ ROWS = (
     Row("resnet50-frozen", "remat"),
     Row("resnet50-frozen", "remat-stages"),
     Row("resnet50-frozen", "stream", 128, limit_mib=1_400),
+    Row("resnet50-frozen", "stream-cuts", 32),
+    Row("resnet50-frozen", "stream-groups", 32),
     Row("resnet50-frozen-16384", "remat"),
     Row("resnet50-frozen-16384", "remat-stages"),
     Row("resnet50-frozen-16384", "stream", 512),
@@ -122,6 +141,7 @@ ROWS = (
     Row("convnext", "remat"),
     Row("convnext", "remat-stages"),
     Row("convnext", "stream", 128),
+    Row("convnext", "stream-cuts", 128),
     Row("convnext-16384", "remat"),
     Row("convnext-16384", "remat-stages"),
     Row("convnext-16384", "stream", 512),
@@ -208,7 +228,7 @@ def measure(row: Row, target: str) -> dict[str, Any]:
         "compile_cpu_s": round(time.process_time() - start, 1),
         "limit_mib": row.limit_mib,
     }
-    if row.num_blocks is not None:
+    if row.method == "stream" and row.num_blocks is not None:
         ratio, floor = operations_and_floor(network, row.num_blocks)
         result |= {"operations": round(ratio, 3), "floor_mib": round(floor / MIB, 1)}
     return result

@@ -29,7 +29,7 @@ from bench_cpu import compile_program, summarise, time_in_turns
 
 import lrjax
 from experiments import report
-from lrjax.autodiff import stream_programs, traced_program
+from lrjax.autodiff import row_program, stream_programs, traced_graph
 from lrjax.graph import build
 from lrjax.inline import evaluate
 from lrjax.models import UNet
@@ -77,8 +77,8 @@ def operations(method: str, loss: Callable[..., jax.Array], args: Any) -> float:
         found = stream_programs(flat, traced.axes, int(blocks), wrt)
         assert found.backward is None, "two passes"
         return found.forward.graph.operations()
-    rows = traced_program(lambda *xs: evaluate(flat, xs), flat.structs, traced.axes, int(blocks))
-    return rows.graph.operations()
+    graph = traced_graph(lambda *xs: evaluate(flat, xs), flat.structs, traced.axes)
+    return row_program(graph, "stream", int(blocks)).graph.operations()
 
 
 def arguments(model: UNet, size: int) -> tuple[Any, jax.Array, jax.Array]:
