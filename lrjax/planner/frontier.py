@@ -152,18 +152,25 @@ def _curve(
     prover: Prover, limits: Limits, most: int, steps: int, method: str, tell: OnProgress
 ) -> list[Point]:
     least = prover.verified[prover.smallest(limits, tell).steps]
-    points = []
+    every = [
+        dataclasses.replace(limits, budget=budget, hoped=budget)
+        for budget in budgets(most, least, steps)
+    ]
     # From little memory to much: what fits in little is known to fit in more.
-    for budget in reversed(budgets(most, least, steps)):
-        own = dataclasses.replace(limits, budget=budget, hoped=budget)
-        found = prover.fastest(own, MOST_COMPILATIONS, tell)
+    for own in reversed(every):
+        prover.fastest(own, MOST_COMPILATIONS, tell)
+    points = []
+    for own in every:
+        # A plan that failed under one budget may be the fastest under another.
+        found, budget = prover.best_known(own), int(own.budget)
+        assert found is not None
         made = prover.plan(found, budget)
         detail = " + ".join(step.strategy for step in found.steps)
         assert made.verified_peak_bytes is not None
         points.append(
             Point(method, budget, made.verified_peak_bytes, made.operations, detail, made)
         )
-    return points[::-1]
+    return points
 
 
 # --- Gradient accumulation -----------------------------------------------------------------------
