@@ -80,7 +80,7 @@ def draw_timeline(axes: Axes, profile: MemoryProfile) -> None:
     for kind, row in zip(kinds, stacked, strict=True):
         axes.stairs(below + row, edges, baseline=below, fill=True, color=palette.colour(kind), lw=0)
         below = below + row
-    most = max(float(below.max()), profile.peak_bytes, 1.0)
+    most = max(float(np.max(below)), profile.peak_bytes, 1.0)
     capacity = profile.capacity_bytes
     if capacity is not None and capacity <= 1.5 * most:
         most = max(most, capacity)
@@ -207,7 +207,7 @@ def draw_peaks(axes: Axes, profiles: Mapping[str, MemoryProfile]) -> None:
             range(len(names)), sizes, left=left, height=0.62, color=palette.colour(kind), label=kind
         )
         left += sizes
-    most = max(float(left.max()), *(p.peak_bytes for p in profiles.values()), 1.0)
+    most = max(float(np.max(left)), *(p.peak_bytes for p in profiles.values()), 1.0)
     for row, (end, profile) in enumerate(zip(left, profiles.values(), strict=True)):
         text = palette.bytes_text(profile.peak_bytes) + (
             " (does not fit)" if profile.fits is False else ""

@@ -121,7 +121,7 @@ def taps(
     order = np.lexsort((inputs, outputs))
     outputs, inputs = outputs[order], inputs[order]
     counts = np.bincount(outputs, minlength=height)
-    most = max(int(counts.max(initial=0)), 1)
+    most = max(int(np.max(counts, initial=0)), 1)
     if slope is None:
         found = len(outputs) > 0
         slope = _slope(outputs, inputs, height, input_height) if found else Fraction(1)
@@ -235,6 +235,6 @@ def constant_rows(equation: Equation, operand: int, height: int) -> np.ndarray:
     rows = constant.value().reshape(-1).astype(np.int64)
     if "CLIP" in str(equation.params["mode"]).upper():
         return np.clip(rows, 0, height - 1)
-    if rows.size and (rows.min() < 0 or rows.max() >= height):
+    if rows.size and (np.min(rows) < 0 or np.max(rows) >= height):
         raise NotRowLocal("rows are picked by indices outside the map")
     return rows
