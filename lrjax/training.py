@@ -184,6 +184,18 @@ def loss_in_axes(*, labels_pixels: bool) -> tuple[int | None, ...]:
     return None, 1, 1 if labels_pixels else None, None, None
 
 
+def loss_structs(
+    model: nn.Module, images: jax.ShapeDtypeStruct, *, labels_pixels: bool
+) -> tuple[Any, ...]:
+    """Shapes of all arguments of the loss, for images ``[B, H, W, C]``; nothing is computed."""
+    batch, height, width, _ = images.shape
+    shape = (batch, height, width) if labels_pixels else (batch,)
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    statistics = dict(jax.eval_shape(model.init, key, images))
+    params = statistics.pop("params")
+    return params, images, jax.ShapeDtypeStruct(shape, jnp.int32), statistics, key
+
+
 @dataclass(frozen=True)
 class CompiledStep:
     """One training step compiled for its arguments, and the state it starts from."""
@@ -206,12 +218,10 @@ def check_step(
     Raises:
       ValueError: where the model does not take the images, or lrjax not the strategy.
     """
-    images, labels = _batch_structs(source, batch_size)
-    key = jax.random.key(0)
-    statistics = dict(jax.eval_shape(model.init, key, images))
-    params = statistics.pop("params")
-    loss = strategy.loss(model, labels_pixels=bool(source.label_shape))
-    jax.eval_shape(loss, params, images, labels, statistics, key)
+    images, _ = _batch_structs(source, batch_size)
+    pixels = bool(source.label_shape)
+    loss = strategy.loss(model, labels_pixels=pixels)
+    jax.eval_shape(loss, *loss_structs(model, images, labels_pixels=pixels))
 
 
 def compile_step(

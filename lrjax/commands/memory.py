@@ -22,24 +22,16 @@ def memory(
     model: Annotated[
         str | None, typer.Option(help="Instead: loss and gradient of a network, such as vgg16.")
     ] = None,
-    image: Annotated[str, typer.Option(help="N or HEIGHTxWIDTH.")] = "1024",
-    batch: Annotated[int, typer.Option(help="Images at a time.")] = 1,
-    dtype: Annotated[str, typer.Option(help="Of images and computation.")] = "f32",
-    width: Annotated[float, typer.Option(help="Multiplier of the network's channels.")] = 1.0,
-    head: Annotated[str | None, typer.Option(help="VGG-16's: gap or dense.")] = None,
-    norm: Annotated[
-        str | None, typer.Option(help="Normalisation: batch, block, frozen, group or none.")
-    ] = None,
-    strategy: Annotated[str, typer.Option(help="column, stream, 2ps or overl.")] = "column",
-    num_blocks: Annotated[
-        str | None, typer.Option(help="Row blocks: a number, or one per segment, such as 8,4.")
-    ] = None,
-    cuts: Annotated[
-        str | None, typer.Option(help="Cut into segments at these values, such as pool2,pool4.")
-    ] = None,
-    target: Annotated[
-        str | None, typer.Option(help="The device, present or not; default: the one at hand.")
-    ] = None,
+    image: options.Image = "1024",
+    batch: options.Batch = 1,
+    dtype: options.Dtype = "f32",
+    width: options.Width = 1.0,
+    head: options.Head = None,
+    norm: options.Norm = None,
+    strategy: options.Strategy = "column",
+    num_blocks: options.NumBlocks = None,
+    cuts: options.Cuts = None,
+    target: options.Target = None,
     list_targets: Annotated[
         bool, typer.Option("--list-targets", help="List the devices and what they need.")
     ] = False,

@@ -1,8 +1,29 @@
 """Options that several subcommands share, read and checked."""
 
-from typing import Any
+from typing import Annotated, Any
+
+import typer
 
 from lrjax.commands.console import console
+
+Image = Annotated[str, typer.Option(help="N or HEIGHTxWIDTH.")]
+Batch = Annotated[int, typer.Option(help="Images at a time.")]
+Dtype = Annotated[str, typer.Option(help="Of images and computation.")]
+Width = Annotated[float, typer.Option(help="Multiplier of the network's channels.")]
+Head = Annotated[str | None, typer.Option(help="VGG-16's: gap or dense.")]
+Norm = Annotated[
+    str | None, typer.Option(help="Normalisation: batch, block, frozen, group or none.")
+]
+Strategy = Annotated[str, typer.Option(help="column, stream, 2ps or overl.")]
+NumBlocks = Annotated[
+    str | None, typer.Option(help="Row blocks: a number, or one per segment, such as 8,4.")
+]
+Cuts = Annotated[
+    str | None, typer.Option(help="Cut into segments at these values, such as pool2,pool4.")
+]
+Target = Annotated[
+    str | None, typer.Option(help="The device, present or not; default: the one at hand.")
+]
 
 
 def strategy_of(name: str, num_blocks: str | None, cuts: str | None) -> Any:

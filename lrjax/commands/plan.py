@@ -13,21 +13,17 @@ from lrjax.commands.console import DOES_NOT_FIT, app, console, stop
 @app.command()
 def plan(
     model: Annotated[str, typer.Option(help="The network, such as vgg16; see `lrjax train`.")],
-    target: Annotated[
-        str | None, typer.Option(help="The device, present or not; default: the one at hand.")
-    ] = None,
+    target: options.Target = None,
     budget: Annotated[
         str | None,
         typer.Option(help="Such as 8GiB, or 0.5 of the device's memory. Default: all of it."),
     ] = None,
-    image: Annotated[str, typer.Option(help="N or HEIGHTxWIDTH.")] = "1024",
-    batch: Annotated[int, typer.Option(help="Images at a time.")] = 1,
-    dtype: Annotated[str, typer.Option(help="Of images and computation.")] = "f32",
-    width: Annotated[float, typer.Option(help="Multiplier of the network's channels.")] = 1.0,
-    head: Annotated[str | None, typer.Option(help="VGG-16's: gap or dense.")] = None,
-    norm: Annotated[
-        str | None, typer.Option(help="Normalisation: batch, block, frozen, group or none.")
-    ] = None,
+    image: options.Image = "1024",
+    batch: options.Batch = 1,
+    dtype: options.Dtype = "f32",
+    width: options.Width = 1.0,
+    head: options.Head = None,
+    norm: options.Norm = None,
     maximise: Annotated[
         str | None, typer.Option(help="Ask for the largest image (its side) or batch that fits.")
     ] = None,

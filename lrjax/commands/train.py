@@ -36,7 +36,7 @@ def train(
             "mobilenet_v2, efficientnet_b0, densenet121, or unet, which labels every pixel."
         ),
     ] = "vgg16",
-    width: Annotated[float, typer.Option(help="Multiplier of the network's channels.")] = 1.0,
+    width: options.Width = 1.0,
     head: Annotated[str | None, typer.Option(help="Of vgg16: gap or dense. Default: gap.")] = None,
     norm: Annotated[
         str | None,
@@ -45,13 +45,9 @@ def train(
     dtype: Annotated[
         str, typer.Option(help="Of the computation: float32 or bfloat16.")
     ] = "float32",
-    strategy: Annotated[str, typer.Option(help="column, stream, 2ps or overl.")] = "stream",
-    num_blocks: Annotated[
-        str | None, typer.Option(help="Row blocks: a number, or one per segment, such as 8,4.")
-    ] = None,
-    cuts: Annotated[
-        str | None, typer.Option(help="Cut into segments at these values, such as pool2,pool4.")
-    ] = None,
+    strategy: options.Strategy = "stream",
+    num_blocks: options.NumBlocks = None,
+    cuts: options.Cuts = None,
     batch: Annotated[int, typer.Option(help="Images per step.")] = 2,
     balanced: Annotated[
         bool, typer.Option("--balanced", help="Let the classes take turns within a batch.")

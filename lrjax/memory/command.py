@@ -121,14 +121,12 @@ def gradient_program(
       dtype: of the images; the parameters are float32.
       labels_pixels: the network classifies every pixel.
     """
+    from lrjax.training import loss_structs
+
     images = jax.ShapeDtypeStruct((batch, *image, 3), dtype)
-    labels = jax.ShapeDtypeStruct((batch, *image) if labels_pixels else (batch,), jnp.int32)
-    key = jax.eval_shape(lambda: jax.random.key(0))
-    statistics = dict(jax.eval_shape(network.init, key, images))
-    params = statistics.pop("params")
     loss = strategy.loss(network, labels_pixels=labels_pixels)
     gradient = jax.value_and_grad(loss, has_aux=True)
-    return Program(gradient, (params, images, labels, statistics, key))
+    return Program(gradient, loss_structs(network, images, labels_pixels=labels_pixels))
 
 
 def check_target(target: str | None) -> None:

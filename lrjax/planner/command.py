@@ -6,7 +6,6 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from lrjax import memory
 from lrjax.planner.budget import parse_budget
@@ -32,15 +31,11 @@ def training_call(
       dtype: of the images; the parameters are float32.
       labels_pixels: the network classifies every pixel.
     """
-    from lrjax.training import classification_loss, loss_in_axes
+    from lrjax.training import classification_loss, loss_in_axes, loss_structs
 
     images = jax.ShapeDtypeStruct((batch, *image, 3), dtype)
-    labels = jax.ShapeDtypeStruct((batch, *image) if labels_pixels else (batch,), jnp.int32)
-    key = jax.eval_shape(lambda: jax.random.key(0))
-    statistics = dict(jax.eval_shape(network.init, key, images))
-    params = statistics.pop("params")
-    in_axes = loss_in_axes(labels_pixels=labels_pixels)
-    return classification_loss(network), (params, images, labels, statistics, key), in_axes
+    args = loss_structs(network, images, labels_pixels=labels_pixels)
+    return classification_loss(network), args, loss_in_axes(labels_pixels=labels_pixels)
 
 
 def largest_by_method(
