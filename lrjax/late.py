@@ -52,8 +52,10 @@ def with_late_copies(
             loop = loop if made is loop.graph else loop_of(made, stage)
         found.append(loop)
 
+    once = max(_operations(first), 1)  # a loop may move rows only
+
     def cost(loop: RowLoop) -> float:
-        return loop.line_bytes * (_operations(loop) / _operations(first)) ** WORTH_OPERATIONS
+        return loop.line_bytes * (_operations(loop) / once) ** WORTH_OPERATIONS
 
     return min(found, key=cost).graph
 

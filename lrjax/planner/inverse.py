@@ -147,7 +147,10 @@ class _Largest:
             count = step.choice.num_blocks
             if self.question.grows_rows and count > 1:
                 count = max(1, round(count * size / reference))
-            choice = dataclasses.replace(step.choice, num_blocks=count)
+            parts = step.choice.micro_batches
+            if not self.question.grows_rows and parts > 1:
+                parts = _parts(size, reference // parts)
+            choice = dataclasses.replace(step.choice, num_blocks=count, micro_batches=parts)
             steps.append(Step(step.start, step.stop, choice))
         return Found(tuple(steps), 0.0)
 
@@ -173,3 +176,8 @@ class _Largest:
     def on_grid(self, size: float) -> int:
         step = self.question.step
         return max(step, round(size / step) * step)
+
+
+def _parts(batch: int, most: int) -> int:
+    """The fewest equal parts of a batch of at most so many images each."""
+    return next(n for n in range(1, batch + 1) if batch % n == 0 and batch // n <= most)
