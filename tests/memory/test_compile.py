@@ -8,15 +8,9 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from lrjax.memory import TARGETS, GpuTarget, compile_for, is_installed, peak_bytes, temp_bytes
+from lrjax.memory import TARGETS, GpuTarget, compile_for, peak_bytes, temp_bytes
 from lrjax.memory import compile as compiling
-
-needs_cuda_plugin = [
-    pytest.mark.cuda,
-    pytest.mark.skipif(
-        not is_installed("h200"), reason='needs XLA\'s CUDA plugin: pip install "lrjax[cuda]"'
-    ),
-]
+from marks import COMPILES_FOR_H200
 
 MIB = 2**20
 GPUS = [t.name for t in TARGETS.values() if isinstance(t, GpuTarget) and t.is_in_cuda13]
@@ -32,7 +26,7 @@ def square():
 
 
 class TestForATarget:
-    pytestmark = needs_cuda_plugin
+    pytestmark = [*COMPILES_FOR_H200]
 
     @pytest.mark.parametrize("target", GPUS)
     def test_peak_holds_arguments_output_and_temporary(self, square, target):

@@ -7,15 +7,9 @@ import pytest
 
 import lrjax
 from experiments.vgg16_stack import loss, structs
-from lrjax.memory import is_installed
+from marks import COMPILES_FOR_H200
 
-pytestmark = [
-    pytest.mark.cuda,
-    pytest.mark.slow,
-    pytest.mark.skipif(
-        not is_installed("h200"), reason='needs XLA\'s CUDA plugin: pip install "lrjax[cuda]"'
-    ),
-]
+pytestmark = [*COMPILES_FOR_H200, pytest.mark.slow]
 MIB = 2**20
 
 

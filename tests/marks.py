@@ -1,0 +1,13 @@
+"""Marks that several test modules share."""
+
+import pytest
+
+from lrjax.memory import is_installed
+
+# .ci/run installs the plugin, so that these run there; no GPU is wanted.
+COMPILES_FOR_H200 = [
+    pytest.mark.cuda,
+    pytest.mark.skipif(
+        not is_installed("h200"), reason='needs XLA\'s CUDA plugin: pip install "lrjax[cuda]"'
+    ),
+]
