@@ -26,7 +26,7 @@ def square():
 
 
 class TestForATarget:
-    pytestmark = [*COMPILES_FOR_H200]
+    pytestmark = COMPILES_FOR_H200
 
     @pytest.mark.parametrize("target", GPUS)
     def test_peak_holds_arguments_output_and_temporary(self, square, target):
