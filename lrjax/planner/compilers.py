@@ -84,7 +84,7 @@ def compiled(
     operations = _computed_once(operations)
     if is_gpu(target):
         return _with_pool_gradients(operations, size, fresh)
-    return operations if is_tpu(target) else _on_cpu(operations, size, fresh)
+    return _on_tpu(operations, size, fresh) if is_tpu(target) else _on_cpu(operations, size, fresh)
 
 
 def is_gpu(target: str) -> bool:
@@ -325,3 +325,42 @@ def _keep_differences(new: _Rewrite) -> None:
             kept = new.value(new.size[operation.outputs[0]])
             new.insert(i + 1, dataclasses.replace(operation, outputs=(kept,), kind=Kind.ROOT))
             new.read(last[operation.outputs[0]], kept)
+
+
+# --- TPU -----------------------------------------------------------------------------------------
+
+
+def _on_tpu(
+    operations: Sequence[Operation], size: MutableMapping[int, float], fresh: int
+) -> tuple[Operation, ...]:
+    """XLA:TPU makes sums over maps of one shape together, at the last of them.
+
+    Those are gradients of biases and of normalisations' scales, which nothing waits for. What they
+    are made from is held until then: a U-Net's last maps and their cotangents until the gradient of
+    its first convolution.
+    """
+    new = _Rewrite(operations, size, fresh)
+    like = {v: o.like for o in operations for v in o.outputs}
+    together: dict[Any, list[int]] = {}
+    for i in _sums_for_parameters(operations):
+        summed = like.get(operations[i].inputs[0])
+        if summed is not None:
+            together.setdefault(summed.shape, []).append(i)
+    for *others, last in together.values():
+        for v in dict.fromkeys(v for i in others for v in operations[i].inputs):
+            new.read(last, v)
+    return new.result()
+
+
+def _sums_for_parameters(operations: Sequence[Operation]) -> list[int]:
+    """Sums in the backward pass from which no map is made."""
+    for_maps: set[int] = set()
+    found = []
+    for i in reversed(range(len(operations))):
+        operation = operations[i]
+        is_map = operation.like is not None and math.prod(operation.like.shape[:-1]) > 1
+        if is_map or not for_maps.isdisjoint(operation.outputs):
+            for_maps.update(operation.inputs)
+        elif operation.is_backward and operation.name == "reduce_sum":
+            found.append(i)
+    return found[::-1]
