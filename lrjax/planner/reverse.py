@@ -9,7 +9,7 @@ from lrjax.autodiff import RowProgram
 from lrjax.graph import size_bytes
 from lrjax.planner.adjoint import Adjoint
 from lrjax.planner.compilers import compiled, in_main_memory
-from lrjax.planner.liveness import Liveness, bytes_beside
+from lrjax.planner.liveness import Kind, Liveness, Operation, bytes_beside
 from lrjax.planner.loops import accumulator_bytes, program_liveness
 from lrjax.planner.steps import Step, kernels_read, line_bytes, row_bytes
 from lrjax.planner.whole import values
@@ -59,7 +59,7 @@ def differentiated_bytes(
 
 
 def _weight_bytes(loop: RowLoop, moving: Collection[int], params: Collection[int]) -> float:
-    """Accumulators, and copies of kernels for the forward and for the input's gradient."""
+    """Accumulators, and copies of kernels: forward, for the input's gradient, out of branches."""
     avals = loop.graph.program.avals
     wholes = [v for v in loop.wholes if v in moving]
     hosts = {v: float(size_bytes(avals[v])) for v in params}
@@ -70,8 +70,9 @@ def _weight_bytes(loop: RowLoop, moving: Collection[int], params: Collection[int
             del hosts[v]  # accumulated in its place
         else:
             sizes.append(wide)
+    has_branches = len(loop.bands) > 1
     for v in kernels_read(loop):
-        sizes += [float(size_bytes(avals[v]))] * (1 + (v in params))
+        sizes += [float(size_bytes(avals[v]))] * (1 + (v in params) + has_branches)
     return bytes_beside(sizes, hosts.values())
 
 
@@ -92,8 +93,28 @@ def _step_bytes(loop: RowLoop, moving: Collection[int], target: str) -> float:
     outside |= {v: float(size_bytes(avals[v])) for v in loop.wholes if v in moving}
     size.update(outside)
     adjoint.reverse(step.operations)
-    lines = {p for line in step.older.values() for p in adjoint.pieces.get(line, [])}
+    kept = {*step.older.values()}
+    if step.conditional:
+        kept.update(loop.wholes)  # added to the accumulators when all branches are done
+    pieces = frozenset(p for v in kept for p in adjoint.pieces.get(v, []))
     size.update(dict.fromkeys(outside, 0.0))
-    operations = compiled((*step.operations, *adjoint.operations), size, adjoint.next, target)
-    lives = Liveness(operations, size, before=frozenset(given), after=frozenset(lines))
+    forward = _with_residuals(step, adjoint.operations)
+    operations = compiled((*forward, *adjoint.operations), size, adjoint.next, target)
+    lives = Liveness(operations, size, before=frozenset(given), after=pieces)
     return in_main_memory(lives.peak(), target)
+
+
+def _with_residuals(step: Step, reverse: Sequence[Operation]) -> list[Operation]:
+    """A step's operations, where what the reverse of a branch reads exists.
+
+    The residuals of a ``cond`` are among its results, so XLA can't fuse them into their readers.
+    """
+    read = {v for operation in reverse for v in operation.inputs}
+    return [
+        dataclasses.replace(operation, kind=Kind.ROOT)
+        if i in step.conditional
+        and operation.kind is Kind.FUSED
+        and not read.isdisjoint(operation.outputs)
+        else operation
+        for i, operation in enumerate(step.operations)
+    ]
