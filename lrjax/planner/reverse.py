@@ -98,13 +98,13 @@ def _step_bytes(loop: RowLoop, moving: Collection[int], target: str) -> float:
         kept.update(loop.wholes)  # added to the accumulators when all branches are done
     pieces = frozenset(p for v in kept for p in adjoint.pieces.get(v, []))
     size.update(dict.fromkeys(outside, 0.0))
-    forward = _with_residuals(step, adjoint.operations)
+    forward = with_residuals(step, adjoint.operations)
     operations = compiled((*forward, *adjoint.operations), size, adjoint.next, target)
     lives = Liveness(operations, size, before=frozenset(given), after=pieces)
     return in_main_memory(lives.peak(), target)
 
 
-def _with_residuals(step: Step, reverse: Sequence[Operation]) -> list[Operation]:
+def with_residuals(step: Step, reverse: Sequence[Operation]) -> list[Operation]:
     """A step's operations, where what the reverse of a branch reads exists.
 
     The residuals of a ``cond`` are among its results, so XLA can't fuse them into their readers.
