@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 from jax import lax
 
+import lrjax
 from graphs import check_rule
+from lrjax.testing import max_error
 
 pytestmark = pytest.mark.usefixtures("x64")
 
@@ -38,6 +40,15 @@ def test_over_rows(name, axis):
         falls_back=name == "prod",
         strategies=("stream", "2ps") if exact else ("stream", "2ps", "overl"),
     )
+
+
+@pytest.mark.parametrize("axis", [(0, 1, 2), None])
+def test_long_sums_round_little(axis):
+    """In one accumulator the block of 2 * 256 * 256 rows would be off by over 2e-5."""
+    image = np.random.default_rng(0).uniform(0, 1, (2, 512, 256, 2)).astype(np.float32)
+    by_rows = lrjax.rowwise(lambda x: x.sum(axis), in_axes=1, num_blocks=2)
+    exact = image.sum(axis, dtype=np.float64)
+    assert max_error(jax.jit(by_rows)(image), exact) <= 1e-6
 
 
 @pytest.mark.parametrize("reduce", [jnp.all, jnp.any])
