@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 
 from lrjax.geometry import IDENTITY
 from lrjax.rules import banded
@@ -26,6 +24,7 @@ from lrjax.rules.base import (
     removed_axes,
     rule,
 )
+from lrjax.rules.block_sums import block_sum
 
 _COMBINE = {
     "reduce_sum": "sum",
@@ -58,7 +57,7 @@ def reduce(equation: Equation) -> RowOp:
     is_long_sum = over_rows and combine == "sum" and _is_rounded(equation.operands[0].dtype)
 
     def evaluate(windows: Sequence[Array], rows: Rows) -> Sequence[Array]:
-        return [_block_sum(equation, *windows)] if is_long_sum else equation.bind(*windows)
+        return [block_sum(windows[0], axes)] if is_long_sum else equation.bind(*windows)
 
     return RowOp(
         reads=(RowRead(IDENTITY, axis, fill=fill),),
@@ -74,46 +73,6 @@ def reduce(equation: Equation) -> RowOp:
 
 def _is_rounded(dtype: Any) -> bool:
     return jnp.issubdtype(dtype, jnp.inexact)
-
-
-# XLA:CPU adds up a reduction in one accumulator, so the rounding of a long sum grows with its
-# length; GPUs and TPUs add in a tree. BatchNorm's sums must be better than that: an error of the
-# cotangents' mean is the same in every element, and where the true gradient nearly cancels (that of
-# a bias in front of a normalisation) it is all that is left. In two shorter sums row-wise gradients
-# of small U-Nets are nearer to float64's than column's; in one they are twice as far. Behind a
-# barrier XLA does not make one reduction of them again.
-
-
-def _block_sum(equation: Equation, block: Array) -> Array:
-    """A block's contribution to a sum over rows."""
-    axes = equation.params["axes"]
-    first = _shorter_sums(block.shape, axes)
-    if not first:
-        return equation.bind(block)[0]
-
-    def in_one(block: Array) -> Array:
-        return equation.bind(block)[0]
-
-    def in_two(block: Array) -> Array:
-        wide = block.astype(jnp.promote_types(block.dtype, jnp.float32))
-        (inner,) = equation.bind(wide, axes=first)
-        rest = tuple(removed_axes(axis, first) for axis in axes if axis not in first)
-        (total,) = equation.bind(lax.optimization_barrier(inner), axes=rest)
-        return total.astype(block.dtype)
-
-    return lax.platform_dependent(block, cpu=in_two, default=in_one)
-
-
-def _shorter_sums(shape: Sequence[int], axes: Sequence[int]) -> tuple[int, ...]:
-    """The last of the axes to sum over first, so that either sum is as short as can be."""
-    ordered = sorted(axes)
-
-    def length(split: int) -> int:
-        inner = math.prod(shape[axis] for axis in ordered[split:])
-        return inner + math.prod(shape[axis] for axis in ordered[:split])
-
-    split = min(range(len(ordered)), key=length)
-    return tuple(ordered[split:]) if split else ()
 
 
 @rule("argmax", "argmin")
