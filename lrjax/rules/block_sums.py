@@ -54,7 +54,8 @@ def spread(value: Array, shape: Sequence[int], dimensions: Sequence[int]) -> Arr
     shape, dimensions = tuple(shape), tuple(dimensions)
     kept = [a for size, a in zip(value.shape, dimensions, strict=True) if size == shape[a]]
     summed = tuple(axis for axis in range(len(shape)) if axis not in kept)
-    if not summed or not jnp.issubdtype(value.dtype, jnp.inexact):
+    is_small = math.prod(shape) < _LARGE
+    if not is_small or not summed or not jnp.issubdtype(value.dtype, jnp.inexact):
         return lax.broadcast_in_dim(value, shape, dimensions)
 
     @jax.custom_vjp
