@@ -13,6 +13,7 @@ import numpy as np
 
 from lrjax.graph import RowGraph, build, size_bytes
 from lrjax.inline import FlatEquation, FlatProgram
+from lrjax.memory.compile import target_name
 from lrjax.micro_batches import (
     BATCH_AXIS,
     MicroBatches,
@@ -111,10 +112,10 @@ class Candidates:
         program: FlatProgram,
         axes: Sequence[int | None],
         wrt: Collection[int],
-        target: str,
+        target: str | None,
     ):
         self.whole = Cuttable.of(program, axes)
-        self.target = target
+        self.target = target_name(target)
         self.moving = _moving_values(program, {program.inputs[i] for i in wrt})
         self.counts = OperationCounts(program, axes, wrt, self.moving)
         self.independent = independent_operations(self.whole, axes)
