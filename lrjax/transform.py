@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from lrjax import autodiff
+from lrjax import autodiff, offload
 from lrjax.inline import evaluate
 from lrjax.micro_batches import by_micro_batches, micro_batches
 from lrjax.options import Cuts, Options, checked_options, checked_segments
@@ -73,13 +74,14 @@ def rowwise(
 def run(traced: Traced, options: Options) -> Any:
     """A traced call under checked options: segment by segment, each under its strategy."""
     segments, choices = segments_and_choices(traced, options)
+    hosted = _hosted_values(traced, segments, choices)
     values = dict(zip(traced.program.inputs, traced.inputs, strict=True))
     values.update(traced.program.constants)
     for group in options.groups(len(segments)):
         later = {v for segment in segments[group.stop :] for v in segment.program.inputs}
         later.update(v for v in traced.program.outputs if isinstance(v, int))
         parts = [(segments[i], choices[i]) for i in group]
-        values.update(_run_group(parts, values, later))
+        values.update(_run_group(parts, values, later, hosted))
     outputs = [
         values[v] if isinstance(v, int) else jnp.asarray(v.value, v.dtype)
         for v in traced.program.outputs
@@ -88,7 +90,10 @@ def run(traced: Traced, options: Options) -> Any:
 
 
 def _run_group(
-    parts: Sequence[tuple[Segment, Choice]], values: dict[int, Any], later: set[int]
+    parts: Sequence[tuple[Segment, Choice]],
+    values: dict[int, Any],
+    later: set[int],
+    hosted: Mapping[int, int],
 ) -> dict[int, Any]:
     """What a group of segments makes for ``later`` use; maps between them live in it alone."""
     made = [v for segment, _ in parts for v in segment.made]
@@ -99,7 +104,9 @@ def _run_group(
     def call(*arrays: Any) -> list[Any]:
         own = dict(zip(inputs, arrays, strict=True))
         for segment, choice in parts:
-            outputs = chosen_function(segment, choice)(*(own[v] for v in segment.program.inputs))
+            own_hosted = {i: hosted[v] for i, v in enumerate(segment.made) if v in hosted}
+            function = chosen_function(segment, choice, own_hosted)
+            outputs = function(*(own[v] for v in segment.program.inputs))
             own.update(zip(segment.made, outputs, strict=True))
         return [own[v] for v in kept]
 
@@ -126,24 +133,62 @@ def segments_and_choices(
     return split_at(traced.program, traced.axes, plan.cuts), plan.choices
 
 
-def chosen_function(segment: Segment, choice: Choice) -> Callable[..., Sequence[Any]]:
-    """A segment as a differentiable function of its inputs, run as chosen."""
+def _hosted_values(
+    traced: Traced, segments: Sequence[Segment], choices: Sequence[Choice]
+) -> dict[int, int]:
+    """Maps that wait in the host's memory, with their row axes.
+
+    They enter a segment that offloads, were made by another one, and are read nowhere else.
+    """
+    given = {v for v in (*traced.program.inputs, *traced.program.outputs) if isinstance(v, int)}
+    readers = Counter(v for segment in segments for v in segment.program.inputs)
+    return {
+        v: axis
+        for segment, choice in zip(segments, choices, strict=True)
+        if choice.offload
+        for v, axis in zip(segment.program.inputs, segment.axes, strict=True)
+        if axis is not None and v not in given and readers[v] == 1 and jnp.issubdtype(traced.program.avals[v].dtype, jnp.inexact)
+    }
+
+
+def chosen_function(
+    segment: Segment, choice: Choice, hosted: Mapping[int, int] | None = None
+) -> Callable[..., Sequence[Any]]:
+    """A segment as a differentiable function of its inputs, run as chosen.
+
+    Args:
+      segment: the segment.
+      choice: how it runs.
+      hosted: numbers of the outputs that are put in the host's memory, with their row axes.
+    """
+    if choice.strategy in ("stream", "2ps", "overl") and choice.micro_batches == 1:
+        return segment_function(segment, choice.strategy, choice.num_blocks, hosted)
     if choice.micro_batches > 1:
         own = micro_batches(segment, choice.micro_batches)
-        once = dataclasses.replace(choice, micro_batches=1)
-        return by_micro_batches(own, chosen_function(own.part, once))
-    if choice.strategy == "checkpoint":
-        return jax.checkpoint(lambda *inputs: evaluate(segment.program, inputs))
-    return segment_function(segment, choice.strategy, choice.num_blocks)
+        once = dataclasses.replace(choice, micro_batches=1, offload=False)
+        function: Callable[..., Sequence[Any]] = by_micro_batches(
+            own, chosen_function(own.part, once)
+        )
+    elif choice.offload:
+        whole = segment_function(segment, "column", 1)
+        function = offload.checkpointed(whole, segment.axes)
+    elif choice.strategy == "checkpoint":
+        function = jax.checkpoint(segment_function(segment, "column", 1))
+    else:
+        function = segment_function(segment, choice.strategy, choice.num_blocks)
+    return offload.with_hosted_outputs(function, hosted) if hosted else function
 
 
 def segment_function(
-    segment: Segment, strategy: str, num_blocks: int
+    segment: Segment,
+    strategy: str,
+    num_blocks: int,
+    hosted: Mapping[int, int] | None = None,
 ) -> Callable[..., Sequence[Any]]:
     """A segment as a differentiable function of its inputs."""
     program, axes = segment.program, segment.axes
     if strategy == "column":
         return lambda *inputs: evaluate(program, inputs)
     if strategy == "stream":
-        return autodiff.stream(program, axes, num_blocks)
-    return autodiff.two_phase_or_overlap(program, axes, strategy, num_blocks)
+        return autodiff.stream(program, axes, num_blocks, hosted)
+    return autodiff.two_phase_or_overlap(program, axes, strategy, num_blocks, hosted)
