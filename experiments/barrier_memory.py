@@ -2,6 +2,7 @@
 
     python -m experiments.barrier_memory                                   # everything
     python -m experiments.barrier_memory --only resnet50-batch/stream/64 resnet50-batch/column
+    python -m experiments.barrier_memory --compile-turns 3    # stream's compile time over column's
 
 bfloat16, training mode, gradient of the mean square of the logits with respect to the parameters,
 new batch statistics among the results. Beside XLA's peak stand
@@ -15,9 +16,12 @@ The answers, per version of jax, go to ``results/barrier_memory.json`` and, as a
 
 import argparse
 import functools
+import multiprocessing
 import os
+import statistics
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -86,6 +90,10 @@ CUTS = {
     ],
     "convnext/stream-cuts": ["stage2_block3", *(f"stage3_block{block}" for block in (3, 6, 9))],
 }
+
+
+# Of this network, in so many blocks, the time to compile is measured.
+COMPILED_IN_TURNS = ("resnet50-frozen", 128)
 
 
 @dataclass(frozen=True)
@@ -234,6 +242,22 @@ def measure(row: Row, target: str) -> dict[str, Any]:
     return result
 
 
+def compile_times(network: str, num_blocks: int, turns: int, target: str) -> dict[str, Any]:
+    """Processor seconds to trace and compile column and stream: medians of ``turns``, taken in
+    turns, each in a process of its own so that nothing is cached."""
+    rows = {"column": Row(network, "column"), "stream": Row(network, "stream", num_blocks)}
+    seconds: dict[str, list[float]] = {name: [] for name in rows}
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, mp_context=spawn, max_tasks_per_child=1) as pool:
+        for _ in range(turns):
+            for name, row in rows.items():
+                found = pool.submit(measure, row, target).result()
+                seconds[name].append(found["compile_cpu_s"])
+    column, stream = (statistics.median(seconds[name]) for name in rows)
+    ratio = round(stream / column, 2)
+    return {"turns": turns, "column_s": column, "stream_s": stream, "ratio": ratio}
+
+
 def tables(results: dict[str, Any]) -> str:
     """All results, of every version of jax, as Markdown."""
     lines = []
@@ -243,6 +267,11 @@ def tables(results: dict[str, Any]) -> str:
             lines.append([version, name, *("" if c is None else c for c in cells)])
             lines[-1].append(found["compile_cpu_s"])
     header = ["jax", "program", "limit", "peak", "floor", "operations", "compile s"]
+    times = [
+        [version, network, found["turns"], found["column_s"], found["stream_s"], found["ratio"]]
+        for version, own in results.items()
+        for network, found in own.get("compile", {}).items()
+    ]
     return "\n\n".join(
         [
             "# Memory of modern networks' gradients, compiled for an H200",
@@ -250,6 +279,9 @@ def tables(results: dict[str, Any]) -> str:
             "at batch 1, 4096x4096 unless named. MiB; operations as a multiple of column's. "
             "Printed by `python -m experiments.barrier_memory`.",
             report.markdown_table(header, lines),
+            "Processor seconds to trace and compile, each in a process of its own, in turns; "
+            "medians. Printed by `python -m experiments.barrier_memory --compile-turns 3`.",
+            report.markdown_table(["jax", "network", "turns", "column", "stream", "ratio"], times),
         ]
     )
 
@@ -258,7 +290,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--only", nargs="*", help="rows to measure, as the table names them")
     parser.add_argument("--target", default="h200")
+    parser.add_argument("--compile-turns", type=int, help="measure compile times instead")
     options = parser.parse_args()
+    if options.compile_turns:
+        network, num_blocks = COMPILED_IN_TURNS
+        times = compile_times(network, num_blocks, options.compile_turns, options.target)
+        print(network, times)
+        report.merge(RESULTS, report.versions()["jax"], {"compile": {network: times}})
+        return
     chosen = [_parse_row(name) for name in options.only] if options.only else ROWS
     found = {}
     for row in chosen:

@@ -1,8 +1,8 @@
 """Row maps: which input rows an operation needs for a range of output rows.
 
-Plain Python on integers, no JAX. Rows are counted in *virtual* coordinates: they run below zero
-and beyond the height, so that every map stays affine; whoever reads rows outside the image
-fills them with the padding value.
+Plain Python on integers or arrays of them, no JAX. Rows are counted in *virtual* coordinates:
+they run below zero and beyond the height, so that every map stays affine; whoever reads rows
+outside the image fills them with the padding value.
 """
 
 from __future__ import annotations
@@ -11,17 +11,25 @@ import dataclasses
 import functools
 import math
 from fractions import Fraction
+from typing import TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+Frontier = NDArray[np.int64]
+# A row, or one row per step.
+Row = TypeVar("Row", int, Frontier)
 
 
-def ceil_div(numerator: int, denominator: int) -> int:
+def ceil_div(numerator: Row, denominator: int) -> Row:
     return -(-numerator // denominator)
 
 
-def round_up(rows: int, quantum: int) -> int:
+def round_up(rows: Row, quantum: int) -> Row:
     return ceil_div(rows, quantum) * quantum
 
 
-def round_down(rows: int, quantum: int) -> int:
+def round_down(rows: Row, quantum: int) -> Row:
     return rows // quantum * quantum
 
 
@@ -54,11 +62,11 @@ class RowMap:
         """Input rows consumed per output row."""
         return Fraction(self.stride, self.base)
 
-    def first(self, start: int) -> int:
+    def first(self, start: Row) -> Row:
         """The first input row that output rows from ``start`` on need."""
         return ceil_div(start * self.stride - self.pad, self.base)
 
-    def end(self, stop: int) -> int:
+    def end(self, stop: Row) -> Row:
         """One past the last input row that output rows before ``stop`` need."""
         return ((stop - 1) * self.stride - self.pad + self.extent - 1) // self.base + 1
 
@@ -66,7 +74,7 @@ class RowMap:
         """Input rows of ``count`` output rows that start at a multiple of the quantum."""
         return self.end(count) - self.first(0)
 
-    def frontier(self, rows: int) -> int:
+    def frontier(self, rows: Row) -> Row:
         """The largest ``stop`` whose input rows all lie before ``rows``."""
         return (rows * self.base - 1 + self.pad - (self.extent - 1)) // self.stride + 1
 
@@ -93,16 +101,16 @@ class ChainedMap:
             rate *= m.rate
         return quantum
 
-    def first(self, start: int) -> int:
+    def first(self, start: Row) -> Row:
         return functools.reduce(lambda row, m: m.first(row), self.maps, start)
 
-    def end(self, stop: int) -> int:
+    def end(self, stop: Row) -> Row:
         return functools.reduce(lambda row, m: m.end(row), self.maps, stop)
 
     def size(self, count: int) -> int:
         return self.end(count) - self.first(0)
 
-    def frontier(self, rows: int) -> int:
+    def frontier(self, rows: Row) -> Row:
         return functools.reduce(lambda row, m: m.frontier(row), reversed(self.maps), rows)
 
 
@@ -141,16 +149,16 @@ class BandMap:
         """Windows of equal size differ by a row in what they need, unless they are aligned."""
         return int(self.base > _LONGEST_PERIOD)
 
-    def first(self, start: int) -> int:
+    def first(self, start: Row) -> Row:
         return start * self.stride // self.base + self.low
 
-    def end(self, stop: int) -> int:
+    def end(self, stop: Row) -> Row:
         return (stop - 1) * self.stride // self.base + self.low + self.extent + self._slack
 
     def size(self, count: int) -> int:
         return (count - 1) * self.stride // self.base + self.extent + self._slack
 
-    def frontier(self, rows: int) -> int:
+    def frontier(self, rows: Row) -> Row:
         reach = rows - self.low - self.extent - self._slack
         return ((reach + 1) * self.base - 1) // self.stride + 1
 

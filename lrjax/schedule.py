@@ -1,6 +1,6 @@
 """Row graph -> steps: how far every value has come after each step, and what is kept.
 
-Plain Python on integers, no JAX. The rows that task ``v`` owns in step ``t`` are
+Integers alone, no JAX. The rows that task ``v`` owns in step ``t`` are
 ``frontier[v][t - 1] : frontier[v][t]`` in virtual coordinates (see ``geometry``): frontiers
 start at or below row 0 and end at or beyond the height, so that every step has the same shape.
 """
@@ -11,11 +11,15 @@ import dataclasses
 import functools
 import itertools
 import math
-import operator
 from collections.abc import Sequence
 from fractions import Fraction
 
-from lrjax.geometry import AnyMap, ceil_div, round_down, round_up
+import numpy as np
+
+from lrjax.geometry import AnyMap, Frontier, ceil_div, round_down, round_up
+
+# Below every row: a frontier that nothing has asked for yet.
+_NOWHERE = -(1 << 40)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,11 +82,16 @@ class Track:
     def owned(self, step: int) -> tuple[int, int]:
         return self.frontier[step], self.frontier[step + 1]
 
-    @property
+    @functools.cached_property
+    def stops(self) -> Frontier:
+        """One past the last row, after every step."""
+        return np.array(self.frontier[1:])
+
+    @functools.cached_property
     def advances(self) -> tuple[int, ...]:
         return tuple(b - a for a, b in itertools.pairwise(self.frontier))
 
-    @property
+    @functools.cached_property
     def is_steady(self) -> bool:
         """Every step gives exactly the rows it owns."""
         return all(advance == self.rows for advance in self.advances)
@@ -122,53 +131,50 @@ def shared_schedule(tasks: Sequence[Task]) -> Schedule:
 def overlap_schedule(tasks: Sequence[Task]) -> Schedule:
     """Steps own the sinks' rows and recompute every halo (OverL): nothing is kept."""
     tasks = [dataclasses.replace(task, recompute=True) for task in tasks]
-    frontiers: list[list[int]] = [[] for _ in tasks]
     sinks = [i for i, task in enumerate(tasks) if task.is_sink]
-    step = -1
-    while True:
-        for i in sinks:
-            rows = tasks[i].speed * (step + 1)
-            frontiers[i].append(round_up(ceil_div(*rows.as_integer_ratio()), tasks[i].quantum))
-        if step >= 0 and all(frontiers[i][-1] >= tasks[i].height for i in sinks):
-            break
-        step += 1
-    floor = -(1 << 60)
-    for i, task in enumerate(tasks):
-        if not task.is_sink:
-            frontiers[i] = [floor] * (step + 2)
-    frontiers = _raised_to_demand(tasks, frontiers)
+    steps = max([1, *(_steps_to_end(tasks[i]) for i in sinks)])
+    frontiers = [np.full(steps + 1, _NOWHERE) for _ in tasks]
+    for i in sinks:
+        rows, per_steps = tasks[i].speed.as_integer_ratio()
+        frontiers[i] = round_up(ceil_div(np.arange(steps + 1) * rows, per_steps), tasks[i].quantum)
+    _raise_to_demand(tasks, frontiers)
     for i in sinks:
         # Rows that a later window reads ahead of would otherwise belong to no step.
         frontiers[i][0] = min(frontiers[i][0], 0)
     return _with_tracks(tasks, frontiers)
 
 
-def _even(task: Task, steps: int, lag: int) -> list[int]:
+def _steps_to_end(task: Task) -> int:
+    """Steps after which a task that rounds its share up has reached its height."""
+    last_quantum = round_up(task.height, task.quantum) - task.quantum
+    return math.floor(last_quantum / task.speed) + 1
+
+
+def _even(task: Task, steps: int, lag: int) -> Frontier:
     """A frontier that advances by the task's share in every step, ``lag`` rows behind it.
 
     Even frontiers keep steps alike: where a stride makes one operation advance in every other step
     only, following its demand to the letter would make all before it stop and go as well.
     """
     rows, per_steps = task.speed.as_integer_ratio()
-    quantum = task.quantum
-    return [step * rows // per_steps // quantum * quantum - lag for step in range(steps + 1)]
+    return round_down(np.arange(steps + 1) * rows // per_steps, task.quantum) - lag
 
 
-def _eager_frontiers(tasks: Sequence[Task]) -> list[list[int]]:
+def _eager_frontiers(tasks: Sequence[Task]) -> list[Frontier]:
     """The least lag of every task with which its inputs are always there in time."""
     steps = 1
     while True:
-        frontiers: list[list[int]] = []
+        frontiers: list[Frontier] = []
         for task in tasks:
             reach = _even(task, steps, 0)
             behind = 0
             for read in task.reads:
                 if read.task is not None:
-                    allowed = map(read.row_map.frontier, frontiers[read.task])
-                    behind = max(behind, *map(operator.sub, reach, allowed))
-            frontiers.append(_even(task, steps, round_up(behind, task.quantum)))
+                    allowed = read.row_map.frontier(frontiers[read.task])
+                    behind = max(behind, int(np.max(reach - allowed)))
+            frontiers.append(reach - round_up(behind, task.quantum))
         missing = [
-            (task.height - rows[-1]) / task.speed
+            (task.height - int(rows[-1])) / task.speed
             for task, rows in zip(tasks, frontiers, strict=True)
             if task.is_sink and rows[-1] < task.height
         ]
@@ -177,52 +183,46 @@ def _eager_frontiers(tasks: Sequence[Task]) -> list[list[int]]:
         steps += max(1, math.ceil(max(missing)))
 
 
-def _held_back(tasks: Sequence[Task], eager: list[list[int]]) -> list[list[int]]:
+def _held_back(tasks: Sequence[Task], eager: list[Frontier]) -> list[Frontier]:
     """The largest lag of every task with which its consumers are always served; sinks stay."""
     steps = len(eager[0]) - 1
     lazy = list(eager)
-    wanted: dict[int, list[int]] = {}
+    wanted: dict[int, Frontier] = {}
     for i in reversed(range(len(tasks))):
         task = tasks[i]
         if i in wanted and not task.is_sink:
-            spare = min(map(operator.sub, _even(task, steps, 0), wanted[i]))
+            spare = int(np.min(_even(task, steps, 0) - wanted[i]))
             lazy[i] = _even(task, steps, round_down(spare, task.quantum))
         for read in task.reads:
             if read.task is not None:
-                needed = list(map(read.row_map.end, lazy[i]))
-                known = wanted.get(read.task, needed)
-                wanted[read.task] = list(map(max, known, needed))
+                needed = read.row_map.end(lazy[i])
+                wanted[read.task] = np.maximum(wanted.get(read.task, needed), needed)
     return lazy
 
 
-def _raised_to_demand(tasks: Sequence[Task], frontiers: list[list[int]]) -> list[list[int]]:
+def _raise_to_demand(tasks: Sequence[Task], frontiers: list[Frontier]) -> None:
+    """Every task as far as its consumers ask, from the last task to the first."""
     for i in reversed(range(len(tasks))):
-        quantum = tasks[i].quantum
-        frontiers[i] = [round_up(rows, quantum) for rows in frontiers[i]]
+        frontiers[i] = round_up(frontiers[i], tasks[i].quantum)
         for read in tasks[i].reads:
             if read.task is not None:
-                wanted = frontiers[read.task]
-                for step, rows in enumerate(frontiers[i]):
-                    wanted[step] = max(wanted[step], read.row_map.end(rows))
-    return frontiers
+                needed = read.row_map.end(frontiers[i])
+                frontiers[read.task] = np.maximum(frontiers[read.task], needed)
 
 
-def _with_tracks(tasks: Sequence[Task], frontiers: list[list[int]]) -> Schedule:
+def _with_tracks(tasks: Sequence[Task], frontiers: list[Frontier]) -> Schedule:
     """Rows computed per step and kept between steps, from the last task to the first."""
-    steps = len(frontiers[0]) - 1
     reach = [0] * len(tasks)  # rows that consumers look back from the frontier
     tracks: list[Track] = [Track((), 0, 0)] * len(tasks)
     for i in reversed(range(len(tasks))):
         task, frontier = tasks[i], frontiers[i]
-        rows = max(b - a for a, b in itertools.pairwise(frontier))
+        rows = max(int(np.max(np.diff(frontier))), task.quantum)
         if task.recompute:
             rows = max(rows, round_up(reach[i], task.quantum))
-        rows = max(rows, task.quantum)
-        tracks[i] = Track(tuple(frontier), rows, max(reach[i], rows))
+        tracks[i] = Track(tuple(frontier.tolist()), rows, max(reach[i], rows))
+        starts = frontier[1:] - rows
         for read in task.reads:
             if read.task is not None:
-                source = frontiers[read.task]
-                for step in range(steps):
-                    start = read.row_map.first(frontier[step + 1] - rows)
-                    reach[read.task] = max(reach[read.task], source[step + 1] - start)
-    return Schedule(tuple(tasks), tuple(tracks), steps)
+                back = frontiers[read.task][1:] - read.row_map.first(starts)
+                reach[read.task] = max(reach[read.task], int(np.max(back)))
+    return Schedule(tuple(tasks), tuple(tracks), len(frontiers[0]) - 1)
