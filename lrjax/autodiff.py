@@ -48,9 +48,7 @@ class RowProgram:
     graph: RowGraph
     loops: tuple[RowLoop | None, ...]
 
-    def run(
-        self, inputs: Sequence[Array], hosted: Mapping[int, int] | None = None
-    ) -> list[Array]:
+    def run(self, inputs: Sequence[Array], hosted: Mapping[int, int] | None = None) -> list[Array]:
         """Outputs; those of the numbers ``hosted`` are put in the host's memory, by row axis."""
         return engine.run_graph(self.graph, self.loops, inputs, hosted=hosted)
 
@@ -153,7 +151,11 @@ def stream(
         ]
         programs = stream_programs(program, axes, num_blocks, wrt)
         count = len(program.outputs)
-        returned = {k: axes[i] for k, i in enumerate(wrt) if is_on_host(inputs[i].value)}
+        returned = {
+            k: axis
+            for k, i in enumerate(wrt)
+            if (axis := axes[i]) is not None and is_on_host(inputs[i].value)
+        }
         own = dict(hosted or {})
         if programs.backward is None:
             own.update((count + k, axis) for k, axis in returned.items())
@@ -304,9 +306,7 @@ def two_phase_or_overlap(
     return call
 
 
-def _differentiable_loop(
-    loop: RowLoop, values: Values, hosted: Collection[int] = ()
-) -> Values:
+def _differentiable_loop(loop: RowLoop, values: Values, hosted: Collection[int] = ()) -> Values:
     """A row loop whose row outputs exist whole on the device, whatever is ``hosted`` later."""
     del hosted
     names = tuple(dict.fromkeys((*loop.arrays, *loop.wholes)))

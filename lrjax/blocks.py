@@ -1,4 +1,4 @@
-"""Blocks of rows of arrays that exist whole, in the device's or the host's memory: read, write, mask."""
+"""Blocks of rows of arrays that exist whole, on the device or the host: read, write, mask."""
 
 from __future__ import annotations
 

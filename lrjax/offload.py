@@ -116,32 +116,43 @@ def with_hosted_outputs(function: Function, hosted: Mapping[int, int]) -> Functi
     return call
 
 
-def checkpointed(function: Function, axes: Sequence[int | None]) -> Function:
-    """``jax.checkpoint`` of a function whose inputs may be in the host's memory.
+def with_hosted_inputs(function: Function, hosted: Mapping[int, int]) -> Function:
+    """The function of whole maps, some of which come in the host's memory."""
+
+    def call(*inputs: Array) -> Sequence[Array]:
+        return function(
+            *(from_host(x, hosted[i]) if i in hosted else x for i, x in enumerate(inputs))
+        )
+
+    return call
+
+
+def checkpointed(function: Function, hosted: Mapping[int, int]) -> Function:
+    """``jax.checkpoint`` of a function of whole maps, some of which come in the host's memory.
 
     They come to the device before its forward pass and again before its backward pass.
 
     Args:
-      function: of whole maps on the device; a list of arrays.
-      axes: row axis of every input.
+      function: of arrays on the device.
+      hosted: numbers of the inputs that come in the host's memory, with their row axes.
     """
+    forward_pass = with_hosted_inputs(function, hosted)
 
     @jax.custom_vjp
     def call(*inputs: Array) -> Sequence[Array]:
-        return function(*map(_arrived, inputs, axes))
+        return forward_pass(*inputs)
 
     def forward(*inputs: Any) -> Any:
         plain = [x.value for x in inputs]
         moving = {i: None for i, x in enumerate(inputs) if x.perturbed and _is_inexact(x.value)}
-        return call(*plain), (plain, moving)
+        return forward_pass(*plain), (plain, moving)
 
     def backward(residuals: Any, cotangents: Sequence[Any]) -> tuple[Any, ...]:
         inputs, moving = residuals
         given = [None if ct.dtype == jax.dtypes.float0 else instantiated(ct) for ct in cotangents]
         made = next(ct for ct in given if ct is not None)
         arrived = [
-            from_host_after(x, made, axis) if axis is not None and is_on_host(x) else x
-            for x, axis in zip(inputs, axes, strict=True)
+            from_host_after(x, made, hosted[i]) if i in hosted else x for i, x in enumerate(inputs)
         ]
 
         def of_moving(values: dict[int, Array]) -> list[Array]:
@@ -150,17 +161,11 @@ def checkpointed(function: Function, axes: Sequence[int | None]) -> Function:
 
         _, pull = jax.vjp(jax.checkpoint(of_moving), {i: arrived[i] for i in moving})
         (bars,) = pull([ct for ct in given if ct is not None])
-        for i, axis in enumerate(axes):
-            if i in bars and axis is not None and is_on_host(inputs[i]):
-                bars[i] = to_host(bars[i], axis)
+        bars |= {i: to_host(bar, hosted[i]) for i, bar in bars.items() if i in hosted}
         return tuple(bars.get(i) for i in range(len(inputs)))
 
     call.defvjp(forward, backward, symbolic_zeros=True)
     return call
-
-
-def _arrived(array: Array, axis: int | None) -> Array:
-    return from_host(array, axis) if axis is not None and is_on_host(array) else array
 
 
 def _is_inexact(array: Array) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import types
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -16,6 +17,7 @@ from lrjax.inline import evaluate
 from lrjax.micro_batches import by_micro_batches, micro_batches
 from lrjax.options import Cuts, Options, checked_options, checked_segments
 from lrjax.planner.choice import Choice
+from lrjax.planner.plan import ROW_STRATEGIES
 from lrjax.segments import Segment, split, split_at
 from lrjax.tracing import Traced, trace
 
@@ -104,8 +106,7 @@ def _run_group(
     def call(*arrays: Any) -> list[Any]:
         own = dict(zip(inputs, arrays, strict=True))
         for segment, choice in parts:
-            own_hosted = {i: hosted[v] for i, v in enumerate(segment.made) if v in hosted}
-            function = chosen_function(segment, choice, own_hosted)
+            function = chosen_function(segment, choice, hosted)
             outputs = function(*(own[v] for v in segment.program.inputs))
             own.update(zip(segment.made, outputs, strict=True))
         return [own[v] for v in kept]
@@ -138,45 +139,53 @@ def _hosted_values(
 ) -> dict[int, int]:
     """Maps that wait in the host's memory, with their row axes.
 
-    They enter a segment that offloads, were made by another one, and are read nowhere else.
+    They are made by a segment that offloads and read by one other: gradients from several would
+    have to be added there.
     """
-    given = {v for v in (*traced.program.inputs, *traced.program.outputs) if isinstance(v, int)}
-    readers = Counter(v for segment in segments for v in segment.program.inputs)
+    read = [entry for s in segments for entry in zip(s.program.inputs, s.axes, strict=True)]
+    readers, axis_of = Counter(v for v, _ in read), dict(read)
+    made = {
+        v
+        for segment, choice in zip(segments, choices, strict=True)
+        for v in segment.made
+        if choice.offload and v not in traced.program.outputs
+    }
     return {
         v: axis
-        for segment, choice in zip(segments, choices, strict=True)
-        if choice.offload
-        for v, axis in zip(segment.program.inputs, segment.axes, strict=True)
-        if axis is not None and v not in given and readers[v] == 1 and jnp.issubdtype(traced.program.avals[v].dtype, jnp.inexact)
+        for v, axis in axis_of.items()
+        if axis is not None
+        and v in made
+        and readers[v] == 1
+        and jnp.issubdtype(traced.program.avals[v].dtype, jnp.inexact)
     }
 
 
 def chosen_function(
-    segment: Segment, choice: Choice, hosted: Mapping[int, int] | None = None
+    segment: Segment, choice: Choice, hosted: Mapping[int, int] = types.MappingProxyType({})
 ) -> Callable[..., Sequence[Any]]:
     """A segment as a differentiable function of its inputs, run as chosen.
 
     Args:
       segment: the segment.
       choice: how it runs.
-      hosted: numbers of the outputs that are put in the host's memory, with their row axes.
+      hosted: values that are in the host's memory, with their row axes.
     """
-    if choice.strategy in ("stream", "2ps", "overl") and choice.micro_batches == 1:
-        return segment_function(segment, choice.strategy, choice.num_blocks, hosted)
+    given = {i: hosted[v] for i, v in enumerate(segment.made) if v in hosted}
+    taken = {i: hosted[v] for i, v in enumerate(segment.program.inputs) if v in hosted}
+    function: Callable[..., Sequence[Any]]
     if choice.micro_batches > 1:
         own = micro_batches(segment, choice.micro_batches)
-        once = dataclasses.replace(choice, micro_batches=1, offload=False)
-        function: Callable[..., Sequence[Any]] = by_micro_batches(
-            own, chosen_function(own.part, once)
-        )
-    elif choice.offload:
-        whole = segment_function(segment, "column", 1)
-        function = offload.checkpointed(whole, segment.axes)
-    elif choice.strategy == "checkpoint":
-        function = jax.checkpoint(segment_function(segment, "column", 1))
+        once = dataclasses.replace(choice, micro_batches=1)
+        function = by_micro_batches(own, chosen_function(own.part, once))
+    elif choice.strategy in ROW_STRATEGIES:
+        return segment_function(segment, choice.strategy, choice.num_blocks, given)
     else:
-        function = segment_function(segment, choice.strategy, choice.num_blocks)
-    return offload.with_hosted_outputs(function, hosted) if hosted else function
+        function = segment_function(segment, "column", 1)
+        if choice.strategy == "checkpoint":
+            function = offload.checkpointed(function, taken) if taken else jax.checkpoint(function)
+        elif taken:
+            function = offload.with_hosted_inputs(function, taken)
+    return offload.with_hosted_outputs(function, given) if given else function
 
 
 def segment_function(
