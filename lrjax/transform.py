@@ -30,6 +30,7 @@ def rowwise(
     strategy: str | Sequence[str] = "stream",
     cuts: Cuts = (),
     plan: Any = None,
+    offload: bool = False,
 ) -> Callable[..., Any]:
     """Run ``fun`` by blocks of rows, forward and backward: same values, same gradients.
 
@@ -50,7 +51,12 @@ def rowwise(
         and ``b`` are made again, and kept, while the backward pass is between the start and ``c``.
         With groups, names are given in ``fun``'s order.
       plan: what ``lrjax.plan`` made for this function and these shapes, instead of the three
-        above.
+        above and ``offload``.
+      offload: the maps at the cuts, and their gradients, wait in the host's memory. Row loops write
+        and read them there block by block, so that they never exist whole on the device; "column"
+        and "checkpoint" copy them. A map that several segments read, or that ``fun`` returns,
+        stays on the device. On a CPU, whose memory is the host's, nothing moves. Not under
+        ``vmap``: JAX has no rule for reading rows of a batch of arrays on the host.
 
     Returns:
       A function with ``fun``'s signature, outputs and dtypes, to be used under ``jit``, ``grad``,
@@ -64,7 +70,7 @@ def rowwise(
       >>> loss = lrjax.rowwise(loss_fn, in_axes=(None, 1), num_blocks=64)
       >>> value, grads = jax.jit(jax.value_and_grad(loss))(params, images)
     """
-    options = checked_options(num_blocks, strategy, cuts, plan)
+    options = checked_options(num_blocks, strategy, cuts, plan, offload)
 
     @functools.wraps(fun)
     def rowwise_fun(*args: Any, **kwargs: Any) -> Any:
