@@ -21,7 +21,7 @@ from typing import Any
 import jax
 from jax.experimental import topologies
 
-from lrjax.memory.targets import CpuTarget, GpuTarget, TpuTarget, find, target_config
+from lrjax.memory.targets import CpuTarget, GpuTarget, TpuTarget, find, row_of, target_config
 
 
 class DoesNotFitError(MemoryError):
@@ -97,6 +97,14 @@ def device_of(target: str | jax.Device | None) -> jax.Device:
         if target is None:
             return jax.devices()[0]
         return target if isinstance(target, jax.Device) else _stand_in(target)
+
+
+def target_name(target: str | None) -> str:
+    """The row of the table for ``target``; for None, the one that describes JAX's default best."""
+    if target is not None:
+        return target
+    device = device_of(None)
+    return row_of(device.platform, device.device_kind)
 
 
 @contextlib.contextmanager

@@ -10,6 +10,7 @@ clocks.
 """
 
 import difflib
+import itertools
 import os
 from dataclasses import dataclass
 
@@ -337,6 +338,20 @@ def find(name: str) -> Target:
         f"target={name!r} is not a device lrjax knows; it knows {', '.join(sorted(TARGETS))}. "
         f"Did you mean {nearest!r}?"
     )
+
+
+def row_of(platform: str, kind: str) -> str:
+    """Name of the row for a device: the one its driver names, else the first of its platform.
+
+    Args:
+      platform: as ``jax.Device.platform`` gives it: ``"cpu"``, ``"gpu"`` or ``"tpu"``.
+      kind: as ``jax.Device.device_kind`` gives it.
+    """
+    own_kind = {"cpu": CpuTarget, "tpu": TpuTarget}.get(platform, GpuTarget)
+    rows = [row for row in TARGETS.values() if isinstance(row, own_kind)]
+    named = (row for row in rows if row.description.startswith(kind))
+    longer = (row for row in rows if kind.startswith(row.description))
+    return next(itertools.chain(named, longer, rows)).name
 
 
 def target_config(target: GpuTarget) -> str:

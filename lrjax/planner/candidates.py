@@ -13,6 +13,7 @@ import numpy as np
 
 from lrjax.graph import RowGraph, build, size_bytes
 from lrjax.inline import FlatEquation, FlatProgram
+from lrjax.memory.compile import target_name
 from lrjax.memory.targets import TARGETS, GpuTarget
 from lrjax.micro_batches import (
     BATCH_AXIS,
@@ -118,11 +119,11 @@ class Candidates:
         program: FlatProgram,
         axes: Sequence[int | None],
         wrt: Collection[int],
-        target: str,
+        target: str | None,
     ):
         self.whole = Cuttable.of(program, axes)
-        self.target = target
-        device = TARGETS.get(target)
+        self.target = target_name(target)
+        device = TARGETS.get(self.target)
         self.operations_per_byte = (
             device.operations_per_byte_of_host if isinstance(device, GpuTarget) else 0.0
         )

@@ -82,7 +82,7 @@ class Prover:
     def __init__(self, problem: Problem):
         self.problem = problem
         program, axes = problem.traced.program, problem.traced.axes
-        candidates = Candidates(program, axes, problem.wrt, problem.target or "")
+        candidates = Candidates(program, axes, problem.wrt, problem.target)
         self.model = Model(candidates, problem.fixed_bytes)
         self.verified: dict[tuple[Step, ...], int] = {}
         self.host: dict[tuple[Step, ...], int] = {}

@@ -12,7 +12,7 @@ from lrjax.planner.choice import Choice
 from lrjax.planner.plan import Plan
 from lrjax.planner.problem import problem_of
 from lrjax.planner.proof import Prover
-from lrjax.planner.search import ON_HOST, STRATEGIES, Limits, search
+from lrjax.planner.search import ON_HOST, Limits, search
 from lrjax.testing import assert_same_as_column
 from marks import COMPILES_FOR_H200
 
@@ -37,8 +37,8 @@ CHOICES = [
 @pytest.mark.parametrize(
     ("fun", "choices"),
     [
-        *((f, c) for f in (features, loss) for c in CHOICES[:2]),
-        *((features, c) for c in CHOICES[2:]),
+        *((f, c) for f in (features, loss) for c in CHOICES[:1]),
+        *((features, c) for c in CHOICES[1:]),
     ],
 )
 def test_gradients_are_columns(fun, choices, x64):
@@ -109,7 +109,8 @@ def test_the_devices_peak_falls_by_the_map():
     # At the peak the device held the map or its gradient, and a part of the other.
     assert memory.peak_bytes(kept) - memory.peak_bytes(waiting) > 0.9 * MAP_BYTES
     assert memory.host_bytes(kept) == 0
-    assert MAP_BYTES <= memory.host_bytes(waiting) <= 2.1 * MAP_BYTES
+    # The map, its gradient, and that times the loss's cotangent: value and gradient are one pass.
+    assert memory.host_bytes(waiting) == 3 * MAP_BYTES
 
 
 @for_an_h200
@@ -124,5 +125,4 @@ def test_a_plan_offloads_where_nothing_else_fits():
             low, high = (low, middle) if fits else (middle, high)
         return high
 
-    without = tuple(name for name in STRATEGIES if not name.endswith(ON_HOST))
-    assert smallest(STRATEGIES) < 0.9 * smallest(without)
+    assert smallest(("stream", "stream" + ON_HOST)) < 0.9 * smallest(("stream",))
