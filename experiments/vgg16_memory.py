@@ -51,13 +51,17 @@ PEAKS = (
     PeakRow(4096, Method("checkpoint-block")),
     PeakRow(4096, Method("checkpoint-layer")),
     PeakRow(4096, Method("stream", 128), limit_mib=600),
+    PeakRow(4096, Method("stream-h", 128)),
+    PeakRow(4096, Method("stream-offload", 128)),
     PeakRow(4096, Method("2ps", 64), limit_mib=1_750),
     PeakRow(4096, Method("overl", 16), limit_mib=3_800),
     PeakRow(16384, Method("stream", 256), limit_mib=4_096),
+    PeakRow(16384, Method("stream-offload", 256)),
     PeakRow(16384, Method("2ps", 256)),
     PeakRow(16384, Method("overl", 256)),
     PeakRow(32768, Method("stream", 512), limit_mib=12_288),
     PeakRow(32768, Method("stream", 512), limit_mib=9_216, image_dtype="uint8"),
+    PeakRow(32768, Method("stream-offload", 512), image_dtype="uint8"),
 )
 COLUMN_4096_MIB = 22_529
 

@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 
 import lrjax
 
@@ -78,7 +79,7 @@ def stack(params: Params, images: jax.Array, checkpoint: str | None = None) -> j
     for i, channels in enumerate(BLOCKS, 1):
         own, remaining = remaining[: len(channels)], remaining[len(channels) :]
         with jax.named_scope(f"block{i}"):
-            x = per_block(block)(own, x)
+            x = checkpoint_name(per_block(block)(own, x), f"block{i}")
     return x
 
 
@@ -94,7 +95,9 @@ class Method:
     """A way to run the stack.
 
     Attributes:
-      name: ``"column"``, ``"checkpoint-block"``, ``"checkpoint-layer"`` or an lrjax strategy.
+      name: ``"column"``, ``"checkpoint-block"``, ``"checkpoint-layer"`` or an lrjax strategy;
+        with ``"-h"`` behind it, a segment per block of the network, and with ``"-offload"``, the
+        maps between these in the host's memory.
       num_blocks: row blocks, for an lrjax strategy.
     """
 
@@ -110,7 +113,15 @@ class Method:
             return fun
         if self.name.startswith("checkpoint-"):
             return functools.partial(fun, checkpoint=self.name.removeprefix("checkpoint-"))
-        return lrjax.rowwise(fun, in_axes=(None, 1), num_blocks=self.num_blocks, strategy=self.name)
+        strategy, _, suffix = self.name.partition("-")
+        return lrjax.rowwise(
+            fun,
+            in_axes=(None, 1),
+            num_blocks=self.num_blocks,
+            strategy=strategy,
+            cuts=[f"block{i}" for i in range(1, len(BLOCKS))] if suffix else (),
+            offload=suffix == "offload",
+        )
 
     def gradient(self) -> Callable[[Params, jax.Array], Params]:
         """The gradient of ``loss`` with respect to the parameters, run this way."""

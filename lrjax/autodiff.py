@@ -10,14 +10,13 @@ from __future__ import annotations
 import dataclasses
 import math
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.custom_derivatives import SymbolicZero
 
 from lrjax import calls as _calls  # noqa: F401  registers the rules of custom derivatives
 from lrjax import engine
@@ -34,6 +33,7 @@ from lrjax.inline import (
 )
 from lrjax.late import with_late_copies
 from lrjax.line_buffers import Values, empty_lines, reader_of
+from lrjax.offload import instantiated, is_on_host, scaled, to_host
 from lrjax.residuals import residuals
 from lrjax.rowloop import RowLoop, row_loop
 from lrjax.rules.base import Array, RowOp
@@ -48,8 +48,9 @@ class RowProgram:
     graph: RowGraph
     loops: tuple[RowLoop | None, ...]
 
-    def run(self, inputs: Sequence[Array]) -> list[Array]:
-        return engine.run_graph(self.graph, self.loops, inputs)
+    def run(self, inputs: Sequence[Array], hosted: Mapping[int, int] | None = None) -> list[Array]:
+        """Outputs; those of the numbers ``hosted`` are put in the host's memory, by row axis."""
+        return engine.run_graph(self.graph, self.loops, inputs, hosted=hosted)
 
 
 def row_program(
@@ -123,19 +124,24 @@ def stream_graphs(
 _GRAPHS: dict[Any, tuple[RowGraph, RowGraph | None]] = {}
 
 
-def stream(program: FlatProgram, axes: Axes, num_blocks: int) -> Callable[..., list[Array]]:
+def stream(
+    program: FlatProgram, axes: Axes, num_blocks: int, hosted: Mapping[int, int] | None = None
+) -> Callable[..., list[Array]]:
     """The program as one top-down pass, and its gradient as another.
 
     The forward pass saves what ends a stage: reductions over rows and maps that column operations
     take whole. Everything else is recomputed as cotangents arrive. Where the only output is a
     scalar sum over rows, value and gradient are one pass and only late copies are done twice.
+
+    Outputs of the numbers ``hosted`` (with their row axes), and gradients of inputs that come in
+    the host's memory, are put there by blocks of rows.
     """
     structs = program.structs
 
     @jax.custom_vjp
     def call(*inputs: Array) -> list[Array]:
         graph = traced_graph(lambda *xs: evaluate(program, xs), structs, axes)
-        return row_program(graph, "stream", num_blocks).run(inputs)
+        return row_program(graph, "stream", num_blocks).run(inputs, hosted)
 
     def forward(*inputs: Any) -> Any:
         wrt = [
@@ -144,19 +150,33 @@ def stream(program: FlatProgram, axes: Axes, num_blocks: int) -> Callable[..., l
             if x.perturbed and jnp.issubdtype(struct.dtype, jnp.inexact)
         ]
         programs = stream_programs(program, axes, num_blocks, wrt)
-        results = programs.forward.run([x.value for x in inputs])
         count = len(program.outputs)
-        return results[:count], _Residuals(tuple(results[count:]), (wrt, programs.backward))
+        returned = {
+            k: axis
+            for k, i in enumerate(wrt)
+            if (axis := axes[i]) is not None and is_on_host(inputs[i].value)
+        }
+        own = dict(hosted or {})
+        if programs.backward is None:
+            own.update((count + k, axis) for k, axis in returned.items())
+        results = programs.forward.run([x.value for x in inputs], own)
+        static = wrt, programs.backward, returned
+        return results[:count], _Residuals(tuple(results[count:]), static)
 
     def backward(residuals: _Residuals, cotangents: Sequence[Any]) -> tuple[Any, ...]:
-        wrt, second = residuals.static
-        cotangents = [_instantiated(ct) for ct in cotangents]
+        wrt, second, returned = residuals.static
+        cotangents = [instantiated(ct) for ct in cotangents]
         if second is None:
             (ct,) = cotangents
-            gradients = [(g * ct.astype(g.dtype)).astype(g.dtype) for g in residuals.arrays]
+            gradients = [
+                scaled(g, ct, returned[k])
+                if k in returned
+                else (g * ct.astype(g.dtype)).astype(g.dtype)
+                for k, g in enumerate(residuals.arrays)
+            ]
         else:
             inexact = [ct for ct in cotangents if ct.dtype != jax.dtypes.float0]
-            gradients = second.run([*residuals.arrays, *inexact])
+            gradients = second.run([*residuals.arrays, *inexact], returned)
         bars: list[Any] = [None] * len(structs)
         for i, gradient in zip(wrt, gradients, strict=True):
             bars[i] = gradient
@@ -164,12 +184,6 @@ def stream(program: FlatProgram, axes: Axes, num_blocks: int) -> Callable[..., l
 
     call.defvjp(forward, backward, symbolic_zeros=True)
     return call
-
-
-def _instantiated(cotangent: Any) -> Any:
-    if isinstance(cotangent, SymbolicZero):
-        return jnp.zeros(cotangent.shape, cotangent.dtype)
-    return cotangent
 
 
 @jax.tree_util.register_pytree_node_class
@@ -275,18 +289,26 @@ def differentiable_program(
 
 
 def two_phase_or_overlap(
-    program: FlatProgram, axes: Axes, order: str, num_blocks: int
+    program: FlatProgram,
+    axes: Axes,
+    order: str,
+    num_blocks: int,
+    hosted: Mapping[int, int] | None = None,
 ) -> Callable[..., list[Array]]:
     """The paper's orders: row loops that are differentiated step by step, in reverse."""
     rows = differentiable_program(program, axes, order, num_blocks)
 
     def call(*inputs: Array) -> list[Array]:
-        return engine.run_graph(rows.graph, rows.loops, inputs, run=_differentiable_loop)
+        return engine.run_graph(
+            rows.graph, rows.loops, inputs, run=_differentiable_loop, hosted=hosted
+        )
 
     return call
 
 
-def _differentiable_loop(loop: RowLoop, values: Values) -> Values:
+def _differentiable_loop(loop: RowLoop, values: Values, hosted: Collection[int] = ()) -> Values:
+    """A row loop whose row outputs exist whole on the device, whatever is ``hosted`` later."""
+    del hosted
     names = tuple(dict.fromkeys((*loop.arrays, *loop.wholes)))
 
     @jax.custom_vjp
@@ -301,8 +323,8 @@ def _differentiable_loop(loop: RowLoop, values: Values) -> Values:
 
     def backward(residuals: _Residuals, cotangents: Values) -> tuple[dict[int, Any]]:
         inputs, lines = residuals.arrays
-        instantiated = {v: _instantiated(ct) for v, ct in cotangents.items()}
-        bars = _reverse_loop(loop, inputs, lines, instantiated, residuals.static)
+        given = {v: instantiated(ct) for v, ct in cotangents.items()}
+        bars = _reverse_loop(loop, inputs, lines, given, residuals.static)
         return ({v: bars.get(v) for v in names},)
 
     call.defvjp(forward, backward, symbolic_zeros=True)
@@ -347,8 +369,8 @@ def _reverse_loop(
     """Walk the steps in reverse: halo gradients flow to the step above through the line buffers."""
     clock = clock_of(loop)
     avals = loop.graph.program.avals
-    array_bars = {v: jnp.zeros_like(a) for v, a in _inexact(values).items() if v in loop.arrays}
-    array_bars = {v: a for v, a in array_bars.items() if v in perturbed}
+    moving_arrays = [v for v in _inexact(values) if v in loop.arrays and v in perturbed]
+    array_bars = {v: jnp.zeros(values[v].shape, values[v].dtype) for v in moving_arrays}
     wholes = {v: values[v] for v in loop.wholes}
     moving_wholes = {v: a for v, a in _inexact(wholes).items() if v in perturbed}
     readers = {v: reader_of(loop, v) for v in moving_wholes}
@@ -406,6 +428,8 @@ def _reverse_loop(
             bars[v] = bar.astype(avals[v].dtype)
     for v, bar in array_bars.items():
         bars[v] = bars[v] + bar if v in bars else bar
+        if is_on_host(values[v]):
+            bars[v] = to_host(bars[v], loop.graph.row_axis[v])
     return bars
 
 

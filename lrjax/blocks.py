@@ -1,4 +1,4 @@
-"""Blocks of rows of arrays that exist whole: read, write, mask."""
+"""Blocks of rows of arrays that exist whole, on the device or the host: read, write, mask."""
 
 from __future__ import annotations
 
@@ -9,14 +9,15 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from lrjax.offload import beside, on_device
 from lrjax.rules.base import Array
 
 
 def slice_rows(array: Array, start: Any, size: int, axis: int) -> Array:
     """``size`` rows of an array that holds all of them, static where the start is."""
     if isinstance(start, int | np.integer):
-        return lax.slice_in_dim(array, int(start), int(start) + size, axis=axis)
-    return lax.dynamic_slice_in_dim(array, start, size, axis=axis)
+        return on_device(lax.slice_in_dim(array, int(start), int(start) + size, axis=axis))
+    return on_device(lax.dynamic_slice_in_dim(array, start, size, axis=axis))
 
 
 def _shifted(rows: Array, start: Any, size: int, axis: int, fill: Any) -> Array:
@@ -38,7 +39,7 @@ def read_rows(
         return slice_rows(array, start, size, axis)
     count = min(size, height)
     inside = jnp.clip(start, 0, height - count)
-    rows = lax.dynamic_slice_in_dim(array, inside, count, axis=axis)
+    rows = on_device(lax.dynamic_slice_in_dim(array, inside, count, axis=axis))
     return _shifted(rows, start - inside, size, axis, fill)
 
 
@@ -55,14 +56,15 @@ def write_rows(
     rows = rows.astype(array.dtype)
     if bounds[0] >= 0 and bounds[1] + size <= height:
         old = slice_rows(array, start, size, axis)
-        return lax.dynamic_update_slice_in_dim(array, combine(old, rows), start, axis)
+        new = beside(combine(old, rows), array)
+        return lax.dynamic_update_slice_in_dim(array, new, start, axis)
     count = min(size, height)
     inside = jnp.clip(start, 0, height - count)
-    old = lax.dynamic_slice_in_dim(array, inside, count, axis=axis)
+    old = on_device(lax.dynamic_slice_in_dim(array, inside, count, axis=axis))
     new = _shifted(rows, inside - start, count, axis, 0)
     position = inside + jnp.arange(count)
     kept = _along(axis, array.ndim, (position >= start) & (position < start + size))
-    new = jnp.where(kept, combine(old, new), old)
+    new = beside(jnp.where(kept, combine(old, new), old), array)
     return lax.dynamic_update_slice_in_dim(array, new, inside, axis)
 
 

@@ -51,7 +51,7 @@ def clock_of(loop: RowLoop) -> Clock:
             gap = track.carried - track.depth
             series["shift", i] = [advance + gap for advance in track.advances]
     for s in loop.sources:
-        series["window", s.node, s.operand] = loop.window_starts(s)
+        series["window", s.node, s.operand] = loop.window_starts(s).tolist()
         if s.value in loop.producer:
-            series["back", s.node, s.operand] = loop.look_back(s)
+            series["back", s.node, s.operand] = loop.look_back(s).tolist()
     return Clock(series)

@@ -8,7 +8,7 @@ integers; most do not change.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -28,6 +28,7 @@ from lrjax.line_buffers import (
     line_buffer_of,
     producer_of,
 )
+from lrjax.offload import empty_on_host, first_element, from_host, is_on_host, to_host
 from lrjax.rowloop import Band, RowLoop, Source
 from lrjax.rules.base import Array, Rows
 from lrjax.rules.reduction import identity_of
@@ -141,7 +142,9 @@ def _run_band(
                     operands.append(_window(loop, clock, sources[operand], at_hand, windows))
                 else:
                     operands.append(wholes[atom])
-            results = op.evaluate(operands, Rows(clock["start", i], loop.schedule.tracks[i].rows))
+            count = loop.schedule.tracks[i].rows
+            rows = Rows(clock["start", i], count, loop.is_differentiated)
+            results = op.evaluate(operands, rows)
         if node.is_reduction:
             made.partial.update(zip(node.equation.outputs, results, strict=True))
             continue
@@ -282,8 +285,8 @@ def finished_sums(loop: RowLoop, sums: Values) -> Values:
     return finished
 
 
-def empty_outputs(loop: RowLoop, values: Values) -> Values:
-    """Arrays for the row outputs, of which every row will be written.
+def empty_outputs(loop: RowLoop, values: Values, hosted: Collection[int] = ()) -> Values:
+    """Arrays for the row outputs, of which every row will be written; some in the host's memory.
 
     They are filled with an element of what the loop before this one made. Of plain zeros XLA:GPU
     makes one fusion for all loops of a program, so that all outputs exist from the beginning on.
@@ -291,11 +294,15 @@ def empty_outputs(loop: RowLoop, values: Values) -> Values:
     avals = loop.graph.program.avals
     filling: Any = 0
     if loop.latest_input is not None:
-        filling = lax.stop_gradient(values[loop.latest_input]).ravel()[0]
+        filling = first_element(lax.stop_gradient(values[loop.latest_input]))
     outputs = {}
     for v in loop.row_outputs:
         with producer_of(loop, v).origin():
-            outputs[v] = jnp.full(avals[v].shape, filling, avals[v].dtype)
+            shape, dtype = avals[v].shape, avals[v].dtype
+            is_hosted = v in hosted
+            outputs[v] = (
+                empty_on_host(shape, dtype) if is_hosted else jnp.full(shape, filling, dtype)
+            )
     return outputs
 
 
@@ -309,8 +316,11 @@ def write_outputs(loop: RowLoop, clock: Clock, outputs: Values, rows: Values) ->
     return written
 
 
-def run_loop(loop: RowLoop, values: Values) -> Values:
-    """Run a row loop on values that exist whole; returns its row outputs and reductions."""
+def run_loop(loop: RowLoop, values: Values, hosted: Collection[int] = ()) -> Values:
+    """Run a row loop on values that exist whole; returns its row outputs and reductions.
+
+    Row outputs among ``hosted`` never exist whole on the device.
+    """
     clock = clock_of(loop)
     arrays = {v: values[v] for v in loop.arrays}
     wholes = {v: values[v] for v in loop.wholes}
@@ -322,14 +332,14 @@ def run_loop(loop: RowLoop, values: Values) -> Values:
         outputs = write_outputs(loop, now, outputs, result.rows)
         return (result.lines, outputs, add_partial(loop, sums, result.partial)), None
 
-    carry = (empty_lines(loop), empty_outputs(loop, values), empty_sums(loop))
+    carry = (empty_lines(loop), empty_outputs(loop, values, hosted), empty_sums(loop))
     (_, outputs, sums), _ = lax.scan(step, carry, clock.table())
     return {**outputs, **finished_sums(loop, sums)}
 
 
 # --- Whole graphs --------------------------------------------------------------------------------
 
-RunLoop = Callable[[RowLoop, Values], Values]
+RunLoop = Callable[[RowLoop, Values, Collection[int]], Values]
 
 
 def run_graph(
@@ -337,29 +347,52 @@ def run_graph(
     loops: Sequence[RowLoop | None],
     inputs: Sequence[Array],
     run: RunLoop = run_loop,
+    hosted: Mapping[int, int] | None = None,
 ) -> list[Array]:
     """Column operations and row loops, stage by stage.
+
+    Inputs in the host's memory are read there by blocks of rows; what takes them whole gets a copy.
 
     Args:
       graph: the row graph.
       loops: one row loop per stage, None for a stage without row operations.
       inputs: the program's inputs.
       run: how a row loop is run (``autodiff`` gives a differentiable one).
+      hosted: numbers of the outputs that are put in the host's memory, with their row axes.
     """
+    hosted = hosted or {}
+    wanted = {v for i, v in enumerate(graph.program.outputs) if i in hosted and isinstance(v, int)}
+    copies: Values = {}
     values: Values = {v: jnp.asarray(c) for v, c in graph.program.constants.items()}
     values.update(zip(graph.program.inputs, inputs, strict=True))
     for stage, loop in enumerate(loops):
         for node in graph.column_nodes(stage):
-            run_column(node.equation, values)
+            copies.update(_copies(graph, {**values, **copies}, node.equation.inputs))
+            values.update(run_column(node.equation, {**values, **copies}))
         if loop is not None:
-            values.update(run(loop, values))
-    return [_read(values, v) for v in graph.program.outputs]
+            copies.update(_copies(graph, {**values, **copies}, loop.wholes))
+            taken = {v: copies[v] for v in loop.wholes if v in copies}
+            values.update(run(loop, {**values, **taken}, wanted))
+    results = [_read(values, v) for v in graph.program.outputs]
+    for i, axis in hosted.items():
+        if not is_on_host(results[i]):
+            results[i] = to_host(results[i], axis)
+    return results
 
 
-def run_column(equation: FlatEquation, values: Values) -> None:
-    """Evaluate one equation on whole values and record its results."""
+def _copies(graph: RowGraph, values: Values, atoms: Sequence[Atom]) -> Values:
+    """What is in the host's memory and is about to be taken whole, on the device."""
+    return {
+        v: from_host(values[v], graph.row_axis[v])
+        for v in atoms
+        if isinstance(v, int) and is_on_host(values[v])
+    }
+
+
+def run_column(equation: FlatEquation, values: Values) -> Values:
+    """Evaluate one equation on whole values."""
     results = equation.evaluate([_read(values, v) for v in equation.inputs])
-    values.update(zip(equation.outputs, results, strict=True))
+    return dict(zip(equation.outputs, results, strict=True))
 
 
 def _read(values: Mapping[int, Any], atom: Atom) -> Any:

@@ -14,6 +14,8 @@ import dataclasses
 import math
 from collections.abc import Callable
 
+import numpy as np
+
 from lrjax.graph import Node, RowGraph, size_bytes
 from lrjax.inline import Atom
 from lrjax.rowloop import RowLoop, Source
@@ -81,7 +83,7 @@ def _late_sources(loop: RowLoop) -> set[tuple[int, int]]:
             readers.setdefault(source.value, []).append(source)
     found: set[tuple[int, int]] = set()
     for value, sources in readers.items():
-        back = {s: max(loop.look_back(s)) for s in sources}
+        back = {s: int(np.max(loop.look_back(s))) for s in sources}
         margin = max(_LATE_SLABS * loop.track(value).rows, _LATE_ROWS)
         found.update((s.node, s.operand) for s in sources if back[s] > min(back.values()) + margin)
     return found
@@ -122,7 +124,7 @@ def _problem(loop: RowLoop, late: set[tuple[int, int]]) -> Problem:
                 continue
             own = 0.0
             if (i, source.operand) in late:
-                own = max(loop.look_back(source)) / max(loop.track(source.value).rows, 1)
+                own = int(np.max(loop.look_back(source))) / max(loop.track(source.value).rows, 1)
             reach = own if node.is_reduction else max(own, behind)
             delay[source.value] = max(delay.get(source.value, 0.0), reach)
     operations = []

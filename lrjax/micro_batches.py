@@ -14,11 +14,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.custom_derivatives import SymbolicZero
 
 from lrjax.geometry import IDENTITY
 from lrjax.graph import RowGraph, build
 from lrjax.inline import Literal, flatten
+from lrjax.offload import beside, empty_on_host, instantiated, is_on_host, on_device
 from lrjax.rules.base import Array, Rows
 from lrjax.segments import Cuttable, Segment
 
@@ -165,7 +165,7 @@ def by_micro_batches(own: MicroBatches, function: Function) -> Function:
 
     def backward(residuals: Any, cotangents: Sequence[Any]) -> tuple[Any, ...]:
         inputs, moving = residuals
-        given = [None if ct.dtype == jax.dtypes.float0 else _instantiated(ct) for ct in cotangents]
+        given = [None if ct.dtype == jax.dtypes.float0 else instantiated(ct) for ct in cotangents]
 
         def one(sums: dict[int, Array], index: Array) -> tuple[dict[int, Array], None]:
             own_inputs = inputs_of(inputs, index)
@@ -185,7 +185,12 @@ def by_micro_batches(own: MicroBatches, function: Function) -> Function:
             }
             return added, None
 
-        start = {i: jnp.zeros(structs[i].shape, _sum_dtype(own, i)) for i in moving}
+        start = {
+            i: (empty_on_host if is_on_host(inputs[i]) else jnp.zeros)(
+                structs[i].shape, _sum_dtype(own, i)
+            )
+            for i in moving
+        }
         sums, _ = lax.scan(one, start, jnp.arange(own.parts))
         return tuple(
             sums[i].astype(struct.dtype) if i in sums else None for i, struct in enumerate(structs)
@@ -201,17 +206,12 @@ def _sum_dtype(own: MicroBatches, index: int) -> Any:
 
 
 def _part(array: Array, own: MicroBatches, index: Array) -> Array:
-    return lax.dynamic_slice_in_dim(array, index * own.size, own.size, BATCH_AXIS)
+    return on_device(lax.dynamic_slice_in_dim(array, index * own.size, own.size, BATCH_AXIS))
 
 
 def _put(array: Array, part: Array, own: MicroBatches, index: Array) -> Array:
+    part = beside(part, array)
     return lax.dynamic_update_slice_in_dim(array, part, index * own.size, BATCH_AXIS)
-
-
-def _instantiated(cotangent: Any) -> Array:
-    if isinstance(cotangent, SymbolicZero):
-        return jnp.zeros(cotangent.shape, cotangent.dtype)
-    return cotangent
 
 
 def _is_inexact(struct: Any) -> bool:

@@ -22,12 +22,16 @@ Cuts = Sequence[str | Sequence[str]] | int
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """``cuts`` as given: names, groups of names (tuples), or a number of segments."""
+    """``cuts`` as given: names, groups of names (tuples), or a number of segments.
+
+    With ``offload``, the maps between segments wait in the host's memory.
+    """
 
     num_blocks: int | tuple[int, ...] | None
     strategy: str | tuple[str, ...]
     cuts: tuple[str | tuple[str, ...], ...] | int
     plan: Plan | None = None
+    offload: bool = False
 
     @property
     def has_groups(self) -> bool:
@@ -55,14 +59,17 @@ def _names(cut: str | tuple[str, ...]) -> tuple[str, ...]:
     return (cut,) if isinstance(cut, str) else cut
 
 
-def checked_options(num_blocks: Any, strategy: Any, cuts: Any, plan: Any) -> Options:
+def checked_options(
+    num_blocks: Any, strategy: Any, cuts: Any, plan: Any, offload: Any = False
+) -> Options:
     """Everything that can be judged without arguments."""
     if plan is not None:
         if not isinstance(plan, Plan):
             raise ValueError(f"plan={plan!r:.80} is no plan; give what lrjax.plan returned.")
-        if num_blocks is not None or strategy != "stream" or cuts not in ((), []):
+        if num_blocks is not None or strategy != "stream" or cuts not in ((), []) or offload:
             raise ValueError(
-                "plan: it says how every segment runs; leave num_blocks, strategy and cuts out."
+                "plan: it says how every segment runs; leave num_blocks, strategy, cuts and "
+                "offload out."
             )
         return Options(None, "stream", (), plan)
     chosen = (strategy,) if isinstance(strategy, str) else tuple(strategy)
@@ -84,11 +91,27 @@ def checked_options(num_blocks: Any, strategy: Any, cuts: Any, plan: Any) -> Opt
             raise ValueError(f"cuts={cuts} must be at least 1, the number of segments.")
     else:
         cuts = _checked_groups(cuts)
+    _check_offload(offload, cuts)
     return Options(
         tuple(num_blocks) if isinstance(num_blocks, Sequence) else num_blocks,
         strategy if isinstance(strategy, str) else chosen,
         cuts,
+        offload=offload,
     )
+
+
+def _check_offload(offload: Any, cuts: Any) -> None:
+    if not isinstance(offload, bool):
+        raise ValueError(f"offload={offload!r} must be True or False.")
+    if offload and cuts in ((), 1):
+        raise ValueError(
+            "offload=True: there are no maps between segments without cuts; name some in cuts, or "
+            "give a number of segments."
+        )
+    if offload and not isinstance(cuts, int) and not all(isinstance(cut, str) for cut in cuts):
+        raise ValueError(
+            f"offload=True: cuts={cuts!r} has groups, whose maps do not wait; give names alone."
+        )
 
 
 def _checked_groups(cuts: Sequence[Any]) -> tuple[str | tuple[str, ...], ...]:
@@ -126,7 +149,7 @@ def checked_segments(options: Options, segments: Sequence[Segment]) -> list[Choi
             + "; check in_axes, or call fun directly."
         )
     return [
-        Choice(strategy, _checked_count(strategy, number, graph))
+        Choice(strategy, _checked_count(strategy, number, graph), offload=options.offload)
         for strategy, number, graph in zip(strategies, numbers, graphs, strict=True)
     ]
 

@@ -6,7 +6,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
-import operator
 from collections.abc import Iterable, Sequence
 from fractions import Fraction
 from typing import Any
@@ -15,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lrjax.geometry import ceil_div, round_up
+from lrjax.geometry import Frontier, ceil_div, round_up
 from lrjax.graph import Node, RowGraph, size_bytes
 from lrjax.rules.base import RowRead
 from lrjax.schedule import Read, Schedule, Task, Track, overlap_schedule, shared_schedule
@@ -146,10 +145,10 @@ class RowLoop:
         start = row_map.first(rows.start(step))
         return start, start + row_map.size(rows.rows)
 
-    def window_starts(self, source: Source) -> list[int]:
+    def window_starts(self, source: Source) -> Frontier:
         """The first row that a read needs, per step."""
-        track, first = self.schedule.tracks[source.node], source.read.row_map.first
-        return [first(stop - track.rows) for stop in track.frontier[1:]]
+        track = self.schedule.tracks[source.node]
+        return source.read.row_map.first(track.stops - track.rows)
 
     def leaves_image(self, source: Source) -> bool:
         """Some step reads rows outside the image that must hold the fill value."""
@@ -158,12 +157,12 @@ class RowLoop:
         height = self.graph.program.avals[source.value].shape[source.read.axis]
         node = self.nodes[source.node]
         assert node.op is not None
+        row_map = source.read.row_map
         if not node.is_reduction:
-            row_map = source.read.row_map
             return row_map.first(0) < 0 or row_map.end(node.op.height) > height
         starts = self.window_starts(source)
-        size = self.window(source, 0)[1] - starts[0]
-        return min(starts) < 0 or max(starts) + size > height
+        size = row_map.size(self.schedule.tracks[source.node].rows)
+        return bool(np.min(starts) < 0 or np.max(starts) + size > height)
 
     def fill_of(self, source: Source) -> Any:
         """What a window must hold outside the image, None if it does not matter.
@@ -275,7 +274,7 @@ class RowLoop:
             not self.is_differentiated
             and track.is_steady
             and track.depth >= (3 if track.rows >= RING_SLAB else DEEP_SLABS) * track.rows
-            and all(len(set(self.look_back(s))) == 1 for s in self.sources if s.value == value)
+            and all(np.ptp(self.look_back(s)) == 0 for s in self.sources if s.value == value)
         )
 
     def line_rows(self, value: int) -> int:
@@ -296,10 +295,9 @@ class RowLoop:
         }
         return sum(self.line_rows(v) * size for v, size in per_row.items())
 
-    def look_back(self, source: Source) -> list[int]:
+    def look_back(self, source: Source) -> Frontier:
         """Per step, how far before the value's frontier a window starts."""
-        track = self.track(source.value)
-        return list(map(operator.sub, track.frontier[1:], self.window_starts(source)))
+        return self.track(source.value).stops - self.window_starts(source)
 
 
 def row_loop(

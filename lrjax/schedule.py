@@ -82,11 +82,16 @@ class Track:
     def owned(self, step: int) -> tuple[int, int]:
         return self.frontier[step], self.frontier[step + 1]
 
-    @property
+    @functools.cached_property
+    def stops(self) -> Frontier:
+        """One past the last row, after every step."""
+        return np.array(self.frontier[1:])
+
+    @functools.cached_property
     def advances(self) -> tuple[int, ...]:
         return tuple(b - a for a, b in itertools.pairwise(self.frontier))
 
-    @property
+    @functools.cached_property
     def is_steady(self) -> bool:
         """Every step gives exactly the rows it owns."""
         return all(advance == self.rows for advance in self.advances)

@@ -102,6 +102,7 @@ def assert_same_as_column(
     strategy: str | Sequence[str] = "stream",
     cuts: Cuts = (),
     plan: Plan | None = None,
+    offload: bool = False,
     kwargs: Mapping[str, Any] | None = None,
     argnums: Sequence[int] | None = None,
     tolerance: float | None = None,
@@ -121,7 +122,7 @@ def assert_same_as_column(
     Args:
       fun: the function.
       args: its positional arguments.
-      in_axes, num_blocks, strategy, cuts, plan: as for :func:`lrjax.rowwise`.
+      in_axes, num_blocks, strategy, cuts, plan, offload: as for :func:`lrjax.rowwise`.
       kwargs: keyword arguments of ``fun``.
       argnums: arguments to differentiate, all by default.
       tolerance: instead of the dtype's.
@@ -137,7 +138,13 @@ def assert_same_as_column(
     """
     expected = expected or results(fun, args, kwargs, argnums=argnums, seed=seed)
     row_fun = rowwise(
-        fun, in_axes=in_axes, num_blocks=num_blocks, strategy=strategy, cuts=cuts, plan=plan
+        fun,
+        in_axes=in_axes,
+        num_blocks=num_blocks,
+        strategy=strategy,
+        cuts=cuts,
+        plan=plan,
+        offload=offload,
     )
     found = results(row_fun, args, kwargs, argnums=argnums, seed=seed)
     truth = None

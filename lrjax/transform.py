@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+import types
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from lrjax import autodiff
+from lrjax import autodiff, offload
 from lrjax.inline import evaluate
 from lrjax.micro_batches import by_micro_batches, micro_batches
 from lrjax.options import Cuts, Options, checked_options, checked_segments
 from lrjax.planner.choice import Choice
+from lrjax.planner.plan import ROW_STRATEGIES
 from lrjax.segments import Segment, split, split_at
 from lrjax.tracing import Traced, trace
 
@@ -27,6 +30,7 @@ def rowwise(
     strategy: str | Sequence[str] = "stream",
     cuts: Cuts = (),
     plan: Any = None,
+    offload: bool = False,
 ) -> Callable[..., Any]:
     """Run ``fun`` by blocks of rows, forward and backward: same values, same gradients.
 
@@ -47,7 +51,12 @@ def rowwise(
         and ``b`` are made again, and kept, while the backward pass is between the start and ``c``.
         With groups, names are given in ``fun``'s order.
       plan: what ``lrjax.plan`` made for this function and these shapes, instead of the three
-        above.
+        above and ``offload``.
+      offload: the maps at the cuts, and their gradients, wait in the host's memory. Row loops write
+        and read them there block by block, so that they never exist whole on the device; "column"
+        and "checkpoint" copy them. A map that several segments read, or that ``fun`` returns,
+        stays on the device. On a CPU, whose memory is the host's, nothing moves. Not under
+        ``vmap``: JAX has no rule for reading rows of a batch of arrays on the host.
 
     Returns:
       A function with ``fun``'s signature, outputs and dtypes, to be used under ``jit``, ``grad``,
@@ -61,7 +70,7 @@ def rowwise(
       >>> loss = lrjax.rowwise(loss_fn, in_axes=(None, 1), num_blocks=64)
       >>> value, grads = jax.jit(jax.value_and_grad(loss))(params, images)
     """
-    options = checked_options(num_blocks, strategy, cuts, plan)
+    options = checked_options(num_blocks, strategy, cuts, plan, offload)
 
     @functools.wraps(fun)
     def rowwise_fun(*args: Any, **kwargs: Any) -> Any:
@@ -73,13 +82,14 @@ def rowwise(
 def run(traced: Traced, options: Options) -> Any:
     """A traced call under checked options: segment by segment, each under its strategy."""
     segments, choices = segments_and_choices(traced, options)
+    hosted = _hosted_values(traced, segments, choices)
     values = dict(zip(traced.program.inputs, traced.inputs, strict=True))
     values.update(traced.program.constants)
     for group in options.groups(len(segments)):
         later = {v for segment in segments[group.stop :] for v in segment.program.inputs}
         later.update(v for v in traced.program.outputs if isinstance(v, int))
         parts = [(segments[i], choices[i]) for i in group]
-        values.update(_run_group(parts, values, later))
+        values.update(_run_group(parts, values, later, hosted))
     outputs = [
         values[v] if isinstance(v, int) else jnp.asarray(v.value, v.dtype)
         for v in traced.program.outputs
@@ -88,7 +98,10 @@ def run(traced: Traced, options: Options) -> Any:
 
 
 def _run_group(
-    parts: Sequence[tuple[Segment, Choice]], values: dict[int, Any], later: set[int]
+    parts: Sequence[tuple[Segment, Choice]],
+    values: dict[int, Any],
+    later: set[int],
+    hosted: Mapping[int, int],
 ) -> dict[int, Any]:
     """What a group of segments makes for ``later`` use; maps between them live in it alone."""
     made = [v for segment, _ in parts for v in segment.made]
@@ -99,7 +112,8 @@ def _run_group(
     def call(*arrays: Any) -> list[Any]:
         own = dict(zip(inputs, arrays, strict=True))
         for segment, choice in parts:
-            outputs = chosen_function(segment, choice)(*(own[v] for v in segment.program.inputs))
+            function = chosen_function(segment, choice, hosted)
+            outputs = function(*(own[v] for v in segment.program.inputs))
             own.update(zip(segment.made, outputs, strict=True))
         return [own[v] for v in kept]
 
@@ -126,24 +140,70 @@ def segments_and_choices(
     return split_at(traced.program, traced.axes, plan.cuts), plan.choices
 
 
-def chosen_function(segment: Segment, choice: Choice) -> Callable[..., Sequence[Any]]:
-    """A segment as a differentiable function of its inputs, run as chosen."""
+def _hosted_values(
+    traced: Traced, segments: Sequence[Segment], choices: Sequence[Choice]
+) -> dict[int, int]:
+    """Maps that wait in the host's memory, with their row axes.
+
+    They are made by a segment that offloads and read by one other: gradients from several would
+    have to be added there.
+    """
+    read = [entry for s in segments for entry in zip(s.program.inputs, s.axes, strict=True)]
+    readers, axis_of = Counter(v for v, _ in read), dict(read)
+    made = {
+        v
+        for segment, choice in zip(segments, choices, strict=True)
+        for v in segment.made
+        if choice.offload and v not in traced.program.outputs
+    }
+    return {
+        v: axis
+        for v, axis in axis_of.items()
+        if axis is not None
+        and v in made
+        and readers[v] == 1
+        and jnp.issubdtype(traced.program.avals[v].dtype, jnp.inexact)
+    }
+
+
+def chosen_function(
+    segment: Segment, choice: Choice, hosted: Mapping[int, int] = types.MappingProxyType({})
+) -> Callable[..., Sequence[Any]]:
+    """A segment as a differentiable function of its inputs, run as chosen.
+
+    Args:
+      segment: the segment.
+      choice: how it runs.
+      hosted: values that are in the host's memory, with their row axes.
+    """
+    given = {i: hosted[v] for i, v in enumerate(segment.made) if v in hosted}
+    taken = {i: hosted[v] for i, v in enumerate(segment.program.inputs) if v in hosted}
+    function: Callable[..., Sequence[Any]]
     if choice.micro_batches > 1:
         own = micro_batches(segment, choice.micro_batches)
         once = dataclasses.replace(choice, micro_batches=1)
-        return by_micro_batches(own, chosen_function(own.part, once))
-    if choice.strategy == "checkpoint":
-        return jax.checkpoint(lambda *inputs: evaluate(segment.program, inputs))
-    return segment_function(segment, choice.strategy, choice.num_blocks)
+        function = by_micro_batches(own, chosen_function(own.part, once))
+    elif choice.strategy in ROW_STRATEGIES:
+        return segment_function(segment, choice.strategy, choice.num_blocks, given)
+    else:
+        function = segment_function(segment, "column", 1)
+        if choice.strategy == "checkpoint":
+            function = offload.checkpointed(function, taken) if taken else jax.checkpoint(function)
+        elif taken:
+            function = offload.with_hosted_inputs(function, taken)
+    return offload.with_hosted_outputs(function, given) if given else function
 
 
 def segment_function(
-    segment: Segment, strategy: str, num_blocks: int
+    segment: Segment,
+    strategy: str,
+    num_blocks: int,
+    hosted: Mapping[int, int] | None = None,
 ) -> Callable[..., Sequence[Any]]:
     """A segment as a differentiable function of its inputs."""
     program, axes = segment.program, segment.axes
     if strategy == "column":
         return lambda *inputs: evaluate(program, inputs)
     if strategy == "stream":
-        return autodiff.stream(program, axes, num_blocks)
-    return autodiff.two_phase_or_overlap(program, axes, strategy, num_blocks)
+        return autodiff.stream(program, axes, num_blocks, hosted)
+    return autodiff.two_phase_or_overlap(program, axes, strategy, num_blocks, hosted)

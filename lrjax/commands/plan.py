@@ -32,6 +32,9 @@ def plan(
         Path | None, typer.Option(help="Draw memory against operations, from column to the least.")
     ] = None,
     steps: Annotated[int, typer.Option(help="Points of the frontier.")] = 8,
+    timed: Annotated[
+        bool, typer.Option("--timed", help="Measure the frontier's times on this device.")
+    ] = False,
 ) -> None:
     """The fastest plan of a training step within a memory budget, proved by XLA.
 
@@ -52,6 +55,8 @@ def plan(
         numbers = command.dtype_of(dtype)
         network = options.network_of(model, 1000, width, numbers.name, head=head, norm=norm)
         size = options.size_of(image, "image")
+        if timed and frontier is None:
+            raise ValueError("timed: times belong to the frontier; give --frontier FILE too")
         if batch < 1:
             raise ValueError(f"batch: got {batch}; use 1 or more")
         amount = 1.0 if budget is None else _budget(budget)
@@ -88,7 +93,7 @@ def plan(
                 "in_axes": in_axes, "target": target, "wrt": 0, "on_progress": tell
             }  # fmt: skip
             if frontier is not None:
-                curve = lrjax.frontier(fun, *args, steps=steps, **call)
+                curve = lrjax.frontier(fun, *args, steps=steps, timed=timed, **call)
                 curve.save_png(frontier, f"{model}, {image}, batch {batch}, {dtype}")
                 wide.print(str(curve), highlight=False)
             made = lrjax.plan(fun, *args, budget=amount, **call)

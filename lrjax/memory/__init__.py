@@ -1,7 +1,14 @@
 """What uses the memory: XLA's own answer for a device, present or not, and the process's."""
 
 from lrjax.memory.comparison import Comparison, compare
-from lrjax.memory.compile import DoesNotFitError, compile_for, is_installed, peak_bytes, temp_bytes
+from lrjax.memory.compile import (
+    DoesNotFitError,
+    compile_for,
+    host_bytes,
+    is_installed,
+    peak_bytes,
+    temp_bytes,
+)
 from lrjax.memory.profile import KINDS, Buffer, MemoryProfile
 from lrjax.memory.profiling import (
     TargetStatus,
@@ -30,6 +37,7 @@ __all__ = [
     "compare",
     "compile_for",
     "device_memory_bytes",
+    "host_bytes",
     "is_installed",
     "measure",
     "measure_rss",

@@ -21,7 +21,7 @@ from typing import Any
 import jax
 from jax.experimental import topologies
 
-from lrjax.memory.targets import CpuTarget, GpuTarget, TpuTarget, find, target_config
+from lrjax.memory.targets import CpuTarget, GpuTarget, TpuTarget, find, row_of, target_config
 
 
 class DoesNotFitError(MemoryError):
@@ -99,6 +99,14 @@ def device_of(target: str | jax.Device | None) -> jax.Device:
         return target if isinstance(target, jax.Device) else _stand_in(target)
 
 
+def target_name(target: str | None) -> str:
+    """The row of the table for ``target``; for None, the one that describes JAX's default best."""
+    if target is not None:
+        return target
+    device = device_of(None)
+    return row_of(device.platform, device.device_kind)
+
+
 @contextlib.contextmanager
 def _only_what_is_there() -> Iterator[None]:
     """Let JAX start, if it has not, without looking for accelerators that are not there.
@@ -123,7 +131,8 @@ def _only_what_is_there() -> Iterator[None]:
 def peak_bytes(compiled: jax.stages.Compiled) -> int:
     """Bytes of device memory in use at the program's worst moment, arguments and outputs included.
 
-    XLA's own figure, from its buffer assignment and schedule.
+    XLA's own figure, from its buffer assignment and schedule. Where values are offloaded and more
+    of the host's memory is in use than of the device's, it is an upper bound: what XLA sets aside.
 
     Raises:
       NotImplementedError: the backend that compiled the program does not report its memory.
@@ -133,7 +142,31 @@ def peak_bytes(compiled: jax.stages.Compiled) -> int:
     # temporaries). They are one allocation there, held while the program runs.
     if _platform(compiled) == "cpu":
         return analysis.peak_memory_in_bytes + analysis.temp_size_in_bytes
-    return analysis.peak_memory_in_bytes
+    if not analysis.host_temp_size_in_bytes:
+        return analysis.peak_memory_in_bytes
+    # With values in the host's memory, XLA's figure is that of the fuller of the two memories.
+    everything = (
+        analysis.argument_size_in_bytes
+        + analysis.output_size_in_bytes
+        - analysis.alias_size_in_bytes
+        + analysis.temp_size_in_bytes
+    )
+    return min(analysis.peak_memory_in_bytes, everything)
+
+
+def host_bytes(compiled: jax.stages.Compiled) -> int:
+    """Bytes of the host's memory that the program sets aside for values it offloads.
+
+    Raises:
+      NotImplementedError: the backend that compiled the program does not report its memory.
+    """
+    analysis = memory_analysis(compiled)
+    return (
+        analysis.host_temp_size_in_bytes
+        + analysis.host_argument_size_in_bytes
+        + analysis.host_output_size_in_bytes
+        - analysis.host_alias_size_in_bytes
+    )
 
 
 def temp_bytes(compiled: jax.stages.Compiled) -> int:

@@ -10,7 +10,7 @@ import dataclasses
 from collections import Counter
 from collections.abc import Sequence
 
-from lrjax.memory.assignment import Allocation, Assignment, Event, Instruction
+from lrjax.memory.assignment import HOST_COLOR, Allocation, Assignment, Event, Instruction
 from lrjax.memory.wire import DecodeError
 
 
@@ -37,7 +37,7 @@ def pieces(assignment: Assignment, steps: Sequence[Instruction]) -> list[Piece]:
     """Everything that counts towards XLA's peak.
 
     A TPU has several memories; XLA's peak is that of the fullest, which is the main one in any
-    program that is large for its device.
+    program that is large for its device. What is in the host's memory does not count.
 
     Raises:
       DecodeError: there are temporaries, but no simulation of the heap.
@@ -52,8 +52,12 @@ def pieces(assignment: Assignment, steps: Sequence[Instruction]) -> list[Piece]:
         if any(a.is_temporary and a.bytes for a in assignment.allocations):
             raise DecodeError("the buffer assignment has no simulation of its heap")
         return whole
-    heaps = [_replay(assignment, trace, steps) for trace in assignment.traces]
-    return whole + max(heaps, key=lambda heap: max(usage(heap, len(steps)), default=0))
+    heaps = [
+        _replay(assignment, trace, steps)
+        for trace in assignment.traces
+        if not any(assignment.values[event.value].color == HOST_COLOR for event in trace)
+    ]
+    return whole + max(heaps, key=lambda heap: max(usage(heap, len(steps)), default=0), default=[])
 
 
 def usage(found: Sequence[Piece], steps: int) -> list[int]:

@@ -10,6 +10,7 @@ clocks.
 """
 
 import difflib
+import itertools
 import os
 from dataclasses import dataclass
 
@@ -35,6 +36,8 @@ class GpuTarget:
       l2_bytes: level-2 cache.
       bandwidth_bytes_per_s: device memory bandwidth.
       clock_ghz: boost clock.
+      host_bytes_per_s: what the link to the host's memory reaches in one direction: PCI Express
+        of the card's generation, at about 0.8 of its nominal rate.
     """
 
     name: str
@@ -50,6 +53,17 @@ class GpuTarget:
     l2_bytes: int
     bandwidth_bytes_per_s: int
     clock_ghz: float
+    host_bytes_per_s: int
+
+    @property
+    def operations_per_byte_of_host(self) -> float:
+        """Floating-point operations done while a byte goes to the host or comes from it.
+
+        Convolutions in half precision, on tensor cores, are taken to run at four times the rate of
+        the FP32 lanes: an order of magnitude, not a measurement.
+        """
+        lanes = self.multiprocessors * self.fp32_lanes
+        return 4 * lanes * 2 * self.clock_ghz * 1e9 / self.host_bytes_per_s
 
     @property
     def is_in_cuda13(self) -> bool:
@@ -114,6 +128,7 @@ TARGETS: dict[str, Target] = {
             l2_bytes=50 * MIB,
             bandwidth_bytes_per_s=4_800_000_000_000,
             clock_ghz=1.98,
+            host_bytes_per_s=50_000_000_000,
         ),
         GpuTarget(
             name="h100",
@@ -129,6 +144,7 @@ TARGETS: dict[str, Target] = {
             l2_bytes=50 * MIB,
             bandwidth_bytes_per_s=3_350_000_000_000,
             clock_ghz=1.98,
+            host_bytes_per_s=50_000_000_000,
         ),
         GpuTarget(
             name="a100-80gb",
@@ -144,6 +160,7 @@ TARGETS: dict[str, Target] = {
             l2_bytes=40 * MIB,
             bandwidth_bytes_per_s=2_039_000_000_000,
             clock_ghz=1.41,
+            host_bytes_per_s=25_000_000_000,
         ),
         GpuTarget(
             name="a100-40gb",
@@ -159,6 +176,7 @@ TARGETS: dict[str, Target] = {
             l2_bytes=40 * MIB,
             bandwidth_bytes_per_s=1_555_000_000_000,
             clock_ghz=1.41,
+            host_bytes_per_s=25_000_000_000,
         ),
         GpuTarget(
             name="l4",
@@ -174,6 +192,7 @@ TARGETS: dict[str, Target] = {
             l2_bytes=48 * MIB,
             bandwidth_bytes_per_s=300_000_000_000,
             clock_ghz=2.04,
+            host_bytes_per_s=25_000_000_000,
         ),
         GpuTarget(
             name="rtx4090",
@@ -189,6 +208,7 @@ TARGETS: dict[str, Target] = {
             l2_bytes=72 * MIB,
             bandwidth_bytes_per_s=1_008_000_000_000,
             clock_ghz=2.52,
+            host_bytes_per_s=25_000_000_000,
         ),
         GpuTarget(
             name="rtx3090",
@@ -204,6 +224,7 @@ TARGETS: dict[str, Target] = {
             l2_bytes=6 * MIB,
             bandwidth_bytes_per_s=936_000_000_000,
             clock_ghz=1.695,
+            host_bytes_per_s=25_000_000_000,
         ),
         GpuTarget(
             name="rtx3080",
@@ -219,6 +240,7 @@ TARGETS: dict[str, Target] = {
             l2_bytes=5 * MIB,
             bandwidth_bytes_per_s=760_000_000_000,
             clock_ghz=1.71,
+            host_bytes_per_s=25_000_000_000,
         ),
         GpuTarget(
             name="v100",
@@ -234,6 +256,7 @@ TARGETS: dict[str, Target] = {
             l2_bytes=6 * MIB,
             bandwidth_bytes_per_s=900_000_000_000,
             clock_ghz=1.53,
+            host_bytes_per_s=12_000_000_000,
         ),
         TpuTarget(
             name="tpu-v4",
@@ -315,6 +338,20 @@ def find(name: str) -> Target:
         f"target={name!r} is not a device lrjax knows; it knows {', '.join(sorted(TARGETS))}. "
         f"Did you mean {nearest!r}?"
     )
+
+
+def row_of(platform: str, kind: str) -> str:
+    """Name of the row for a device: the one its driver names, else the first of its platform.
+
+    Args:
+      platform: as ``jax.Device.platform`` gives it: ``"cpu"``, ``"gpu"`` or ``"tpu"``.
+      kind: as ``jax.Device.device_kind`` gives it.
+    """
+    own_kind = {"cpu": CpuTarget, "tpu": TpuTarget}.get(platform, GpuTarget)
+    rows = [row for row in TARGETS.values() if isinstance(row, own_kind)]
+    named = (row for row in rows if row.description.startswith(kind))
+    longer = (row for row in rows if kind.startswith(row.description))
+    return next(itertools.chain(named, longer, rows)).name
 
 
 def target_config(target: GpuTarget) -> str:

@@ -13,6 +13,8 @@ import numpy as np
 
 from lrjax.graph import RowGraph, build, size_bytes
 from lrjax.inline import FlatEquation, FlatProgram
+from lrjax.memory.compile import target_name
+from lrjax.memory.targets import TARGETS, GpuTarget
 from lrjax.micro_batches import (
     BATCH_AXIS,
     MicroBatches,
@@ -31,6 +33,9 @@ MOST_CUTS = 18
 LEAST_ROWS = 8
 FEWEST_BLOCKS = 4
 MOST_BLOCKS = 1024
+# How often an offloaded map crosses the link: it is written, and read in two passes; its gradient
+# is written and read.
+_TRANSFERS = 5
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,6 +109,9 @@ class Candidates:
 
     Attributes:
       bounds: operations on rows before each place where the program may be cut, from 0 to all.
+      operations_per_byte: that the target could do while a byte goes to or comes from the host;
+        0 where nothing is offloaded: a CPU has no other memory, and a TPU's peak does not fall (see
+        docs/planner.md).
     """
 
     def __init__(
@@ -111,16 +119,21 @@ class Candidates:
         program: FlatProgram,
         axes: Sequence[int | None],
         wrt: Collection[int],
-        target: str,
+        target: str | None,
     ):
         self.whole = Cuttable.of(program, axes)
-        self.target = target
+        self.target = target_name(target)
+        device = TARGETS.get(self.target)
+        self.operations_per_byte = (
+            device.operations_per_byte_of_host if isinstance(device, GpuTarget) else 0.0
+        )
         self.moving = _moving_values(program, {program.inputs[i] for i in wrt})
         self.counts = OperationCounts(program, axes, wrt, self.moving)
         self.independent = independent_operations(self.whole, axes)
         self.bounds = (0, *self._cuts(), len(self.whole.operations))
         self._spans: dict[tuple[int, int], Span] = {}
         self._between: dict[int, float] = {}
+        self._offloadable: dict[tuple[int, int], float] = {}
         self._costs: dict[tuple[int, int, Choice], SegmentCost] = {}
 
     @property
@@ -139,12 +152,59 @@ class Candidates:
         """The cost model's answer for a span."""
         key = start, stop, choice
         if key not in self._costs:
+            if choice.offload:
+                self._costs[key] = self._offloaded(start, stop, choice)
+                return self._costs[key]
             span = self.span(start, stop)
             found = self._bytes(start, stop, choice)
             equations = self.whole.operations[self.bounds[start] : self.bounds[stop]]
             operations = self.counts.of(equations, choice, found, span.graph)
             self._costs[key] = dataclasses.replace(found, operations=operations)
         return self._costs[key]
+
+    def transfer_operations(self, start: int, stop: int) -> float:
+        """Operations that could be done while what a span gives goes to the host and comes back."""
+        return _TRANSFERS * self.offloadable_bytes(start, stop) * self.operations_per_byte
+
+    def offloadable_bytes(self, start: int, stop: int) -> float:
+        """Of the maps that a span gives, what may wait in the host's memory; 0 without a link.
+
+        Maps of numbers that are read between this bound and the next alone, so that one segment
+        reads them, wherever the next cut is.
+        """
+        if not self.operations_per_byte or stop == self.last:
+            return 0.0
+        if (start, stop) not in self._offloadable:
+            self._offloadable[start, stop] = self._offloadable_bytes(start, stop)
+        return self._offloadable[start, stop]
+
+    def _offloadable_bytes(self, start: int, stop: int) -> float:
+        program, row_axis = self.whole.program, self.whole.row_axis
+        first, after = self.bounds[stop], self.bounds[stop + 1]
+        later = {v for e in self.whole.operations[after:] for v in _values(e)}
+        later.update(v for v in program.outputs if isinstance(v, int))
+        soon = {v for e in self.whole.operations[first:after] for v in _values(e)}
+        return sum(
+            size_bytes(program.avals[v])
+            for v in self.span(start, stop).segment.made
+            if v in row_axis
+            and v in soon
+            and v not in later
+            and jnp.issubdtype(program.avals[v].dtype, jnp.inexact)
+        )
+
+    def _offloaded(self, start: int, stop: int, choice: Choice) -> SegmentCost:
+        """A row loop writes maps to the host and reads gradients there; else both exist whole."""
+        found = self.cost(start, stop, dataclasses.replace(choice, offload=False))
+        given = self.offloadable_bytes(start, stop)
+        by_rows = given if choice.strategy == "stream" and choice.micro_batches == 1 else 0.0
+        return SegmentCost(
+            found.operations + self.transfer_operations(start, stop),
+            found.saved_bytes - given,
+            max(found.forward_bytes - by_rows, 0.0),
+            max(found.backward_bytes - by_rows, 0.0),
+            given,
+        )
 
     def _bytes(self, start: int, stop: int, choice: Choice) -> SegmentCost:
         span = self.span(start, stop)

@@ -14,7 +14,9 @@ class Choice:
         or "overl".
       num_blocks: steps of its row loops, for the last three.
       micro_batches: parts of the batch that run one after the other.
-      offload: what enters the segment waits in the host's memory for its backward pass.
+      offload: the maps that the segment gives wait for their reader's backward pass in the host's
+        memory, where they are written and read by blocks of rows, and so do their gradients.
+        Maps that several segments read, or the caller gets, stay on the device.
     """
 
     strategy: str

@@ -34,8 +34,9 @@ class SegmentCost:
       saved_bytes: held from its forward to its backward pass: the maps it gives and residuals.
       forward_bytes: most bytes alive while its forward pass runs.
       backward_bytes: most bytes alive while its backward pass runs.
+      offloaded_bytes: of the maps it gives, what waits in the host's memory, left out above.
 
-    The last two leave out what other segments have saved, and the function's arguments and
+    Bytes of the passes leave out what other segments have saved, and the function's arguments and
     parameter gradients.
     """
 
@@ -43,6 +44,7 @@ class SegmentCost:
     saved_bytes: float
     forward_bytes: float
     backward_bytes: float
+    offloaded_bytes: float = 0.0
 
 
 def peak_bytes(costs: Sequence[SegmentCost], fixed_bytes: float) -> float:

@@ -1,4 +1,4 @@
-"""``lrjax.frontier``: memory against operations, with the alternatives on the same axes."""
+"""``lrjax.frontier``: memory against operations and time, with the alternatives beside it."""
 
 from __future__ import annotations
 
@@ -17,8 +17,9 @@ from lrjax import memory
 from lrjax.memory.compile import device_of
 from lrjax.planner.plan import MIB, Plan
 from lrjax.planner.problem import Problem, problem_of
-from lrjax.planner.proof import OnProgress, Prover, prover_of
+from lrjax.planner.proof import OnProgress, Prover, planned, prover_of
 from lrjax.planner.search import Limits
+from lrjax.planner.timing import median_seconds
 
 MOST_COMPILATIONS = 5
 _EVERYTHING = Limits(math.inf, math.inf)
@@ -36,6 +37,8 @@ class Point:
       operations: as a multiple of column's.
       detail: strategies of the segments, or the number of micro-batches.
       plan: what ``lrjax.rowwise`` takes; None for "accumulation".
+      micro_batches: of "accumulation"; else 1.
+      seconds: measured on the device at hand, infinity where it did not fit; None if not asked.
     """
 
     method: str
@@ -44,6 +47,8 @@ class Point:
     operations: float
     detail: str
     plan: Plan | None = None
+    micro_batches: int = 1
+    seconds: float | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,8 +66,15 @@ class Frontier:
     def of(self, method: str) -> list[Point]:
         return [point for point in self.points if point.method == method]
 
+    def time_of(self, point: Point) -> float | None:
+        """A point's time as a multiple of column's; None where one of them was not measured."""
+        column = self.points[0].seconds
+        if point.seconds is None or column is None or math.isinf(column):
+            return None
+        return point.seconds / column
+
     def __str__(self) -> str:
-        header = ("method", "budget MiB", "peak MiB", "of column", "operations", "")
+        header = ("method", "budget MiB", "peak MiB", "of column", "operations", "time", "")
         column = self.points[0].peak_bytes
         rows = [
             (
@@ -71,6 +83,7 @@ class Frontier:
                 f"{point.peak_bytes / MIB:,.0f}",
                 f"{point.peak_bytes / column:.3f}",
                 f"{point.operations:.3f}",
+                "" if self.time_of(point) is None else f"{self.time_of(point):.2f}",
                 point.detail,
             )
             for point in self.points
@@ -78,7 +91,7 @@ class Frontier:
         widths = [max(len(row[c]) for row in (header, *rows)) for c in range(len(header))]
         return "\n".join(
             "  ".join(
-                cell.ljust(w) if c in (0, 5) else cell.rjust(w)
+                cell.ljust(w) if c in (0, 6) else cell.rjust(w)
                 for c, (cell, w) in enumerate(zip(row, widths, strict=True))
             ).rstrip()
             for row in (header, *rows)
@@ -108,6 +121,7 @@ def frontier(
     target: str | None = None,
     wrt: int | Sequence[int] | None = None,
     steps: int = 8,
+    timed: bool = False,
     on_progress: OnProgress | None = None,
 ) -> Frontier:
     """What memory costs in operations, from ordinary execution to the least memory there is.
@@ -115,6 +129,8 @@ def frontier(
     Args:
       fun, args, in_axes, target, wrt, on_progress: as for ``lrjax.plan``.
       steps: budgets, in equal ratios from column's peak to the smallest peak that was found.
+      timed: run every program on the device at hand too, and measure its time; the arguments'
+        values are made up. Wants ``target=None``.
 
     Returns:
       A ``Frontier``: lrjax's plans; column; ``jax.checkpoint`` around the best segments; and,
@@ -131,6 +147,11 @@ def frontier(
     """
     if isinstance(steps, bool) or not isinstance(steps, int) or steps < 2:
         raise ValueError(f"steps={steps!r}: a curve has at least 2 points.")
+    if timed and target is not None:
+        raise ValueError(
+            f"timed=True measures on the device at hand, but target={target!r} names one to "
+            "compile for; leave target out, or the times."
+        )
     device_of(target)
     problem = problem_of(fun, args, in_axes, target, wrt)
     prover, tell = prover_of(problem), on_progress or (lambda progress: None)
@@ -139,7 +160,25 @@ def frontier(
     whole = dataclasses.replace(_EVERYTHING, strategies=_WHOLE_MAPS)
     checkpoint = _curve(prover, whole, column, max(2, steps // 3), "checkpoint", tell)
     first = Point("column", None, column, 1.0, "", prover.plan(prover.column, column))
-    return Frontier(target, (first, *checkpoint, *_accumulation(problem), *own))
+    points = [first, *checkpoint, *_accumulation(problem), *own]
+    return Frontier(target, tuple(_timed(problem, points) if timed else points))
+
+
+def _timed(problem: Problem, points: Sequence[Point]) -> list[Point]:
+    """The points with the seconds of a call; those of one program are measured once."""
+    keys = [point.detail if point.plan is None else point.plan.segments for point in points]
+    programs = {
+        key: problem.gradient(planned(problem, point.plan))
+        if point.plan is not None
+        else accumulated(problem, _batch(problem), point.micro_batches)
+        for key, point in zip(keys, points, strict=True)
+    }
+    found = median_seconds(list(programs.values()), problem.args)
+    seconds = dict(zip(programs, found, strict=True))
+    return [
+        dataclasses.replace(point, seconds=seconds[key])
+        for key, point in zip(keys, points, strict=True)
+    ]
 
 
 def budgets(most: int, least: int, steps: int) -> list[int]:
@@ -178,15 +217,8 @@ def _curve(
 
 def _accumulation(problem: Problem) -> list[Point]:
     """Column on one part of the batch at a time, gradients added up."""
-    structs = jax.tree.leaves(problem.args)
-    first = len(problem.traced.axes) - len(structs)
-    axes = problem.traced.axes[first:]
-    counts = {x.shape[0] for x, axis in zip(structs, axes, strict=True) if axis}
-    if len(counts) != 1 or 0 in axes:
-        return []
-    (batch,) = counts
-    points = []
-    parts = 2
+    batch, parts = _batch(problem), 2
+    points: list[Point] = []
     while batch % parts == 0 and parts <= batch:
         by_parts = accumulated(problem, batch, parts)
         try:
@@ -194,9 +226,19 @@ def _accumulation(problem: Problem) -> list[Point]:
         except (TypeError, ValueError):  # fun knows its batch
             break
         peak = memory.peak_bytes(compiled)
-        points.append(Point("accumulation", None, peak, 1.0, f"{parts} micro-batches"))
+        detail = f"{parts} micro-batches"
+        points.append(Point("accumulation", None, peak, 1.0, detail, micro_batches=parts))
         parts *= 2
     return points
+
+
+def _batch(problem: Problem) -> int:
+    """Images of a batch, where axis 0 of what carries rows is one; else 1."""
+    structs = jax.tree.leaves(problem.args)
+    first = len(problem.traced.axes) - len(structs)
+    axes = problem.traced.axes[first:]
+    counts = {x.shape[0] for x, axis in zip(structs, axes, strict=True) if axis}
+    return counts.pop() if len(counts) == 1 and 0 not in axes else 1
 
 
 def accumulated(problem: Problem, batch: int, parts: int) -> Callable[..., Any]:
@@ -250,27 +292,35 @@ def draw(curves: Frontier, path: str | os.PathLike[str], title: str) -> None:
         raise ModuleNotFoundError(
             "pictures need matplotlib: pip install 'lrjax[pictures]'"
         ) from error
-    figure = Figure(figsize=(7.2, 4.4), layout="constrained")
-    axes = figure.add_subplot()
+    panels: dict[str, Callable[[Point], float | None]] = {"operations": lambda p: p.operations}
+    if any(curves.time_of(point) is not None for point in curves.points):
+        panels["time"] = curves.time_of
+    figure = Figure(figsize=(7.2, 1.4 + 3.0 * len(panels)), layout="constrained")
+    rows = figure.subplots(len(panels), squeeze=False, sharex=True)[:, 0]
+    for axes, (name, height) in zip(rows, panels.items(), strict=True):
+        _draw_panel(axes, curves, height)
+        axes.set_ylabel(f"{name}, times column's")
+    rows[-1].set_xlabel(f"peak memory, MiB ({curves.target or 'the default device'}, XLA)")
+    rows[0].legend(frameon=False)
+    if title:
+        rows[0].set_title(title)
+    figure.savefig(path, dpi=150)
+
+
+def _draw_panel(axes: Any, curves: Frontier, height: Callable[[Point], float | None]) -> None:
     for method, (colour, marker, line) in _STYLES.items():
         points = sorted(curves.of(method), key=lambda point: point.peak_bytes)
-        if points:
+        drawn = [(point.peak_bytes / MIB, height(point)) for point in points]
+        drawn = [(x, y) for x, y in drawn if y is not None and math.isfinite(y)]
+        if drawn:
+            label = {"lrjax": "lrjax.plan", "accumulation": "gradient accumulation"}
             axes.plot(
-                [point.peak_bytes / MIB for point in points],
-                [point.operations for point in points],
+                *zip(*drawn, strict=True),
                 color=colour,
                 marker=marker,
                 linestyle=line,
-                label={"lrjax": "lrjax.plan", "accumulation": "gradient accumulation"}.get(
-                    method, method
-                ),
+                label=label.get(method, method),
             )
     axes.set_xscale("log")
     axes.xaxis.set_major_formatter("{x:,.0f}")
-    axes.set_xlabel(f"peak memory, MiB ({curves.target or 'the default device'}, XLA)")
-    axes.set_ylabel("operations, times column's")
     axes.grid(alpha=0.3, which="both", linewidth=0.5)
-    axes.legend(frameon=False)
-    if title:
-        axes.set_title(title)
-    figure.savefig(path, dpi=150)

@@ -19,7 +19,7 @@ from lrjax.inline import Literal
 from lrjax.planner.choice import Choice
 from lrjax.tracing import Traced, trace
 
-FORMAT = 1
+FORMAT = 2
 MIB = 2**20
 ROW_STRATEGIES = ("stream", "2ps", "overl")
 PLAN_STRATEGIES = ("column", "checkpoint", *ROW_STRATEGIES)
@@ -101,9 +101,10 @@ class SegmentPlan:
       inputs: types of the maps that enter it and wait for its backward pass.
       height: rows that its blocks divide; 0 where it runs by whole maps.
       operations: floating-point operations of its passes.
-      saved_bytes: what it holds between its passes.
+      saved_bytes: what it holds between its passes, without what waits on the host.
       forward_bytes, backward_bytes: the most that is alive while its passes run, without what
         other segments hold, arguments and gradients.
+      offloaded_bytes: of the maps it gives, what waits in the host's memory.
     """
 
     start: int
@@ -115,6 +116,7 @@ class SegmentPlan:
     saved_bytes: float
     forward_bytes: float
     backward_bytes: float
+    offloaded_bytes: float = 0.0
 
     @property
     def blocks(self) -> tuple[int, ...]:
@@ -134,7 +136,8 @@ class SegmentPlan:
             "2ps": "inputs and rows between blocks kept, blocks computed again",
             "overl": "inputs kept, blocks computed again with their halos",
         }[self.choice.strategy]
-        return kept.replace("inputs", "inputs, on the host,") if self.choice.offload else kept
+        given = f"; {_mib(self.offloaded_bytes)} MiB that it gives wait on the host"
+        return kept + given if self.choice.offload else kept
 
 
 @dataclasses.dataclass(frozen=True)
@@ -155,6 +158,7 @@ class Plan:
       verified_peak_bytes: XLA's peak of the gradient, arguments and gradients included.
       column_operations: floating-point operations of the gradient in ordinary execution.
       compilations: programs compiled to find it.
+      host_bytes: what XLA sets aside of the host's memory, for maps that wait there.
     """
 
     fingerprint: Fingerprint
@@ -168,6 +172,7 @@ class Plan:
     verified_peak_bytes: int | None
     column_operations: float
     compilations: int
+    host_bytes: int = 0
 
     @property
     def cuts(self) -> tuple[int, ...]:
@@ -257,9 +262,10 @@ class Plan:
             if verified is None
             else f"peak {_mib(verified)} (predicted {_mib(self.predicted_peak_bytes)})"
         )
+        host = f"{_mib(self.host_bytes)} MiB of the host's, " if self.host_bytes else ""
         return (
             f"plan for {where}, jax {self.jax_version}: {peak} of {_mib(self.budget_bytes)} MiB, "
-            f"{self.operations:.3f} x column's operations, {self.compilations} compilations"
+            f"{host}{self.operations:.3f} x column's operations, {self.compilations} compilations"
         )
 
 
@@ -337,7 +343,10 @@ def _plan_of(data: dict[str, Any]) -> Plan:
         column_operations=float(data["column_operations"]),
         **{
             name: int(data[name])
-            for name in ("budget_bytes", "fixed_bytes", "predicted_peak_bytes", "compilations")
+            for name in (
+                *("budget_bytes", "fixed_bytes", "predicted_peak_bytes"),
+                *("compilations", "host_bytes"),
+            )
         },
     )
 
@@ -349,7 +358,12 @@ def _segment_of(data: dict[str, Any]) -> SegmentPlan:
     for count in (choice.num_blocks, choice.micro_batches):
         if not isinstance(count, int) or count < 1:
             raise ValueError(f"{count!r} blocks or micro-batches")
-    numbers = ("operations", "saved_bytes", "forward_bytes", "backward_bytes")
+    if not isinstance(choice.offload, bool):
+        raise ValueError(f"offload is {choice.offload!r}, neither true nor false")
+    numbers = (
+        *("operations", "saved_bytes", "forward_bytes"),
+        *("backward_bytes", "offloaded_bytes"),
+    )
     return SegmentPlan(
         start=int(data["start"]),
         stop=int(data["stop"]),

@@ -74,6 +74,7 @@ class Prover:
     Attributes:
       model: the cost model, corrected.
       verified: XLA's peaks of plans that were compiled.
+      host: bytes of the host's memory that they take.
       predicted: the cost model's, before.
       compilations: programs compiled.
     """
@@ -81,9 +82,10 @@ class Prover:
     def __init__(self, problem: Problem):
         self.problem = problem
         program, axes = problem.traced.program, problem.traced.axes
-        candidates = Candidates(program, axes, problem.wrt, problem.target or "")
+        candidates = Candidates(program, axes, problem.wrt, problem.target)
         self.model = Model(candidates, problem.fixed_bytes)
         self.verified: dict[tuple[Step, ...], int] = {}
+        self.host: dict[tuple[Step, ...], int] = {}
         self.predicted: dict[tuple[Step, ...], int] = {}
         self.compilations = 0
 
@@ -117,6 +119,7 @@ class Prover:
             # The compiler gave up and does not say by how much.
             capacity = memory.device_memory_bytes(problem.target) or 0
             return max(self.predicted[found.steps], math.ceil(1.1 * capacity))
+        self.host[found.steps] = memory.host_bytes(compiled)
         return memory.peak_bytes(compiled)
 
     def progress(self, found: Found) -> Progress:
@@ -256,6 +259,7 @@ class Prover:
             verified_peak_bytes=peak,
             column_operations=self.column_operations,
             compilations=self.compilations,
+            host_bytes=self.host.get(steps, 0),
         )
 
     def segment_plan(self, step: Step) -> SegmentPlan:
@@ -279,6 +283,7 @@ class Prover:
             saved_bytes=cost.saved_bytes,
             forward_bytes=forward,
             backward_bytes=backward,
+            offloaded_bytes=cost.offloaded_bytes,
         )
 
 

@@ -28,21 +28,32 @@ _LOOP, _DOUBLING, _AGAIN = 2e-4, 1e-4, 1e-4
 # Labels that hold about as much for about as many operations are one.
 _ALIKE_BYTES, _ALIKE_SCORE = 1.002, 1.0005
 COLUMN = Choice("column")
-STRATEGIES = ("column", "checkpoint", "stream", "2ps", "overl", "checkpoint*", "stream*")
+# Strategies whose maps may wait in the host's memory, with the mark of it.
+OFFLOADING = ("stream", "checkpoint", "stream*", "checkpoint*")
+ON_HOST = "@host"
+STRATEGIES = (
+    *("column", "checkpoint", "stream", "2ps", "overl", "checkpoint*", "stream*"),
+    *(name + ON_HOST for name in OFFLOADING),
+)
 
 
 @dataclasses.dataclass(frozen=True)
 class Step:
-    """One segment of a plan under construction, between two bounds by their numbers."""
+    """One segment of a plan under construction, between two bounds by their numbers.
+
+    ``arriving_bytes`` of what enters it wait in the host's memory.
+    """
 
     start: int
     stop: int
     choice: Choice
+    arriving_bytes: float = 0.0
 
     @property
     def strategy(self) -> str:
         """As ``STRATEGIES`` names it."""
-        return self.choice.strategy + ("*" if self.choice.micro_batches > 1 else "")
+        divided = "*" if self.choice.micro_batches > 1 else ""
+        return self.choice.strategy + divided + (ON_HOST if self.choice.offload else "")
 
     @property
     def shape(self) -> tuple[int, int, str]:
@@ -78,7 +89,13 @@ class Model:
         """Bytes of a step's forward and backward pass, corrected."""
         cost = self.candidates.cost(step.start, step.stop, step.choice)
         forward, backward = self.factors.get(step.shape, (1.0, 1.0))
-        return cost.forward_bytes * forward, cost.backward_bytes * backward
+        # Row loops and parts of the batch leave gradients of what they read there on the host.
+        arriving = step.arriving_bytes
+        by_rows = step.choice.strategy == "stream" or step.choice.micro_batches > 1
+        return (
+            cost.forward_bytes * forward + (0.0 if by_rows else arriving),
+            max(cost.backward_bytes * backward + (-arriving if by_rows else arriving), 0.0),
+        )
 
     def passes(self, found: Found) -> list[tuple[Step, int, float, float]]:
         """Step, pass, bytes held before, own bytes: of every pass, as predicted."""
@@ -135,6 +152,9 @@ class Model:
     def least_operations(self, start: int, stop: int, strategy: str) -> float:
         """Operations of a span that no cost lies below, without asking for the cost."""
         once = self.column_ahead[start] - self.column_ahead[stop]
+        if strategy.endswith(ON_HOST):
+            moved = self.candidates.transfer_operations(start, stop)
+            return moved + self.least_operations(start, stop, strategy.removesuffix(ON_HOST))
         span = self.candidates.span(start, stop)
         if strategy == "column" or (strategy == "stream" and span.is_scalar):
             return once
@@ -143,6 +163,8 @@ class Model:
 
     def least_bytes(self, start: int, stop: int, strategy: str) -> float:
         """Own bytes of a span that no cost lies far below, without asking for the cost."""
+        if strategy.endswith(ON_HOST):
+            return 0.0
         span = self.candidates.span(start, stop)
         if strategy == "checkpoint*":
             return span.output_bytes + span.moving_bytes
@@ -232,10 +254,16 @@ class _Search:
 
     def extend(self, node: int, held: float, score: float, steps: tuple[Step, ...]) -> None:
         before = steps[-1].choice.strategy if steps else None
+        arrives = bool(steps) and steps[-1].choice.offload
         for stop in reversed(range(node + 1, self.candidates.last + 1)):
             for strategy in self.limits.strategies:
                 # Two segments by whole maps behind each other are one.
                 if strategy == before == "column":
+                    continue
+                # Column and the paper's orders would keep a copy of what arrives from the host.
+                if arrives and strategy in ("column", "2ps", "overl"):
+                    continue
+                if strategy.endswith(ON_HOST) and not self.candidates.offloadable_bytes(node, stop):
                     continue
                 least = self.model.least_bytes(node, stop, strategy)
                 if self.model.fixed_bytes + held + least <= self.limits.hoped:
@@ -251,7 +279,7 @@ class _Search:
     ) -> None:
         """Take a step from a label, in as few blocks as fit."""
         stop, name = strategy
-        step = self.fewest_blocks(node, stop, name, held)
+        step = self.fewest_blocks(node, stop, name, held, steps)
         if step is None:
             return
         cost = self.candidates.cost(node, stop, step.choice)
@@ -260,14 +288,17 @@ class _Search:
         if not self.is_dominated(stop, held, score):
             self.push(stop, held, score, (*steps, step), None)
 
-    def fewest_blocks(self, start: int, stop: int, name: str, held: float) -> Step | None:
+    def fewest_blocks(
+        self, start: int, stop: int, name: str, held: float, before: tuple[Step, ...]
+    ) -> Step | None:
         # The paper's orders do the same operations again; they are asked where stream is too large.
         if name in ("2ps", "overl") and "stream" in self.limits.strategies:
             streamed = step_choices(self.candidates.span(start, stop), "stream")
             if streamed and self.fits(Step(start, stop, streamed[-1]), held):
                 return None
         choices = step_choices(self.candidates.span(start, stop), name)
-        steps = [Step(start, stop, choice) for choice in choices]
+        arriving = self.arriving_bytes(before)
+        steps = [Step(start, stop, choice, arriving) for choice in choices]
         # More blocks take less memory, up to some number: the most are judged first.
         if not steps or not self.fits(steps[-1], held):
             return None
@@ -277,6 +308,12 @@ class _Search:
             low, high = (low, middle) if self.fits(steps[middle], held) else (middle + 1, high)
         return steps[high]
 
+    def arriving_bytes(self, before: tuple[Step, ...]) -> float:
+        """Of what a segment behind these takes, what waits in the host's memory."""
+        if not before or not before[-1].choice.offload:
+            return 0.0
+        return self.candidates.offloadable_bytes(before[-1].start, before[-1].stop)
+
     def fits(self, step: Step, held: float) -> bool:
         limits = self.limits
         limit = limits.budget if step in self.model.tried else limits.hoped
@@ -285,6 +322,9 @@ class _Search:
 
 def step_choices(span: Span, strategy: str) -> list[Choice]:
     """The choices of one strategy for a span, from much memory to little."""
+    if strategy.endswith(ON_HOST):
+        kept = step_choices(span, strategy.removesuffix(ON_HOST))
+        return [dataclasses.replace(choice, offload=True) for choice in kept]
     if strategy in ("column", "checkpoint"):
         return [Choice(strategy)]
     if not strategy.endswith("*"):

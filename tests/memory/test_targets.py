@@ -3,7 +3,7 @@
 import pytest
 
 from lrjax.memory import TARGETS
-from lrjax.memory.targets import find, target_config
+from lrjax.memory.targets import find, row_of, target_config
 
 
 @pytest.mark.parametrize("name", TARGETS)
@@ -19,6 +19,21 @@ def test_unknown_target_lists_the_table_and_names_the_nearest(given, nearest):
         find(given)
     assert repr(given) in str(raised.value)
     assert all(name in str(raised.value) for name in TARGETS)
+
+
+@pytest.mark.parametrize(
+    ("platform", "kind", "name"),
+    [
+        ("cpu", "cpu", "cpu"),
+        ("gpu", "NVIDIA H100 80GB HBM3", "h100"),
+        ("gpu", "NVIDIA H200", "h200"),
+        ("gpu", "NVIDIA Quadro 9000", "h200"),
+        ("tpu", "TPU v4", "tpu-v4"),
+        ("tpu", "TPU v99", "tpu-v4"),
+    ],
+)
+def test_a_device_has_a_row_of_its_platform(platform, kind, name):
+    assert row_of(platform, kind) == name
 
 
 def test_names_are_unique_and_memory_is_known():

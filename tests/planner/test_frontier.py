@@ -41,6 +41,23 @@ def test_it_prints_and_draws(curve, tmp_path):
     assert (tmp_path / "curve.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_times_are_measured_side_by_side(tmp_path):
+    args = structs(64, 16, batch=2, dtype=np.float32, convolutions=2)
+    curve = lrjax.frontier(logits, *args, in_axes=(None, 1), steps=2, timed=True)
+    assert all(0 < point.seconds < 60 for point in curve.points)
+    assert curve.time_of(curve.points[0]) == 1
+    ratio = curve.time_of(curve.points[-1])
+    assert ratio == curve.points[-1].seconds / curve.points[0].seconds
+    assert f"{ratio:.2f}" in str(curve).splitlines()[-1].split()
+    curve.save_png(tmp_path / "curve.png")
+    assert (tmp_path / "curve.png").stat().st_size > 10_000
+
+
+def test_times_of_an_absent_device_are_refused():
+    with pytest.raises(ValueError, match="leave target out"):
+        lrjax.frontier(logits, *structs(), in_axes=(None, 1), target="h200", timed=True)
+
+
 def test_accumulated_gradients_are_the_gradients(x64):
     args = arguments(16, 8, batch=4, convolutions=2)
     problem = problem_of(lambda p, x: jnp.mean(logits(p, x) ** 2), args, (None, 1), "cpu", None)

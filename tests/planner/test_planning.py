@@ -57,6 +57,16 @@ def test_less_memory_costs_more_operations_and_fits(column_peak):
     assert seen[-1].verified_bytes > 0
 
 
+def test_the_default_target_is_the_device_at_hand():
+    own, named = (
+        lrjax.plan(logits, *ARGS, in_axes=(None, 1), budget="1TiB", target=target)
+        for target in (None, "cpu")
+    )
+    assert own.target is None
+    assert own.is_column
+    assert own.verified_peak_bytes == named.verified_peak_bytes
+
+
 def test_a_searched_plan_computes_what_column_does(column_peak, x64):
     args = arguments(128, 32, convolutions=2)
     peak = peak_of(features, args)

@@ -1,0 +1,128 @@
+"""Maps that wait in the host's memory: the same gradients, less of the device."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.ad_checkpoint import checkpoint_name
+from networks import CHANNELS, arguments, features, plan_by_hand, structs
+
+import lrjax
+from lrjax import memory
+from lrjax.planner.choice import Choice
+from lrjax.planner.plan import Plan
+from lrjax.planner.problem import problem_of
+from lrjax.planner.proof import Prover
+from lrjax.planner.search import ON_HOST, Limits, search
+from lrjax.testing import assert_same_as_column
+from marks import COMPILES_FOR_H200
+
+
+def loss(params, image):
+    return jnp.mean(features(params, image) ** 2)
+
+
+def offloaded(strategy, *numbers):
+    return Choice(strategy, *numbers, offload=True)
+
+
+CHOICES = [
+    (offloaded("stream", 4), offloaded("stream", 4), Choice("stream", 2)),
+    (offloaded("column"), offloaded("checkpoint"), Choice("stream", 3)),
+    (offloaded("overl", 2), offloaded("2ps", 2), Choice("overl", 2)),
+    (offloaded("checkpoint"), Choice("column"), Choice("2ps", 2)),
+    (offloaded("stream", 4, 2), offloaded("checkpoint", 1, 2), Choice("checkpoint")),
+]
+
+
+@pytest.mark.parametrize(
+    ("fun", "choices"),
+    [
+        *((f, c) for f in (features, loss) for c in CHOICES[:1]),
+        *((features, c) for c in CHOICES[1:]),
+    ],
+)
+def test_gradients_are_columns(fun, choices, x64):
+    args = arguments(36, 8, batch=2)
+    plan = plan_by_hand(fun, structs(36, 8, batch=2), choices, (1, 2))
+    assert_same_as_column(fun, args, (None, 1), plan=plan)
+
+
+def test_a_map_that_several_segments_read_stays(x64):
+    def fun(params, image):
+        first = checkpoint_name(features(params[:2], image), "a")
+        return first[..., :1] * checkpoint_name(jnp.tanh(first), "b")
+
+    assert_same_as_column(
+        fun, arguments(32, 8), (None, 1), num_blocks=4, cuts=["a", "b"], offload=True
+    )
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"offload": True}, "no maps between segments without cuts"),
+        ({"offload": "yes", "cuts": 2}, "offload='yes' must be True or False"),
+        ({"offload": True, "cuts": [("a",)]}, "has groups"),
+    ],
+)
+def test_bad_options_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        lrjax.rowwise(loss, in_axes=(None, 1), **options)
+
+
+def test_saved_plans_offload():
+    plan = plan_by_hand(
+        features, structs(36, 8), (offloaded("stream", 4), Choice("stream", 4)), (2,)
+    )
+    again = Plan.from_json(plan.to_json())
+    assert again == plan
+    assert [choice.offload for choice in again.choices] == [True, False]
+    assert "wait on the host" in str(plan)
+
+
+# --- On a device that has memory of its own -------------------------------------------------------
+
+SIZE = 1024
+LARGE = structs(SIZE, SIZE, dtype=jnp.bfloat16)
+MAP_BYTES = SIZE // 2 * SIZE // 2 * CHANNELS[1] * 2  # behind the first pool
+
+
+def for_an_h200(test):
+    for mark in COMPILES_FOR_H200:
+        test = mark(test)
+    return test
+
+
+def named(params, image):
+    first = checkpoint_name(features(params[:2], image), "first pool")
+    return jnp.mean(features(params[2:], first).astype(jnp.float32) ** 2)
+
+
+def compiled(**options):
+    by_rows = lrjax.rowwise(named, in_axes=(None, 1), num_blocks=32, cuts=["first pool"], **options)
+    return memory.compile_for(jax.grad(by_rows), *LARGE, target="h200")
+
+
+@for_an_h200
+def test_the_devices_peak_falls_by_the_map():
+    kept, waiting = compiled(), compiled(offload=True)
+    # At the peak the device held the map or its gradient, and a part of the other.
+    assert memory.peak_bytes(kept) - memory.peak_bytes(waiting) > 0.9 * MAP_BYTES
+    assert memory.host_bytes(kept) == 0
+    # The map, its gradient, and that times the loss's cotangent: value and gradient are one pass.
+    assert memory.host_bytes(waiting) == 3 * MAP_BYTES
+
+
+@for_an_h200
+def test_a_plan_offloads_where_nothing_else_fits():
+    def smallest(names):
+        problem = problem_of(named, LARGE, (None, 1), "h200", None)
+        model = Prover(problem).model
+        low, high = model.fixed_bytes, 2**30
+        while high > 1.01 * low:
+            middle = (low + high) // 2
+            fits = search(model, Limits(middle, middle, strategies=names)) is not None
+            low, high = (low, middle) if fits else (middle, high)
+        return high
+
+    assert smallest(("stream", "stream" + ON_HOST)) < 0.9 * smallest(("stream",))
