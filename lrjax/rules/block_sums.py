@@ -21,9 +21,14 @@ Array = jax.Array
 _LARGE = 4096
 
 
+def is_small(shape: Sequence[int]) -> bool:
+    """XLA:CPU would add up such an array in one accumulator."""
+    return math.prod(shape) < _LARGE
+
+
 def block_sum(block: Array, axes: Sequence[int]) -> Array:
     """The sum over ``axes``; of a small block on CPU in two sums, either as short as can be."""
-    first = _shorter_sums(block.shape, axes) if block.size < _LARGE else ()
+    first = _shorter_sums(block.shape, axes) if is_small(block.shape) else ()
 
     def in_one(block: Array) -> Array:
         return lax.reduce_sum(block, axes)
@@ -54,8 +59,7 @@ def spread(value: Array, shape: Sequence[int], dimensions: Sequence[int]) -> Arr
     shape, dimensions = tuple(shape), tuple(dimensions)
     kept = [a for size, a in zip(value.shape, dimensions, strict=True) if size == shape[a]]
     summed = tuple(axis for axis in range(len(shape)) if axis not in kept)
-    is_small = math.prod(shape) < _LARGE
-    if not is_small or not summed or not jnp.issubdtype(value.dtype, jnp.inexact):
+    if not is_small(shape) or not summed or not jnp.issubdtype(value.dtype, jnp.inexact):
         return lax.broadcast_in_dim(value, shape, dimensions)
 
     @jax.custom_vjp

@@ -8,7 +8,7 @@ import numpy as np
 
 from lrjax.geometry import IDENTITY
 from lrjax.rules.base import Array, Equation, NotRowLocal, RowOp, RowRead, Rows, rule
-from lrjax.rules.block_sums import spread
+from lrjax.rules.block_sums import is_small, spread
 
 # fmt: off
 ELEMENTWISE = (
@@ -70,7 +70,7 @@ def elementwise(equation: Equation) -> RowOp:
 def _spread_over(block: Sequence[int], window: Array) -> Array:
     """A window in the block's shape, unless it is a scalar."""
     is_smaller = np.ndim(window) == len(block) and np.shape(window) != tuple(block)
-    return spread(window, block, range(len(block))) if is_smaller else window
+    return spread(window, block, range(len(block))) if is_smaller and is_small(block) else window
 
 
 @rule("bitcast_convert_type")
