@@ -6,9 +6,9 @@
 The small networks of ``experiments.small_models`` on images of an odd height, under every strategy
 and three block counts; compared are outputs, updated running statistics and all gradients, each
 relative to its own largest value. Arrays that are rounding error in column too (the gradient of a
-bias in front of a normalisation) are left out. In float32 the last column says how far column
-itself is from column in float64. The answers go to ``results/model_exactness.json`` and ``.md``,
-beside those of models that were measured earlier.
+bias in front of a normalisation) are left out. In float32 the last two columns say how far rows
+and column are from column in float64. The answers go to ``results/model_exactness.json`` and
+``.md``, beside those of models that were measured earlier.
 """
 
 import argparse
@@ -49,7 +49,7 @@ def measured(name: str, dtype: Any) -> list[dict[str, Any]]:
     call = training_call(name, dtype)
     arguments = call.arguments()
     expected = testing.results(call, arguments)
-    columns_own = None
+    truth = columns_own = None
     if dtype == jnp.float32:
         wide = jax.tree.map(lambda leaf: leaf.astype(jnp.float64), arguments)
         truth = testing.results(training_call(name, jnp.float64), wide)
@@ -66,7 +66,9 @@ def measured(name: str, dtype: Any) -> list[dict[str, Any]]:
             }
             try:
                 fun = lrjax.rowwise(call, in_axes=IN_AXES, num_blocks=num_blocks, strategy=strategy)
-                row["error"] = largest_error(testing.results(fun, arguments), expected)
+                found = testing.results(fun, arguments)
+                row["error"] = largest_error(found, expected)
+                row["own_error"] = largest_error(found, truth) if truth else None
             except Exception as failure:  # a table of what works says what does not
                 row["failure"] = f"{type(failure).__name__}: {failure}".splitlines()[0]
             rows.append(row)
@@ -78,7 +80,8 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
     def number(value: float | None) -> str:
         return "" if value is None else f"{value:.1e}"
 
-    header = ["model", "dtype", "strategy", "blocks", "largest error", "column from float64"]
+    header = ["model", "dtype", "strategy", "blocks", "largest error"]
+    header += ["rows from float64", "column from float64"]
     cells = [
         [
             row["model"],
@@ -86,6 +89,7 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
             row["strategy"],
             row["num_blocks"],
             row.get("failure") or number(row["error"]),
+            number(row.get("own_error")),
             number(row["columns_own_error"]),
         ]
         for row in rows

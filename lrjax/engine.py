@@ -142,7 +142,9 @@ def _run_band(
                     operands.append(_window(loop, clock, sources[operand], at_hand, windows))
                 else:
                     operands.append(wholes[atom])
-            results = op.evaluate(operands, Rows(clock["start", i], loop.schedule.tracks[i].rows))
+            count = loop.schedule.tracks[i].rows
+            rows = Rows(clock["start", i], count, loop.is_differentiated)
+            results = op.evaluate(operands, rows)
         if node.is_reduction:
             made.partial.update(zip(node.equation.outputs, results, strict=True))
             continue

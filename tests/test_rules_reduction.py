@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from jax import lax
 
+import lrjax
 from graphs import check_rule
 
 pytestmark = pytest.mark.usefixtures("x64")
@@ -38,6 +39,34 @@ def test_over_rows(name, axis):
         falls_back=name == "prod",
         strategies=("stream", "2ps") if exact else ("stream", "2ps", "overl"),
     )
+
+
+# A block of 8 * 16 * 31 elements, which XLA:CPU would add up with one accumulator.
+IMAGES = np.random.default_rng(0).uniform(0, 1, (8, 8, 32, 31, 1)).astype(np.float32)
+SMALL = 2e-7
+
+
+def mean_error(sums):
+    exact = IMAGES.sum((1, 2, 3, 4), dtype=np.float64)
+    return np.abs(np.ravel(sums) / exact - 1).mean()
+
+
+@pytest.mark.parametrize("axis", [(0, 1, 2), None])
+def test_sums_over_rows_round_little(axis):
+    by_rows = jax.jit(lrjax.rowwise(lambda x: x.sum(axis), in_axes=1, num_blocks=2))
+    assert mean_error([by_rows(image) for image in IMAGES]) <= SMALL
+
+
+@pytest.mark.parametrize("strategy", ["stream", "2ps", "overl"])
+@pytest.mark.parametrize("spread", [lambda x: x, lambda x: jnp.broadcast_to(x, IMAGES.shape[1:])])
+def test_sums_of_cotangents_round_little(strategy, spread):
+    """What is the same for all rows gets a sum over rows."""
+    by_rows = lrjax.rowwise(
+        lambda scale, x: spread(scale) * x, in_axes=(None, 1), num_blocks=2, strategy=strategy
+    )
+    scale = np.ones((1, 1, 1, 1), np.float32)
+    gradient = jax.jit(lambda x: jax.vjp(lambda s: by_rows(s, x), scale)[1](jnp.ones_like(x))[0])
+    assert mean_error([gradient(image) for image in IMAGES]) <= SMALL
 
 
 @pytest.mark.parametrize("reduce", [jnp.all, jnp.any])

@@ -10,7 +10,7 @@ from typing import Any
 from lrjax.graph import size_bytes
 from lrjax.inline import FlatEquation, FlatProgram
 from lrjax.memory.targets import GpuTarget, TpuTarget, find
-from lrjax.planner.liveness import Kind, Operation
+from lrjax.planner.liveness import Kind, Liveness, Operation
 from lrjax.rules.elementwise import ELEMENTWISE
 
 # What compilers fuse into readers beside elementwise operations.
@@ -84,7 +84,7 @@ def compiled(
     operations = _computed_once(operations)
     if is_gpu(target):
         return _with_pool_gradients(operations, size, fresh)
-    return operations if is_tpu(target) else _on_cpu(operations, size, fresh)
+    return _on_tpu(operations, size, fresh) if is_tpu(target) else _on_cpu(operations, size, fresh)
 
 
 def is_gpu(target: str) -> bool:
@@ -113,7 +113,8 @@ def convolution_scratch(program: FlatProgram, equation: FlatEquation, target: st
     """Bytes that a convolution on whole maps needs while it runs, beside what it reads and gives.
 
     XLA:CPU makes the kernel gradient of a grouped convolution as if it were not grouped, twice.
-    XLA:TPU reads a map of few channels for its kernel gradient from shifted copies.
+    XLA:TPU reads a map of few channels for its kernel gradient from shifted copies, which are in
+    the vector memory if they fit there.
     """
     if equation.primitive.name != "conv_general_dilated":
         return 0.0
@@ -125,7 +126,8 @@ def convolution_scratch(program: FlatProgram, equation: FlatEquation, target: st
     kernel = [given.shape[d] for d in spec.out_spec[2:]]
     is_kernel_gradient = math.prod(kernel) < math.prod(other.shape[d] for d in spec.rhs_spec[2:])
     if is_tpu(target) and is_kernel_gradient and buffer_bytes(image, target) > size_bytes(image):
-        return (kernel[-1] + RELAID_COPIES) * buffer_bytes(image, target)
+        copies = (kernel[-1] + RELAID_COPIES) * buffer_bytes(image, target)
+        return copies if copies > FAST_BYTES else 0.0
     return 0.0
 
 
@@ -325,3 +327,72 @@ def _keep_differences(new: _Rewrite) -> None:
             kept = new.value(new.size[operation.outputs[0]])
             new.insert(i + 1, dataclasses.replace(operation, outputs=(kept,), kind=Kind.ROOT))
             new.read(last[operation.outputs[0]], kept)
+
+
+# --- TPU -----------------------------------------------------------------------------------------
+
+
+def _on_tpu(
+    operations: Sequence[Operation], size: MutableMapping[int, float], fresh: int
+) -> tuple[Operation, ...]:
+    """XLA:TPU makes sums over maps of one shape together, at the last of them.
+
+    Those are gradients of biases and of normalisations' scales, which nothing waits for. What they
+    are made from is held until then: a U-Net's last maps and their cotangents until the gradient of
+    its first convolution. A kernel gradient that could not free its cotangent waits as well, for
+    the first that can.
+    """
+    new = _Rewrite(operations, size, fresh)
+    like = {v: o.like for o in operations for v in o.outputs}
+    sources = Liveness(tuple(operations), size).sources
+    together: dict[Any, list[int]] = {}
+    for i in _sums_for_parameters(operations):
+        summed = like.get(operations[i].inputs[0])
+        if summed is not None:
+            together.setdefault(summed.shape, []).append(i)
+    held: dict[int, int] = {}
+    for *others, last in together.values():
+        waiting = {v for i in others for v in sources[i]}
+        held.update((v, max(last, held.get(v, 0))) for v in waiting)
+        for v in waiting:
+            new.read(last, v)
+    cotangents = {
+        v: max((held.get(w, 0) for w in (v, *sources[i])), default=0)
+        for i, o in enumerate(operations)
+        if o.is_backward
+        for v in o.outputs
+    }
+    return _with_late_kernel_gradients(new.result(), cotangents)
+
+
+def _with_late_kernel_gradients(
+    operations: Sequence[Operation], held: Mapping[int, int]
+) -> tuple[Operation, ...]:
+    """Kernel gradients of held cotangents, run before the first that frees its own."""
+    read = {v for o in operations if o.kind is not Kind.FUSED for v in o.inputs}
+    found: list[Operation] = []
+    late: list[Operation] = []
+    for i, operation in enumerate(operations):
+        is_kernel = operation.is_backward and operation.kind is Kind.LIBRARY
+        if is_kernel and read.isdisjoint(operation.outputs):
+            if any(held.get(v, 0) > i for v in operation.inputs):
+                late.append(operation)
+                continue
+            found += late
+            late = []
+        found.append(operation)
+    return (*found, *late)
+
+
+def _sums_for_parameters(operations: Sequence[Operation]) -> list[int]:
+    """Sums in the backward pass from which no map is made."""
+    for_maps: set[int] = set()
+    found = []
+    for i in reversed(range(len(operations))):
+        operation = operations[i]
+        is_map = operation.like is not None and math.prod(operation.like.shape[:-1]) > 1
+        if is_map or not for_maps.isdisjoint(operation.outputs):
+            for_maps.update(operation.inputs)
+        elif operation.is_backward and operation.name == "reduce_sum":
+            found.append(i)
+    return found[::-1]

@@ -8,9 +8,9 @@ from typing import Any
 from lrjax.autodiff import RowProgram
 from lrjax.engine import accumulator_dtype
 from lrjax.graph import Node, RowGraph, size_bytes
-from lrjax.planner.compilers import compiled, in_main_memory, is_gpu, kind_of
+from lrjax.planner.compilers import compiled, in_main_memory, is_gpu, is_tpu, kind_of
 from lrjax.planner.liveness import Kind, Liveness, Operation
-from lrjax.planner.steps import Step, kernels_read, line_bytes
+from lrjax.planner.steps import Step, kernels_read, line_bytes, row_bytes
 from lrjax.planner.whole import values
 from lrjax.rowloop import RowLoop
 
@@ -63,7 +63,7 @@ class _Events:
         sums = [v for n in loop.nodes if n.is_reduction for v in n.equation.outputs]
         made = (*loop.row_outputs, *sums, *self._accumulators(sums))
         step = in_main_memory(Step(loop).liveness(self.target).peak(), self.target)
-        inside = line_bytes(loop) + step
+        inside = line_bytes(loop) + step + _ring_copy(loop, self.target)
         loops = Operation("row loop", tuple(read), made, Kind.LIBRARY, scratch=inside)
         self.operations.append(loops)
 
@@ -93,6 +93,21 @@ class _Events:
         operations = compiled(self.operations, self.size, self.next, self.target)
         hosts = {v: self.bytes_of(v) for v in outputs.intersection(self.free) - inputs}
         return Liveness(operations, self.size, before=inputs, after=outputs, hosts=hosts)
+
+
+def _ring_copy(loop: RowLoop, target: str) -> float:
+    """XLA:TPU copies a ring to write a slab into it, as 32 bits an element; the largest counts."""
+    if not is_tpu(target):
+        return 0.0
+    graph, avals = loop.graph, loop.graph.program.avals
+    return max(
+        (
+            4 / avals[v].dtype.itemsize * row_bytes(graph, v) * loop.line_rows(v)
+            for v in loop.producer
+            if loop.line_rows(v) and loop.is_ring(v)
+        ),
+        default=0.0,
+    )
 
 
 def accumulator_bytes(aval: Any) -> float:

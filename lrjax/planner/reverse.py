@@ -9,7 +9,7 @@ from lrjax.autodiff import RowProgram
 from lrjax.graph import size_bytes
 from lrjax.planner.adjoint import Adjoint
 from lrjax.planner.compilers import compiled, in_main_memory
-from lrjax.planner.liveness import Liveness, bytes_beside
+from lrjax.planner.liveness import Kind, Liveness, Operation, bytes_beside
 from lrjax.planner.loops import accumulator_bytes, program_liveness
 from lrjax.planner.steps import Step, kernels_read, line_bytes, row_bytes
 from lrjax.planner.whole import values
@@ -44,13 +44,18 @@ def differentiated_bytes(
             moving.update(node.equation.outputs)
     params = {program.inputs[i] for i in wrt if axes[i] is None}
     held = set(values(program.outputs)) - own
+    # XLA:CPU makes at the start what depends on nothing: zeros for the cotangents of all loops, of
+    # which the last runs first.
+    zeros_of_others = 0.0
     lines, most = 0.0, 0.0
     for loop in filter(None, rows.loops):
         lines += loop.steps * line_bytes(loop)
         held |= {v for v in (*loop.arrays, *loop.wholes) if v not in own}
         moved = {v for v in loop.arrays if v in moving}
         cotangents = sum(size_bytes(avals[v]) for v in moved.union(loop.row_outputs))
-        around = lines + sum(size_bytes(avals[v]) for v in held) + cotangents
+        around = lines + sum(size_bytes(avals[v]) for v in held) + cotangents + zeros_of_others
+        if target == "cpu":
+            zeros_of_others += sum(size_bytes(avals[v]) for v in moved)
         inner = _weight_bytes(loop, moving, params) + _step_bytes(loop, moving, target)
         most = max(most, around + line_bytes(loop) + inner)
     saved = lines + sum(size_bytes(avals[v]) for v in held)
@@ -59,7 +64,7 @@ def differentiated_bytes(
 
 
 def _weight_bytes(loop: RowLoop, moving: Collection[int], params: Collection[int]) -> float:
-    """Accumulators, and copies of kernels for the forward and for the input's gradient."""
+    """Accumulators, and copies of kernels: forward, for the input's gradient, out of branches."""
     avals = loop.graph.program.avals
     wholes = [v for v in loop.wholes if v in moving]
     hosts = {v: float(size_bytes(avals[v])) for v in params}
@@ -70,8 +75,9 @@ def _weight_bytes(loop: RowLoop, moving: Collection[int], params: Collection[int
             del hosts[v]  # accumulated in its place
         else:
             sizes.append(wide)
+    has_branches = len(loop.bands) > 1
     for v in kernels_read(loop):
-        sizes += [float(size_bytes(avals[v]))] * (1 + (v in params))
+        sizes += [float(size_bytes(avals[v]))] * (1 + (v in params) + has_branches)
     return bytes_beside(sizes, hosts.values())
 
 
@@ -92,8 +98,28 @@ def _step_bytes(loop: RowLoop, moving: Collection[int], target: str) -> float:
     outside |= {v: float(size_bytes(avals[v])) for v in loop.wholes if v in moving}
     size.update(outside)
     adjoint.reverse(step.operations)
-    lines = {p for line in step.older.values() for p in adjoint.pieces.get(line, [])}
+    kept = {*step.older.values()}
+    if step.conditional:
+        kept.update(loop.wholes)  # added to the accumulators when all branches are done
+    pieces = frozenset(p for v in kept for p in adjoint.pieces.get(v, []))
     size.update(dict.fromkeys(outside, 0.0))
-    operations = compiled((*step.operations, *adjoint.operations), size, adjoint.next, target)
-    lives = Liveness(operations, size, before=frozenset(given), after=frozenset(lines))
+    forward = with_residuals(step, adjoint.operations)
+    operations = compiled((*forward, *adjoint.operations), size, adjoint.next, target)
+    lives = Liveness(operations, size, before=frozenset(given), after=pieces)
     return in_main_memory(lives.peak(), target)
+
+
+def with_residuals(step: Step, reverse: Sequence[Operation]) -> list[Operation]:
+    """A step's operations, where what the reverse of a branch reads exists.
+
+    The residuals of a ``cond`` are among its results, so XLA can't fuse them into their readers.
+    """
+    read = {v for operation in reverse for v in operation.inputs}
+    return [
+        dataclasses.replace(operation, kind=Kind.ROOT)
+        if i in step.conditional
+        and operation.kind is Kind.FUSED
+        and not read.isdisjoint(operation.outputs)
+        else operation
+        for i, operation in enumerate(step.operations)
+    ]

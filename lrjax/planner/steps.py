@@ -35,6 +35,7 @@ class Step:
       size: bytes of every value.
       kept: values that exist when the step ends.
       older: what stands for the older rows of a value whose line buffer shifts.
+      conditional: indices of the operations that are in a branch.
       next: the first number that no value has.
     """
 
@@ -50,8 +51,13 @@ class Step:
         for v in loop.producer:
             self._place(v)
         branches = {band.nodes[-1]: band for band in loop.bands if self._is_branch(band)}
+        skipped = {i for band in branches.values() for i in band.nodes}
+        self.conditional: set[int] = set()
         for i in range(len(loop.nodes)):
+            start = len(self.operations)
             self._run(i)
+            if i in skipped:
+                self.conditional.update(range(start, len(self.operations)))
             if i in branches:
                 self._end_branch(branches[i])
 

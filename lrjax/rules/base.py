@@ -81,10 +81,17 @@ class Equation:
 
 @dataclasses.dataclass(frozen=True)
 class Rows:
-    """The output rows of a block: ``start`` may be traced, ``count`` never is."""
+    """The output rows of a block.
+
+    Attributes:
+      start: the first row; may be traced.
+      count: how many, never traced.
+      is_differentiated: the block will be differentiated (2PS, OverL).
+    """
 
     start: Any
     count: int
+    is_differentiated: bool = False
 
 
 @dataclasses.dataclass(frozen=True)

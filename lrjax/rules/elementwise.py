@@ -8,6 +8,7 @@ import numpy as np
 
 from lrjax.geometry import IDENTITY
 from lrjax.rules.base import Array, Equation, NotRowLocal, RowOp, RowRead, Rows, rule
+from lrjax.rules.block_sums import spread
 
 # fmt: off
 ELEMENTWISE = (
@@ -49,6 +50,10 @@ def elementwise(equation: Equation) -> RowOp:
             reads.append(RowRead(IDENTITY, axis))
 
     def evaluate(windows: Sequence[Array], rows: Rows) -> Sequence[Array]:
+        if rows.is_differentiated:
+            block = list(equation.outputs[0].shape)
+            block[axis] = rows.count
+            windows = [_spread_over(block, window) for window in windows]
         return equation.bind(*windows)
 
     elements = max(int(np.prod(out.shape)) for out in equation.outputs) // max(height, 1)
@@ -60,6 +65,12 @@ def elementwise(equation: Equation) -> RowOp:
         flops=elements * len(equation.outputs),
         is_tame=equation.primitive.name in TAME,
     )
+
+
+def _spread_over(block: Sequence[int], window: Array) -> Array:
+    """A window in the block's shape, unless it is a scalar."""
+    is_smaller = np.ndim(window) == len(block) and np.shape(window) != tuple(block)
+    return spread(window, block, range(len(block))) if is_smaller else window
 
 
 @rule("bitcast_convert_type")

@@ -24,6 +24,7 @@ from lrjax.rules.base import (
     removed_axes,
     rule,
 )
+from lrjax.rules.block_sums import block_sum
 
 _COMBINE = {
     "reduce_sum": "sum",
@@ -53,9 +54,10 @@ def reduce(equation: Equation) -> RowOp:
     over_rows = axis in axes
     combine = _COMBINE[equation.primitive.name]
     fill = identity_of(combine, equation.operands[0].dtype) if over_rows else None
+    is_long_sum = over_rows and combine == "sum" and _is_rounded(equation.operands[0].dtype)
 
     def evaluate(windows: Sequence[Array], rows: Rows) -> Sequence[Array]:
-        return equation.bind(*windows)
+        return [block_sum(windows[0], axes)] if is_long_sum else equation.bind(*windows)
 
     return RowOp(
         reads=(RowRead(IDENTITY, axis, fill=fill),),
@@ -67,6 +69,10 @@ def reduce(equation: Equation) -> RowOp:
         flops=float(np.prod(equation.operands[0].shape)) / max(equation.height, 1),
         is_tame=combine != "prod",
     )
+
+
+def _is_rounded(dtype: Any) -> bool:
+    return jnp.issubdtype(dtype, jnp.inexact)
 
 
 @rule("argmax", "argmin")

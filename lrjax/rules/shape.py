@@ -22,6 +22,7 @@ from lrjax.rules.base import (
     removed_axes,
     rule,
 )
+from lrjax.rules.block_sums import spread
 from lrjax.rules.random import random_rows
 
 
@@ -79,7 +80,10 @@ def constant_along_rows(equation: Equation, axis: int) -> RowOp | None:
                 return None
 
         def evaluate(windows: Sequence[Array], rows: Rows) -> Sequence[Array]:
-            return equation.bind(*windows, shape=_with(shape, axis, rows.count))
+            block = _with(shape, axis, rows.count)
+            if rows.is_differentiated:
+                return [spread(windows[0], block, params["broadcast_dimensions"])]
+            return equation.bind(*windows, shape=block)
 
     elif name == "iota" and len(equation.operands) == 0:
 

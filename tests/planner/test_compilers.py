@@ -1,0 +1,130 @@
+"""What XLA makes of operations on its targets, as rules on bytes; nothing is compiled."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax import lax
+
+from experiments.plans import parse
+from lrjax.planner.adjoint import Adjoint
+from lrjax.planner.compilers import compiled, convolution_scratch
+from lrjax.planner.liveness import Kind, Liveness, Operation
+from lrjax.planner.reverse import with_residuals
+from lrjax.planner.segment_programs import differentiable_of
+from lrjax.planner.steps import Step
+from lrjax.planner.whole import joint_program
+from lrjax.segments import split
+from lrjax.tracing import trace
+
+MAP, KERNEL, VECTOR = (1, 8, 8, 128), (3, 3, 128, 128), (128,)
+
+
+def backward(name, inputs, output, shape):
+    kind = Kind.ROOT if name == "reduce_sum" else Kind.LIBRARY
+    like = jax.ShapeDtypeStruct(shape, jnp.float32)
+    return Operation(name, inputs, (output,), kind, like, is_backward=True)
+
+
+# Two layers of maps of one shape: a bias gradient, a kernel gradient and an input gradient each.
+LAYERS = (
+    backward("conv_general_dilated", (), 0, MAP),
+    backward("reduce_sum", (0,), 1, VECTOR),
+    backward("conv_general_dilated", (0,), 2, KERNEL),
+    backward("conv_general_dilated", (0,), 3, MAP),
+    backward("reduce_sum", (3,), 4, VECTOR),
+    backward("conv_general_dilated", (3,), 5, KERNEL),
+)
+SIZE = dict.fromkeys(range(6), 1.0)
+RESULTS = frozenset({1, 2, 4, 5})
+
+
+def order(target, layers=LAYERS):
+    """The values in the order in which they are made, and when the first is last used."""
+    size = dict(SIZE)
+    operations = compiled(layers, size, len(SIZE), target)
+    lives = Liveness(operations, size, after=RESULTS)
+    made = [v for o in operations for v in o.outputs if v in SIZE]
+    return made, operations[lives.last_use[0]].outputs[0]
+
+
+def test_tpu_sums_maps_of_one_shape_together_and_kernel_gradients_wait():
+    made, last_reader = order("tpu-v5e")
+    assert last_reader == 2  # its kernel gradient waits for the other, after both sums
+    assert made == [0, 1, 3, 4, 2, 5]
+
+
+def test_tpu_sums_over_other_shapes_hold_nothing():
+    other = backward("conv_general_dilated", (0,), 3, (1, 4, 4, 128))
+    made, last_reader = order("tpu-v5e", (*LAYERS[:3], other, *LAYERS[4:]))
+    assert (made, last_reader) == ([0, 1, 2, 3, 4, 5], 3)
+
+
+def test_tpu_sums_that_maps_are_made_from_do_not_wait():
+    normalised = backward("conv_general_dilated", (0, 1), 3, MAP)
+    made, last_reader = order("tpu-v5e", (*LAYERS[:3], normalised, *LAYERS[4:]))
+    assert (made, last_reader) == ([0, 1, 2, 3, 4, 5], 3)
+
+
+@pytest.mark.parametrize("target", ["cpu", "h200"])
+def test_others_do_not(target):
+    assert order(target) == ([0, 1, 2, 3, 4, 5], 3)
+
+
+def chain(params, images):
+    """3x3 convolutions and scales: more rows of round trip than a low image has."""
+    for kernel, scale in params:
+        images = lax.conv_general_dilated(
+            images, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+        )
+        images = jax.nn.relu(images * scale)
+    return jnp.mean(jnp.square(images))
+
+
+def segment_of(convolutions, height, width=32, channels=16):
+    params = [
+        (jnp.zeros((3, 3, 3 if i == 0 else channels, channels)), jnp.zeros(channels))
+        for i in range(convolutions)
+    ]
+    traced = trace(chain, (None, 1), (params, jnp.zeros((1, height, width, 3))), {})
+    return split(traced.program, traced.axes, ())[0]
+
+
+@pytest.mark.parametrize(("height", "has_branches"), [(32, True), (256, False)])
+def test_what_the_reverse_of_a_branch_reads_exists(height, has_branches):
+    (loop,) = filter(None, differentiable_of(segment_of(12, height), "2ps", 8).loops)
+    step = Step(loop)
+    adjoint = Adjoint(step.size, {*loop.wholes, *step.older.values()}, step.next)
+    for node in loop.nodes:
+        if node.is_reduction:
+            adjoint.seed(node.equation.outputs[0])
+    adjoint.reverse(step.operations)
+    read = {v for operation in adjoint.operations for v in operation.inputs}
+    fused = [o for o in step.operations if o.kind is Kind.FUSED and read.intersection(o.outputs)]
+    still = [o for o in with_residuals(step, adjoint.operations) if o in fused]
+    assert fused
+    assert bool(step.conditional) == has_branches
+    assert len(still) < len(fused) if has_branches else still == fused
+
+
+def test_tpu_copies_for_a_kernel_gradient_fit_its_vector_memory_or_exist():
+    def most(height):
+        segment = segment_of(2, height, 512, 64)
+        joint = joint_program(segment.program, [0, 2])
+        scratch = (
+            convolution_scratch(joint.program, e, "tpu-v5e") for e in joint.program.equations
+        )
+        return max(scratch)
+
+    assert most(64) == 0
+    assert most(512) == 5.5 * 512 * 512 * 128 * 4
+
+
+def test_neighbours_that_xla_keeps_no_border_between_are_one_segment():
+    plan = "vgg16/64/checkpoint+checkpoint+column+stream-2"
+    joined = [choice.strategy for _, choice in parse(plan, "cpu").as_compiled()]
+    apart = [choice.strategy for _, choice in parse(plan, "h200").as_compiled()]
+    assert joined == ["column", "stream"]
+    assert apart == ["checkpoint", "checkpoint", "column", "stream"]
+    whole = parse("vgg16/64/column", "cpu").segments()[0]
+    ((segment, _),) = parse("vgg16/64/column+column", "cpu").as_compiled()
+    assert len(segment.program.equations) == len(whole.program.equations)
