@@ -110,8 +110,7 @@ class Candidates:
     Attributes:
       bounds: operations on rows before each place where the program may be cut, from 0 to all.
       operations_per_byte: that the target could do while a byte goes to or comes from the host;
-        0 where nothing is offloaded: a CPU has no other memory, and a TPU's peak does not fall (see
-        docs/planner.md).
+        0 where nothing is offloaded: a CPU has no other memory, and for TPUs no link is known.
     """
 
     def __init__(

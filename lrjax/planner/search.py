@@ -89,13 +89,11 @@ class Model:
         """Bytes of a step's forward and backward pass, corrected."""
         cost = self.candidates.cost(step.start, step.stop, step.choice)
         forward, backward = self.factors.get(step.shape, (1.0, 1.0))
-        # Row loops and parts of the batch leave gradients of what they read there on the host.
-        arriving = step.arriving_bytes
-        by_rows = step.choice.strategy == "stream" or step.choice.micro_batches > 1
-        return (
-            cost.forward_bytes * forward + (0.0 if by_rows else arriving),
-            max(cost.backward_bytes * backward + (-arriving if by_rows else arriving), 0.0),
-        )
+        forward, backward = cost.forward_bytes * forward, cost.backward_bytes * backward
+        if step.choice.strategy == "stream" or step.choice.micro_batches > 1:
+            # Gradients of what is read from the host go there too.
+            return forward, max(backward - step.arriving_bytes, 0.0)
+        return forward + step.arriving_bytes, backward + step.arriving_bytes
 
     def passes(self, found: Found) -> list[tuple[Step, int, float, float]]:
         """Step, pass, bytes held before, own bytes: of every pass, as predicted."""

@@ -102,7 +102,7 @@ def test_a_damaged_file_is_refused(plan, tmp_path, text, message):
 
 @pytest.mark.parametrize("options", [{"num_blocks": 2}, {"strategy": "2ps"}, {"cuts": 2}])
 def test_a_plan_stands_alone(plan, options):
-    with pytest.raises(ValueError, match="leave num_blocks, strategy and cuts out"):
+    with pytest.raises(ValueError, match="leave num_blocks, strategy, cuts and offload out"):
         lrjax.rowwise(logits, in_axes=(None, 1), plan=plan, **options)
 
 
