@@ -296,7 +296,7 @@ def main() -> None:
         network, num_blocks = COMPILED_IN_TURNS
         times = compile_times(network, num_blocks, options.compile_turns, options.target)
         print(network, times)
-        report.merge(RESULTS, report.versions()["jax"], {"compile": {network: times}})
+        _write({"compile": {network: times}})
         return
     chosen = [_parse_row(name) for name in options.only] if options.only else ROWS
     found = {}
@@ -304,8 +304,12 @@ def main() -> None:
         found[str(row)] = measure(row, options.target)
         print(row, found[str(row)], flush=True)
     if options.target == "h200":
-        results = report.merge(RESULTS, report.versions()["jax"], {"peaks": found})
-        RESULTS.with_suffix(".md").write_text(tables(results) + "\n")
+        _write({"peaks": found})
+
+
+def _write(found: dict[str, Any]) -> None:
+    results = report.merge(RESULTS, report.versions()["jax"], found)
+    RESULTS.with_suffix(".md").write_text(tables(results) + "\n")
 
 
 def _parse_row(text: str) -> Row:
