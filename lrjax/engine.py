@@ -8,6 +8,7 @@ integers; most do not change.
 from __future__ import annotations
 
 import dataclasses
+from collections import ChainMap
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
@@ -365,13 +366,14 @@ def run_graph(
     copies: Values = {}
     values: Values = {v: jnp.asarray(c) for v, c in graph.program.constants.items()}
     values.update(zip(graph.program.inputs, inputs, strict=True))
+    whole = ChainMap(copies, values)
     for stage, loop in enumerate(loops):
         for node in graph.column_nodes(stage):
-            copies.update(_copies(graph, {**values, **copies}, node.equation.inputs))
-            values.update(run_column(node.equation, {**values, **copies}))
+            copies.update(_copies(graph, whole, node.equation.inputs))
+            values.update(run_column(node.equation, whole))
         if loop is not None:
-            copies.update(_copies(graph, {**values, **copies}, loop.wholes))
-            taken = {v: copies[v] for v in loop.wholes if v in copies}
+            copies.update(_copies(graph, whole, loop.wholes))
+            taken = {v: whole[v] for v in loop.wholes}
             values.update(run(loop, {**values, **taken}, wanted))
     results = [_read(values, v) for v in graph.program.outputs]
     for i, axis in hosted.items():
@@ -380,7 +382,7 @@ def run_graph(
     return results
 
 
-def _copies(graph: RowGraph, values: Values, atoms: Sequence[Atom]) -> Values:
+def _copies(graph: RowGraph, values: Mapping[int, Any], atoms: Sequence[Atom]) -> Values:
     """What is in the host's memory and is about to be taken whole, on the device."""
     return {
         v: from_host(values[v], graph.row_axis[v])
@@ -389,7 +391,7 @@ def _copies(graph: RowGraph, values: Values, atoms: Sequence[Atom]) -> Values:
     }
 
 
-def run_column(equation: FlatEquation, values: Values) -> Values:
+def run_column(equation: FlatEquation, values: Mapping[int, Any]) -> Values:
     """Evaluate one equation on whole values."""
     results = equation.evaluate([_read(values, v) for v in equation.inputs])
     return dict(zip(equation.outputs, results, strict=True))
