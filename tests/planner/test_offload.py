@@ -4,6 +4,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from jax.ad_checkpoint import checkpoint_name
 from networks import CHANNELS, arguments, features, plan_by_hand, structs
@@ -11,6 +12,7 @@ from networks import CHANNELS, arguments, features, plan_by_hand, structs
 import lrjax
 from lrjax import memory
 from lrjax.memory import TARGETS
+from lrjax.offload import SLAB_ROWS, from_host, scaled, to_host
 from lrjax.planner.choice import Choice
 from lrjax.planner.plan import Plan
 from lrjax.planner.problem import problem_of
@@ -48,6 +50,29 @@ def test_gradients_are_columns(fun, choices, x64):
     args = arguments(36, 8, batch=2)
     plan = plan_by_hand(fun, structs(36, 8, batch=2), choices, (1, 2))
     assert_same_as_column(fun, args, (None, 1), plan=plan)
+
+
+def test_float32_gradients_are_columns():
+    plan = plan_by_hand(loss, structs(36, 8, batch=2, dtype=jnp.float32), CHOICES[0], (1, 2))
+    args = jax.tree.map(lambda x: x.astype(jnp.float32), arguments(36, 8, batch=2))
+    assert_same_as_column(loss, args, (None, 1), plan=plan)
+
+
+@pytest.mark.parametrize("height", [1, SLAB_ROWS - 1, 2 * SLAB_ROWS, 2 * SLAB_ROWS + 5])
+def test_whole_maps_come_and_go_by_slabs(height, x64):
+    image = jax.random.normal(jax.random.key(0), (2, height, 3))
+
+    @jax.jit
+    def there_and_back(x):
+        return from_host(scaled(to_host(x, 1), jnp.asarray(3.0), 1), 1)
+
+    np.testing.assert_array_equal(there_and_back(image), 3 * image)
+
+    @jax.jit
+    def gradient(x):
+        return jax.grad(lambda x: jnp.sum(from_host(to_host(x, 1), 1) ** 2))(x)
+
+    np.testing.assert_array_equal(gradient(image), 2 * image)
 
 
 def test_a_map_that_several_segments_read_stays(x64):
