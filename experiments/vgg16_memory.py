@@ -14,6 +14,7 @@ The answers, per version of jax, go to ``results/vgg16_memory.json`` and, as tab
 """
 
 import argparse
+import gc
 import os
 import time
 from collections.abc import Sequence
@@ -104,6 +105,7 @@ def compile_gradient(
 ) -> Compiled:
     """Compile the stack's gradient by ``method``; ``width`` is ``height`` unless given."""
     args = structs(height, width or height, jnp.bfloat16, image_dtype=jnp.dtype(image_dtype))
+    gc.collect()  # what earlier compilations left is not this one's to clear away
     wall, cpu = time.perf_counter(), time.process_time()
     compiled = memory.compile_for(method.gradient(), *args, target=target)
     wall, cpu = time.perf_counter() - wall, time.process_time() - cpu

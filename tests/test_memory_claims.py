@@ -5,6 +5,8 @@ The programs and their limits are those of ``experiments/vgg16_memory.py`` and
 there.
 """
 
+import math
+
 import pytest
 
 from experiments import barrier_memory
@@ -35,12 +37,21 @@ def test_streams_memory_does_not_depend_on_height():
 
 @pytest.mark.parametrize("strategy", claims.COMPILE_BLOCKS)
 def test_compile_time(strategy):
-    """In processor time, which hardly depends on how busy the machine is."""
+    """The least processor time of three compilations each; of up to nine where times scatter.
+
+    What disturbs a compilation only adds to its time: more turns come nearer to the truth.
+    """
     few, many = (Method(strategy, num_blocks) for num_blocks in claims.COMPILE_BLOCKS[strategy])
     claims.compile_gradient(COLUMN, claims.COMPILE_SIZE)  # the first one warms the compiler up
-    seconds = claims.compile_cpu_s((COLUMN, few, many), repeats=3)
-    assert max(seconds.values()) <= claims.COMPILE_LIMIT * seconds[COLUMN]
-    assert seconds[many] <= claims.COMPILE_GROWTH_LIMIT * seconds[few]
+    least = {COLUMN: math.inf, few: math.inf, many: math.inf}
+    for _ in range(3):
+        found = claims.compile_cpu_s(tuple(least), repeats=3)
+        least = {method: min(seconds, found[method]) for method, seconds in least.items()}
+        slowest = max(least.values()) / least[COLUMN]
+        growth = least[many] / least[few]
+        if slowest <= claims.COMPILE_LIMIT and growth <= claims.COMPILE_GROWTH_LIMIT:
+            return
+    pytest.fail(f"{slowest:.2f} times column's, {growth:.2f} from few blocks to many: {least}")
 
 
 @pytest.mark.parametrize("row", [row for row in barrier_memory.ROWS if row.limit_mib], ids=str)
