@@ -58,15 +58,20 @@ def row_program(
 ) -> RowProgram:
     """A row loop per stage; halo rows of ``recomputed`` values are computed again, not kept."""
 
+    made: dict[tuple[int, int], RowLoop] = {}
+
     def loop_of(graph: RowGraph, stage: int) -> RowLoop:
-        return row_loop(
-            graph,
-            stage,
-            order=order,
-            num_blocks=num_blocks,
-            is_differentiated=order != "stream",
-            recomputed=recomputed,
-        )
+        key = id(graph), stage  # a loop keeps its graph, so that no other has this identity
+        if key not in made:
+            made[key] = row_loop(
+                graph,
+                stage,
+                order=order,
+                num_blocks=num_blocks,
+                is_differentiated=order != "stream",
+                recomputed=recomputed,
+            )
+        return made[key]
 
     if order == "stream" and num_blocks > 1:
         for stage in graph.loops:

@@ -46,6 +46,8 @@ def with_late_copies(
       loop_of: schedules a stage of a graph.
     """
     first = loop_of(graph, stage)
+    if not _late_sources(first):
+        return graph
     found = [first]
     for share in LATE_OPERATIONS:
         loop = first

@@ -156,8 +156,15 @@ def _even(task: Task, steps: int, lag: int) -> Frontier:
     Even frontiers keep steps alike: where a stride makes one operation advance in every other step
     only, following its demand to the letter would make all before it stop and go as well.
     """
-    rows, per_steps = task.speed.as_integer_ratio()
-    return round_down(np.arange(steps + 1) * rows // per_steps, task.quantum) - lag
+    return _shares(*task.speed.as_integer_ratio(), task.quantum, steps) - lag
+
+
+@functools.lru_cache(maxsize=256)  # the operations of a network have few speeds
+def _shares(rows: int, per_steps: int, quantum: int, steps: int) -> Frontier:
+    """``rows`` more after every ``per_steps`` steps, in multiples of ``quantum``."""
+    found = round_down(np.arange(steps + 1) * rows // per_steps, quantum)
+    found.flags.writeable = False  # many tasks read it
+    return found
 
 
 def _eager_frontiers(tasks: Sequence[Task]) -> list[Frontier]:
