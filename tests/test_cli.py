@@ -40,6 +40,7 @@ def test_train_writes_metrics_plot_and_parameters(tmp_path):
         assert plot.width > 500
 
 
+@pytest.mark.slow
 def test_train_reads_a_folder_and_names_what_it_leaves_out(tmp_path):
     for name in ("ant", "bee"):
         (tmp_path / "images" / name).mkdir(parents=True)
@@ -58,6 +59,7 @@ def test_train_reads_a_folder_and_names_what_it_leaves_out(tmp_path):
     ]
 
 
+@pytest.mark.slow
 def test_unet_learns_every_pixel_and_leaves_its_running_statistics(tmp_path):
     arguments = ["--strategy", "column", *SMALL, "--model", "unet"]
     result = invoke("train", "--out", tmp_path / "run", *arguments)

@@ -15,7 +15,7 @@ RUNS = {name: [STREAM] for name in MODELS} | {
     "unet": [STREAM, OVERLAP],
     "unet_none": [STREAM, TWO_PHASE],
 }
-QUICK = ("resnet_basic", "resnet", "unet_none")
+QUICK = ("resnet_basic", "unet_none")
 
 
 def check(name, runs):

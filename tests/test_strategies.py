@@ -40,8 +40,15 @@ def max_pool(image, size=2, stride=2, padding="VALID"):
 UNSUITABLE = {32, 1015, 1025}
 
 
-def seeds(start, count):
-    return [seed for seed in range(start, start + count) if seed not in UNSUITABLE]
+def seeds(start, count, quick=None):
+    """Seeds of cases; those after the first ``quick`` are marked slow."""
+    return [
+        seed
+        if quick is None or seed < start + quick
+        else pytest.param(seed, marks=pytest.mark.slow)
+        for seed in range(start, start + count)
+        if seed not in UNSUITABLE
+    ]
 
 
 def check_case(c, strategy, num_blocks=None):
@@ -51,14 +58,14 @@ def check_case(c, strategy, num_blocks=None):
 
 
 @pytest.mark.usefixtures("x64")
-@pytest.mark.parametrize("seed", seeds(0, 120))
+@pytest.mark.parametrize("seed", seeds(0, 120, quick=60))
 def test_generated_network(seed):
     c = case(seed)
     check_case(c, STRATEGIES[seed % 3])
 
 
 @pytest.mark.usefixtures("x64")
-@pytest.mark.parametrize("seed", seeds(1000, 45))
+@pytest.mark.parametrize("seed", seeds(1000, 45, quick=24))
 def test_generated_network_with_barriers(seed):
     c = case(seed, layers=3, barriers=True, max_height=14)
     check_case(c, STRATEGIES[seed % 3])
@@ -131,6 +138,7 @@ class TestVGGStack:
     def test_runs_by_rows(self):
         assert_row_local(vgg, (vgg_params(), normal(9, 1, 20, 8, 1)), (None, 1))
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("strategy", STRATEGIES)
     def test_every_number_of_blocks(self, strategy):
         args = (vgg_params(), normal(9, 1, 10, 6, 1))

@@ -84,6 +84,7 @@ def test_training_learns():
     assert np.mean(losses[-4:]) < 0.5 * np.mean(losses[:4])
 
 
+@pytest.mark.slow
 def test_training_repeats_itself_from_its_seed(column):
     first, again, other = column, run(), run(seed=2)
     assert first.losses == again.losses
@@ -154,6 +155,7 @@ class BrightOrDarkRows(BrightOrDark):
         return Example(image=super().__getitem__(index)["image"], label=label)
 
 
+@pytest.mark.slow
 def test_labels_of_pixels_carry_rows_and_statistics_are_kept():
     source = BrightOrDarkRows()
     model = UNet(channels=(3, 4), norm="batch")

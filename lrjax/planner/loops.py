@@ -61,11 +61,21 @@ class _Events:
     def run_loop(self, loop: RowLoop) -> None:
         read = dict.fromkeys((*loop.arrays, *loop.wholes, *self._kernel_copies(loop)))
         sums = [v for n in loop.nodes if n.is_reduction for v in n.equation.outputs]
-        made = (*loop.row_outputs, *sums, *self._accumulators(sums))
+        wide = {v: self.fresh(accumulator_bytes(self.avals[v])) for v in sums if self._is_wide(v)}
+        # XLA:TPU holds results beside the accumulators.
+        given = sums if is_tpu(self.target) else [v for v in sums if v not in wide]
+        made = (*loop.row_outputs, *given, *wide.values())
         step = in_main_memory(Step(loop).liveness(self.target).peak(), self.target)
         inside = line_bytes(loop) + step + _ring_copy(loop, self.target)
         loops = Operation("row loop", tuple(read), made, Kind.LIBRARY, scratch=inside)
         self.operations.append(loops)
+        for v in (v for v in sums if v not in given):
+            like = self.avals[v]
+            self.operations.append(Operation("narrow", (wide[v],), (v,), Kind.FUSED, like))
+
+    def _is_wide(self, value: int) -> bool:
+        """Reductions are summed in float32; one in float32 is summed in its own place."""
+        return accumulator_bytes(self.avals[value]) != self.bytes_of(value)
 
     def _kernel_copies(self, loop: RowLoop) -> list[int]:
         """XLA:GPU's libraries read kernels in another layout than arguments have."""
@@ -77,15 +87,6 @@ class _Events:
                 self.copies[v] = self.fresh(self.bytes_of(v))
                 self.operations.append(Operation("copy", (), (self.copies[v],), Kind.ROOT))
         return [self.copies[v] for v in kernels]
-
-    def _accumulators(self, sums: Collection[int]) -> list[int]:
-        """Reductions are summed in float32; a gradient in float32 is summed in its own place."""
-        found = []
-        for v in sums:
-            wide = accumulator_bytes(self.avals[v])
-            if v not in self.free or wide != self.bytes_of(v):
-                found.append(self.fresh(wide))
-        return found
 
     def liveness(self) -> Liveness:
         outputs = frozenset(values(self.program.outputs))

@@ -16,7 +16,8 @@ from lrjax.planner.cost import SegmentCost, peak_bytes, segment_cost
 from lrjax.planner.liveness import Kind, Liveness, Operation, bytes_beside
 from lrjax.segments import Segment, split
 from lrjax.tracing import trace
-from lrjax.transform import segment_function
+from lrjax.transform import rowwise, segment_function
+from marks import COMPILES_FOR_H200
 
 CHANNELS = (3, 16, 16, 32, 32)
 POOLED = (2, 4)  # after which convolutions
@@ -95,6 +96,33 @@ def compiled(height: int, choices: Sequence[Choice]) -> int:
 def test_prediction_is_near_xla(choices):
     ratio = predicted(512, choices) / compiled(512, choices)
     assert 0.75 < ratio < 1.25
+
+
+class TestNarrowSums:
+    """bfloat16's copies of float32 kernels: their gradients are summed in float32 alone."""
+
+    KERNELS = [jax.ShapeDtypeStruct((1, 1, 512, 512), jnp.float32)] * 4
+    IMAGES = jax.ShapeDtypeStruct((1, 64, 4, 512), jnp.bfloat16)
+    pytestmark = COMPILES_FOR_H200
+
+    @staticmethod
+    def loss(params, images):
+        for kernel in params:
+            kernel = kernel.astype(jnp.bfloat16)
+            images = lax.conv_general_dilated(
+                images, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+            )
+        return jnp.mean(jnp.square(images))
+
+    def test_prediction_is_near_xla(self):
+        args = self.KERNELS, self.IMAGES
+        traced = trace(self.loss, (None, 1), args, {})
+        (segment,) = split(traced.program, traced.axes, ())
+        cost = segment_cost(segment, Choice("stream", 8), range(4), "h200")
+        fixed = sum(size_bytes(leaf) for leaf in (*self.KERNELS, *self.KERNELS, self.IMAGES))
+        gradient = jax.grad(rowwise(self.loss, in_axes=(None, 1), num_blocks=8))
+        peak = memory.peak_bytes(memory.compile_for(gradient, *args, target="h200"))
+        assert peak_bytes([cost], fixed) == pytest.approx(peak, rel=0.1)
 
 
 def test_streams_memory_does_not_depend_on_the_height():
