@@ -87,8 +87,16 @@ def _custom_call(equation: Equation) -> RowOp:
 
     reads = tuple(None if axis is None else RowRead(IDENTITY, axis) for axis in axes)
     flops = sum(node.op.flops for node in body.nodes if node.op is not None)
-    is_tame = all(n.op is None or n.op.is_tame for g in (body, derivative) for n in g.nodes)
-    return RowOp(reads, out_axes, equation.height, evaluate, flops=flops, is_tame=is_tame)
+    bodies = body, derivative
+    return RowOp(
+        reads,
+        out_axes,
+        equation.height,
+        evaluate,
+        flops=flops,
+        is_tame=_is_tame(bodies),
+        is_positional=_is_positional(bodies),
+    )
 
 
 @rule("cond")
@@ -140,10 +148,23 @@ def branches(equation: Equation) -> RowOp:
 
     flops = max(sum(n.op.flops for n in g.nodes if n.op is not None) for g in bodies)
     reads = tuple(None if axis is None else RowRead(IDENTITY, axis) for axis in axes)
-    is_tame = all(n.op is None or n.op.is_tame for g in bodies for n in g.nodes)
     return RowOp(
-        (None, *reads), tuple(out_axes), equation.height, evaluate, flops=flops, is_tame=is_tame
+        (None, *reads),
+        tuple(out_axes),
+        equation.height,
+        evaluate,
+        flops=flops,
+        is_tame=_is_tame(bodies),
+        is_positional=_is_positional(bodies),
     )
+
+
+def _is_tame(bodies: Sequence[RowGraph]) -> bool:
+    return all(n.op is None or n.op.is_tame for body in bodies for n in body.nodes)
+
+
+def _is_positional(bodies: Sequence[RowGraph]) -> bool:
+    return any(n.op is not None and n.op.is_positional for body in bodies for n in body.nodes)
 
 
 def _branch_graph(function: Any, structs: Sequence[Any], axes: Sequence[int | None]) -> RowGraph:

@@ -2,7 +2,8 @@
 
 Only where images are independent, which is not assumed but read off the program: with the batch as
 the axis of rows, every operation must be a row operation that maps examples one to one, without
-reductions. Batch statistics are refused so, and so is what merges the batch with another axis.
+reductions. Batch statistics are refused so, and so is what merges the batch with another axis, or
+depends on an example's number (random bits, ``iota`` along the batch).
 """
 
 from __future__ import annotations
@@ -83,7 +84,7 @@ def _is_one_to_one(graph: RowGraph) -> Callable[[Any], bool]:
         if node.op is None:
             return not any(v in graph.row_axis for v in _values(node.equation.inputs))
         pairs = zip(node.equation.inputs, node.op.reads, strict=True)
-        return not node.is_reduction and all(
+        return not (node.is_reduction or node.op.is_positional) and all(
             read is None or (read.row_map == IDENTITY and v in graph.row_axis) for v, read in pairs
         )
 

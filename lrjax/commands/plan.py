@@ -1,5 +1,6 @@
 """`lrjax plan`."""
 
+import contextlib
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -16,7 +17,9 @@ def plan(
     target: options.Target = None,
     budget: Annotated[
         str | None,
-        typer.Option(help="Such as 8GiB, or 0.5 of the device's memory. Default: all of it."),
+        typer.Option(
+            help="Such as 8GiB, bytes, or 0.5 of the device's memory. Default: all of it."
+        ),
     ] = None,
     image: options.Image = "1024",
     batch: options.Batch = 1,
@@ -57,6 +60,11 @@ def plan(
         size = options.size_of(image, "image")
         if timed and frontier is None:
             raise ValueError("timed: times belong to the frontier; give --frontier FILE too")
+        if maximise is not None and (save or frontier):
+            raise ValueError(
+                "maximise: it answers with a table alone; ask for --save or --frontier without "
+                "--maximise, at the size it found"
+            )
         if batch < 1:
             raise ValueError(f"batch: got {batch}; use 1 or more")
         amount = 1.0 if budget is None else _budget(budget)
@@ -73,7 +81,7 @@ def plan(
                     planning.largest_by_method(
                         network,
                         maximise,
-                        size[0],
+                        size,
                         batch,
                         numbers,
                         amount,
@@ -114,12 +122,12 @@ def _told(progress: Any) -> str:
     return f"{strategies}: {progress.operations:.3f} x column's operations, {peaks}"
 
 
-def _budget(text: str) -> str | float:
-    """A fraction where the text is a number without a unit."""
-    try:
-        return float(text)
-    except ValueError:
-        return text
+def _budget(text: str) -> str | float | int:
+    """Without a unit: bytes where the text is a whole number, else a fraction."""
+    for number in (int, float):
+        with contextlib.suppress(ValueError):
+            return number(text)
+    return text
 
 
 def _print_largest(answers: Any, maximise: str, wide: Console) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 
+import numpy as np
+
 from lrjax.memory.profiling import device_memory_bytes
 
 _UNITS = {
@@ -31,6 +33,8 @@ def parse_budget(budget: int | float | str, target: str | None) -> int:
     )
     if isinstance(budget, str):
         return _from_text(budget, allowed)
+    if isinstance(budget, np.integer | np.floating):
+        budget = budget.item()
     if isinstance(budget, bool) or not isinstance(budget, int | float):
         raise ValueError(f"budget={budget!r} is no amount of memory; {allowed}.")
     if not budget > 0:

@@ -41,7 +41,7 @@ def training_call(
 def largest_by_method(
     network: Any,
     maximise: str,
-    side: int,
+    image: tuple[int, int],
     batch: int,
     dtype: Any,
     budget: str | float | None,
@@ -60,9 +60,9 @@ def largest_by_method(
         raise ValueError(f"maximise: got {maximise!r}; use {' or '.join(QUESTIONS)}")
 
     def problem(size: int) -> Problem:
-        own_side, own_batch = (size, batch) if maximise == "image" else (side, size)
+        own_image, own_batch = ((size, size), batch) if maximise == "image" else (image, size)
         fun, args, in_axes = training_call(
-            network, (own_side, own_side), own_batch, dtype, labels_pixels=labels_pixels
+            network, own_image, own_batch, dtype, labels_pixels=labels_pixels
         )
         return problem_of(fun, args, in_axes, target, 0)
 

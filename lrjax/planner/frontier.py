@@ -223,6 +223,9 @@ def _accumulation(problem: Problem) -> list[Point]:
         by_parts = accumulated(problem, batch, parts)
         try:
             compiled = memory.compile_for(by_parts, *problem.args, target=problem.target)
+        except memory.DoesNotFitError:
+            parts *= 2
+            continue
         except (TypeError, ValueError):  # fun knows its batch
             break
         peak = memory.peak_bytes(compiled)

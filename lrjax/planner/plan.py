@@ -6,20 +6,25 @@ A plan knows the function it was made for by its ``Fingerprint`` and runs no oth
 from __future__ import annotations
 
 import dataclasses
+import enum
 import hashlib
 import json
 import os
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from lrjax.files import write_whole
 from lrjax.geometry import ceil_div
 from lrjax.inline import Literal
 from lrjax.planner.choice import Choice
+from lrjax.segments import Cuttable
 from lrjax.tracing import Traced, trace
 
-FORMAT = 2
+FORMAT = 3
 MIB = 2**20
 ROW_STRATEGIES = ("stream", "2ps", "overl")
 PLAN_STRATEGIES = ("column", "checkpoint", *ROW_STRATEGIES)
@@ -36,7 +41,8 @@ class Fingerprint:
     Attributes:
       inputs: type and row axis of every array that goes in, closed-over arrays first, such as
         ``"bf16[1, 64, 64, 3] rows on axis 1"``.
-      operations: primitive, types and operands of every equation of the flat program.
+      operations: primitive, parameters, types and operands of every equation of the flat program.
+        Numbers written into the function (a learning rate, a seed) are not told apart.
     """
 
     inputs: tuple[str, ...]
@@ -82,9 +88,37 @@ def fingerprint(traced: Traced) -> Fingerprint:
     for equation in program.equations:
         read = " ".join(map(operand, equation.inputs))
         made = " ".join(f"{operand(v)}:{_type(program.avals[v])}" for v in equation.outputs)
-        operations.append(f"{equation.primitive.name} {read} -> {made}")
+        name, params = equation.primitive.name, _parameters(equation.params)
+        operations.append(f"{name}{params} {read} -> {made}")
     operations.append("return " + " ".join(map(operand, program.outputs)))
     return Fingerprint(tuple(inputs), tuple(operations))
+
+
+_ADDRESS = re.compile(r" at 0x[0-9a-f]+")
+_PLAIN = (bool, int, float, complex, str, type(None), np.dtype, np.generic, enum.Enum)
+
+
+def _parameters(params: Mapping[str, Any]) -> str:
+    """What an operation does, in words that are the same in every process.
+
+    Functions and other objects without such words go by their types.
+    """
+    texts = {name: _rendered(value) for name, value in sorted(params.items())}
+    found = ", ".join(f"{name}={text}" for name, text in texts.items() if text)
+    return f"[{found}]" if found else ""
+
+
+def _rendered(value: Any) -> str:
+    if hasattr(value, "eqns"):  # a body: of a loop, a branch, a custom derivative
+        digest = hashlib.sha256(_ADDRESS.sub("", str(value)).encode()).hexdigest()[:16]
+        return f"jaxpr {digest}"
+    if isinstance(value, Mapping):
+        value = sorted(value.items())
+    if isinstance(value, tuple | list):
+        return f"({', '.join(map(_rendered, value))})"
+    if isinstance(value, type):
+        return value.__name__
+    return repr(value) if isinstance(value, _PLAIN) else type(value).__name__
 
 
 def _type(aval: Any) -> str:
@@ -200,6 +234,12 @@ class Plan:
           PlanMismatchError: with the first difference.
         """
         difference = self.fingerprint.difference(fingerprint(traced))
+        operations = len(Cuttable.of(traced.program, traced.axes).operations)
+        if difference is None and self.segments[-1].stop != operations:
+            difference = (
+                f"its segments end at operation {self.segments[-1].stop}, this call has "
+                f"{operations} operations on rows"
+            )
         if difference is not None:
             raise PlanMismatchError(
                 f"plan: it was made for another function or other shapes: {difference}. Make a "
@@ -244,7 +284,7 @@ class Plan:
         Example:
           >>> plan = lrjax.Plan.load("vgg16.json", loss, params, images, in_axes=(None, 1))
         """
-        plan = _parsed(Path(path).read_text(), os.fspath(path))
+        plan = _parsed(Path(path).read_bytes(), os.fspath(path))
         if fun is not None:
             plan.check(trace(fun, in_axes, args, {}))
         return plan
@@ -301,10 +341,10 @@ def _table(segments: Sequence[SegmentPlan]) -> list[str]:
 # --- Reading -------------------------------------------------------------------------------------
 
 
-def _parsed(text: str, name: str) -> Plan:
+def _parsed(text: str | bytes, name: str) -> Plan:
     try:
         data = json.loads(text)
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:  # no JSON, or no text
         raise ValueError(
             f"plan: {name} is truncated or is no JSON ({error}); make the plan again and save it."
         ) from None
@@ -317,25 +357,25 @@ def _parsed(text: str, name: str) -> Plan:
         )
     try:
         return _plan_of(data)
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise ValueError(
             f"plan: {name} is damaged ({type(error).__name__}: {error}); make the plan again."
         ) from None
 
 
 def _plan_of(data: dict[str, Any]) -> Plan:
-    segments = tuple(map(_segment_of, data["segments"]))
+    segments = tuple(map(_segment_of, _list(data, "segments")))
     stops = [0, *(segment.stop for segment in segments)]
     if not segments or stops[:-1] != [segment.start for segment in segments]:
         raise ValueError("its segments do not follow each other")
     if stops != sorted(set(stops)):
         raise ValueError("its segments are empty")
-    found = {name: data["fingerprint"][name] for name in ("inputs", "operations")}
+    found = {name: _list(data["fingerprint"], name) for name in ("inputs", "operations")}
     verified = data["verified_peak_bytes"]
     target = data["target"]
     return Plan(
         fingerprint=Fingerprint(**{name: tuple(map(str, x)) for name, x in found.items()}),
-        wrt=tuple(map(int, data["wrt"])),
+        wrt=tuple(map(int, _list(data, "wrt"))),
         segments=segments,
         target=None if target is None else str(target),
         jax_version=str(data["jax_version"]),
@@ -351,13 +391,21 @@ def _plan_of(data: dict[str, Any]) -> Plan:
     )
 
 
+def _list(data: dict[str, Any], name: str) -> list[Any]:
+    if not isinstance(data[name], list):
+        raise TypeError(f"{name} is no list")
+    return data[name]
+
+
 def _segment_of(data: dict[str, Any]) -> SegmentPlan:
     choice = Choice(**data["choice"])
     if choice.strategy not in PLAN_STRATEGIES:
         raise ValueError(f"unknown strategy {choice.strategy!r}")
     for count in (choice.num_blocks, choice.micro_batches):
-        if not isinstance(count, int) or count < 1:
+        if isinstance(count, bool) or not isinstance(count, int) or count < 1:
             raise ValueError(f"{count!r} blocks or micro-batches")
+    if choice.strategy in ROW_STRATEGIES and choice.num_blocks > max(int(data["height"]), 1):
+        raise ValueError(f"{choice.num_blocks} blocks of {data['height']} rows")
     if not isinstance(choice.offload, bool):
         raise ValueError(f"offload is {choice.offload!r}, neither true nor false")
     numbers = (
@@ -368,7 +416,7 @@ def _segment_of(data: dict[str, Any]) -> SegmentPlan:
         start=int(data["start"]),
         stop=int(data["stop"]),
         choice=choice,
-        inputs=tuple(map(str, data["inputs"])),
+        inputs=tuple(map(str, _list(data, "inputs"))),
         height=int(data["height"]),
         **{name: float(data[name]) for name in numbers},
     )

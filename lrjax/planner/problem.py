@@ -9,9 +9,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from lrjax.graph import size_bytes
 from lrjax.planner.plan import Fingerprint, fingerprint
+from lrjax.segments import Cuttable
 from lrjax.tracing import Traced, flat_axes, trace
 
 
@@ -83,10 +85,16 @@ def problem_of(
     """The problem of a call.
 
     Raises:
-      ValueError: ``in_axes`` or ``wrt`` do not fit the arguments.
+      ValueError: ``in_axes`` or ``wrt`` do not fit the arguments, or nothing in ``fun`` is done on
+        rows.
     """
     args = jax.tree.map(_struct, tuple(args))
     traced = trace(fun, in_axes, args, {})
+    if not Cuttable.of(traced.program, traced.axes).operations:
+        raise ValueError(
+            "fun has no operation on rows, so there is nothing to plan; check in_axes, or call fun "
+            "directly."
+        )
     axes = flat_axes(in_axes, args)
     leaves = jax.tree.leaves(args)
     chosen = _chosen(args, axes, leaves, wrt)
@@ -105,7 +113,7 @@ def problem_of(
 
 def _struct(leaf: Any) -> Any:
     shaped = jax.eval_shape(lambda x: x, leaf)
-    return jax.ShapeDtypeStruct(shaped.shape, shaped.dtype)
+    return jax.ShapeDtypeStruct(shaped.shape, shaped.dtype, weak_type=shaped.weak_type)
 
 
 def _chosen(
@@ -118,9 +126,9 @@ def _chosen(
     if wrt is None:
         allowed = [i for i, axis in enumerate(axes) if axis is None]
     else:
-        numbers = (wrt,) if isinstance(wrt, int) else tuple(wrt)
+        numbers = tuple(wrt) if isinstance(wrt, Sequence) else (wrt,)
         for number in numbers:
-            if isinstance(number, bool) or not isinstance(number, int):
+            if isinstance(number, bool) or not isinstance(number, int | np.integer):
                 raise ValueError(f"wrt={wrt!r} must be numbers of positional arguments.")
             if not -len(args) <= number < len(args):
                 raise ValueError(

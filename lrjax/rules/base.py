@@ -127,6 +127,7 @@ class RowOp:
       drivers: operands of a reduction whose rows are masked to those that the step owns.
       flops: operations per output row, to judge what is cheap to run again.
       is_tame: finite rows give finite rows and finite derivatives.
+      is_positional: a row's values depend on its number, not on what is read alone.
     """
 
     reads: tuple[RowRead | None, ...]
@@ -137,6 +138,7 @@ class RowOp:
     drivers: tuple[int, ...] = ()
     flops: float = 0.0
     is_tame: bool = True
+    is_positional: bool = False
 
 
 Rule = Callable[[Equation], RowOp]

@@ -53,4 +53,5 @@ def random_rows(equation: Equation, axis: int) -> RowOp | None:
         height=shape[axis],
         evaluate=evaluate,
         flops=_FLOPS_PER_ELEMENT * math.prod(shape) / max(shape[axis], 1),
+        is_positional=True,
     )

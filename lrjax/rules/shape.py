@@ -101,6 +101,7 @@ def constant_along_rows(equation: Equation, axis: int) -> RowOp | None:
         height=shape[axis],
         evaluate=evaluate,
         is_tame=all(_is_finite(operand.literal) for operand in equation.operands),
+        is_positional=name == "iota" and params["dimension"] == axis,
     )
 
 
@@ -269,6 +270,7 @@ def _rows_after_rows(equation: Equation, axis: int) -> RowOp:
         out_axes=(axis,),
         height=int(ends[-1]),
         evaluate=evaluate,
+        is_positional=True,
     )
 
 

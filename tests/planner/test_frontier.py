@@ -8,6 +8,8 @@ import pytest
 from networks import arguments, logits, structs
 
 import lrjax
+from lrjax import memory
+from lrjax.planner import frontier
 from lrjax.planner.frontier import accumulated, budgets
 from lrjax.planner.problem import problem_of
 
@@ -65,6 +67,22 @@ def test_accumulated_gradients_are_the_gradients(x64):
     expected, _ = problem.gradient(problem.fun)(*args)
     for one, other in zip(found, expected, strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-10)
+
+
+def test_parts_that_do_not_fit_leave_the_others(monkeypatch):
+    """As where a TPU's compiler finds no room for two parts, but for four."""
+    compile_for, tried = memory.compile_for, []
+
+    def compile_small(*args, **options):
+        tried.append(args)
+        if len(tried) == 1:
+            raise memory.DoesNotFitError("no room")
+        return compile_for(*args, **options)
+
+    monkeypatch.setattr(memory, "compile_for", compile_small)
+    args = structs(16, 8, batch=4, dtype=np.float32)
+    points = frontier._accumulation(problem_of(logits, args, (None, 1), "cpu", None))
+    assert [point.micro_batches for point in points] == [4]
 
 
 def test_budgets_fall_in_equal_ratios():

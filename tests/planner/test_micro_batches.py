@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import pytest
+from jax import lax
 from networks import arguments, features, plan_by_hand, structs
 
 from lrjax.micro_batches import batch_graph, micro_batches
@@ -52,6 +53,10 @@ def merged(params, image):
         (merged, False),
         (lambda p, x: (x @ p).sum(), False),
         (lambda p, x: x @ p + jnp.arange(2.0)[:, None, None, None], False),
+        (lambda p, x: x @ p * lax.broadcasted_iota(x.dtype, x.shape, 0), False),
+        (lambda p, x: x @ p * lax.broadcasted_iota(x.dtype, x.shape, 1), True),
+        (lambda p, x: x @ p * jax.random.uniform(jax.random.key(0), x.shape, x.dtype), False),
+        (lambda p, x: jax.nn.relu(x @ p) * jax.random.bernoulli(jax.random.key(0), 0.5), True),
     ],
 )
 def test_independence_is_read_off_the_program(fun, is_independent):
@@ -65,3 +70,16 @@ def test_what_cannot_be_divided_is_refused():
         micro_batches(segment_of(features, *args), 2)
     with pytest.raises(ValueError, match="depend on each other"):
         micro_batches(segment_of(normalised, jnp.ones((4, 4)), jnp.ones((2, 8, 4, 4))), 2)
+
+
+def test_random_values_are_not_repeated_by_parts(x64):
+    """Dropout's mask depends on an image's number."""
+
+    def dropped(params, image):
+        image = features(params, image)
+        return jnp.where(jax.random.bernoulli(jax.random.key(7), 0.5, image.shape), image, 0)
+
+    with pytest.raises(ValueError, match="depend on each other"):
+        plan_by_hand(dropped, structs(32, 8, batch=4), (Choice("stream", 4, 2),), ())
+    by_hand = plan_by_hand(dropped, structs(32, 8, batch=4), (Choice("stream", 4),), ())
+    assert_same_as_column(dropped, arguments(32, 8, batch=4), (None, 1), plan=by_hand)

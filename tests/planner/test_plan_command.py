@@ -39,7 +39,9 @@ def test_the_largest_batch_by_every_method():
     [
         (("--budget", "8GX"), 2, "no unit"),
         (("--budget", "1KiB"), 3, "arguments and gradients"),
+        (("--budget", "1024"), 3, "arguments and gradients"),
         (("--maximise", "beauty"), 2, "use image or batch"),
+        (("--maximise", "batch", "--save", "plan.json"), 2, "answers with a table alone"),
         (("--batch", "0"), 2, "use 1 or more"),
         (("--image", "big"), 2, "use N or HEIGHTxWIDTH"),
         (("--dtype", "f33"), 2, "dtype: got 'f33'"),

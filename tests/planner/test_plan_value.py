@@ -1,16 +1,20 @@
 """Plans as values: print, save, load, refuse."""
 
+import dataclasses
 import json
 import re
 
 import jax
+import jax.numpy as jnp
 import pytest
+from jax import lax
 from networks import arguments, features, logits, plan_by_hand, structs
 
 import lrjax
 from lrjax.planner.choice import Choice
 from lrjax.planner.plan import FORMAT
 from lrjax.testing import assert_same_as_column
+from lrjax.tracing import trace
 
 CHOICES = (Choice("stream", 8), Choice("checkpoint"), Choice("2ps", 4), Choice("overl", 2))
 
@@ -77,6 +81,38 @@ def test_other_calls_are_refused_with_the_difference(
         lrjax.Plan.load(tmp_path / "plan.json", fun, *args, in_axes=in_axes)
 
 
+def dilated(dilation):
+    def fun(params, image):
+        for kernel in params:
+            image = lax.conv_general_dilated(
+                image,
+                kernel,
+                (1, 1),
+                "SAME",
+                rhs_dilation=(dilation, dilation),
+                dimension_numbers=("NHWC", "HWIO", "NHWC"),
+            )
+        return jnp.mean(image**2)
+
+    return fun
+
+
+def test_parameters_of_operations_are_told_apart():
+    near = plan_by_hand(dilated(1), structs(), (Choice("stream", 4),), ())
+    assert (
+        near.fingerprint == plan_by_hand(dilated(1), structs(), (Choice("2ps", 2),), ()).fingerprint
+    )
+    with pytest.raises(lrjax.PlanMismatchError, match="rhs_dilation="):
+        near.check(trace(dilated(16), (None, 1), structs(), {}))
+
+
+def test_a_plan_of_more_operations_is_refused(plan, x64):
+    last = dataclasses.replace(plan.segments[-1], stop=500)
+    longer = dataclasses.replace(plan, segments=(*plan.segments[:-1], last))
+    with pytest.raises(lrjax.PlanMismatchError, match="end at operation 500"):
+        jax.eval_shape(lrjax.rowwise(logits, in_axes=(None, 1), plan=longer), *arguments())
+
+
 def damaged(plan, **changes):
     return json.dumps(json.loads(plan.to_json()) | changes)
 
@@ -92,10 +128,16 @@ def damaged(plan, **changes):
         (lambda p: damaged(p, wrt="x"), "damaged"),
         (lambda p: p.to_json().replace('"checkpoint"', '"magic"'), "unknown strategy 'magic'"),
         (lambda p: p.to_json().replace('"num_blocks": 8', '"num_blocks": 0'), "damaged"),
+        (lambda p: p.to_json().replace('"num_blocks": 8', '"num_blocks": true'), "damaged"),
+        (lambda p: p.to_json().replace('"num_blocks": 8', '"num_blocks": 800'), "800 blocks of 64"),
+        (lambda p: damaged(p, wrt="12"), "wrt is no list"),
+        (lambda p: damaged(p, budget_bytes=float("inf")), "damaged"),
+        (lambda p: "[" * 100_000, "is no JSON"),
+        (lambda p: "\udcff", "is no JSON"),
     ],
 )
 def test_a_damaged_file_is_refused(plan, tmp_path, text, message):
-    (tmp_path / "plan.json").write_text(text(plan))
+    (tmp_path / "plan.json").write_bytes(text(plan).encode(errors="surrogateescape"))
     with pytest.raises(ValueError, match=re.escape(message)):
         lrjax.Plan.load(tmp_path / "plan.json")
 

@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from networks import arguments, features, logits, structs
 
@@ -109,8 +110,12 @@ def test_predicted_peaks_keep_the_limit_and_scores_fall(prover):
     assert found.steps == prover.column.steps
 
 
-def test_the_search_is_exact_for_two_strategies(prover):
-    """Against every way to cut and choose: by whole maps, kept or computed again."""
+def test_the_search_is_exact_for_two_strategies():
+    """Against every way to cut and choose: by whole maps, kept or computed again.
+
+    Nothing is compiled. On a CPU checkpoints save nothing, so that nothing would fit.
+    """
+    prover = Prover(problem_of(logits, ARGS, (None, 1), "h200", None))
     model, last = prover.model, prover.model.candidates.last
     strategies = ("column", "checkpoint")
     every = [()]
@@ -131,6 +136,7 @@ def test_the_search_is_exact_for_two_strategies(prover):
         found = found_by(prover, part * column, strategies=strategies)
         best = min(map(model.score, fitting), default=None)
         assert (found and found.score) == (best and pytest.approx(best, rel=2e-3))
+    assert fitting
 
 
 def _step(start, stop, strategy):
@@ -178,7 +184,13 @@ def test_cuts_are_few_and_where_one_map_crosses():
 
 @pytest.mark.parametrize(
     ("budget", "expected"),
-    [("8GiB", 8 * 2**30), ("500MB", 500_000_000), (" 1.5 KiB", 1536), (12345, 12345)],
+    [
+        ("8GiB", 8 * 2**30),
+        ("500MB", 500_000_000),
+        (" 1.5 KiB", 1536),
+        (12345, 12345),
+        (np.int64(7), 7),
+    ],
 )
 def test_budgets(budget, expected):
     assert parse_budget(budget, "cpu") == expected
@@ -202,6 +214,8 @@ def test_a_fraction_is_of_the_targets_memory():
         ({"budget": None}, "no amount of memory"),
         ({"wrt": 2}, "no argument 2 among 2"),
         ({"wrt": "params"}, "must be numbers"),
+        ({"wrt": 1.5}, "must be numbers"),
+        ({"wrt": np.int64(2)}, "no argument 2 among 2"),
         ({"objective": "beauty"}, "objective='beauty'"),
         ({"target": "h2000"}, "Did you mean"),
     ],
@@ -212,6 +226,26 @@ def test_bad_input_is_refused_before_anything_is_compiled(options, message):
         lrjax.plan(
             logits, *ARGS, **call, on_progress=lambda progress: pytest.fail("it was compiled")
         )
+
+
+def test_a_function_without_rows_is_refused():
+    def fun(params, image):
+        return image, sum((kernel**2).sum() for kernel in params)
+
+    with pytest.raises(ValueError, match="no operation on rows"):
+        lrjax.plan(fun, *ARGS, in_axes=(None, 1), budget="1GiB", target="cpu")
+
+
+def test_a_python_number_among_the_arguments_stays_weak():
+    """In bfloat16 a number that is taken for a float32 would make everything float32."""
+
+    def fun(params, image, scale):
+        return logits(params, image * scale)
+
+    args = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, "bfloat16"), ARGS)
+    plan = lrjax.plan(fun, *args, 0.5, in_axes=(None, 1, None), budget="1GiB", target="cpu")
+    by_rows = lrjax.rowwise(fun, in_axes=(None, 1, None), plan=plan)
+    assert jax.eval_shape(lambda *args: by_rows(*args, 0.5), *args).dtype == "bfloat16"
 
 
 def test_arguments_without_parameters_are_refused():
