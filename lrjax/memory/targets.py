@@ -81,6 +81,9 @@ class TpuTarget:
       topology: the smallest topology that has one, e.g. ``"v5e:1x1"``.
       accelerator_type: of the virtual machine that libtpu believes to be in.
       memory_bytes: what XLA gives a program; the chip has a little more.
+      operations_per_s: bfloat16, at most.
+      host_bytes_per_s: what the link to the host's memory reaches in one direction. Not published;
+        PCI Express at the rate that Google's "How to Scale Your Model" reckons with.
     """
 
     name: str
@@ -88,6 +91,13 @@ class TpuTarget:
     topology: str
     accelerator_type: str
     memory_bytes: int
+    operations_per_s: float
+    host_bytes_per_s: int = 16_000_000_000
+
+    @property
+    def operations_per_byte_of_host(self) -> float:
+        """Floating-point operations done while a byte goes to the host or comes from it."""
+        return self.operations_per_s / self.host_bytes_per_s
 
 
 @dataclass(frozen=True)
@@ -264,6 +274,7 @@ TARGETS: dict[str, Target] = {
             topology="v4:1x1x1",
             accelerator_type="v4-8",
             memory_bytes=15_616 * MIB,
+            operations_per_s=137e12,
         ),
         TpuTarget(
             name="tpu-v5e",
@@ -271,6 +282,7 @@ TARGETS: dict[str, Target] = {
             topology="v5e:1x1",
             accelerator_type="v5litepod-1",
             memory_bytes=16_128 * MIB,
+            operations_per_s=197e12,
         ),
         TpuTarget(
             name="tpu-v5p",
@@ -278,6 +290,7 @@ TARGETS: dict[str, Target] = {
             topology="v5p:1x1x1",
             accelerator_type="v5p-8",
             memory_bytes=98_028 * MIB,
+            operations_per_s=459e12,
         ),
         TpuTarget(
             name="tpu-v6e",
@@ -285,6 +298,7 @@ TARGETS: dict[str, Target] = {
             topology="v6e:1x1",
             accelerator_type="v6e-1",
             memory_bytes=31_990 * MIB,
+            operations_per_s=918e12,
         ),
     )
 }

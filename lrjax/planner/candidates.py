@@ -14,7 +14,7 @@ import numpy as np
 from lrjax.graph import RowGraph, build, size_bytes
 from lrjax.inline import FlatEquation, FlatProgram
 from lrjax.memory.compile import target_name
-from lrjax.memory.targets import TARGETS, GpuTarget
+from lrjax.memory.targets import TARGETS, GpuTarget, TpuTarget
 from lrjax.micro_batches import (
     BATCH_AXIS,
     MicroBatches,
@@ -110,7 +110,7 @@ class Candidates:
     Attributes:
       bounds: operations on rows before each place where the program may be cut, from 0 to all.
       operations_per_byte: that the target could do while a byte goes to or comes from the host;
-        0 where nothing is offloaded: a CPU has no other memory, and for TPUs no link is known.
+        0 where nothing is offloaded: a CPU has no other memory.
     """
 
     def __init__(
@@ -124,7 +124,7 @@ class Candidates:
         self.target = target_name(target)
         device = TARGETS.get(self.target)
         self.operations_per_byte = (
-            device.operations_per_byte_of_host if isinstance(device, GpuTarget) else 0.0
+            device.operations_per_byte_of_host if isinstance(device, GpuTarget | TpuTarget) else 0.0
         )
         self.moving = _moving_values(program, {program.inputs[i] for i in wrt})
         self.counts = OperationCounts(program, axes, wrt, self.moving)

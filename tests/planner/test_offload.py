@@ -141,15 +141,16 @@ def test_the_devices_peak_falls_by_the_map():
     assert memory.host_bytes(waiting) == 3 * MAP_BYTES
 
 
-def test_costs_are_bytes_of_the_device_and_time_of_the_link():
-    model = Prover(problem_of(named, LARGE, (None, 1), "h200", None)).model
+@pytest.mark.parametrize("target", ["h200", "tpu-v5e"])
+def test_costs_are_bytes_of_the_device_and_time_of_the_link(target):
+    model = Prover(problem_of(named, LARGE, (None, 1), target, None)).model
     candidates = model.candidates
     stop = next(
         k for k in range(1, candidates.last) if candidates.offloadable_bytes(0, k) == MAP_BYTES
     )
     kept, waiting = (candidates.cost(0, stop, Choice("stream", 32, 1, x)) for x in (False, True))
     assert kept.saved_bytes - waiting.saved_bytes == MAP_BYTES == waiting.offloaded_bytes
-    moved = 5 * MAP_BYTES * TARGETS["h200"].operations_per_byte_of_host
+    moved = 5 * MAP_BYTES * TARGETS[target].operations_per_byte_of_host
     assert waiting.operations - kept.operations == pytest.approx(moved)
     # By whole maps, what waits comes back for either pass.
     behind = Step(stop, candidates.last, Choice("checkpoint"))
