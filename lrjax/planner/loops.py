@@ -62,7 +62,7 @@ class _Events:
         read = dict.fromkeys((*loop.arrays, *loop.wholes, *self._kernel_copies(loop)))
         sums = [v for n in loop.nodes if n.is_reduction for v in n.equation.outputs]
         wide = {v: self.fresh(accumulator_bytes(self.avals[v])) for v in sums if self._is_wide(v)}
-        # XLA:TPU holds results beside the accumulators.
+        # On TPUs both are counted: predictions are nearer so. Whether XLA holds both is not known.
         given = sums if is_tpu(self.target) else [v for v in sums if v not in wide]
         made = (*loop.row_outputs, *given, *wide.values())
         step = in_main_memory(Step(loop).liveness(self.target).peak(), self.target)
