@@ -5,6 +5,7 @@ from typer.testing import CliRunner
 
 import lrjax
 from lrjax.cli import app
+from lrjax.planner import command
 
 SMALL = ("--model", "vgg16", "--width", "0.03125", "--image", "64x32", "--target", "cpu")
 
@@ -32,6 +33,16 @@ def test_the_largest_batch_by_every_method():
             found[cells[1]] = int(cells[2].replace(",", ""))
     assert found["lrjax"] >= found["best checkpoint"] >= found["column"] > 0
     assert found["lrjax"] > found["column"]
+
+
+def test_the_largest_batch_is_of_the_images_asked_for(monkeypatch):
+    def seen(network, image, batch, dtype, **options):
+        raise ValueError(f"images of {image}")
+
+    monkeypatch.setattr(command, "training_call", seen)
+    result = invoke(*SMALL, "--maximise", "batch", "--budget", "24MiB")
+    assert result.exit_code == 2
+    assert "images of (64, 32)" in result.output
 
 
 @pytest.mark.parametrize(
