@@ -109,7 +109,9 @@ The model was made with the first set of plans, and what XLA does in them was lo
 held out, has other sizes, batches, blocks and networks; it was drawn and compiled without being
 looked at, and compared with the settled model. Since then one thing was changed, found in
 ResNet-50 in 64 blocks, which is in neither set: narrow results of sums over rows are not held
-beside their accumulators. Held out, on an H200, the median was 5.2% before; the rest stayed.
+beside their accumulators. Held out, on an H200, the median was 5.2% before; the rest stayed. And
+when row loops came to begin later, their plans were compiled again, and what the model said of
+zeros on a CPU went.
 
 Over 20% is EfficientNet-B0, held out: the model keeps the sigmoid of every swish for the backward
 pass, as XLA keeps a GELU's `erf`, but none is among the buffers at XLA:GPU's peak."""

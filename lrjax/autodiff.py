@@ -22,6 +22,7 @@ from lrjax import calls as _calls  # noqa: F401  registers the rules of custom d
 from lrjax import engine
 from lrjax.blocks import keep_rows, read_rows, write_rows
 from lrjax.clock import Clock, clock_of
+from lrjax.full_after import full_after
 from lrjax.graph import RowGraph, build
 from lrjax.inline import (
     FlatEquation,
@@ -32,7 +33,7 @@ from lrjax.inline import (
     masks_from_outputs,
 )
 from lrjax.late import with_late_copies
-from lrjax.line_buffers import Values, empty_lines, reader_of
+from lrjax.line_buffers import Values, reader_of
 from lrjax.offload import instantiated, is_on_host, scaled, to_host
 from lrjax.residuals import residuals
 from lrjax.rowloop import RowLoop, row_loop
@@ -359,7 +360,7 @@ def _run_and_save_lines(loop: RowLoop, values: Values) -> tuple[Values, Values]:
         outputs = engine.write_outputs(loop, now, outputs, result.rows)
         return (result.lines, outputs, engine.add_partial(loop, sums, result.partial)), lines
 
-    start = (empty_lines(loop), engine.empty_outputs(loop, values), engine.empty_sums(loop))
+    start = engine.start_of(loop, values)
     (_, outputs, sums), saved = lax.scan(step, start, clock.table())
     return {**outputs, **engine.finished_sums(loop, sums)}, saved
 
@@ -375,14 +376,15 @@ def _reverse_loop(
     clock = clock_of(loop)
     avals = loop.graph.program.avals
     moving_arrays = [v for v in _inexact(values) if v in loop.arrays and v in perturbed]
-    array_bars = {v: jnp.zeros(values[v].shape, values[v].dtype) for v in moving_arrays}
+    full = full_after(_inexact(cotangents).values())
+    array_bars = {v: full(values[v].shape, 0, values[v].dtype) for v in moving_arrays}
     wholes = {v: values[v] for v in loop.wholes}
     moving_wholes = {v: a for v, a in _inexact(wholes).items() if v in perturbed}
     readers = {v: reader_of(loop, v) for v in moving_wholes}
     whole_bars = {}
     for v, a in moving_wholes.items():
         with readers[v].origin():
-            whole_bars[v] = jnp.zeros(a.shape, engine.accumulator_dtype(a.dtype))
+            whole_bars[v] = full(a.shape, 0, engine.accumulator_dtype(a.dtype))
     moving_windows = {(s.node, s.operand): s for s in loop.sliced if s.value in array_bars}
 
     def step(carry: Any, row_and_lines: Any) -> Any:
@@ -421,7 +423,7 @@ def _reverse_loop(
         return (line_bars, array_bars, added), None
 
     start = (
-        {v: jnp.zeros(x.shape[1:], x.dtype) for v, x in _inexact(saved).items()},
+        {v: full(x.shape[1:], 0, x.dtype) for v, x in _inexact(saved).items()},
         array_bars,
         whole_bars,
     )

@@ -18,6 +18,7 @@ from jax import lax
 
 from lrjax.blocks import keep_rows, read_rows, write_rows
 from lrjax.clock import Clock, clock_of
+from lrjax.full_after import Full, full_after
 from lrjax.graph import RowGraph
 from lrjax.inline import Atom, FlatEquation, Literal
 from lrjax.line_buffers import (
@@ -29,7 +30,7 @@ from lrjax.line_buffers import (
     line_buffer_of,
     producer_of,
 )
-from lrjax.offload import empty_on_host, first_element, from_host, is_on_host, to_host
+from lrjax.offload import empty_on_host, from_host, is_on_host, to_host
 from lrjax.rowloop import Band, RowLoop, Source
 from lrjax.rules.base import Array, Rows
 from lrjax.rules.reduction import identity_of
@@ -248,7 +249,7 @@ def accumulator_dtype(dtype: Any) -> Any:
     return jnp.promote_types(dtype, jnp.float32) if jnp.issubdtype(dtype, jnp.inexact) else dtype
 
 
-def empty_sums(loop: RowLoop) -> Values:
+def empty_sums(loop: RowLoop, full: Full) -> Values:
     """Accumulators at their identities."""
     sums = {}
     for node in loop.nodes:
@@ -259,7 +260,7 @@ def empty_sums(loop: RowLoop) -> Values:
                 aval = loop.graph.program.avals[v]
                 dtype = accumulator_dtype(aval.dtype)
                 with node.equation.origin():
-                    sums[v] = jnp.full(aval.shape, identity_of(node.op.reduction, dtype), dtype)
+                    sums[v] = full(aval.shape, identity_of(node.op.reduction, dtype), dtype)
     return sums
 
 
@@ -286,25 +287,23 @@ def finished_sums(loop: RowLoop, sums: Values) -> Values:
     return finished
 
 
-def empty_outputs(loop: RowLoop, values: Values, hosted: Collection[int] = ()) -> Values:
-    """Arrays for the row outputs, of which every row will be written; some in the host's memory.
-
-    They are filled with an element of what the loop before this one made. Of plain zeros XLA:GPU
-    makes one fusion for all loops of a program, so that all outputs exist from the beginning on.
-    """
+def empty_outputs(loop: RowLoop, full: Full, hosted: Collection[int] = ()) -> Values:
+    """Arrays for the row outputs, of which every row will be written; some in the host's memory."""
     avals = loop.graph.program.avals
-    filling: Any = 0
-    if loop.latest_input is not None:
-        filling = first_element(lax.stop_gradient(values[loop.latest_input]))
     outputs = {}
     for v in loop.row_outputs:
         with producer_of(loop, v).origin():
             shape, dtype = avals[v].shape, avals[v].dtype
-            is_hosted = v in hosted
-            outputs[v] = (
-                empty_on_host(shape, dtype) if is_hosted else jnp.full(shape, filling, dtype)
-            )
+            outputs[v] = empty_on_host(shape, dtype) if v in hosted else full(shape, 0, dtype)
     return outputs
+
+
+def start_of(
+    loop: RowLoop, values: Values, hosted: Collection[int] = ()
+) -> tuple[Values, Values, Values]:
+    """Line buffers, row outputs and sums before the first step."""
+    full = full_after(values[v] for v in loop.latest_inputs)
+    return empty_lines(loop, full), empty_outputs(loop, full, hosted), empty_sums(loop, full)
 
 
 def write_outputs(loop: RowLoop, clock: Clock, outputs: Values, rows: Values) -> Values:
@@ -333,8 +332,7 @@ def run_loop(loop: RowLoop, values: Values, hosted: Collection[int] = ()) -> Val
         outputs = write_outputs(loop, now, outputs, result.rows)
         return (result.lines, outputs, add_partial(loop, sums, result.partial)), None
 
-    carry = (empty_lines(loop), empty_outputs(loop, values, hosted), empty_sums(loop))
-    (_, outputs, sums), _ = lax.scan(step, carry, clock.table())
+    (_, outputs, sums), _ = lax.scan(step, start_of(loop, values, hosted), clock.table())
     return {**outputs, **finished_sums(loop, sums)}
 
 

@@ -9,11 +9,11 @@ from collections.abc import Iterator
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jax import lax
 
 from lrjax.blocks import slice_rows
 from lrjax.clock import Clock
+from lrjax.full_after import Full
 from lrjax.geometry import ceil_div
 from lrjax.inline import FlatEquation
 from lrjax.rowloop import RowLoop
@@ -93,7 +93,7 @@ def reader_of(loop: RowLoop, value: int) -> FlatEquation:
     return next(node.equation for node in loop.nodes if value in node.equation.inputs)
 
 
-def empty_lines(loop: RowLoop) -> Values:
+def empty_lines(loop: RowLoop, full: Full) -> Values:
     """Line buffers before the first step: nothing but rows above the image."""
     lines = {}
     for v in loop.producer:
@@ -101,7 +101,7 @@ def empty_lines(loop: RowLoop) -> Values:
             with line_buffer_of(loop, v):
                 fill = loop.production_fill.get(v, 0)
                 dtype = loop.graph.program.avals[v].dtype
-                lines[v] = jnp.full(_line_shape(loop, v), fill, dtype)
+                lines[v] = full(_line_shape(loop, v), fill, dtype)
     return lines
 
 

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from lrjax.full_after import full_after
 from lrjax.geometry import IDENTITY
 from lrjax.graph import RowGraph, build
 from lrjax.inline import Literal, flatten
@@ -156,7 +157,8 @@ def by_micro_batches(own: MicroBatches, function: Function) -> Function:
             results = function(*inputs_of(inputs, index))
             return [_put(a, r, own, index) for a, r in zip(arrays, results, strict=True)], None
 
-        empty = [jnp.zeros(out.shape, out.dtype) for out in outputs]
+        full = full_after(inputs[i] for i in own.divided)
+        empty = [full(out.shape, 0, out.dtype) for out in outputs]
         return lax.scan(one, empty, jnp.arange(own.parts))[0]
 
     def forward(*inputs: Any) -> Any:
@@ -186,12 +188,12 @@ def by_micro_batches(own: MicroBatches, function: Function) -> Function:
             }
             return added, None
 
-        start = {
-            i: (empty_on_host if is_on_host(inputs[i]) else jnp.zeros)(
-                structs[i].shape, _sum_dtype(own, i)
-            )
-            for i in moving
-        }
+        full = full_after(ct for ct in given if ct is not None)
+        start = {}
+        for i in moving:
+            shape, dtype = structs[i].shape, _sum_dtype(own, i)
+            is_hosted = is_on_host(inputs[i])
+            start[i] = empty_on_host(shape, dtype) if is_hosted else full(shape, 0, dtype)
         sums, _ = lax.scan(one, start, jnp.arange(own.parts))
         return tuple(
             sums[i].astype(struct.dtype) if i in sums else None for i, struct in enumerate(structs)

@@ -125,17 +125,24 @@ class RowLoop:
         return tuple(dict.fromkeys(s.value for s in self.sliced))
 
     @functools.cached_property
-    def latest_input(self) -> int | None:
-        """One of the arrays of numbers that exist whole, made as late as any of them."""
-        graph = self.graph
-        homes = zip(graph.nodes, graph.stages.home, strict=True)
-        made = {v: home for node, home in homes for v in node.equation.outputs}
-        numbers = (
+    def latest_inputs(self) -> tuple[int, ...]:
+        """Of the arrays of numbers that exist whole, some behind which all others are made.
+
+        The last row map and the last array of all: what earlier loops of the program made, or else
+        the last of the program's inputs. Those of a backward pass end with its cotangents.
+        """
+        program, stages = self.graph.program, self.graph.stages
+        order = {v: (-1, i) for i, v in enumerate(program.inputs)}
+        for node, home in zip(self.graph.nodes, stages.home, strict=True):
+            order.update((v, (home, v)) for v in node.equation.outputs)
+        numbers = [
             v
             for v in (*self.wholes, *self.arrays)
-            if not jnp.issubdtype(graph.program.avals[v].dtype, jax.dtypes.extended)
-        )
-        return max(numbers, key=lambda v: made.get(v, -1), default=None)
+            if not jnp.issubdtype(program.avals[v].dtype, jax.dtypes.extended)
+        ]
+        maps = [v for v in numbers if v in self.arrays]
+        latest = [max(values, key=order.__getitem__) for values in (maps, numbers) if values]
+        return tuple(dict.fromkeys(latest))
 
     def track(self, value: int) -> Track:
         return self.schedule.tracks[self.producer[value]]

@@ -25,12 +25,12 @@ WELL_USED = 0.85
 # How far above a plan's peak its prediction may lie, for the plan to be tried all the same.
 HOPE = 1.4
 _HOPE_STEP = 1.04
-# Compilations that may fail while a plan that fits is improved.
+# Compilations that may fail while a plan that fits is improved by little.
 _VAIN = 2
 # Operations that a faster plan must save, as a fraction.
 _WORTHWHILE = 2e-3
-# Where the budget is well used, plans are tried that save this fraction of all operations and are
-# predicted to exceed the budget by no more than this factor.
+# Where the budget is well used, plans are tried that save this fraction of all operations; once,
+# one that is predicted to exceed the budget by no more than this factor.
 _MUCH_FASTER, _BOLD = 0.08, 1.25
 
 
@@ -153,31 +153,37 @@ class Prover:
         if is_close and self.verify(self.column, on_progress) <= budget:
             return self.column
         best = self.best_known(limits)
-        worthwhile = 0.0  # a plan that another budget left here may be more frugal than it must
+        # A plan that another budget left here may be more frugal than it must.
+        worthwhile = 0.0
         hoped, vain, last = budget, 0, self.compilations + most_compilations
         is_bold = False
-        while self.compilations < last and (best is None or vain < _VAIN):
-            if best is not None and self.verified[best.steps] >= WELL_USED * budget:
-                # Corrections may have been too harsh: once, what would be much faster is tried.
-                if is_bold:
-                    break
-                is_bold, worthwhile, hoped = True, _MUCH_FASTER, _BOLD * budget
+        while self.compilations < last and vain < _VAIN:
+            is_used = best is not None and self.verified[best.steps] >= WELL_USED * budget
+            if is_used:
+                worthwhile = _MUCH_FASTER
             below = best.score * (1 - worthwhile) if best else math.inf
             worthwhile = _WORTHWHILE
             found = search(self.model, dataclasses.replace(limits, hoped=hoped, below=below))
             if found is None or self.verified.get(found.steps, 0) > budget:
-                hoped *= _HOPE_STEP
-                if is_bold or hoped > HOPE * budget:
+                # Corrections may have been too harsh.
+                if is_used and is_bold:
+                    break
+                is_bold = is_used
+                hoped = _BOLD * budget if is_used else hoped * _HOPE_STEP
+                if hoped > HOPE * budget:
                     break
                 continue
             peak = self.verify(found, on_progress)
             if peak <= budget:
-                best, hoped, vain = found, budget, 0
-                continue
-            vain += 1
-            if best is None:
-                # Until something fits, what has not been tried is believed to be as far off.
+                best, hoped, vain, is_bold = found, budget, 0, False
+            elif is_bold:
+                break
+            elif best is None or found.score < (1 - _MUCH_FASTER) * best.score:
+                # Until something as fast fits, what has not been tried is believed to be as far
+                # off.
                 hoped = min(hoped, budget * max(self.predicted[found.steps] / peak, 0.5))
+            else:
+                vain += 1
         if best is None:
             best = self.smallest(limits, on_progress)
             if self.verified[best.steps] > budget:

@@ -44,18 +44,13 @@ def differentiated_bytes(
             moving.update(node.equation.outputs)
     params = {program.inputs[i] for i in wrt if axes[i] is None}
     held = set(values(program.outputs)) - own
-    # XLA:CPU makes at the start what depends on nothing: zeros for the cotangents of all loops, of
-    # which the last runs first.
-    zeros_of_others = 0.0
     lines, most = 0.0, 0.0
     for loop in filter(None, rows.loops):
         lines += loop.steps * line_bytes(loop)
         held |= {v for v in (*loop.arrays, *loop.wholes) if v not in own}
         moved = {v for v in loop.arrays if v in moving}
         cotangents = sum(size_bytes(avals[v]) for v in moved.union(loop.row_outputs))
-        around = lines + sum(size_bytes(avals[v]) for v in held) + cotangents + zeros_of_others
-        if target == "cpu":
-            zeros_of_others += sum(size_bytes(avals[v]) for v in moved)
+        around = lines + sum(size_bytes(avals[v]) for v in held) + cotangents
         inner = _weight_bytes(loop, moving, params) + _step_bytes(loop, moving, target)
         most = max(most, around + line_bytes(loop) + inner)
     saved = lines + sum(size_bytes(avals[v]) for v in held)
