@@ -202,6 +202,7 @@ def _with_pool_gradients(
     is_step = any(o.name == WINDOW for o in operations)  # rows outside the image are zeros too
     shared: set[Any] = set()
     beside_skip: list[tuple[float, int]] = []
+    in_step: list[tuple[float, int]] = []
     for i, operation in enumerate(operations):
         if operation.name not in POOL_GRADIENTS or operation.like is None:
             continue
@@ -216,6 +217,8 @@ def _with_pool_gradients(
         ]
         if made in added and operation.name == "select_and_scatter_add":
             beside_skip.append((pooled * 4 * INDEX_BYTES, i))
+        if is_step and operation.name == "select_and_scatter_add":
+            in_step.append((pooled * 4 * INDEX_BYTES, i))
         if made in added or not users or users[0] > i:
             continue
         target = new.value(size[made])
@@ -227,7 +230,10 @@ def _with_pool_gradients(
             zeros = new.value(size[made])
             new.make(users[0], zeros)
             new.read(users[-1], zeros)
-    _find_early(new, sorted(beside_skip)[:-1])
+    if in_step:
+        _find_when_known(new, *max(in_step))
+    else:
+        _find_early(new, sorted(beside_skip)[:-1])
     return new.result()
 
 
@@ -244,6 +250,18 @@ def _is_scaled(operation: Operation, maker: Mapping[int, Operation]) -> bool:
         if made is not None and made.kind is Kind.FUSED:
             behind += made.inputs
     return False
+
+
+def _find_when_known(new: _Rewrite, size: float, index: int) -> None:
+    """Places in the largest map that a step pools, found as soon as the map's rows exist."""
+    lives = Liveness(tuple(new.operations), new.size)
+    pooled = new.operations[index].inputs[-1]
+    made = lives.maker.get(pooled, index - 1)
+    behind = {pooled} if pooled in lives.existing else lives.sources[made]
+    places = new.value(size)
+    new.make(1 + max((lives.maker.get(v, -1) for v in behind), default=made), places)
+    new.read(index, places)
+    new.change(index, scratch=new.operations[index].scratch - size)
 
 
 def _find_early(new: _Rewrite, pools: Sequence[tuple[float, int]]) -> None:

@@ -7,7 +7,7 @@ from jax import lax
 
 from experiments.plans import parse
 from lrjax.planner.adjoint import Adjoint
-from lrjax.planner.compilers import compiled, convolution_scratch
+from lrjax.planner.compilers import WINDOW, compiled, convolution_scratch
 from lrjax.planner.liveness import Kind, Liveness, Operation
 from lrjax.planner.reverse import with_residuals
 from lrjax.planner.segment_programs import differentiable_of
@@ -68,6 +68,32 @@ def test_tpu_sums_that_maps_are_made_from_do_not_wait():
 @pytest.mark.parametrize("target", ["cpu", "h200"])
 def test_others_do_not(target):
     assert order(target) == ([0, 1, 2, 3, 4, 5], 3)
+
+
+HALF = (1, 4, 8, 128)
+# A step of a row loop: rows, pooled twice; then both gradients of the pools.
+POOLS = (
+    Operation(WINDOW, (), (0,), Kind.ROOT, jax.ShapeDtypeStruct(MAP, jnp.float32)),
+    backward("conv_general_dilated", (0,), 1, MAP),
+    backward("conv_general_dilated", (1,), 2, HALF),
+    backward("conv_general_dilated", (2,), 3, HALF),
+    backward("select_and_scatter_add", (3, 2), 4, HALF),
+    backward("conv_general_dilated", (4,), 5, HALF),
+    backward("select_and_scatter_add", (5, 1), 6, MAP),
+)
+
+
+@pytest.mark.parametrize(("in_step", "found_at"), [(True, 2), (False, None)])
+def test_gpu_finds_places_in_the_largest_map_of_a_step_when_it_has_the_map(in_step, found_at):
+    operations = POOLS if in_step else POOLS[1:]
+    size = {v: 4.0 * (256 if v in (0, 1, 6) else 128) for v in range(7)}
+    found = compiled(operations, size, 7, "h200")
+    values = [o.outputs[0] for o in found]
+    last, inner = (next(o for o in found if v in o.outputs) for v in (6, 4))
+    places = [v for v in last.inputs if v > 6 and size[v] == 128 * 4 * 4]
+    assert [values.index(v) for v in places] == ([found_at] if in_step else [])
+    assert last.scratch == 128 * 4 * (1 if in_step else 5)
+    assert inner.scratch == 128 * 4 * 5
 
 
 def chain(params, images):
