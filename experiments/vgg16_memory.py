@@ -53,7 +53,7 @@ PEAKS = (
     PeakRow(4096, Method("checkpoint-layer")),
     PeakRow(4096, Method("stream", 128), limit_mib=600),
     PeakRow(4096, Method("stream-h", 128)),
-    PeakRow(4096, Method("stream-offload", 128), limit_mib=340),
+    PeakRow(4096, Method("stream-offload", 128), limit_mib=300),
     PeakRow(4096, Method("2ps", 64), limit_mib=1_750),
     PeakRow(4096, Method("overl", 16), limit_mib=3_800),
     PeakRow(16384, Method("stream", 256), limit_mib=4_096),
