@@ -33,9 +33,10 @@ class Point:
     Attributes:
       method: "column", "checkpoint", "accumulation" or "lrjax".
       budget_bytes: what it had to fit in; None where there was no choice.
-      peak_bytes: XLA's peak.
+      peak_bytes: XLA's peak; of a "column" for which a TPU's compiler finds no room, a prediction.
       operations: as a multiple of column's.
-      detail: strategies of the segments, or the number of micro-batches.
+      detail: strategies of the segments, or the number of micro-batches; of a predicted peak, that
+        it is one.
       plan: what ``lrjax.rowwise`` takes; None for "accumulation".
       micro_batches: of "accumulation"; else 1.
       seconds: measured on the device at hand, infinity where it did not fit; None if not asked.
@@ -135,10 +136,12 @@ def frontier(
     Returns:
       A ``Frontier``: lrjax's plans; column; ``jax.checkpoint`` around the best segments; and,
       where the batch (axis 0 of what carries rows) has several images, gradient accumulation over
-      equal parts of it. Every peak is XLA's.
+      equal parts of it. Every peak is XLA's, except column's where a TPU's compiler finds no room
+      for it: that is a prediction, as the point says.
 
     Raises:
       ValueError: an argument is wrong; nothing was compiled.
+      BudgetTooSmallError: the target's compiler finds no room for any plan.
 
     Example:
       >>> curve = lrjax.frontier(loss, params, images, in_axes=(None, 1), target="h200")
@@ -157,9 +160,12 @@ def frontier(
     prover, tell = prover_of(problem), on_progress or (lambda progress: None)
     column = prover.verify(prover.column, tell)
     own = _curve(prover, _EVERYTHING, column, steps, "lrjax", tell)
+    if not own:
+        raise prover.too_small(prover.column, column)
     whole = dataclasses.replace(_EVERYTHING, strategies=_WHOLE_MAPS)
     checkpoint = _curve(prover, whole, column, max(2, steps // 3), "checkpoint", tell)
-    first = Point("column", None, column, 1.0, "", prover.plan(prover.column, column))
+    note = "no room; predicted" if prover.column.steps in prover.refused else ""
+    first = Point("column", None, column, 1.0, note, prover.plan(prover.column, column))
     points = [first, *checkpoint, *_accumulation(problem), *own]
     return Frontier(target, tuple(_timed(problem, points) if timed else points))
 
@@ -190,7 +196,10 @@ def budgets(most: int, least: int, steps: int) -> list[int]:
 def _curve(
     prover: Prover, limits: Limits, most: int, steps: int, method: str, tell: OnProgress
 ) -> list[Point]:
-    least = prover.verified[prover.smallest(limits, tell).steps]
+    smallest = prover.smallest(limits, tell)
+    if smallest.steps in prover.refused:
+        return []
+    least = prover.verified[smallest.steps]
     every = [
         dataclasses.replace(limits, budget=budget, hoped=budget)
         for budget in budgets(most, least, steps)

@@ -74,6 +74,7 @@ class Prover:
     Attributes:
       model: the cost model, corrected.
       verified: XLA's peaks of plans that were compiled.
+      refused: those for which the compiler found no room; their peaks are predictions.
       host: bytes of the host's memory that they take.
       predicted: the cost model's, before.
       compilations: programs compiled.
@@ -85,6 +86,7 @@ class Prover:
         candidates = Candidates(program, axes, problem.wrt, problem.target)
         self.model = Model(candidates, problem.fixed_bytes)
         self.verified: dict[tuple[Step, ...], int] = {}
+        self.refused: set[tuple[Step, ...]] = set()
         self.host: dict[tuple[Step, ...], int] = {}
         self.predicted: dict[tuple[Step, ...], int] = {}
         self.compilations = 0
@@ -117,10 +119,21 @@ class Prover:
             )
         except memory.DoesNotFitError:
             # The compiler gave up and does not say by how much.
+            self.refused.add(found.steps)
             capacity = memory.device_memory_bytes(problem.target) or 0
             return max(self.predicted[found.steps], math.ceil(1.1 * capacity))
         self.host[found.steps] = memory.host_bytes(compiled)
         return memory.peak_bytes(compiled)
+
+    @property
+    def room(self) -> float:
+        """Bytes beyond which the compiler finds no room, once it has said so."""
+        capacity = memory.device_memory_bytes(self.problem.target)
+        return capacity if self.refused and capacity else math.inf
+
+    def fits(self, found: Found, budget: float) -> bool:
+        """Whether XLA said so of a plan that was compiled."""
+        return found.steps not in self.refused and self.verified[found.steps] <= budget
 
     def progress(self, found: Found) -> Progress:
         return Progress(
@@ -148,16 +161,21 @@ class Prover:
         Raises:
           BudgetTooSmallError: there is none.
         """
-        budget = limits.budget
+        budget = min(limits.budget, self.room)
         is_close = self.model.peak_bytes(self.column) <= HOPE * budget
-        if is_close and self.verify(self.column, on_progress) <= budget:
-            return self.column
+        if is_close:
+            self.verify(self.column, on_progress)
+            if self.fits(self.column, budget):
+                return self.column
+            budget = min(budget, self.room)
         best = self.best_known(limits)
         # A plan that another budget left here may be more frugal than it must.
         worthwhile = 0.0
         hoped, vain, last = budget, 0, self.compilations + most_compilations
         is_bold = False
         while self.compilations < last and vain < _VAIN:
+            budget = min(budget, self.room)
+            limits = dataclasses.replace(limits, budget=budget)
             is_used = best is not None and self.verified[best.steps] >= WELL_USED * budget
             if is_used:
                 worthwhile = _MUCH_FASTER
@@ -174,7 +192,7 @@ class Prover:
                     break
                 continue
             peak = self.verify(found, on_progress)
-            if peak <= budget:
+            if self.fits(found, budget):
                 best, hoped, vain, is_bold = found, budget, 0, False
             elif is_bold:
                 break
@@ -186,14 +204,13 @@ class Prover:
                 vain += 1
         if best is None:
             best = self.smallest(limits, on_progress)
-            if self.verified[best.steps] > budget:
+            if not self.fits(best, budget):
                 raise self.too_small(best, budget)
         return best
 
     def best_known(self, limits: Limits) -> Found | None:
         """The fastest of the plans compiled so far that fits."""
-        known = self.known(limits)
-        fitting = [found for found in known if self.verified[found.steps] <= limits.budget]
+        fitting = [found for found in self.known(limits) if self.fits(found, limits.budget)]
         return min(fitting, key=lambda found: found.score, default=None)
 
     def known(self, limits: Limits) -> list[Found]:
@@ -215,7 +232,10 @@ class Prover:
             self.verify(found, on_progress)
         if not self.known(limits):
             self.verify(self.column, on_progress)
-        return min(self.known(limits), key=lambda found: self.verified[found.steps])
+        return min(
+            self.known(limits),
+            key=lambda found: (found.steps in self.refused, self.verified[found.steps]),
+        )
 
     def smallest_predicted(self, limits: Limits) -> Found | None:
         low, high = self.model.fixed_bytes, 1.5 * self.model.peak_bytes(self.column)
@@ -231,6 +251,11 @@ class Prover:
 
     def too_small(self, found: Found, budget: float) -> BudgetTooSmallError:
         """The error that names the smallest plan's peak, and what holds it."""
+        if found.steps in self.refused:
+            return BudgetTooSmallError(
+                f"budget={budget / MIB:,.1f} MiB: XLA found no room for any plan on "
+                f"{self.problem.target or 'the device'}. Give smaller images or a smaller batch."
+            )
         peak = self.verified[found.steps]
         step, number, held, own = max(
             self.model.passes(found), key=lambda entry: entry[2] + entry[3]
@@ -252,7 +277,8 @@ class Prover:
 
     def plan(self, found: Found, budget: int) -> Plan:
         """A plan as a value."""
-        steps, peak = found.steps, self.verified.get(found.steps)
+        steps = found.steps
+        peak = None if steps in self.refused else self.verified.get(steps)
         return Plan(
             fingerprint=self.problem.fingerprint,
             wrt=self.problem.wrt,

@@ -1,5 +1,8 @@
 """Budgets in, plans out: searched, compiled for this CPU, and refused where they must be."""
 
+import itertools
+from collections import OrderedDict
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,6 +11,7 @@ from networks import arguments, features, logits, structs
 
 import lrjax
 from lrjax import memory
+from lrjax.planner import proof
 from lrjax.planner.budget import parse_budget
 from lrjax.planner.candidates import MOST_CUTS, Candidates
 from lrjax.planner.problem import problem_of
@@ -84,6 +88,49 @@ def test_too_small_a_budget_names_the_smallest_that_works():
         plan_for(floor + 4096)
     smallest = error.value.smallest_bytes
     assert plan_for(smallest).verified_peak_bytes <= smallest
+
+
+# --- A compiler that finds no room, as a TPU's ----------------------------------------------------
+
+
+def refuse(monkeypatch, is_refused):
+    """A compiler that finds no room where ``is_refused(number of the program)``."""
+    compile_for, count = memory.compile_for, itertools.count()
+
+    def compile_some(*args, **options):
+        if is_refused(next(count)):
+            raise memory.DoesNotFitError("no room")
+        return compile_for(*args, **options)
+
+    monkeypatch.setattr(memory, "compile_for", compile_some)
+    monkeypatch.setattr(memory, "device_memory_bytes", lambda target: 12 * MIB)
+    monkeypatch.setattr(proof, "_PROVERS", OrderedDict())
+
+
+def test_a_prediction_is_no_proof(monkeypatch, column_peak):
+    refuse(monkeypatch, lambda number: number == 0)
+    plan = plan_for(10 * column_peak)
+    assert not plan.is_column
+    assert plan.verified_peak_bytes <= 12 * MIB < column_peak
+
+
+def test_no_room_for_any_plan_is_said(monkeypatch, column_peak):
+    refuse(monkeypatch, lambda number: True)
+    with pytest.raises(lrjax.BudgetTooSmallError, match="no room for any plan on cpu") as error:
+        plan_for(10 * column_peak)
+    assert error.value.smallest_bytes is None
+    with pytest.raises(lrjax.BudgetTooSmallError, match="no room for any plan on cpu"):
+        lrjax.frontier(logits, *ARGS, in_axes=(None, 1), target="cpu", steps=2)
+
+
+def test_the_curve_says_that_columns_peak_is_a_prediction(monkeypatch):
+    refuse(monkeypatch, lambda number: number == 0)
+    curve = lrjax.frontier(logits, *ARGS, in_axes=(None, 1), target="cpu", steps=2)
+    column, *others = curve.points
+    assert column.detail == "no room; predicted"
+    assert column.plan.verified_peak_bytes is None
+    assert all(point.detail != column.detail for point in others)
+    assert all(not point.plan.is_column for point in curve.of("lrjax"))
 
 
 # --- The search alone ----------------------------------------------------------------------------
