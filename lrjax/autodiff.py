@@ -8,6 +8,7 @@ first: one forward graph, whose step is differentiated by ``jax.vjp`` in a rever
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import weakref
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -49,9 +50,18 @@ class RowProgram:
     graph: RowGraph
     loops: tuple[RowLoop | None, ...]
 
-    def run(self, inputs: Sequence[Array], hosted: Mapping[int, int] | None = None) -> list[Array]:
-        """Outputs; those of the numbers ``hosted`` are put in the host's memory, by row axis."""
-        return engine.run_graph(self.graph, self.loops, inputs, hosted=hosted)
+    def run(
+        self,
+        inputs: Sequence[Array],
+        hosted: Mapping[int, int] | None = None,
+        after: Sequence[Any] = (),
+    ) -> list[Array]:
+        """Outputs; those of the numbers ``hosted`` are put in the host's memory, by row axis.
+
+        Nothing that loops start with exists before the arrays ``after``.
+        """
+        run = functools.partial(engine.run_loop, after=after)
+        return engine.run_graph(self.graph, self.loops, inputs, run, hosted)
 
 
 def row_program(
@@ -171,9 +181,9 @@ def stream(
 
     def backward(residuals: _Residuals, cotangents: Sequence[Any]) -> tuple[Any, ...]:
         wrt, second, returned = residuals.static
-        cotangents = [instantiated(ct) for ct in cotangents]
+        given = [instantiated(ct) for ct in cotangents]
         if second is None:
-            (ct,) = cotangents
+            (ct,) = given
             gradients = [
                 scaled(g, ct, returned[k])
                 if k in returned
@@ -181,8 +191,8 @@ def stream(
                 for k, g in enumerate(residuals.arrays)
             ]
         else:
-            inexact = [ct for ct in cotangents if ct.dtype != jax.dtypes.float0]
-            gradients = second.run([*residuals.arrays, *inexact], returned)
+            inexact = [ct for ct in given if ct.dtype != jax.dtypes.float0]
+            gradients = second.run([*residuals.arrays, *inexact], returned, after=cotangents)
         bars: list[Any] = [None] * len(structs)
         for i, gradient in zip(wrt, gradients, strict=True):
             bars[i] = gradient
@@ -329,8 +339,7 @@ def _differentiable_loop(loop: RowLoop, values: Values, hosted: Collection[int] 
 
     def backward(residuals: _Residuals, cotangents: Values) -> tuple[dict[int, Any]]:
         inputs, lines = residuals.arrays
-        given = {v: instantiated(ct) for v, ct in cotangents.items()}
-        bars = _reverse_loop(loop, inputs, lines, given, residuals.static)
+        bars = _reverse_loop(loop, inputs, lines, cotangents, residuals.static)
         return ({v: bars.get(v) for v in names},)
 
     call.defvjp(forward, backward, symbolic_zeros=True)
@@ -376,7 +385,8 @@ def _reverse_loop(
     clock = clock_of(loop)
     avals = loop.graph.program.avals
     moving_arrays = [v for v in _inexact(values) if v in loop.arrays and v in perturbed]
-    full = full_after(_inexact(cotangents).values())
+    full = full_after(cotangents.values())
+    cotangents = {v: instantiated(ct) for v, ct in cotangents.items()}
     array_bars = {v: full(values[v].shape, 0, values[v].dtype) for v in moving_arrays}
     wholes = {v: values[v] for v in loop.wholes}
     moving_wholes = {v: a for v, a in _inexact(wholes).items() if v in perturbed}

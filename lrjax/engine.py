@@ -299,10 +299,11 @@ def empty_outputs(loop: RowLoop, full: Full, hosted: Collection[int] = ()) -> Va
 
 
 def start_of(
-    loop: RowLoop, values: Values, hosted: Collection[int] = ()
+    loop: RowLoop, values: Values, hosted: Collection[int] = (), after: Sequence[Any] = ()
 ) -> tuple[Values, Values, Values]:
     """Line buffers, row outputs and sums before the first step."""
-    full = full_after(values[v] for v in loop.latest_inputs)
+    latest = () if loop.latest_input is None else (values[loop.latest_input],)
+    full = full_after((*latest, *after))
     return empty_lines(loop, full), empty_outputs(loop, full, hosted), empty_sums(loop, full)
 
 
@@ -316,10 +317,13 @@ def write_outputs(loop: RowLoop, clock: Clock, outputs: Values, rows: Values) ->
     return written
 
 
-def run_loop(loop: RowLoop, values: Values, hosted: Collection[int] = ()) -> Values:
+def run_loop(
+    loop: RowLoop, values: Values, hosted: Collection[int] = (), after: Sequence[Any] = ()
+) -> Values:
     """Run a row loop on values that exist whole; returns its row outputs and reductions.
 
-    Row outputs among ``hosted`` never exist whole on the device.
+    Row outputs among ``hosted`` never exist whole on the device. What the loop starts with is made
+    behind its own latest input, and behind the arrays ``after``.
     """
     clock = clock_of(loop)
     arrays = {v: values[v] for v in loop.arrays}
@@ -332,7 +336,7 @@ def run_loop(loop: RowLoop, values: Values, hosted: Collection[int] = ()) -> Val
         outputs = write_outputs(loop, now, outputs, result.rows)
         return (result.lines, outputs, add_partial(loop, sums, result.partial)), None
 
-    (_, outputs, sums), _ = lax.scan(step, start_of(loop, values, hosted), clock.table())
+    (_, outputs, sums), _ = lax.scan(step, start_of(loop, values, hosted, after), clock.table())
     return {**outputs, **finished_sums(loop, sums)}
 
 

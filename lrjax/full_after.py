@@ -1,9 +1,9 @@
 """Arrays that loops start with, made no earlier than the loops can start.
 
-Empty line buffers, outputs and sums depend on nothing. XLA:GPU makes one fusion of the zeros of all
-loops of a program, so that the outputs of its last loop exist before its first one runs; and it
-drops ``optimization_barrier`` before it schedules. So what they are filled with is made to depend
-on what the loop reads, in a way that XLA does not see through.
+Empty line buffers, outputs and sums depend on nothing. XLA makes the zeros of all loops at the
+start of a program (XLA:GPU in one fusion, and it drops ``optimization_barrier`` before it
+schedules), so that the outputs of its last loop exist before its first one runs. So what they are
+filled with is made to depend on what the loop waits for, in a way that XLA does not see through.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.custom_derivatives import SymbolicZero
 
 from lrjax.offload import first_element
 from lrjax.rules.base import Array
@@ -22,21 +23,37 @@ from lrjax.rules.base import Array
 Full = Callable[[tuple[int, ...], Any, Any], Array]  # shape, fill, dtype
 
 
-def full_after(arrays: Iterable[Array]) -> Full:
-    """``jnp.full``, of arrays that do not exist before all of these do."""
+def full_after(arrays: Iterable[Any]) -> Full:
+    """``jnp.full``, of arrays that do not exist before all of these do.
+
+    What has no elements to wait for is passed over: symbolic zeros, random keys, empty arrays. With
+    nothing left, and of random keys, it is ``jnp.full``.
+    """
     elements = [
         jnp.real(first_element(lax.stop_gradient(array))).astype(np.float32)
         for array in arrays
-        if array.size and not jnp.issubdtype(array.dtype, jax.dtypes.extended)
+        if _has_numbers(array)
     ]
     if not elements:
         return jnp.full
     # No number lies below minus infinity.
-    never = jnp.stack(elements).min() < -np.inf
+    never = lax.lt(jnp.stack(elements).min(), np.float32(-np.inf))
+    fillings: dict[Any, Array] = {}
 
     def full(shape: tuple[int, ...], fill: Any, dtype: Any) -> Array:
-        usual = jnp.asarray(fill, dtype)
-        other = jnp.asarray(usual == 0, dtype)
-        return jnp.full(shape, jnp.where(never, other, usual))
+        if jnp.issubdtype(dtype, jax.dtypes.extended):
+            return jnp.full(shape, fill, dtype)
+        if (fill, dtype) not in fillings:
+            with jax.ensure_compile_time_eval():
+                usual = jnp.full((), fill, dtype)
+                other = (usual == 0).astype(dtype)
+            fillings[fill, dtype] = lax.select(never, other, usual)
+        return lax.broadcast(fillings[fill, dtype], shape)
 
     return full
+
+
+def _has_numbers(array: Any) -> bool:
+    if isinstance(array, SymbolicZero) or not array.size:
+        return False
+    return bool(jnp.issubdtype(array.dtype, np.number)) or array.dtype == np.bool_

@@ -174,8 +174,7 @@ def by_micro_batches(own: MicroBatches, function: Function) -> Function:
             own_inputs = inputs_of(inputs, index)
 
             def of_moving(values: dict[int, Array]) -> list[Array]:
-                full = [values.get(i, x) for i, x in enumerate(own_inputs)]
-                results = function(*full)
+                results = function(*[values.get(i, x) for i, x in enumerate(own_inputs)])
                 return [r for r, ct in zip(results, given, strict=True) if ct is not None]
 
             _, pull = jax.vjp(of_moving, {i: own_inputs[i] for i in moving})
@@ -188,7 +187,7 @@ def by_micro_batches(own: MicroBatches, function: Function) -> Function:
             }
             return added, None
 
-        full = full_after(ct for ct in given if ct is not None)
+        full = full_after(cotangents)
         start = {}
         for i in moving:
             shape, dtype = structs[i].shape, _sum_dtype(own, i)

@@ -10,7 +10,6 @@ from collections.abc import Iterable, Sequence
 from fractions import Fraction
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -125,24 +124,16 @@ class RowLoop:
         return tuple(dict.fromkeys(s.value for s in self.sliced))
 
     @functools.cached_property
-    def latest_inputs(self) -> tuple[int, ...]:
-        """Of the arrays of numbers that exist whole, some behind which all others are made.
+    def latest_input(self) -> int | None:
+        """One of the maps that are sliced, or of what earlier stages made, made as late as any.
 
-        The last row map and the last array of all: what earlier loops of the program made, or else
-        the last of the program's inputs. Those of a backward pass end with its cotangents.
+        Inputs that are taken whole are parameters more often than not, and exist from the start.
         """
-        program, stages = self.graph.program, self.graph.stages
-        order = {v: (-1, i) for i, v in enumerate(program.inputs)}
-        for node, home in zip(self.graph.nodes, stages.home, strict=True):
-            order.update((v, (home, v)) for v in node.equation.outputs)
-        numbers = [
-            v
-            for v in (*self.wholes, *self.arrays)
-            if not jnp.issubdtype(program.avals[v].dtype, jax.dtypes.extended)
-        ]
-        maps = [v for v in numbers if v in self.arrays]
-        latest = [max(values, key=order.__getitem__) for values in (maps, numbers) if values]
-        return tuple(dict.fromkeys(latest))
+        homes = zip(self.graph.nodes, self.graph.stages.home, strict=True)
+        made = {v: home for node, home in homes for v in node.equation.outputs}
+        maps = [v for v in self.arrays if v not in self.graph.program.constants]
+        wholes = [v for v in self.wholes if made.get(v, 0) > 0]
+        return max((*maps, *wholes), key=lambda v: made.get(v, -1), default=None)
 
     def track(self, value: int) -> Track:
         return self.schedule.tracks[self.producer[value]]

@@ -10,7 +10,7 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
 import lrjax
-from lrjax import engine, memory
+from lrjax import autodiff, engine, memory, micro_batches
 from lrjax.full_after import full_after
 from lrjax.rules.reduction import identity_of
 from marks import COMPILES_FOR_H200 as H200
@@ -47,33 +47,101 @@ def test_the_values_are_those_of_full(name, fill, dtype):
     np.testing.assert_array_equal(found, np.full((2, 3), fill, dtype))
 
 
-def test_keys_and_empty_arrays_are_no_numbers():
-    found = full_after([jax.random.key(0), np.zeros((0, 3), np.float32)])((2,), 1, np.float32)
-    np.testing.assert_array_equal(found, np.ones(2, np.float32))
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint32])
+def test_unsigned_all_ones(dtype):
+    fill = identity_of("and", np.dtype(dtype))
+    found = full_after([ARRAYS["ordinary"]])((2,), fill, dtype)
+    np.testing.assert_array_equal(found, np.full(2, np.iinfo(dtype).max, dtype))
+
+
+def test_what_has_no_numbers_is_passed_over():
+    keys = jax.random.split(jax.random.key(0), 2)
+    nothing = [keys, np.zeros((0, 3), np.float32), np.zeros(2, jax.dtypes.float0)]
+    for arrays in (nothing, [*nothing, ARRAYS["nan"]]):
+        found = full_after(arrays)((2,), 1, np.float32)
+        np.testing.assert_array_equal(found, np.ones(2, np.float32))
+        assert full_after(arrays)((2,), 0, keys.dtype).dtype == keys.dtype
+
+
+IMAGE = np.random.default_rng(0).random((2, 17, 4, 3), np.float32)
+
+
+@pytest.mark.parametrize("strategy", ["stream", "2ps", "overl"])
+@pytest.mark.parametrize(
+    ("fun", "image"),
+    [
+        (lambda x: jnp.where(IMAGE > 0.5, jnp.sin(x), 0), IMAGE),
+        (lambda x: lax.reduce_and(x, (1,)), (255 * IMAGE).astype(np.uint8) | 3),
+        (lambda x: x[:, :, ::-1], jax.random.split(jax.random.key(0), (2, 17, 4))),
+    ],
+    ids=["constant", "unsigned", "keys"],
+)
+def test_loops_start_with_any_dtype_and_behind_constants(fun, image, strategy):
+    found = lrjax.rowwise(fun, in_axes=(1,), num_blocks=4, strategy=strategy)(image)
+    np.testing.assert_array_equal(_numbers(found), _numbers(fun(image)))
+
+
+def _numbers(array):
+    is_keys = jnp.issubdtype(array.dtype, jax.dtypes.prng_key)
+    return jax.random.key_data(array) if is_keys else array
+
+
+# --- What it is for ------------------------------------------------------------------------------
+
+
+def convolve(image, kernel):
+    numbers = ("NHWC", "HWIO", "NHWC")
+    return lax.conv_general_dilated(image, kernel, (1, 1), "SAME", dimension_numbers=numbers)
 
 
 def network(kernels, image):
     x = image
     for i, kernel in enumerate(kernels):
-        numbers = ("NHWC", "HWIO", "NHWC")
-        x = lax.conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=numbers)
-        x = checkpoint_name(jnp.maximum(x, 0), f"map{i}")
+        x = checkpoint_name(jnp.maximum(convolve(x, kernel), 0), f"map{i}")
     return jnp.sum(x.astype(jnp.float32), axis=(0, 1, 2))
 
 
-def peak_of_segments(channels):
-    """XLA's peak of the gradient in three segments of two convolutions."""
-    kernels = [
-        jax.ShapeDtypeStruct((3, 3, *pair), jnp.bfloat16) for pair in itertools.pairwise(channels)
-    ]
-    image = jax.ShapeDtypeStruct((1, 512, 512, channels[0]), jnp.bfloat16)
-    rows = lrjax.rowwise(network, in_axes=(None, 1), num_blocks=16, cuts=["map1", "map3"])
-    gradient = jax.grad(lambda kernels, image: jnp.sum(rows(kernels, image)))
-    return memory.peak_bytes(memory.compile_for(gradient, kernels, image, target="h200"))
+def normalised(kernels, image):
+    """Statistics of all rows, so that every convolution is a stage of its own."""
+    x = image
+    for kernel in kernels:
+        x = convolve(x, kernel)
+        x = jnp.maximum((x - x.mean((0, 1, 2))) / jnp.sqrt(x.var((0, 1, 2)) + 1e-5), 0)
+    return jnp.sum(x, axis=(0, 1, 2))
+
+
+def peaks(monkeypatch, fun, channels, size, dtype, target, **options):
+    """XLA's peaks of the gradient: as it is, and where loops start with plain zeros."""
+    kernels = [jax.ShapeDtypeStruct((3, 3, *pair), dtype) for pair in itertools.pairwise(channels)]
+    image = jax.ShapeDtypeStruct((2, size, size, channels[0]), dtype)
+
+    def peak():
+        rows = lrjax.rowwise(fun, in_axes=(None, 1), **options)
+        gradient = jax.grad(lambda kernels, image: jnp.sum(rows(kernels, image)))
+        return memory.peak_bytes(memory.compile_for(gradient, kernels, image, target=target))
+
+    late = peak()
+    for module in (engine, autodiff, micro_batches):
+        monkeypatch.setattr(module, "full_after", lambda arrays: jnp.full)
+    return late, peak()
 
 
 @pytest.mark.parametrize("channels", [pytest.param((3, 16, 24, 32, 40, 48, 8), marks=H200)])
-def test_what_later_loops_start_with_is_not_there_from_the_beginning(channels, monkeypatch):
-    late = peak_of_segments(channels)
-    monkeypatch.setattr(engine, "full_after", lambda arrays: jnp.full)
-    assert late <= 0.96 * peak_of_segments(channels)  # 0.95 on jax 0.12, 0.83 on 0.10.2
+def test_later_segments_zeros_do_not_wait_for_them_on_a_gpu(channels, monkeypatch):
+    late, early = peaks(
+        *(monkeypatch, network, channels, 512, jnp.bfloat16, "h200"),
+        num_blocks=16,
+        cuts=["map1", "map3"],
+    )
+    assert late <= 0.97 * early
+
+
+def test_later_stages_zeros_do_not_wait_for_them_on_a_cpu(monkeypatch):
+    channels = (3, 8, 8, 8, 8, 8)
+    late, early = peaks(
+        *(monkeypatch, normalised, channels, 128, jnp.float32, "cpu"),
+        num_blocks=8,
+        strategy="2ps",
+    )
+    print(late / early)
+    assert late <= 0.7 * early

@@ -202,7 +202,7 @@ def _with_pool_gradients(
     is_step = any(o.name == WINDOW for o in operations)  # rows outside the image are zeros too
     shared: set[Any] = set()
     beside_skip: list[tuple[float, int]] = []
-    in_step: list[tuple[float, int]] = []
+    in_step: list[tuple[float, int, int]] = []
     for i, operation in enumerate(operations):
         if operation.name not in POOL_GRADIENTS or operation.like is None:
             continue
@@ -218,7 +218,7 @@ def _with_pool_gradients(
         if made in added and operation.name == "select_and_scatter_add":
             beside_skip.append((pooled * 4 * INDEX_BYTES, i))
         if is_step and operation.name == "select_and_scatter_add":
-            in_step.append((pooled * 4 * INDEX_BYTES, i))
+            in_step.append((pooled * 4 * INDEX_BYTES, i, operation.inputs[-1]))
         if made in added or not users or users[0] > i:
             continue
         target = new.value(size[made])
@@ -252,14 +252,13 @@ def _is_scaled(operation: Operation, maker: Mapping[int, Operation]) -> bool:
     return False
 
 
-def _find_when_known(new: _Rewrite, size: float, index: int) -> None:
+def _find_when_known(new: _Rewrite, size: float, index: int, pooled: int) -> None:
     """Places in the largest map that a step pools, found as soon as the map's rows exist."""
     lives = Liveness(tuple(new.operations), new.size)
-    pooled = new.operations[index].inputs[-1]
-    made = lives.maker.get(pooled, index - 1)
-    behind = {pooled} if pooled in lives.existing else lives.sources[made]
+    is_fused = pooled in lives.maker and pooled not in lives.existing
+    behind = lives.sources[lives.maker[pooled]] if is_fused else {pooled}
     places = new.value(size)
-    new.make(1 + max((lives.maker.get(v, -1) for v in behind), default=made), places)
+    new.make(1 + max((lives.maker.get(v, -1) for v in behind), default=-1), places)
     new.read(index, places)
     new.change(index, scratch=new.operations[index].scratch - size)
 

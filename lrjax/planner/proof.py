@@ -25,11 +25,12 @@ WELL_USED = 0.85
 # How far above a plan's peak its prediction may lie, for the plan to be tried all the same.
 HOPE = 1.4
 _HOPE_STEP = 1.04
-# Compilations that may fail while a plan that fits is improved by little.
+# Compilations that may fail while a plan that fits is improved, but for plans that are much faster
+# than one that leaves much of the budget.
 _VAIN = 2
 # Operations that a faster plan must save, as a fraction.
 _WORTHWHILE = 2e-3
-# Where the budget is well used, plans are tried that save this fraction of all operations; once,
+# Where the budget is well used, plans are tried that save this fraction of all operations; last,
 # one that is predicted to exceed the budget by no more than this factor.
 _MUCH_FASTER, _BOLD = 0.08, 1.25
 
@@ -176,18 +177,18 @@ class Prover:
         while self.compilations < last and vain < _VAIN:
             budget = min(budget, self.room)
             limits = dataclasses.replace(limits, budget=budget)
-            is_used = best is not None and self.verified[best.steps] >= WELL_USED * budget
-            if is_used:
+            is_well_used = best is not None and self.verified[best.steps] >= WELL_USED * budget
+            if is_well_used:
                 worthwhile = _MUCH_FASTER
             below = best.score * (1 - worthwhile) if best else math.inf
             worthwhile = _WORTHWHILE
             found = search(self.model, dataclasses.replace(limits, hoped=hoped, below=below))
             if found is None or self.verified.get(found.steps, 0) > budget:
                 # Corrections may have been too harsh.
-                if is_used and is_bold:
+                if is_well_used and is_bold:
                     break
-                is_bold = is_used
-                hoped = _BOLD * budget if is_used else hoped * _HOPE_STEP
+                is_bold = is_well_used
+                hoped = _BOLD * budget if is_well_used else hoped * _HOPE_STEP
                 if hoped > HOPE * budget:
                     break
                 continue
@@ -196,12 +197,13 @@ class Prover:
                 best, hoped, vain, is_bold = found, budget, 0, False
             elif is_bold:
                 break
-            elif best is None or found.score < (1 - _MUCH_FASTER) * best.score:
-                # Until something as fast fits, what has not been tried is believed to be as far
-                # off.
-                hoped = min(hoped, budget * max(self.predicted[found.steps] / peak, 0.5))
             else:
-                vain += 1
+                is_much_faster = best is None or found.score < (1 - _MUCH_FASTER) * best.score
+                if is_much_faster:
+                    # Until something as fast fits, what has not been tried is believed to be as
+                    # far off.
+                    hoped = min(hoped, budget * max(self.predicted[found.steps] / peak, 0.5))
+                vain += is_well_used or not is_much_faster
         if best is None:
             best = self.smallest(limits, on_progress)
             if not self.fits(best, budget):

@@ -190,7 +190,8 @@ class Limits:
 
     Attributes:
       budget: bytes, for steps that held the peak of a plan that was compiled.
-      hoped: bytes, for steps whose prediction has not been tried; at least the budget.
+      hoped: bytes, for steps whose prediction has not been tried. Where it is less than the budget,
+        predictions are thought to be too low; those of a shape that was corrected are not.
       below: scores of interest are lower than this.
       strategies: to choose from; those with a star run a part of the batch at a time.
     """
@@ -199,6 +200,10 @@ class Limits:
     hoped: float
     below: float = math.inf
     strategies: tuple[str, ...] = STRATEGIES
+
+    @property
+    def most(self) -> float:
+        return max(self.budget, self.hoped)
 
 
 def search(model: Model, limits: Limits) -> Found | None:
@@ -282,7 +287,7 @@ class _Search:
                 if strategy.endswith(ON_HOST) and not self.candidates.offloadable_bytes(node, stop):
                     continue
                 least = self.model.least_bytes(node, stop, strategy)
-                if self.model.fixed_bytes + held + least <= self.limits.hoped:
+                if self.model.fixed_bytes + held + least <= self.limits.most:
                     self.push(node, held, score, steps, (stop, strategy))
 
     def try_step(
@@ -331,8 +336,11 @@ class _Search:
         return self.candidates.offloadable_bytes(before[-1].start, before[-1].stop)
 
     def fits(self, step: Step, held: float) -> bool:
-        limits = self.limits
-        limit = limits.budget if step in self.model.tried else limits.hoped
+        limit = self.limits.hoped
+        if step in self.model.tried:
+            limit = self.limits.budget
+        elif step.shape in self.model.factors:
+            limit = self.limits.most
         return self.model.fixed_bytes + held + max(self.model.own_bytes(step)) <= limit
 
 

@@ -20,7 +20,7 @@ MAP, KERNEL, VECTOR = (1, 8, 8, 128), (3, 3, 128, 128), (128,)
 
 
 def backward(name, inputs, output, shape):
-    kind = Kind.ROOT if name == "reduce_sum" else Kind.LIBRARY
+    kind = Kind.LIBRARY if name == "conv_general_dilated" else Kind.ROOT
     like = jax.ShapeDtypeStruct(shape, jnp.float32)
     return Operation(name, inputs, (output,), kind, like, is_backward=True)
 
@@ -81,6 +81,18 @@ POOLS = (
     backward("conv_general_dilated", (4,), 5, HALF),
     backward("select_and_scatter_add", (5, 1), 6, MAP),
 )
+
+
+def test_gpu_finds_places_when_what_makes_the_map_exists():
+    """Another operation between the convolution and the pool is fused into the pool."""
+    like = jax.ShapeDtypeStruct(MAP, jnp.float32)
+    relu = Operation("max", (1,), (8,), Kind.FUSED, like)
+    operations = (*POOLS[:6], relu, backward("select_and_scatter_add", (5, 8), 6, MAP))
+    size = {v: 4.0 * (256 if v in (0, 1, 6, 8) else 128) for v in range(9)}
+    found = compiled(operations, size, 9, "h200")
+    values = [o.outputs[0] for o in found]
+    places = next(v for v in values if v > 8 and size[v] == 128 * 4 * 4)
+    assert values.index(1) < values.index(places) < values.index(2)
 
 
 @pytest.mark.parametrize(("in_step", "found_at"), [(True, 2), (False, None)])

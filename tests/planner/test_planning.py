@@ -14,9 +14,10 @@ from lrjax import memory
 from lrjax.planner import proof
 from lrjax.planner.budget import parse_budget
 from lrjax.planner.candidates import MOST_CUTS, Candidates
+from lrjax.planner.choice import Choice
 from lrjax.planner.problem import problem_of
 from lrjax.planner.proof import Prover
-from lrjax.planner.search import Limits, search
+from lrjax.planner.search import Limits, Step, search
 from lrjax.testing import assert_same_as_column
 
 MIB = 2**20
@@ -131,6 +132,35 @@ def test_the_curve_says_that_columns_peak_is_a_prediction(monkeypatch):
     assert column.plan.verified_peak_bytes is None
     assert all(point.detail != column.detail for point in others)
     assert all(not point.plan.is_column for point in curve.of("lrjax"))
+
+
+# --- How long it tries, with peaks made up --------------------------------------------------------
+
+
+def prover_that_knows(monkeypatch, used, peak_of_others):
+    """One plan of 1.3 times the operations is known; the others' peaks are made up."""
+    prover = Prover(problem_of(logits, ARGS, (None, 1), "h200", None))
+    model, last = prover.model, prover.model.candidates.last
+    budget = int(0.6 * model.peak_bytes(prover.column))
+    slow = (Step(0, last, Choice("2ps", 8)),)
+    prover.verified[slow] = int(used * budget)
+    prover.predicted[slow] = prover.verified[slow]
+    monkeypatch.setattr(prover, "compiled_peak", lambda found: int(peak_of_others * budget))
+    return prover, Limits(budget, budget), slow
+
+
+@pytest.mark.parametrize(("used", "most"), [(0.97, 3), (0.4, 8)])
+def test_compilations_that_fail_are_few_where_the_budget_is_well_used(monkeypatch, used, most):
+    prover, limits, slow = prover_that_knows(monkeypatch, used, 1.3)
+    assert prover.fastest(limits, 8, lambda progress: None).steps == slow
+    assert 1 <= prover.compilations <= most
+
+
+def test_a_much_faster_plan_is_tried_where_the_budget_is_well_used(monkeypatch):
+    prover, limits, slow = prover_that_knows(monkeypatch, 0.97, 0.9)
+    found = prover.fastest(limits, 8, lambda progress: None)
+    assert found.score < 0.92 * prover.model.score(slow)
+    assert prover.compilations <= 3
 
 
 # --- The search alone ----------------------------------------------------------------------------
