@@ -183,7 +183,7 @@ class Prover:
             below = best.score * (1 - worthwhile) if best else math.inf
             worthwhile = _WORTHWHILE
             found = search(self.model, dataclasses.replace(limits, hoped=hoped, below=below))
-            if found is None or self.verified.get(found.steps, 0) > budget:
+            if found is None or (found.steps in self.verified and not self.fits(found, budget)):
                 # Corrections may have been too harsh.
                 if is_well_used and is_bold:
                     break

@@ -115,6 +115,14 @@ def test_a_prediction_is_no_proof(monkeypatch, column_peak):
     assert plan.verified_peak_bytes <= 12 * MIB < column_peak
 
 
+def test_the_search_ends_where_the_devices_memory_is_unknown(monkeypatch, column_peak):
+    """A refused plan's peak is then its prediction, which may be within the budget."""
+    refuse(monkeypatch, lambda number: True)
+    monkeypatch.setattr(memory, "device_memory_bytes", lambda target: None)
+    with pytest.raises(lrjax.BudgetTooSmallError, match="no room for any plan on cpu"):
+        plan_for(10 * column_peak)
+
+
 def test_no_room_for_any_plan_is_said(monkeypatch, column_peak):
     refuse(monkeypatch, lambda number: True)
     with pytest.raises(lrjax.BudgetTooSmallError, match="no room for any plan on cpu") as error:
