@@ -19,8 +19,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from lrjax import calls as _calls  # noqa: F401  registers the rules of custom derivatives
-from lrjax import engine
+from lrjax import branches as _branches  # noqa: F401  registers its rule
+from lrjax import calls as _calls  # noqa: F401  registers its rules
+from lrjax import engine, linearity
 from lrjax.blocks import keep_rows, read_rows, write_rows
 from lrjax.clock import Clock, clock_of
 from lrjax.full_after import full_after
@@ -35,6 +36,7 @@ from lrjax.inline import (
 )
 from lrjax.late import with_late_copies
 from lrjax.line_buffers import Values, reader_of
+from lrjax.linearity import Dependence
 from lrjax.offload import instantiated, is_on_host, scaled, to_host
 from lrjax.residuals import residuals
 from lrjax.rowloop import RowLoop, row_loop
@@ -279,29 +281,47 @@ def _value_and_gradient(program: FlatProgram, axes: Axes, wrt: Sequence[int]) ->
     if out.shape != () or not jnp.issubdtype(out.dtype, jnp.inexact):
         return None
 
-    def both(*inputs: Any) -> Any:
+    def both(cotangent: Any, *inputs: Any) -> Any:
         function, moving = function_of(program, wrt, inputs)
         (value,), pull = jax.vjp(function, *moving)
-        return value, *pull([jnp.ones((), out.dtype)])
+        return value, *pull([cotangent])
 
-    found = traced_graph(both, program.structs, axes)
+    if not _has_linear_gradient(program, both, out):
+        return None
+    one = jnp.ones((), out.dtype)
+    found = traced_graph(functools.partial(both, one), program.structs, axes)
     return found if len(found.loops) == 1 else None
+
+
+def _has_linear_gradient(
+    program: FlatProgram, value_and_gradient: Callable[..., Any], out: Any
+) -> bool:
+    """Whether the gradient of a scalar is that for a cotangent of 1, times the cotangent.
+
+    JAX's own derivatives are linear. A rule of a ``custom_vjp`` need not be (gradient clipping).
+    """
+    if not linearity.has_custom_vjp(program):
+        return True
+    struct = jax.ShapeDtypeStruct((), out.dtype)
+    traced = flatten(jax.make_jaxpr(value_and_gradient)(struct, *program.structs))
+    _, *gradients = linearity.output_dependences(traced, traced.inputs[:1])
+    return all(one in (Dependence.ADDITIVE, Dependence.ZERO) for one in gradients)
 
 
 # --- 2PS and OverL -------------------------------------------------------------------------------
 
 
-def _only_sums(equation: FlatEquation, op: RowOp) -> str | None:
+def _differentiable_in_blocks(equation: FlatEquation, op: RowOp) -> str | None:
     if op.reduction in ("max", "min", "prod"):
         return f"{equation.primitive.name} over rows has no gradient block by block"
-    return None
+    return op.undifferentiable
 
 
 def differentiable_program(
     program: FlatProgram, axes: Axes, order: str, num_blocks: int
 ) -> RowProgram:
     """The forward program of 2PS or OverL, whose steps can be differentiated one by one."""
-    return row_program(build(program, axes, _only_sums), order, num_blocks)
+    return row_program(build(program, axes, _differentiable_in_blocks), order, num_blocks)
 
 
 def two_phase_or_overlap(
@@ -329,7 +349,7 @@ def _differentiable_loop(loop: RowLoop, values: Values, hosted: Collection[int] 
 
     @jax.custom_vjp
     def call(inputs: Values) -> Values:
-        return engine.run_loop(loop, inputs)
+        return engine.run_loop(dataclasses.replace(loop, is_differentiated=False), inputs)
 
     def forward(inputs: dict[int, Any]) -> Any:
         perturbed = frozenset(v for v in names if inputs[v].perturbed)

@@ -1,8 +1,10 @@
-"""Equations with bodies on row blocks: own derivatives (``custom_jvp``, ``custom_vjp``), branches.
+"""Calls with derivatives of their own (``custom_jvp``, ``custom_vjp``) on blocks of rows.
 
 A program that is differentiated first never shows them: the traced gradient has their rules
 inside. 2PS and OverL differentiate a step instead, so a call must stay one operation there, with
-its own derivative on every block (``jax.nn.relu`` has slope 0 at 0, ``jnp.maximum`` 1/2).
+its own derivative on every block (``jax.nn.relu`` has slope 0 at 0, ``jnp.maximum`` 1/2). That is
+exact only if the rule is row by row and additive in the cotangents, which is proved from its jaxpr
+and never assumed; a call that cannot be proved runs on whole maps.
 """
 
 from __future__ import annotations
@@ -14,12 +16,21 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jax.extend.core import jaxpr_as_fun
 
+from lrjax import linearity
+from lrjax.bodies import (
+    is_positional,
+    is_tame,
+    masked_rows,
+    operations_per_row,
+    pointwise_graph,
+    reducing_primitive,
+    row_axis_of,
+    run_on_block,
+)
 from lrjax.geometry import IDENTITY
-from lrjax.graph import RowGraph, build
-from lrjax.inline import Literal, flatten
+from lrjax.graph import RowGraph
+from lrjax.linearity import Dependence
 from lrjax.rules.base import Array, Equation, NotRowLocal, RowOp, RowRead, Rows, rule
 
 _MOST_KNOWN = 1024
@@ -28,10 +39,13 @@ _KNOWN: OrderedDict[Any, tuple[Equation, RowOp]] = OrderedDict()
 
 @rule("custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr")
 def custom_call(equation: Equation) -> RowOp:
-    """A call whose body and derivative are both row by row, operand row for output row.
+    """A call whose body is row by row, operand row for output row.
 
-    A planner asks for the same calls again and again, and each answer takes two traces: they are
-    remembered, by the identity of the parameters (which an entry keeps alive).
+    Where its derivative is not, or is not proved additive, the operation says so
+    (``undifferentiable``).
+
+    A planner asks for the same calls again and again, and each answer takes several traces: they
+    are remembered, by the identity of the parameters (which an entry keeps alive).
     """
     key = (
         equation.primitive,
@@ -48,140 +62,194 @@ def custom_call(equation: Equation) -> RowOp:
 
 
 def _custom_call(equation: Equation) -> RowOp:
-    operands = equation.operands
-    structs = [jax.ShapeDtypeStruct(o.shape, o.dtype) for o in operands]
-    axes = [o.row_axis for o in operands]
-    body = _pointwise_graph(equation.bind, structs, axes)
-    out_axes = tuple(_axis_of(body, v) for v in body.program.outputs)
+    axes = [o.row_axis for o in equation.operands]
+    structs = _structs(equation)
+    name = _name_of(equation)
+    try:
+        body = _body(equation.bind, structs, axes)
+    except NotRowLocal as reason:
+        raise NotRowLocal(f"{name} is not row-local: {reason}") from None
+    out_axes = tuple(row_axis_of(body, v) for v in body.program.outputs)
     if any(axis is None for axis in out_axes):
-        raise NotRowLocal("an output of the call does not carry rows")
-    wrt = [i for i, o in enumerate(operands) if jnp.issubdtype(o.dtype, jnp.inexact)]
+        raise NotRowLocal(f"an output of {name} does not carry rows")
+    derivative: _Derivative | None = None
+    undifferentiable = None
+    try:
+        derivative = _derivative(equation, out_axes)
+    except NotRowLocal as reason:
+        undifferentiable = f"the derivative of {name} cannot be tiled: {reason}"
+
+    def evaluate(windows: Sequence[Array], rows: Rows) -> Sequence[Array]:
+        pairs = zip(windows, equation.operands, strict=True)
+        values = tuple(jnp.asarray(w, o.dtype) for w, o in pairs)
+        if derivative is None or not rows.is_differentiated:
+            return run_on_block(body, values, rows, equation.height)
+        return derivative.call(_StaticRows(rows.start, rows.count), values)
+
+    return RowOp(
+        reads=tuple(None if axis is None else RowRead(IDENTITY, axis) for axis in axes),
+        out_axes=out_axes,
+        height=equation.height,
+        evaluate=evaluate,
+        flops=operations_per_row(body),
+        is_tame=is_tame(body),
+        is_positional=is_positional(body),
+        undifferentiable=undifferentiable,
+    )
+
+
+def _name_of(equation: Equation) -> str:
+    """The name of the function with the rule, for messages."""
+    for name in ("call_jaxpr", "fun_jaxpr", "jvp_jaxpr_fun", "fwd_jaxpr_thunk", "bwd"):
+        info = getattr(equation.params.get(name), "debug_info", None)
+        found = getattr(info, "func_name", None)
+        if found:
+            return f"{equation.primitive.name} of {found}"
+    return equation.primitive.name
+
+
+def _structs(equation: Equation) -> list[jax.ShapeDtypeStruct]:
+    return [jax.ShapeDtypeStruct(o.shape, o.dtype) for o in equation.operands]
+
+
+def _body(function: Any, structs: Sequence[Any], axes: Sequence[int | None]) -> RowGraph:
+    body = pointwise_graph(function, structs, axes)
+    reduces = reducing_primitive(body)
+    if reduces is not None:
+        raise NotRowLocal(f"{reduces} over rows")
+    return body
+
+
+# --- The derivative ------------------------------------------------------------------------------
+
+
+def _derivative(equation: Equation, out_axes: Sequence[int | None]) -> _Derivative:
+    """The call's derivative on blocks.
+
+    Raises:
+      NotRowLocal: it is not proved that the cotangents of blocks add up to those of the whole.
+    """
     if not all(jnp.issubdtype(out.dtype, jnp.inexact) for out in equation.outputs):
-        raise NotRowLocal("an integer output of a function with its own derivative")
-    derivative = _pointwise_graph(
-        functools.partial(_pull_back, equation, wrt),
-        [*structs, *equation.outputs],
-        [*axes, *out_axes],
-    )
-
-    @jax.custom_vjp
-    def call(rows: Any, values: tuple[Array, ...]) -> list[Array]:
-        return _run_block(body, values, Rows(*rows))
-
-    def forward(rows: Any, values: tuple[Array, ...]) -> Any:
-        return call(rows, values), (rows, values)
-
-    def backward(residuals: Any, cotangents: Sequence[Array]) -> Any:
-        rows, values = residuals
-        found = _run_block(derivative, [*values, *cotangents], Rows(*rows))
-        bars: list[Any] = [None] * len(values)
-        for i, bar in zip(wrt, found, strict=True):
-            bars[i] = bar
-        return None, tuple(bars)
-
-    call.defvjp(forward, backward)
-
-    def evaluate(windows: Sequence[Array], rows: Rows) -> Sequence[Array]:
-        values = tuple(jnp.asarray(w, o.dtype) for w, o in zip(windows, operands, strict=True))
-        return call(_StaticRows(rows.start, rows.count), values)
-
-    reads = tuple(None if axis is None else RowRead(IDENTITY, axis) for axis in axes)
-    flops = sum(node.op.flops for node in body.nodes if node.op is not None)
-    bodies = body, derivative
-    return RowOp(
-        reads,
-        out_axes,
-        equation.height,
-        evaluate,
-        flops=flops,
-        is_tame=_is_tame(bodies),
-        is_positional=_is_positional(bodies),
-    )
+        raise NotRowLocal("an output is an integer")
+    axes = [o.row_axis for o in equation.operands]
+    structs = _structs(equation)
+    wrt = [i for i, o in enumerate(equation.operands) if jnp.issubdtype(o.dtype, jnp.inexact)]
+    pull_back = functools.partial(_pull_back, equation, wrt)
+    taken = _body(functools.partial(_primal_of_rule, equation, wrt), structs, axes)
+    if [row_axis_of(taken, v) for v in taken.program.outputs] != list(out_axes):
+        raise NotRowLocal("its forward rule gives rows on other axes")
+    graph = pointwise_graph(pull_back, [*structs, *equation.outputs], [*axes, *out_axes])
+    cotangents = graph.program.inputs[len(structs) :]
+    found = linearity.dependences(graph.program, cotangents)
+    _check_reductions(graph, found)
+    given = linearity.output_dependences(graph.program, cotangents)
+    bar_axes: list[int | None] = []
+    for i, atom, dependence in zip(wrt, graph.program.outputs, given, strict=True):
+        axis = row_axis_of(graph, atom)
+        if dependence not in (Dependence.ADDITIVE, Dependence.ZERO):
+            raise NotRowLocal(f"the cotangent of operand {i} is not proved linear")
+        if dependence is Dependence.ADDITIVE and axis != axes[i]:
+            raise NotRowLocal(f"the cotangent of operand {i} carries rows on axis {axis}")
+        bar_axes.append(axis)
+    is_zero = tuple(dependence is Dependence.ZERO for dependence in given)
+    return _Derivative(equation, taken, graph, tuple(wrt), is_zero)
 
 
-@rule("cond")
-def branches(equation: Equation) -> RowOp:
-    """Branches on a scalar whose bodies are all row by row: chosen anew in every step."""
-    index, *operands = equation.operands
-    if index.row_axis is not None:
-        raise NotRowLocal("a branch that is chosen by rows")
-    structs = [jax.ShapeDtypeStruct(o.shape, o.dtype) for o in operands]
-    axes = [o.row_axis for o in operands]
-    functions = [jaxpr_as_fun(branch) for branch in equation.params["branches"]]
-    found = [_branch_graph(function, structs, axes) for function in functions]
-    out_axes: list[int] = []
-    per_output = zip(*(graph.program.outputs for graph in found), strict=True)
-    for out, outputs in zip(equation.outputs, per_output, strict=True):
-        pairs = zip(found, outputs, strict=True)
-        axes_of_output = (_axis_of(graph, v) for graph, v in pairs)
-        named = {axis for axis in axes_of_output if axis is not None}
-        if not named and equation.height in out.shape[equation.row_axis : equation.row_axis + 1]:
-            named = {equation.row_axis}  # the same for all rows in every branch
-        if len(named) != 1:
-            raise NotRowLocal("an output of a branch carries no rows, or on different axes")
-        out_axes.append(named.pop())
-    outs = equation.outputs
-    bodies = [
-        graph
-        if all(_axis_of(graph, v) is not None for v in graph.program.outputs)
-        else _branch_graph(
-            functools.partial(_with_rows, function),
-            [[jax.ShapeDtypeStruct(out.shape, np.bool_) for out in outs], *structs],
-            [*out_axes, *axes],
-        )
-        for function, graph in zip(functions, found, strict=True)
-    ]
-
-    def evaluate(windows: Sequence[Array], rows: Rows) -> Sequence[Array]:
-        values = [jnp.asarray(w, o.dtype) for w, o in zip(windows[1:], operands, strict=True)]
-        shapes = (
-            _with_size(out.shape, a, rows.count) for out, a in zip(outs, out_axes, strict=True)
-        )
-        kept = [jnp.ones(shape, np.bool_) for shape in shapes]
-
-        def run(body: RowGraph, plain: RowGraph) -> Any:
-            extra = [] if body is plain else kept
-            return lambda *operands: _run_block(body, [*extra, *operands], rows)
-
-        choices = [run(body, plain) for body, plain in zip(bodies, found, strict=True)]
-        return jax.lax.switch(windows[0], choices, *values)
-
-    flops = max(sum(n.op.flops for n in g.nodes if n.op is not None) for g in bodies)
-    reads = tuple(None if axis is None else RowRead(IDENTITY, axis) for axis in axes)
-    return RowOp(
-        (None, *reads),
-        tuple(out_axes),
-        equation.height,
-        evaluate,
-        flops=flops,
-        is_tame=_is_tame(bodies),
-        is_positional=_is_positional(bodies),
-    )
+def _check_reductions(graph: RowGraph, found: dict[int, Dependence]) -> None:
+    """Sums of cotangents over rows may leave the rule, and nothing else."""
+    from_reductions: set[int] = set()
+    for node in graph.nodes:
+        inputs = [v for v in node.equation.inputs if isinstance(v, int)]
+        name = node.equation.primitive.name
+        if from_reductions.intersection(inputs):
+            if node.op is not None:
+                raise NotRowLocal("a reduction over rows is fed back to rows")
+            from_reductions.update(node.equation.outputs)
+        if node.is_reduction:
+            assert node.op is not None
+            if node.op.reduction != "sum":
+                raise NotRowLocal(f"{name} over rows")
+            if any(found[v] is not Dependence.ADDITIVE for v in node.equation.outputs):
+                raise NotRowLocal(f"{name} over rows of what is not proved linear in cotangents")
+            from_reductions.update(node.equation.outputs)
 
 
-def _is_tame(bodies: Sequence[RowGraph]) -> bool:
-    return all(n.op is None or n.op.is_tame for body in bodies for n in body.nodes)
+def _differentiable(equation: Equation, wrt: Sequence[int], primals: Sequence[Array]) -> Any:
+    """Outputs of the call as its forward rule gives them, and the pull-back."""
+
+    def function(*moving: Array) -> list[Array]:
+        operands = list(primals)
+        for i, value in zip(wrt, moving, strict=True):
+            operands[i] = value
+        return equation.bind(*operands)
+
+    return jax.vjp(function, *(primals[i] for i in wrt))
 
 
-def _is_positional(bodies: Sequence[RowGraph]) -> bool:
-    return any(n.op is not None and n.op.is_positional for body in bodies for n in body.nodes)
+def _primal_of_rule(equation: Equation, wrt: Sequence[int], *primals: Array) -> list[Array]:
+    return _differentiable(equation, wrt, primals)[0]
 
 
-def _branch_graph(function: Any, structs: Sequence[Any], axes: Sequence[int | None]) -> RowGraph:
-    graph = _pointwise_graph(function, structs, axes, keep_custom_rules=True)
-    if any(node.is_reduction for node in graph.nodes):
-        raise NotRowLocal("a branch reduces over rows")
-    return graph
+def _pull_back(equation: Equation, wrt: Sequence[int], *values: Array) -> list[Array]:
+    primals, cotangents = values[: len(equation.operands)], values[len(equation.operands) :]
+    return list(_differentiable(equation, wrt, primals)[1](list(cotangents)))
 
 
-def _with_rows(function: Any, kept: Sequence[Array], *operands: Array) -> list[Array]:
-    """The function's results as row values, where some do not depend on rows."""
-    pairs = zip(kept, function(*operands), strict=True)
-    return [jax.lax.select(keep, out, jnp.zeros_like(out)) for keep, out in pairs]
+class _Derivative:
+    """A call as a differentiable function of blocks.
 
+    Attributes:
+      taken: the outputs, as the forward rule gives them.
+      graph: the cotangents of the operands ``wrt``, from operands and cotangents.
+      is_zero: which of them are zero.
+    """
 
-def _with_size(shape: Sequence[int], axis: int, size: int) -> tuple[int, ...]:
-    return tuple(size if a == axis else s for a, s in enumerate(shape))
+    def __init__(
+        self,
+        equation: Equation,
+        taken: RowGraph,
+        graph: RowGraph,
+        wrt: tuple[int, ...],
+        is_zero: tuple[bool, ...],
+    ):
+        self.equation, self.taken, self.graph = equation, taken, graph
+        self.wrt, self.is_zero = wrt, is_zero
+
+    def call(self, rows: _StaticRows, values: tuple[Array, ...]) -> Sequence[Array]:
+        height = self.equation.height
+
+        @jax.custom_vjp
+        def call(rows: Any, values: tuple[Array, ...]) -> list[Array]:
+            return run_on_block(self.taken, values, rows.rows, height)
+
+        def forward(rows: Any, values: tuple[Array, ...]) -> Any:
+            return call(rows, values), (rows, values)
+
+        def backward(residuals: Any, cotangents: Sequence[Array]) -> Any:
+            rows, values = residuals
+            return None, tuple(self.cotangents(rows.rows, values, cotangents))
+
+        call.defvjp(forward, backward)
+        return call(rows, values)
+
+    def cotangents(
+        self, rows: Rows, values: Sequence[Array], cotangents: Sequence[Array]
+    ) -> list[Array | None]:
+        """Of the operands, None for those that have none.
+
+        The cotangents of rows outside the image are zero, and so is what the rule makes of them;
+        set to zero they stay so where the rule divides by what such rows hold.
+        """
+        height = self.equation.height
+        found = run_on_block(self.graph, [*values, *cotangents], rows, height)
+        bars: list[Array | None] = [None] * len(values)
+        for i, bar, is_zero in zip(self.wrt, found, self.is_zero, strict=True):
+            axis = self.equation.operands[i].row_axis
+            if is_zero:
+                bars[i] = jnp.zeros_like(values[i])
+            else:
+                bars[i] = bar if axis is None else masked_rows(bar, rows, axis, height, 0)
+        return bars
 
 
 @jax.tree_util.register_pytree_node_class
@@ -191,69 +259,13 @@ class _StaticRows(tuple):
     def __new__(cls, start: Any, count: int) -> _StaticRows:
         return super().__new__(cls, (start, count))
 
+    @property
+    def rows(self) -> Rows:
+        return Rows(self[0], self[1], is_differentiated=True)
+
     def tree_flatten(self) -> tuple[tuple[Any], int]:
         return (self[0],), self[1]
 
     @classmethod
     def tree_unflatten(cls, count: int, leaves: Sequence[Any]) -> _StaticRows:
         return cls(leaves[0], count)
-
-
-def _pull_back(equation: Equation, wrt: Sequence[int], *values: Array) -> list[Array]:
-    primals, cotangents = values[: len(equation.operands)], values[len(equation.operands) :]
-
-    def function(*moving: Array) -> list[Array]:
-        operands = list(primals)
-        for i, value in zip(wrt, moving, strict=True):
-            operands[i] = value
-        return equation.bind(*operands)
-
-    _, pull = jax.vjp(function, *(primals[i] for i in wrt))
-    return list(pull(list(cotangents)))
-
-
-def _pointwise_graph(
-    function: Any,
-    structs: Sequence[Any],
-    axes: Sequence[int | None],
-    keep_custom_rules: bool = False,
-) -> RowGraph:
-    traced = jax.make_jaxpr(function)(*structs)
-    program = flatten(traced, keep_custom_rules=keep_custom_rules)
-    if any(np.ndim(c) for c in program.constants.values()):
-        raise NotRowLocal("the call closes over an array")
-    graph = build(program, axes)
-    for node in graph.nodes:
-        if node.reason is not None:
-            raise NotRowLocal(f"the call is not row-local: {node.reason}")
-        if node.op is None:
-            continue
-        if node.op.reduction not in (None, "sum"):
-            raise NotRowLocal("the call reduces over rows")
-        if any(read is not None and read.row_map != IDENTITY for read in node.op.reads):
-            raise NotRowLocal("the call mixes neighbouring rows")
-        if any(v not in graph.row_axis for v in node.row_inputs()):
-            raise NotRowLocal("the call makes a whole map and reads its rows")
-    return graph
-
-
-def _axis_of(graph: RowGraph, atom: Any) -> int | None:
-    return graph.row_axis.get(atom) if isinstance(atom, int) else None
-
-
-def _run_block(graph: RowGraph, inputs: Sequence[Array], rows: Rows) -> list[Array]:
-    values: dict[int, Any] = dict(graph.program.constants)
-    values.update(zip(graph.program.inputs, inputs, strict=True))
-
-    def read(atom: Any) -> Any:
-        return jnp.asarray(atom.value, atom.dtype) if isinstance(atom, Literal) else values[atom]
-
-    for node in graph.nodes:
-        operands = [read(v) for v in node.equation.inputs]
-        if node.op is None:
-            results: Sequence[Any] = node.equation.evaluate(operands)
-        else:
-            with node.equation.origin():
-                results = node.op.evaluate(operands, rows)
-        values.update(zip(node.equation.outputs, results, strict=True))
-    return [read(v) for v in graph.program.outputs]

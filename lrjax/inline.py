@@ -129,14 +129,15 @@ def flatten(
         unrolled.
     """
     flattener = _Flattener(dict(_CALLS) if keep_custom_rules else {**_CALLS, **_CUSTOM_CALLS})
-    leading = [constants_are_inputs and is_moving(c) for c in closed.consts]
+    jaxpr, given = open_jaxpr(closed)
+    leading = [constants_are_inputs and is_moving(c) for c in given]
     consts = [
         flattener.fresh(v.aval) if moves else flattener.constant(c)
-        for v, c, moves in zip(closed.jaxpr.constvars, closed.consts, leading, strict=True)
+        for v, c, moves in zip(jaxpr.constvars, given, leading, strict=True)
     ]
-    arguments = [flattener.fresh(v.aval) for v in closed.jaxpr.invars]
+    arguments = [flattener.fresh(v.aval) for v in jaxpr.invars]
     flattener.rows.update(itertools.compress(arguments, carries_rows))
-    outputs = flattener.inline(closed.jaxpr, [*consts, *arguments])
+    outputs = flattener.inline(jaxpr, [*consts, *arguments])
     program = FlatProgram(
         tuple(flattener.avals),
         tuple(flattener.equations),

@@ -47,9 +47,6 @@ class Band:
     exports: frozenset[int]
 
 
-# Elementwise functions of a parameter and rows whose derivative is infinite where the rows are 0.
-SINGULAR = ("atan2", "div", "pow", "rem")
-
 # Rings of slabs lower than this cost more than they save, unless they are deep: every window is
 # then put together from many slots, and XLA compiles VGG-16's gradient at 4096x4096 in 256 blocks a
 # third slower. Shifting moves all of a deep buffer for a few new rows, and XLA keeps it twice:
@@ -166,16 +163,19 @@ class RowLoop:
         """What a window must hold outside the image, None if it does not matter.
 
         A step that is differentiated multiplies what rows outside the image hold by cotangents
-        of zero, so they must hold something finite whose derivatives are finite too: 1.
+        of zero, so beside a parameter, whose gradient is a sum over all rows, they must hold
+        something whose derivatives are finite: 1.
         """
         if self.leaves_image(source):
             return source.read.fill
         node = self.nodes[source.node]
+        assert node.op is not None
+        if not self.is_differentiated or node.op.is_tame:
+            return None
         beside_parameter = len(self.sources_of(source.node)) < sum(
             isinstance(v, int) for v in node.equation.inputs
         )
-        is_singular = node.equation.primitive.name in SINGULAR and beside_parameter
-        return 1 if self.is_differentiated and is_singular else None
+        return 1 if beside_parameter else None
 
     @functools.cached_property
     def production_fill(self) -> dict[int, Any]:

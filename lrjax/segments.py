@@ -8,7 +8,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from lrjax import calls as _calls  # noqa: F401  registers the rules of custom derivatives
+from lrjax import branches as _branches  # noqa: F401  registers its rule
+from lrjax import calls as _calls  # noqa: F401  registers its rules
 from lrjax.graph import build
 from lrjax.inline import FlatEquation, FlatProgram
 

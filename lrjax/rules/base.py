@@ -128,6 +128,7 @@ class RowOp:
       flops: operations per output row, to judge what is cheap to run again.
       is_tame: finite rows give finite rows and finite derivatives.
       is_positional: a row's values depend on its number, not on what is read alone.
+      undifferentiable: why blocks cannot be differentiated one by one (2PS, OverL), or None.
     """
 
     reads: tuple[RowRead | None, ...]
@@ -139,6 +140,7 @@ class RowOp:
     flops: float = 0.0
     is_tame: bool = True
     is_positional: bool = False
+    undifferentiable: str | None = None
 
 
 Rule = Callable[[Equation], RowOp]
