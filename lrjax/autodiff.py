@@ -238,7 +238,11 @@ def _two_passes(program: FlatProgram, axes: Axes, wrt: Sequence[int]) -> tuple[R
         leaves, tree = jax.tree.flatten(pull)
         return outputs, leaves
 
-    graph = traced_graph(forward, program.structs, axes, saved.budget)
+    try:
+        graph = traced_graph(forward, program.structs, axes, saved.budget)
+    except NotImplementedError as error:
+        _explain_effects(program, error)
+        raise
     count = len(program.outputs)
     outputs = [program.aval(v) for v in program.outputs]
     structs = [
@@ -266,6 +270,16 @@ def _two_passes(program: FlatProgram, axes: Axes, wrt: Sequence[int]) -> tuple[R
         saved.budget,
     )
     return graph, second
+
+
+def _explain_effects(program: FlatProgram, error: Exception) -> None:
+    names = sorted({e.primitive.name for e in program.equations if e.has_effects})
+    if names:
+        raise ValueError(
+            f"strategy 'stream' recomputes the forward pass, and {', '.join(names)} in fun has an "
+            f"effect that must not happen twice ({error}). Use strategy '2ps', 'overl' or 'column' "
+            "for its segment, or call it outside of fun."
+        ) from error
 
 
 def _out_axes(graph: RowGraph) -> list[int | None]:

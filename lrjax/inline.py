@@ -363,6 +363,22 @@ def without_dead_equations(program: FlatProgram) -> FlatProgram:
     return dataclasses.replace(program, equations=tuple(reversed(kept)))
 
 
+def lifted_effects(program: FlatProgram) -> tuple[FlatProgram, tuple[FlatEquation, ...]]:
+    """A program without the equations that have an effect and no result, and these equations.
+
+    What they read becomes an output, so that a callback runs once, on whole values, after the
+    program: inside, each pass over a recomputed forward would call it again.
+    """
+    effects = tuple(e for e in program.equations if e.has_effects and not e.outputs)
+    read = (v for equation in effects for v in equation.inputs if isinstance(v, int))
+    lean = dataclasses.replace(
+        program,
+        equations=tuple(e for e in program.equations if e not in effects),
+        outputs=(*program.outputs, *dict.fromkeys(read)),
+    )
+    return lean if effects else program, effects
+
+
 def masks_from_outputs(program: FlatProgram) -> FlatProgram:
     """``x > 0`` -> ``max(x, 0) > 0`` where ``max(x, 0)`` is computed anyway.
 

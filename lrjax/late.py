@@ -187,25 +187,36 @@ class _Copier:
     def assembled(self) -> RowGraph:
         graph, stages = self.loop.graph, self.loop.graph.stages
         members = stages.members[self.stage]
-        changed = dict(zip(members, (n for n in self.order if not self.is_copy(n)), strict=True))
-        nodes = [changed.get(i, node) for i, node in enumerate(graph.nodes)]
-        copies = [node for node in self.order if self.is_copy(node)]
-        number = {id(node): i for i, node in enumerate([*nodes, *copies])}
+        elsewhere = {i for s, m in enumerate(stages.members) if s != self.stage for i in m}
+        nodes, number = list(graph.nodes), {}
+        originals = (node for node in self.order if not self.is_copy(node))
+        for i, node in zip(members, originals, strict=True):
+            # What another stage recomputes must not read the copies of this one.
+            if node.equation.inputs != nodes[i].equation.inputs and i in elsewhere:
+                number[id(node)] = len(nodes)
+                nodes.append(node)
+            else:
+                number[id(node)] = i
+                nodes[i] = node
+        for node in filter(self.is_copy, self.order):
+            number[id(node)] = len(nodes)
+            nodes.append(node)
         own = tuple(number[id(node)] for node in self.order)
         every = [own if s == self.stage else m for s, m in enumerate(stages.members)]
+        added = len(nodes) - len(graph.nodes)
         return dataclasses.replace(
             graph,
             program=dataclasses.replace(
                 graph.program,
                 avals=tuple(self.avals),
-                equations=tuple(node.equation for node in (*nodes, *copies)),
+                equations=tuple(node.equation for node in nodes),
             ),
-            nodes=(*nodes, *copies),
+            nodes=tuple(nodes),
             row_axis=graph.row_axis | {c: graph.row_axis[v] for v, c in self.copy_of.items()},
             streamed=graph.streamed | frozenset(self.copy_of.values()),
             rate=graph.rate | {c: graph.rate[v] for v, c in self.copy_of.items()},
             stages=dataclasses.replace(
-                stages, home=(*stages.home, *[self.stage] * len(copies)), members=tuple(every)
+                stages, home=(*stages.home, *[self.stage] * added), members=tuple(every)
             ),
         )
 

@@ -85,7 +85,7 @@ def _check_windows(graph: RowGraph, name: str) -> None:
 
 
 def _check_changed(traced: Traced, graph: RowGraph, name: str) -> None:
-    _, changed = jax.tree.unflatten(traced.out_tree, traced.program.outputs)
+    _, changed = jax.tree.unflatten(traced.out_tree, traced.outputs)
     for path, value in jax.tree_util.tree_leaves_with_path(changed):
         if isinstance(value, int) and value in graph.row_axis:
             keys = [str(key.key) for key in path if isinstance(key, jax.tree_util.DictKey)]

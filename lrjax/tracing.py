@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from lrjax.inline import FlatProgram, flatten, is_moving
+from lrjax.inline import Atom, FlatEquation, FlatProgram, flatten, is_moving, lifted_effects
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,16 +18,24 @@ class Traced:
     """A traced call.
 
     Attributes:
-      program: custom derivatives kept; inputs are closed-over arrays, then the call's arrays.
+      program: custom derivatives kept; inputs are closed-over arrays, then the call's arrays;
+        outputs are the leaves of the result, then what ``effects`` read.
       inputs: the arrays of those inputs.
       axes: their row axes.
       out_tree: structure of the call's result.
+      effects: callbacks without results, which run on whole values after the program.
     """
 
     program: FlatProgram
     inputs: tuple[Any, ...]
     axes: tuple[int | None, ...]
     out_tree: Any
+    effects: tuple[FlatEquation, ...] = ()
+
+    @property
+    def outputs(self) -> tuple[Atom, ...]:
+        """The leaves of the call's result."""
+        return self.program.outputs[: self.out_tree.num_leaves]
 
 
 def trace(
@@ -66,12 +74,14 @@ def trace(
     program = flatten(
         closed, keep_custom_rules=True, constants_are_inputs=True, carries_rows=carries_rows
     )
+    program, effects = lifted_effects(program)
     consts = tuple(filter(is_moving, closed.consts))
     return Traced(
         program,
         (*consts, *arrays),
         (*(None,) * len(consts), *axes, *(None,) * len(traced_keywords)),
         out_tree,
+        effects,
     )
 
 

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from lrjax import autodiff, offload
-from lrjax.inline import evaluate
+from lrjax.inline import Atom, evaluate
 from lrjax.micro_batches import by_micro_batches, micro_batches
 from lrjax.options import Cuts, Options, checked_options, checked_segments
 from lrjax.planner.choice import Choice
@@ -90,11 +90,14 @@ def run(traced: Traced, options: Options) -> Any:
         later.update(v for v in traced.program.outputs if isinstance(v, int))
         parts = [(segments[i], choices[i]) for i in group]
         values.update(_run_group(parts, values, later, hosted))
-    outputs = [
-        values[v] if isinstance(v, int) else jnp.asarray(v.value, v.dtype)
-        for v in traced.program.outputs
-    ]
-    return jax.tree.unflatten(traced.out_tree, outputs)
+
+    def read(atom: Atom) -> Any:
+        return values[atom] if isinstance(atom, int) else jnp.asarray(atom.value, atom.dtype)
+
+    for equation in traced.effects:
+        # No callback takes tangents, and what a row loop gives always has one.
+        equation.evaluate([jax.lax.stop_gradient(read(v)) for v in equation.inputs])
+    return jax.tree.unflatten(traced.out_tree, [read(v) for v in traced.outputs])
 
 
 def _run_group(

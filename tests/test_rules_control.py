@@ -166,5 +166,5 @@ def test_branches_with_convolutions_fall_back_and_explain_says_so():
     assert_same_as_column(fun, args, axes, num_blocks=3)
     explained = lrjax.explain(fun, *args, in_axes=axes, num_blocks=3)
     reasons = [text for text in explained.fallbacks if text.startswith("cond")]
-    assert any(text.endswith("the call mixes neighbouring rows") for text in reasons), reasons
+    assert any("mixes neighbouring rows" in text for text in reasons), reasons
     assert all(text in str(explained) for text in reasons)

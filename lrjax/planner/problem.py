@@ -147,7 +147,7 @@ def _chosen(
 
 def _scalar(traced: Traced) -> str:
     program = traced.program
-    avals = [program.aval(v) for v in program.outputs]
+    avals = [program.aval(v) for v in traced.outputs]
     if len(avals) == 1 and _is_number(avals[0]):
         return "itself"
     tree = traced.out_tree
