@@ -115,7 +115,8 @@ def flatten(
     *,
     keep_custom_rules: bool = False,
     constants_are_inputs: bool = False,
-    carries_rows: Sequence[bool] = (),
+    row_axes: Sequence[int | None] = (),
+    typed: Callable[[FlatProgram, Sequence[int | None]], Mapping[int, int]] | None = None,
 ) -> FlatProgram:
     """Inline every call.
 
@@ -125,8 +126,10 @@ def flatten(
         a program that is differentiated later keeps its own derivatives.
       constants_are_inputs: closed-over arrays that may be differentiated (``is_moving``) become
         leading inputs instead of constants.
-      carries_rows: whether rows run along each argument; scans of what depends on such are
-        unrolled.
+      row_axes: row axis of each argument, None for one without rows; scans over layers of what
+        depends on such are unrolled.
+      typed: gives the row axes of a program's values from those of its inputs, to tell scans along
+        rows, which stay loops, from scans over layers.
     """
     flattener = _Flattener(dict(_CALLS) if keep_custom_rules else {**_CALLS, **_CUSTOM_CALLS})
     jaxpr, given = open_jaxpr(closed)
@@ -136,7 +139,7 @@ def flatten(
         for v, c, moves in zip(jaxpr.constvars, given, leading, strict=True)
     ]
     arguments = [flattener.fresh(v.aval) for v in jaxpr.invars]
-    flattener.rows.update(itertools.compress(arguments, carries_rows))
+    flattener.give_rows(arguments, row_axes, typed)
     outputs = flattener.inline(jaxpr, [*consts, *arguments])
     program = FlatProgram(
         tuple(flattener.avals),
@@ -165,9 +168,16 @@ class _Flattener:
         self.equations: list[FlatEquation] = []
         self.constants: dict[int, Any] = {}
         self.rows: set[int] = set()  # values that depend on rows
+        self.axes: dict[int, int] = {}  # of the inputs that carry rows
+        self.typed: Callable[..., Mapping[int, int]] | None = None
         self.broadcasts: dict[int, tuple[int, Sequence[int]]] = {}  # their operands and dimensions
         self.pieces: dict[int, list[Atom]] = {}  # of stacked results of unrolled scans
         self.source = source_info_util.new_source_info()  # of the equation at hand
+
+    def give_rows(self, arguments: Sequence[int], axes: Sequence[int | None], typed: Any) -> None:
+        self.axes = {v: a for v, a in zip(arguments, axes, strict=False) if a is not None}
+        self.rows.update(self.axes)
+        self.typed = typed
 
     def constant(self, value: Any) -> int:
         made = self.fresh(jax.ShapeDtypeStruct(np.shape(value), jnp.result_type(value)))
@@ -294,11 +304,35 @@ class _Flattener:
         return self.add(lax.slice_p, params, (operand,), [out_aval])[0]
 
     def is_unrolled(self, eqn: Any, inputs: Sequence[Atom]) -> bool:
-        """A scan over layers: it takes rows, and its steps are few."""
+        """A scan over layers: it takes rows, its steps are few, and they are not rows."""
         jaxpr, _ = open_jaxpr(eqn.params["jaxpr"])
         size = eqn.params["length"] * len(jaxpr.eqns)
-        takes_rows = self.rows.intersection(v for v in inputs if isinstance(v, int))
-        return bool(takes_rows) and size <= MOST_UNROLLED and not eqn.effects
+        takes_rows = [isinstance(v, int) and v in self.rows for v in inputs]
+        if not any(takes_rows) or size > MOST_UNROLLED or eqn.effects:
+            return False
+        return not (
+            self.is_along_rows(inputs[sum(scan_arity(eqn)) :])
+            or _slices_at_run_time(jaxpr, takes_rows)
+        )
+
+    def is_along_rows(self, scanned: Sequence[Atom]) -> bool:
+        """Whether rows of one of these values run along its first axis."""
+        asked = {v for v in scanned if isinstance(v, int) and v in self.rows}
+        asked -= self.pieces.keys()
+        if not asked or self.typed is None:
+            return False
+        inputs = tuple(set(range(len(self.avals))) - {v for e in self.equations for v in e.outputs})
+        program = FlatProgram(
+            tuple(self.avals),
+            tuple(self.equations),
+            tuple(v for v in sorted(inputs) if v not in self.constants),
+            tuple(asked),
+            self.constants,
+        )
+        axes = self.typed(
+            without_dead_equations(program), [self.axes.get(v) for v in program.inputs]
+        )
+        return any(axes.get(v) == 0 for v in asked)
 
     def unrolled(self, eqn: Any, inputs: Sequence[Atom]) -> list[Atom]:
         params = eqn.params
@@ -350,6 +384,19 @@ class _Flattener:
     def call(self, body: Any, inputs: Sequence[Atom]) -> list[Atom]:
         jaxpr, consts = open_jaxpr(body)
         return self.inline(jaxpr, [*map(self.constant, consts), *inputs])
+
+
+def _slices_at_run_time(jaxpr: Any, takes_rows: Sequence[bool]) -> bool:
+    """Whether a loop's body picks or writes parts of what depends on rows: it runs along them."""
+    depends = set(itertools.compress(jaxpr.invars, takes_rows))
+    for eqn in jaxpr.eqns:
+        inputs = [v for v in eqn.invars if not isinstance(v, JaxLiteral)]
+        is_slice = eqn.primitive in (lax.dynamic_slice_p, lax.dynamic_update_slice_p)
+        if is_slice and eqn.invars[0] in depends:
+            return True
+        if depends.intersection(inputs):
+            depends.update(eqn.outvars)
+    return False
 
 
 def without_dead_equations(program: FlatProgram) -> FlatProgram:

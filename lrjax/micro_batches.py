@@ -85,7 +85,8 @@ def _is_one_to_one(graph: RowGraph) -> Callable[[Any], bool]:
         if node.op is None:
             return not any(v in graph.row_axis for v in _values(node.equation.inputs))
         pairs = zip(node.equation.inputs, node.op.reads, strict=True)
-        return not (node.is_reduction or node.op.is_positional) and all(
+        is_alone = not (node.is_reduction or node.op.is_positional or node.op.undifferentiable)
+        return is_alone and all(
             read is None or (read.row_map == IDENTITY and v in graph.row_axis) for v, read in pairs
         )
 
@@ -111,8 +112,7 @@ def micro_batches(segment: Segment, parts: int) -> MicroBatches:
         for i, struct in enumerate(segment.program.structs)
     ]
     closed = jax.make_jaxpr(lambda *inputs: _evaluate_part(graph, inputs, size))(*structs)
-    carries_rows = [axis is not None for axis in segment.axes]
-    program = flatten(closed, keep_custom_rules=True, carries_rows=carries_rows)
+    program = flatten(closed, keep_custom_rules=True)
     part = Segment(program, segment.axes, tuple(v for v in program.outputs if isinstance(v, int)))
     return MicroBatches(segment, part, parts, size, divided)
 

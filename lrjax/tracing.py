@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 
+from lrjax.graph import build
 from lrjax.inline import Atom, FlatEquation, FlatProgram, flatten, is_moving, lifted_effects
 
 
@@ -70,9 +71,12 @@ def trace(
     except (TypeError, ValueError) as error:
         _explain_heights(leaves, axes, error)
         raise
-    carries_rows = [axis is not None for axis in axes] + [False] * len(traced_keywords)
     program = flatten(
-        closed, keep_custom_rules=True, constants_are_inputs=True, carries_rows=carries_rows
+        closed,
+        keep_custom_rules=True,
+        constants_are_inputs=True,
+        row_axes=axes,
+        typed=row_axes_of,
     )
     program, effects = lifted_effects(program)
     consts = tuple(filter(is_moving, closed.consts))
@@ -153,6 +157,11 @@ def _explain_heights(leaves: list[Any], axes: tuple[int | None, ...], error: Exc
             f"cannot be aligned: {error}. Give row arguments whose rows meet one to one, or at the "
             "strides that fun applies."
         ) from error
+
+
+def row_axes_of(program: FlatProgram, axes: Sequence[int | None]) -> Mapping[int, int]:
+    """The row axis of every value of a program that carries rows."""
+    return build(program, axes).row_axis
 
 
 def is_array(leaf: Any) -> bool:
