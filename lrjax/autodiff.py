@@ -24,6 +24,7 @@ from lrjax import calls as _calls  # noqa: F401  registers its rules
 from lrjax import engine, linearity
 from lrjax.blocks import keep_rows, read_rows, write_rows
 from lrjax.clock import Clock, clock_of
+from lrjax.compat import checkpoint
 from lrjax.full_after import full_after
 from lrjax.graph import RowGraph, build
 from lrjax.inline import (
@@ -234,7 +235,7 @@ def _two_passes(program: FlatProgram, axes: Axes, wrt: Sequence[int]) -> tuple[R
     def forward(*inputs: Any) -> Any:
         nonlocal tree
         function, moving = function_of(program, wrt, inputs, saved.names)
-        outputs, pull = jax.vjp(jax.checkpoint(function, policy=policy), *moving)
+        outputs, pull = jax.vjp(checkpoint(function, policy), *moving)
         leaves, tree = jax.tree.flatten(pull)
         return outputs, leaves
 

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 
 
 def bind(primitive: Any, values: Sequence[Any], params: dict[str, Any]) -> list[Any]:
@@ -39,3 +44,36 @@ def scan_arity(eqn: Any) -> tuple[int, int]:
 
     carried = sum(map(stays, eqn.outvars, body.outvars))
     return sum(map(stays, eqn.invars, body.invars)) - carried, carried
+
+
+# ``jax.checkpoint`` rounds what it saves by ``reduce_precision``, which has no complex form (jax
+# 0.10 to 0.12): complex values are saved as their real and imaginary parts.
+
+
+def checkpoint(function: Callable[..., Any], policy: Any = None) -> Callable[..., Any]:
+    """``jax.checkpoint`` of a function of arrays, complex ones too."""
+
+    def call(*arrays: Any) -> Any:
+        def joined(*parts: Any) -> Any:
+            return function(*map(from_real_parts, parts))
+
+        return jax.checkpoint(joined, policy=policy)(*map(real_parts, arrays))
+
+    return call
+
+
+def real_parts(array: Any) -> Any:
+    """A complex array as the pair of its real and imaginary parts; any other array as it is."""
+    return (lax.real(array), lax.imag(array)) if jnp.iscomplexobj(array) else array
+
+
+def from_real_parts(parts: Any) -> Any:
+    """The array that ``real_parts`` took apart."""
+    return lax.complex(*parts) if isinstance(parts, tuple) else parts
+
+
+def named(array: Any, name: str) -> Any:
+    """``checkpoint_name`` of an array, a complex one too."""
+    if not jnp.iscomplexobj(array):
+        return checkpoint_name(array, name)
+    return from_real_parts(tuple(checkpoint_name(part, name) for part in real_parts(array)))

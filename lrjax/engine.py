@@ -86,8 +86,12 @@ def slice_windows(loop: RowLoop, clock: Clock, arrays: Values) -> dict[tuple[int
 
 
 def _fill(loop: RowLoop, source: Source) -> Any:
-    """What rows of a whole array are outside it: something, where nobody minds."""
-    fill = source.read.fill if loop.fill_of(source) is None else loop.fill_of(source)
+    """What rows outside a whole array hold: a number, also where the read's own fill is infinite.
+
+    No window leaves the image where ``fill_of`` is None, so any number does. It is 1 in a step that
+    is differentiated, where rows outside the image must be finite (see ``RowLoop.fill_of``).
+    """
+    fill = loop.fill_of(source)
     return int(loop.is_differentiated) if fill is None else fill
 
 
@@ -139,7 +143,7 @@ def _run_band(
             operands = []
             for operand, atom in enumerate(node.equation.inputs):
                 if isinstance(atom, Literal):
-                    operands.append(atom.value)
+                    operands.append(_read({}, atom))
                 elif operand in sources:
                     operands.append(_window(loop, clock, sources[operand], at_hand, windows))
                 else:

@@ -284,10 +284,9 @@ class _Typer:
     def described(self, equation: FlatEquation) -> Equation:
         def operand(atom: Atom) -> Operand:
             if isinstance(atom, Literal):
-                constant = self.constants.of(atom)
-                return Operand(atom.shape, atom.dtype, None, atom.scalar, constant)
+                return Operand(atom.shape, atom.dtype, None, self.constants.of(atom))
             aval, axis = self.avals[atom], self.row_axis.get(atom)
-            return Operand(aval.shape, aval.dtype, axis, constant=self.constants.of(atom))
+            return Operand(aval.shape, aval.dtype, axis, self.constants.of(atom))
 
         return Equation(
             equation.primitive,

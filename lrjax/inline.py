@@ -18,11 +18,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.ad_checkpoint import checkpoint_name
 from jax.extend import source_info_util
 from jax.extend.core import Literal as JaxLiteral
 
-from lrjax.compat import bind, open_jaxpr, scan_arity
+from lrjax.compat import bind, from_real_parts, named, open_jaxpr, real_parts, scan_arity
 
 # The parameter that holds the body of a call, by primitive.
 _CALLS = {
@@ -468,7 +467,7 @@ def evaluate(
     for equation in program.equations:
         results = equation.evaluate([read(v) for v in equation.inputs])
         for v, result in zip(equation.outputs, results, strict=True):
-            values[v] = checkpoint_name(result, tags[v]) if v in tags else result
+            values[v] = named(result, tags[v]) if v in tags else result
     return [read(v) for v in program.outputs]
 
 
@@ -479,9 +478,10 @@ def function_of(
     tags: Mapping[int, str] | None = None,
 ) -> tuple[Callable[..., list[Any]], list[Any]]:
     """The program as a function of the inputs that are differentiated, and those inputs."""
+    held = [real_parts(x) for x in inputs]
 
     def function(*moving: Any) -> list[Any]:
-        values = list(inputs)
+        values = [from_real_parts(x) for x in held]
         for i, value in zip(wrt, moving, strict=True):
             values[i] = value
         return evaluate(program, values, tags)

@@ -20,6 +20,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.custom_derivatives import SymbolicZero
 
+from lrjax.compat import checkpoint, from_real_parts, real_parts
 from lrjax.rules.base import Array
 
 HOST, DEVICE = jax.memory.Space.Host, jax.memory.Space.Device
@@ -155,12 +156,16 @@ def checkpointed(function: Function, hosted: Mapping[int, int]) -> Function:
             from_host_after(x, made, hosted[i]) if i in hosted else x for i, x in enumerate(inputs)
         ]
 
-        def of_moving(values: dict[int, Array]) -> list[Array]:
-            outputs = function(*(values.get(i, x) for i, x in enumerate(arrived)))
+        held = list(map(real_parts, arrived))
+
+        def of_moving(*values: Array) -> list[Array]:
+            known = dict(zip(moving, values, strict=True))
+            outputs = function(*(known.get(i, from_real_parts(x)) for i, x in enumerate(held)))
             return [y for y, ct in zip(outputs, given, strict=True) if ct is not None]
 
-        _, pull = jax.vjp(jax.checkpoint(of_moving), {i: arrived[i] for i in moving})
-        (bars,) = pull([ct for ct in given if ct is not None])
+        _, pull = jax.vjp(checkpoint(of_moving), *(arrived[i] for i in moving))
+        found = pull([ct for ct in given if ct is not None])
+        bars = dict(zip(moving, found, strict=True))
         bars |= {i: to_host(bar, hosted[i]) for i, bar in bars.items() if i in hosted}
         return tuple(bars.get(i) for i in range(len(inputs)))
 

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from lrjax import autodiff, offload
+from lrjax.compat import checkpoint
 from lrjax.inline import Atom, evaluate
 from lrjax.micro_batches import by_micro_batches, micro_batches
 from lrjax.options import Cuts, Options, checked_options, checked_segments
@@ -121,7 +122,7 @@ def _run_group(
         return [own[v] for v in kept]
 
     if len(parts) > 1:
-        call = jax.checkpoint(call)
+        call = checkpoint(call)
     return dict(zip(kept, call(*(jnp.asarray(values[v]) for v in inputs)), strict=True))
 
 
@@ -191,7 +192,7 @@ def chosen_function(
     else:
         function = segment_function(segment, "column", 1)
         if choice.strategy == "checkpoint":
-            function = offload.checkpointed(function, taken) if taken else jax.checkpoint(function)
+            function = offload.checkpointed(function, taken) if taken else checkpoint(function)
         elif taken:
             function = offload.with_hosted_inputs(function, taken)
     return offload.with_hosted_outputs(function, given) if given else function

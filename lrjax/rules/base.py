@@ -9,10 +9,12 @@ evaluate one block. Rules are registered by primitive name, like batching rules;
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from lrjax.compat import bind
@@ -21,6 +23,9 @@ from lrjax.geometry import AnyMap
 
 Shape = tuple[int, ...]
 Array = jax.Array
+
+# Elements of the largest constant whose every element is looked at.
+LARGEST_CHECKED = 2**16
 
 
 class NotRowLocal(Exception):
@@ -34,20 +39,27 @@ class Operand:
     Attributes:
       shape, dtype: of the whole value.
       row_axis: the axis that carries rows, None for a value that only exists whole.
-      literal: the value of a scalar literal, else None.
-      constant: the value, computed on demand, if no input of the program changes it.
+      constant: the value, computed on demand, if no input of the program changes it; literals too.
     """
 
     shape: Shape
     dtype: Any
     row_axis: int | None
-    literal: Any = None
     constant: Constant | None = None
 
     @property
     def height(self) -> int:
         assert self.row_axis is not None
         return self.shape[self.row_axis]
+
+    @property
+    def is_finite(self) -> bool:
+        """No infinity and no NaN among the elements, where the program makes them of no input."""
+        if self.constant is None or not jnp.issubdtype(self.dtype, np.inexact):
+            return True
+        return math.prod(self.shape) <= LARGEST_CHECKED and bool(
+            np.all(np.isfinite(self.constant.value()))
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -172,14 +184,20 @@ def removed_axes(axis: int, removed: Sequence[int]) -> int:
 
 
 def lowest(dtype: Any) -> Any:
-    """The identity of max."""
-    if jax.numpy.issubdtype(dtype, np.floating):
-        return -np.inf
-    return False if dtype == np.bool_ else np.iinfo(dtype).min
+    """The identity of max; of complex numbers too, whose real parts are compared first."""
+    if jnp.issubdtype(dtype, np.inexact):
+        return -_largest(dtype)
+    return False if dtype == np.bool_ else int(jnp.iinfo(dtype).min)
 
 
 def highest(dtype: Any) -> Any:
     """The identity of min."""
-    if jax.numpy.issubdtype(dtype, np.floating):
-        return np.inf
-    return True if dtype == np.bool_ else np.iinfo(dtype).max
+    if jnp.issubdtype(dtype, np.inexact):
+        return _largest(dtype)
+    return True if dtype == np.bool_ else int(jnp.iinfo(dtype).max)
+
+
+def _largest(dtype: Any) -> float:
+    """Infinity, or the largest number of an 8-bit type without infinities."""
+    has_infinity = bool(np.isinf(np.asarray(np.inf, dtype)))
+    return np.inf if has_infinity else float(jnp.finfo(dtype).max)

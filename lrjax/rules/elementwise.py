@@ -92,3 +92,35 @@ def sort(equation: Equation) -> RowOp:
     if equation.params["dimension"] == equation.row_axis:
         raise NotRowLocal("sort along rows")
     return elementwise(equation)
+
+
+@rule("top_k")
+def top_k(equation: Equation) -> RowOp:
+    if equation.params["axis"] == equation.row_axis:
+        raise NotRowLocal("top_k along rows")
+    return _row_for_row(equation, np.prod(equation.operands[0].shape))
+
+
+@rule("fft")
+def fourier_transform(equation: Equation) -> RowOp:
+    """A transform along the last axes; rows before them are examples."""
+    lengths = equation.params["fft_lengths"]
+    if equation.row_axis >= len(equation.operands[0].shape) - len(lengths):
+        raise NotRowLocal("a Fourier transform along rows")
+    elements = max(np.prod(struct.shape) for struct in (*equation.operands, *equation.outputs))
+    return _row_for_row(equation, 5.0 * elements * np.log2(max(np.prod(lengths), 2)))
+
+
+def _row_for_row(equation: Equation, flops: float) -> RowOp:
+    """One operand, whose other axes may change, on rows that stay where they are."""
+
+    def evaluate(windows: Sequence[Array], rows: Rows) -> Sequence[Array]:
+        return equation.bind(*windows)
+
+    return RowOp(
+        reads=(RowRead(IDENTITY, equation.row_axis),),
+        out_axes=(equation.row_axis,) * len(equation.outputs),
+        height=equation.height,
+        evaluate=evaluate,
+        flops=float(flops) / max(equation.height, 1),
+    )

@@ -100,13 +100,9 @@ def constant_along_rows(equation: Equation, axis: int) -> RowOp | None:
         out_axes=(axis,),
         height=shape[axis],
         evaluate=evaluate,
-        is_tame=all(_is_finite(operand.literal) for operand in equation.operands),
+        is_tame=all(operand.is_finite for operand in equation.operands),
         is_positional=name == "iota" and params["dimension"] == axis,
     )
-
-
-def _is_finite(literal: object) -> bool:
-    return literal is None or bool(np.all(np.isfinite(np.asarray(literal, np.float64))))
 
 
 @rule("reshape")
@@ -210,10 +206,10 @@ def pad(equation: Equation) -> RowOp:
     low, high, interior = equation.params["padding_config"][axis]
     config = equation.params["padding_config"]
     touches_rows = (low, high, interior) != (0, 0, 0)
-    if touches_rows and value.literal is None:
+    if touches_rows and value.constant is None:
         raise NotRowLocal("rows are padded with a value that is not a constant")
     row_map = RowMap(pad=low, base=interior + 1)
-    filling = np.asarray(value.literal).item() if touches_rows else None
+    filling = value.constant.value().item() if touches_rows and value.constant else None
 
     def evaluate(windows: Sequence[Array], rows: Rows) -> Sequence[Array]:
         window, filler = windows
@@ -232,7 +228,7 @@ def pad(equation: Equation) -> RowOp:
         out_axes=(axis,),
         height=equation.outputs[0].shape[axis],
         evaluate=evaluate,
-        is_tame=_is_finite(value.literal),
+        is_tame=value.is_finite,
     )
 
 
