@@ -1,10 +1,14 @@
 """Convolutions in full: forward, input gradient and weight gradient of every case."""
 
+import re
+
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import lax
 
+import lrjax
 from graphs import check_rule
 
 pytestmark = pytest.mark.usefixtures("x64")
@@ -218,3 +222,22 @@ def test_mixed_precision_accumulation():
         x.astype(np.float32).astype(float) for x in (normal(1, 9, 3, 2), normal(3, 3, 2, 2))
     )
     check_rule(op, image, weights, axes=(1, None), tolerance=1e-6)
+
+
+@pytest.mark.parametrize("strategy", ["stream", "2ps", "overl"])
+def test_convolutions_in_loops_are_those_that_xla_cpu_is_fast_at(strategy):
+    """In canonical order, though the maps are smaller than the kernel, and in float64 unpadded."""
+
+    def fun(image, weights):
+        for _ in range(2):
+            image = lax.conv_general_dilated(image, weights, (2, 1), "SAME", dimension_numbers=NHWC)
+        return image
+
+    by_rows = lrjax.rowwise(fun, in_axes=(1, None), num_blocks=2, strategy=strategy)
+    gradient = jax.grad(lambda *args: by_rows(*args).sum(), argnums=(0, 1))
+    compiled = jax.jit(gradient).lower(normal(1, 8, 2, 2), normal(3, 3, 2, 2)).compile()
+    found = re.findall(
+        r" convolution\(.*?window={(.*?)}, dim_labels=(\S+?)[,\n]", compiled.as_text()
+    )
+    assert {labels for _, labels in found} == {"b01f_01io->b01f"}
+    assert not any("pad=" in window or "lhs_dilate" in window for window, _ in found)

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -147,6 +148,12 @@ def _flops(equation: Equation) -> float:
 # XLA:CPU runs a convolution inside a loop through a naive path unless its operands are in
 # canonical order (jax issue 12868): 2,502 ms against 46 for a 3x3x64x64 weight gradient on
 # 32x256 rows. Behind a barrier the transposes are not folded back into the convolution.
+# Two more conditions, met by padding the image before the convolution (jax 0.10 and 0.12):
+# - XLA swaps the operands, and so leaves the canonical order, if the image has fewer rows times
+#   columns than the kernel.
+# - float64 has no fast path but YNNPACK's, which wants neither an output nor a kernel larger than
+#   the image, nor zeros between its rows: 2PS and OverL on VGG-16 took 31 and 93 times column's
+#   time at 107x75.
 
 _CANONICAL_2D = lax.ConvDimensionNumbers((0, 3, 1, 2), (3, 2, 0, 1), (0, 3, 1, 2))
 
@@ -167,8 +174,14 @@ def _convolve_canonically(lhs: Array, rhs: Array, params: dict[str, Any]) -> Arr
     spec = params["dimension_numbers"]
     to_nhwc = (spec.lhs_spec[0], *spec.lhs_spec[2:], spec.lhs_spec[1])
     to_hwio = (*spec.rhs_spec[2:], spec.rhs_spec[1], spec.rhs_spec[0])
-    lhs, rhs = lax.optimization_barrier((lhs.transpose(to_nhwc), rhs.transpose(to_hwio)))
-    out = _convolve(lhs, rhs, {**params, "dimension_numbers": _CANONICAL_2D})
+    image, kernel = lhs.transpose(to_nhwc), rhs.transpose(to_hwio)
+    params = {**params, "dimension_numbers": _CANONICAL_2D}
+    if image.dtype == np.float64 or math.prod(image.shape[1:3]) < math.prod(kernel.shape[:2]):
+        borders = zip(params["padding"], params["lhs_dilation"], strict=True)
+        spatial = [(low, high, dilation - 1) for (low, high), dilation in borders]
+        image = lax.pad(image, np.zeros((), image.dtype), [(0, 0, 0), *spatial, (0, 0, 0)])
+        params.update(padding=((0, 0), (0, 0)), lhs_dilation=(1, 1))
+    out = _convolve(*lax.optimization_barrier((image, kernel)), params)
     from_nhwc = np.argsort((spec.out_spec[0], *spec.out_spec[2:], spec.out_spec[1]))
     return lax.optimization_barrier(out).transpose(from_nhwc)
 
