@@ -339,11 +339,23 @@ def row_loop(
     return RowLoop(graph, tuple(nodes), make(tasks), row_outputs, producer, is_differentiated)
 
 
+# A map of fewer rows than this share of the tallest beside it, counted at one rate, is a piece of a
+# map: what a slice took of it, such as the edges that wrap padding copies.
+PIECE = Fraction(1, 2)
+# Windows without padding shrink a map too. Only if all that leaves a loop has fewer rows than this
+# share of the maps within, those maps are divided instead.
+SHRUNK = Fraction(1, 4)
+
+
 def reference_height(graph: RowGraph, stage: int, order: str) -> int:
-    """Rows that ``num_blocks`` divides: the largest input's, or the smallest output's."""
+    """Rows that ``num_blocks`` divides: the tallest map's for stream, else the main output's.
+
+    The main output is the lowest of the maps and reductions that leave the loop, pieces left
+    out. What has fewer rows than blocks takes fewer steps.
+    """
     nodes = graph.stage_nodes(stage)
-    heights = [_heights(graph, nodes, order, stage)[root] for root in _roots(graph, nodes)]
-    return max(heights, default=1)
+    references = _references(graph, nodes, order, _sinks(graph, nodes, stage))
+    return max((height for height, _ in references.values()), default=1)
 
 
 def _root(graph: RowGraph, node: Node) -> tuple[int, Fraction]:
@@ -359,17 +371,6 @@ def _root(graph: RowGraph, node: Node) -> tuple[int, Fraction]:
     raise AssertionError("a reduction that reads no rows")
 
 
-def _roots(graph: RowGraph, nodes: Sequence[Node]) -> list[int]:
-    return list(dict.fromkeys(_root(graph, node)[0] for node in nodes))
-
-
-def _heights(graph: RowGraph, nodes: Sequence[Node], order: str, stage: int) -> dict[int, int]:
-    return {
-        root: height
-        for root, (height, _) in _references(graph, nodes, order, _sinks(graph, nodes, stage))
-    }
-
-
 def _sinks(graph: RowGraph, nodes: Sequence[Node], stage: int) -> list[Node]:
     wanted = graph.stages.made_whole[stage]
     return [n for n in nodes if n.is_reduction or wanted.intersection(n.equation.outputs)]
@@ -377,20 +378,38 @@ def _sinks(graph: RowGraph, nodes: Sequence[Node], stage: int) -> list[Node]:
 
 def _references(
     graph: RowGraph, nodes: Sequence[Node], order: str, sinks: Sequence[Node]
-) -> list[tuple[int, tuple[int, Fraction]]]:
-    """Per component: height and rate of the value whose rows are divided into blocks."""
-    found: dict[int, list[tuple[int, Fraction]]] = {}
-    for node in sinks if order != "stream" else nodes:
-        root, rate = _root(graph, node)
-        assert node.op is not None
-        found.setdefault(root, []).append((node.op.height, rate))
-        if order != "stream":
-            continue
+) -> dict[int, tuple[int, Fraction]]:
+    """Per component's root: height and rate of the value whose rows are divided into blocks."""
+    maps = _by_root(graph, nodes)
+    if order != "stream":
+        leaving = _by_root(graph, sinks)
+        return {root: _main_output(leaving[root], maps[root]) for root in leaving}
+    for node in nodes:
         for v in node.row_inputs():
-            if v not in graph.streamed and v in graph.rate and graph.rate[v][0] == root:
-                found[root].append((graph.height(v), graph.rate[v][1]))
-    choose = max if order == "stream" else min
-    return [(root, choose(candidates)) for root, candidates in found.items()]
+            if v not in graph.streamed and v in graph.rate and graph.rate[v][0] in maps:
+                root, rate = graph.rate[v]
+                maps[root].append((graph.height(v), rate))
+    return {root: max(found) for root, found in maps.items()}
+
+
+def _by_root(graph: RowGraph, nodes: Sequence[Node]) -> dict[int, list[tuple[int, Fraction]]]:
+    """Height and rate of what the nodes make, or reduce, by the root of their component."""
+    found: dict[int, list[tuple[int, Fraction]]] = {}
+    for node in nodes:
+        assert node.op is not None
+        root, rate = _root(graph, node)
+        found.setdefault(root, []).append((node.op.height, rate))
+    return found
+
+
+def _main_output(
+    leaving: list[tuple[int, Fraction]], maps: list[tuple[int, Fraction]]
+) -> tuple[int, Fraction]:
+    def tallest(found: list[tuple[int, Fraction]]) -> Fraction:
+        return max(height / rate for height, rate in found)
+
+    among = leaving if tallest(leaving) >= SHRUNK * tallest(maps) else maps
+    return min(found for found in among if found[0] / found[1] >= PIECE * tallest(among))
 
 
 def _speeds(
@@ -405,7 +424,7 @@ def _speeds(
     outputs = set(row_outputs)
     sinks = [n for n in nodes if n.is_reduction or outputs.intersection(n.equation.outputs)]
     per_root: dict[int, Fraction] = {}
-    for root, (height, rate) in _references(graph, nodes, order, sinks):
+    for root, (height, rate) in _references(graph, nodes, order, sinks).items():
         rows = ceil_div(max(height, 1), min(num_blocks, max(height, 1)))
         per_root[root] = rows / rate
     speeds = []
