@@ -1,0 +1,6 @@
+"""Random networks from one seed: descriptions, how they run, how they are judged and shrunk."""
+
+from generated.judge import Report, Unsuitable, Wrong, check
+from generated.spec import L, Layer, Spec
+
+__all__ = ["L", "Layer", "Report", "Spec", "Unsuitable", "Wrong", "check"]

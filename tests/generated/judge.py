@@ -1,0 +1,175 @@
+"""Is a network the same by rows? Judged through ``lrjax.testing``, rounding told from errors."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import lrjax
+from generated.spec import Case, Spec, case_of
+from lrjax.testing import Results, max_error, results
+from lrjax.testing import check as check_results
+
+TOLERANCE = 1e-10
+# An array whose own column moves by this much when inputs move by one unit in the last place is
+# judged against that movement.
+ILL_CONDITIONED = 1e-12
+MOVEMENTS = 50.0
+# Where a unit in the last place moves a result by this much, no comparison says anything.
+CHAOTIC = 1e-4
+
+
+class Unsuitable(Exception):
+    """A network that says nothing: column itself is not finite, or nothing has a gradient."""
+
+
+class Wrong(AssertionError):
+    """By rows is not column, or was refused."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """How a network was judged.
+
+    Attributes:
+      ill_conditioned: arrays that were judged against column's own movement, with the movement.
+      num_blocks: what was run, after the limit.
+    """
+
+    ill_conditioned: dict[str, float]
+    num_blocks: Any
+
+
+# Refusals that are right: there is nothing to run by rows, or nothing to cut.
+_REFUSALS = (
+    ("no operation that is local in rows", "nothing by rows"),
+    ("operations on rows; ask for at most", "too many segments"),
+    ("entries for", "segments merged"),
+    ("cuts:", "names do not cut"),
+    ("cuts=", "names do not cut"),
+)
+
+
+def check(spec: Spec, phase: Any = lambda name: None) -> Report:
+    """Assert that a network by rows is column.
+
+    Args:
+      spec: the network.
+      phase: is told what begins: "column", "rows", "conditioning".
+
+    Raises:
+      Wrong: it is not.
+      Unsuitable: the network says nothing.
+    """
+    phase("build")
+    case = case_of(spec)
+    phase("column")
+    expected = results(case.fun, case.args, case.kwargs, argnums=spec.argnums)
+    _check_suitable(expected)
+    phase("rows")
+    blocks, found = by_rows(spec, case)
+    try:
+        check_results(found, expected, tolerance=TOLERANCE)
+    except AssertionError as error:
+        phase("conditioning")
+        return Report(_judged(spec, case, found, expected, error), blocks)
+    return Report({}, blocks)
+
+
+def _check_suitable(expected: Results) -> None:
+    arrays = [*jax.tree.leaves(expected.outputs), *expected.gradients.values()]
+    if not expected.gradients:
+        raise Unsuitable("nothing to differentiate")
+    if not all(np.all(np.isfinite(np.asarray(a))) for a in arrays):
+        raise Unsuitable("column is not finite")
+    if not any(np.any(np.asarray(g) != 0) for g in expected.gradients.values()):
+        raise Unsuitable("all gradients are zero")
+
+
+def by_rows(spec: Spec, case: Case) -> tuple[Any, Results]:
+    """The results by rows, with fewer blocks where so many are not allowed."""
+    blocks = spec.num_blocks
+    while True:
+        fun = lrjax.rowwise(
+            case.fun,
+            in_axes=case.in_axes,
+            num_blocks=blocks,
+            strategy=spec.strategy,
+            cuts=spec.cuts,
+        )
+        try:
+            return blocks, results(fun, case.args, case.kwargs, argnums=spec.argnums)
+        except ValueError as error:
+            most = re.search(r"largest allowed is (\d+)", str(error))
+            if most is not None and isinstance(blocks, int) and int(most[1]) < blocks:
+                blocks = int(most[1])
+                continue
+            for words, reason in _REFUSALS:
+                if words in str(error):
+                    raise Unsuitable(reason) from error
+            raise
+
+
+def _judged(
+    spec: Spec, case: Case, found: Results, expected: Results, error: AssertionError
+) -> dict[str, float]:
+    """Arrays that differ by no more than column does when its inputs move by one last place.
+
+    Raises:
+      Wrong: at least one differs by more.
+    """
+    named = _named(found), _named(expected)
+    if any(
+        np.shape(named[0].get(name)) != np.shape(value)
+        or jnp.result_type(named[0][name]) != jnp.result_type(value)
+        or not np.all(np.isfinite(np.asarray(named[0][name])))
+        for name, value in named[1].items()
+    ):
+        raise Wrong(str(error)) from error
+    moved: dict[str, float] = dict.fromkeys(named[1], 0.0)
+    for seed in range(3):
+        other = _named(
+            results(case.fun, _moved(case.args, seed), case.kwargs, argnums=spec.argnums)
+        )
+        for name, value in named[1].items():
+            moved[name] = max(moved[name], max_error(other[name], value))
+    wrong, excused = [], {}
+    for name, value in named[1].items():
+        difference = max_error(named[0][name], value)
+        if difference <= TOLERANCE:
+            continue
+        if moved[name] > CHAOTIC:
+            raise Unsuitable("chaotic") from error
+        if moved[name] > ILL_CONDITIONED and difference <= MOVEMENTS * moved[name]:
+            excused[name] = moved[name]
+        else:
+            wrong.append(f"{name}: {difference:.2e}, column itself moves by {moved[name]:.2e}")
+    if wrong:
+        raise Wrong(f"{error}\n  " + "\n  ".join(wrong)) from error
+    return excused
+
+
+def _named(found: Results) -> dict[str, Any]:
+    outputs = {
+        f"output{jax.tree_util.keystr(path)}": leaf
+        for path, leaf in jax.tree_util.tree_leaves_with_path(found.outputs)
+    }
+    return {**outputs, **{f"gradient of {k}": v for k, v in found.gradients.items()}}
+
+
+def _moved(args: Any, seed: int) -> Any:
+    """Arguments of which every number moves up or down by one unit in the last place."""
+    generator = np.random.default_rng(seed)
+
+    def move(leaf: Any) -> Any:
+        leaf = np.asarray(leaf)
+        if not np.issubdtype(leaf.dtype, np.floating):
+            return leaf
+        return np.nextafter(leaf, np.where(generator.random(leaf.shape) < 0.5, -np.inf, np.inf))
+
+    return jax.tree.map(move, args)
