@@ -24,8 +24,8 @@ from lrjax import calls as _calls  # noqa: F401  registers its rules
 from lrjax import engine, linearity
 from lrjax.blocks import keep_rows, read_rows, write_rows
 from lrjax.clock import Clock, clock_of
-from lrjax.compat import checkpoint
-from lrjax.full_after import full_after
+from lrjax.compat import checkpoint, struct_like, varying_axes, varying_over
+from lrjax.full_after import full_after, full_like
 from lrjax.graph import RowGraph, build
 from lrjax.inline import (
     FlatEquation,
@@ -247,8 +247,7 @@ def _two_passes(program: FlatProgram, axes: Axes, wrt: Sequence[int]) -> tuple[R
     count = len(program.outputs)
     outputs = [program.aval(v) for v in program.outputs]
     structs = [
-        jax.ShapeDtypeStruct(a.shape, a.dtype)
-        for a in (graph.program.aval(v) for v in graph.program.outputs[count:])
+        struct_like(a) for a in (graph.program.aval(v) for v in graph.program.outputs[count:])
     ]
     inexact = [i for i, out in enumerate(outputs) if jnp.issubdtype(out.dtype, jnp.inexact)]
 
@@ -295,6 +294,8 @@ def _value_and_gradient(program: FlatProgram, axes: Axes, wrt: Sequence[int]) ->
     out = program.aval(program.outputs[0])
     if out.shape != () or not jnp.issubdtype(out.dtype, jnp.inexact):
         return None
+    if not all(varying_axes(out) <= varying_axes(program.structs[i]) for i in wrt):
+        return None  # the gradient is a sum over devices, of products with a cotangent of each
 
     def both(cotangent: Any, *inputs: Any) -> Any:
         function, moving = function_of(program, wrt, inputs)
@@ -303,8 +304,11 @@ def _value_and_gradient(program: FlatProgram, axes: Axes, wrt: Sequence[int]) ->
 
     if not _has_linear_gradient(program, both, out):
         return None
-    one = jnp.ones((), out.dtype)
-    found = traced_graph(functools.partial(both, one), program.structs, axes)
+
+    def of_one(*inputs: Any) -> Any:
+        return both(varying_over(jnp.ones((), out.dtype), varying_axes(out)), *inputs)
+
+    found = traced_graph(of_one, program.structs, axes)
     return found if len(found.loops) == 1 else None
 
 
@@ -317,7 +321,7 @@ def _has_linear_gradient(
     """
     if not linearity.has_custom_vjp(program):
         return True
-    struct = jax.ShapeDtypeStruct((), out.dtype)
+    struct = struct_like(out)
     traced = flatten(jax.make_jaxpr(value_and_gradient)(struct, *program.structs))
     _, *gradients = linearity.output_dependences(traced, traced.inputs[:1])
     return all(one in (Dependence.ADDITIVE, Dependence.ZERO) for one in gradients)
@@ -422,14 +426,14 @@ def _reverse_loop(
     moving_arrays = [v for v in _inexact(values) if v in loop.arrays and v in perturbed]
     full = full_after(cotangents.values())
     cotangents = {v: instantiated(ct) for v, ct in cotangents.items()}
-    array_bars = {v: full(values[v].shape, 0, values[v].dtype) for v in moving_arrays}
+    array_bars = {v: full_like(full, values[v]) for v in moving_arrays}
     wholes = {v: values[v] for v in loop.wholes}
     moving_wholes = {v: a for v, a in _inexact(wholes).items() if v in perturbed}
     readers = {v: reader_of(loop, v) for v in moving_wholes}
     whole_bars = {}
     for v, a in moving_wholes.items():
         with readers[v].origin():
-            whole_bars[v] = full(a.shape, 0, engine.accumulator_dtype(a.dtype))
+            whole_bars[v] = full_like(full, a, dtype=engine.accumulator_dtype(a.dtype))
     moving_windows = {(s.node, s.operand): s for s in loop.sliced if s.value in array_bars}
 
     def step(carry: Any, row_and_lines: Any) -> Any:
@@ -468,7 +472,7 @@ def _reverse_loop(
         return (line_bars, array_bars, added), None
 
     start = (
-        {v: full(x.shape[1:], 0, x.dtype) for v, x in _inexact(saved).items()},
+        {v: full_like(full, x, shape=x.shape[1:]) for v, x in _inexact(saved).items()},
         array_bars,
         whole_bars,
     )

@@ -65,7 +65,7 @@ def _bodies(equation: Equation) -> tuple[list[RowGraph], tuple[int, ...]]:
     output, which gives them rows.
     """
     operands = equation.operands[1:]
-    structs = [jax.ShapeDtypeStruct(o.shape, o.dtype) for o in operands]
+    structs = [o.struct for o in operands]
     axes = [o.row_axis for o in operands]
     functions = [jaxpr_as_fun(branch) for branch in equation.params["branches"]]
     found = [_branch_graph(function, structs, axes) for function in functions]

@@ -50,8 +50,8 @@ def custom_call(equation: Equation) -> RowOp:
     key = (
         equation.primitive,
         tuple((name, id(value)) for name, value in sorted(equation.params.items())),
-        tuple((o.shape, o.dtype, o.row_axis) for o in equation.operands),
-        tuple((out.shape, out.dtype) for out in equation.outputs),
+        tuple((o.struct, o.row_axis) for o in equation.operands),
+        equation.outputs,
     )
     if key not in _KNOWN:
         _KNOWN[key] = equation, _custom_call(equation)
@@ -109,7 +109,7 @@ def _name_of(equation: Equation) -> str:
 
 
 def _structs(equation: Equation) -> list[jax.ShapeDtypeStruct]:
-    return [jax.ShapeDtypeStruct(o.shape, o.dtype) for o in equation.operands]
+    return [o.struct for o in equation.operands]
 
 
 def _body(function: Any, structs: Sequence[Any], axes: Sequence[int | None]) -> RowGraph:

@@ -17,7 +17,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lrjax.compat import has_body
 from lrjax.inline import Atom, FlatEquation, FlatProgram, Literal
+from lrjax.manual_axes import is_cast, is_collective
 
 # Elements of the largest array that is made to be looked at: a resize from 8,192 rows to 16,384.
 LARGEST = 2**27
@@ -92,16 +94,17 @@ class _Evaluation:
             return jnp.asarray(self.constants.program.constants[atom])
         if atom not in self.known:
             equation = self.constants.producer[atom]
-            results = equation.evaluate([self(v) for v in equation.inputs])
+            operands = [self(v) for v in equation.inputs]
+            # Outside of ``jax.shard_map`` there are no axes to vary over.
+            results = operands if is_cast(equation) else equation.evaluate(operands)
             self.known.update(zip(equation.outputs, results, strict=True))
         return self.known[atom]
 
 
 def _is_plain(equation: FlatEquation) -> bool:
-    """No effect, no body, no randomness: cheap to run, and its parameters describe it."""
-    return not equation.has_effects and not any(
-        "jaxpr" in name or name in ("branches", "call") for name in equation.params
-    )
+    """No effect, no body, no randomness, the same on all devices: cheap to run, and its
+    parameters describe it."""
+    return not (equation.has_effects or has_body(equation.params) or is_collective(equation))
 
 
 def _key_of_array(array: Any) -> bytes | None:

@@ -18,7 +18,8 @@ from jax import lax
 
 from lrjax.blocks import keep_rows, read_rows, write_rows
 from lrjax.clock import Clock, clock_of
-from lrjax.full_after import Full, full_after
+from lrjax.compat import varying_axes, varying_over
+from lrjax.full_after import Full, full_after, full_like
 from lrjax.graph import RowGraph
 from lrjax.inline import Atom, FlatEquation, Literal
 from lrjax.line_buffers import (
@@ -29,6 +30,7 @@ from lrjax.line_buffers import (
     extend,
     line_buffer_of,
     producer_of,
+    typed,
 )
 from lrjax.offload import empty_on_host, from_host, is_on_host, to_host
 from lrjax.rowloop import Band, RowLoop, Source
@@ -152,11 +154,12 @@ def _run_band(
             rows = Rows(clock["start", i], count, loop.is_differentiated)
             results = op.evaluate(operands, rows)
         if node.is_reduction:
-            made.partial.update(zip(node.equation.outputs, results, strict=True))
+            pairs = zip(node.equation.outputs, results, strict=True)
+            made.partial.update((v, typed(loop, v, partial)) for v, partial in pairs)
             continue
         for v, slab in zip(node.equation.outputs, results, strict=True):
             with node.equation.origin():
-                slab = _filled(loop, clock, v, slab)
+                slab = typed(loop, v, _filled(loop, clock, v, slab))
             _keep(loop, clock, made, v, slab, lines)
     return _exported(band, made)
 
@@ -171,11 +174,11 @@ def _skip_band(loop: RowLoop, clock: Clock, band: Band, lines: Values) -> _Progr
         for v in node.equation.outputs:
             if node.op.reduction is not None:
                 fill = identity_of(node.op.reduction, avals[v].dtype)
-                made.partial[v] = jnp.full(avals[v].shape, fill, avals[v].dtype)
+                made.partial[v] = typed(loop, v, jnp.full(avals[v].shape, fill, avals[v].dtype))
                 continue
             shape = list(avals[v].shape)
             shape[loop.graph.row_axis[v]] = track.rows
-            slab = jnp.full(shape, loop.production_fill.get(v, 0), avals[v].dtype)
+            slab = typed(loop, v, jnp.full(shape, loop.production_fill.get(v, 0), avals[v].dtype))
             _keep(loop, clock, made, v, slab, lines)
     return _exported(band, made)
 
@@ -264,7 +267,8 @@ def empty_sums(loop: RowLoop, full: Full) -> Values:
                 aval = loop.graph.program.avals[v]
                 dtype = accumulator_dtype(aval.dtype)
                 with node.equation.origin():
-                    sums[v] = full(aval.shape, identity_of(node.op.reduction, dtype), dtype)
+                    identity = identity_of(node.op.reduction, dtype)
+                    sums[v] = full_like(full, aval, identity, dtype=dtype)
     return sums
 
 
@@ -297,8 +301,11 @@ def empty_outputs(loop: RowLoop, full: Full, hosted: Collection[int] = ()) -> Va
     outputs = {}
     for v in loop.row_outputs:
         with producer_of(loop, v).origin():
-            shape, dtype = avals[v].shape, avals[v].dtype
-            outputs[v] = empty_on_host(shape, dtype) if v in hosted else full(shape, 0, dtype)
+            if v in hosted:
+                empty = empty_on_host(avals[v].shape, avals[v].dtype)
+                outputs[v] = typed(loop, v, empty)
+            else:
+                outputs[v] = full_like(full, avals[v])
     return outputs
 
 
@@ -376,7 +383,7 @@ def run_graph(
     for stage, loop in enumerate(loops):
         for node in graph.column_nodes(stage):
             copies.update(_copies(graph, whole, node.equation.inputs))
-            values.update(run_column(node.equation, whole))
+            values.update(run_column(graph, node.equation, whole))
         if loop is not None:
             copies.update(_copies(graph, whole, loop.wholes))
             taken = {v: whole[v] for v in loop.wholes}
@@ -397,10 +404,14 @@ def _copies(graph: RowGraph, values: Mapping[int, Any], atoms: Sequence[Atom]) -
     }
 
 
-def run_column(equation: FlatEquation, values: Mapping[int, Any]) -> Values:
+def run_column(graph: RowGraph, equation: FlatEquation, values: Mapping[int, Any]) -> Values:
     """Evaluate one equation on whole values."""
     results = equation.evaluate([_read(values, v) for v in equation.inputs])
-    return dict(zip(equation.outputs, results, strict=True))
+    avals = graph.program.avals
+    return {
+        v: varying_over(result, varying_axes(avals[v]))
+        for v, result in zip(equation.outputs, results, strict=True)
+    }
 
 
 def _read(values: Mapping[int, Any], atom: Atom) -> Any:

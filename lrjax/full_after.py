@@ -8,7 +8,7 @@ filled with is made to depend on what the loop waits for, in a way that XLA does
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
@@ -17,6 +17,7 @@ import numpy as np
 from jax import lax
 from jax.custom_derivatives import SymbolicZero
 
+from lrjax.compat import varying_axes, varying_over
 from lrjax.offload import first_element
 from lrjax.rules.base import Array
 
@@ -51,6 +52,21 @@ def full_after(arrays: Iterable[Any]) -> Full:
         return lax.broadcast(fillings[fill, dtype], shape)
 
     return full
+
+
+def full_like(
+    full: Full, like: Any, fill: Any = 0, *, shape: Sequence[int] | None = None, dtype: Any = None
+) -> Array:
+    """``full`` for an array or a type: varying over the mesh axes that it varies over, no others.
+
+    Where the arrays that are waited for differ between devices and the result must not, it waits
+    for nothing.
+    """
+    own, kind = tuple(like.shape if shape is None else shape), dtype or like.dtype
+    made, axes = full(own, fill, kind), varying_axes(like)
+    if not varying_axes(made) <= axes:
+        made = jnp.full(own, fill, kind)
+    return varying_over(made, axes)
 
 
 def _has_numbers(array: Any) -> bool:

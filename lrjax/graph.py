@@ -13,6 +13,7 @@ from fractions import Fraction
 from typing import Any
 
 from lrjax.alignment import Alignment
+from lrjax.compat import varying_axes
 from lrjax.constants import Constants
 from lrjax.geometry import IDENTITY
 from lrjax.inline import Atom, FlatEquation, FlatProgram, Literal
@@ -286,7 +287,8 @@ class _Typer:
             if isinstance(atom, Literal):
                 return Operand(atom.shape, atom.dtype, None, self.constants.of(atom))
             aval, axis = self.avals[atom], self.row_axis.get(atom)
-            return Operand(aval.shape, aval.dtype, axis, self.constants.of(atom))
+            constant, varying = self.constants.of(atom), varying_axes(aval)
+            return Operand(aval.shape, aval.dtype, axis, constant, varying)
 
         return Equation(
             equation.primitive,

@@ -21,7 +21,18 @@ from jax import lax
 from jax.extend import source_info_util
 from jax.extend.core import Literal as JaxLiteral
 
-from lrjax.compat import bind, from_real_parts, named, open_jaxpr, real_parts, scan_arity
+from lrjax.compat import (
+    bind,
+    from_real_parts,
+    named,
+    open_jaxpr,
+    real_parts,
+    scan_arity,
+    struct_like,
+    varying_axes,
+    varying_over,
+)
+from lrjax.manual_axes import with_early_casts
 
 # The parameter that holds the body of a call, by primitive.
 _CALLS = {
@@ -147,7 +158,7 @@ def flatten(
         tuple(outputs),
         flattener.constants,
     )
-    return without_dead_equations(program)
+    return without_dead_equations(with_early_casts(program))
 
 
 def is_moving(constant: Any) -> bool:
@@ -179,12 +190,12 @@ class _Flattener:
         self.typed = typed
 
     def constant(self, value: Any) -> int:
-        made = self.fresh(jax.ShapeDtypeStruct(np.shape(value), jnp.result_type(value)))
+        made = self.fresh(jax.typeof(value))
         self.constants[made] = value
         return made
 
     def fresh(self, aval: Any) -> int:
-        self.avals.append(jax.ShapeDtypeStruct(getattr(aval, "shape", ()), aval.dtype))
+        self.avals.append(struct_like(aval))
         return len(self.avals) - 1
 
     def inline(self, jaxpr: Any, arguments: Sequence[Atom]) -> list[Atom]:
@@ -359,9 +370,9 @@ class _Flattener:
             return self.pieces[operand]
         found: list[Atom] = []
         for step in range(length):
-            one = jax.ShapeDtypeStruct((1, *aval.shape[1:]), aval.dtype)
+            one = struct_like(aval, (1, *aval.shape[1:]))
             row = self.slice(operand, aval.shape, 0, step, one)
-            flat = jax.ShapeDtypeStruct(aval.shape[1:], aval.dtype)
+            flat = struct_like(aval, aval.shape[1:])
             found += self.add(lax.squeeze_p, {"dimensions": (0,)}, (row,), [flat])
         return found
 
@@ -374,7 +385,7 @@ class _Flattener:
                 "broadcast_dimensions": tuple(range(1, len(aval.shape))),
                 "sharding": None,
             }
-            one = jax.ShapeDtypeStruct((1, *aval.shape[1:]), aval.dtype)
+            one = struct_like(aval, (1, *aval.shape[1:]))
             rows += self.add(lax.broadcast_in_dim_p, params, (piece,), [one])
         (whole,) = self.add(lax.concatenate_p, {"dimension": 0}, tuple(rows), [aval])
         self.pieces[whole] = list(pieces)
@@ -467,6 +478,7 @@ def evaluate(
     for equation in program.equations:
         results = equation.evaluate([read(v) for v in equation.inputs])
         for v, result in zip(equation.outputs, results, strict=True):
+            result = varying_over(result, varying_axes(program.avals[v]))
             values[v] = named(result, tags[v]) if v in tags else result
     return [read(v) for v in program.outputs]
 

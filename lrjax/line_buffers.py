@@ -13,7 +13,8 @@ from jax import lax
 
 from lrjax.blocks import slice_rows
 from lrjax.clock import Clock
-from lrjax.full_after import Full
+from lrjax.compat import varying_axes, varying_over
+from lrjax.full_after import Full, full_like
 from lrjax.geometry import ceil_div
 from lrjax.inline import FlatEquation
 from lrjax.rowloop import RowLoop
@@ -100,9 +101,14 @@ def empty_lines(loop: RowLoop, full: Full) -> Values:
         if loop.line_rows(v):
             with line_buffer_of(loop, v):
                 fill = loop.production_fill.get(v, 0)
-                dtype = loop.graph.program.avals[v].dtype
-                lines[v] = full(_line_shape(loop, v), fill, dtype)
+                aval = loop.graph.program.avals[v]
+                lines[v] = full_like(full, aval, fill, shape=_line_shape(loop, v))
     return lines
+
+
+def typed(loop: RowLoop, value: int, rows: Array) -> Array:
+    """Rows of a value, varying over the mesh axes that the whole value varies over."""
+    return varying_over(rows, varying_axes(loop.graph.program.avals[value]))
 
 
 def extend(

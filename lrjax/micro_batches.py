@@ -16,7 +16,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from lrjax.full_after import full_after
+from lrjax.compat import struct_like
+from lrjax.full_after import full_after, full_like
 from lrjax.geometry import IDENTITY
 from lrjax.graph import RowGraph, build
 from lrjax.inline import Literal, flatten
@@ -118,7 +119,7 @@ def micro_batches(segment: Segment, parts: int) -> MicroBatches:
 
 
 def _resized(struct: Any, size: int) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct((size, *struct.shape[1:]), struct.dtype)
+    return struct_like(struct, (size, *struct.shape[1:]))
 
 
 def _evaluate_part(graph: RowGraph, inputs: Sequence[Array], size: int) -> list[Array]:
@@ -158,7 +159,7 @@ def by_micro_batches(own: MicroBatches, function: Function) -> Function:
             return [_put(a, r, own, index) for a, r in zip(arrays, results, strict=True)], None
 
         full = full_after(inputs[i] for i in own.divided)
-        empty = [full(out.shape, 0, out.dtype) for out in outputs]
+        empty = [full_like(full, out) for out in outputs]
         return lax.scan(one, empty, jnp.arange(own.parts))[0]
 
     def forward(*inputs: Any) -> Any:
@@ -192,7 +193,11 @@ def by_micro_batches(own: MicroBatches, function: Function) -> Function:
         for i in moving:
             shape, dtype = structs[i].shape, _sum_dtype(own, i)
             is_hosted = is_on_host(inputs[i])
-            start[i] = empty_on_host(shape, dtype) if is_hosted else full(shape, 0, dtype)
+            start[i] = (
+                empty_on_host(shape, dtype)
+                if is_hosted
+                else full_like(full, structs[i], dtype=dtype)
+            )
         sums, _ = lax.scan(one, start, jnp.arange(own.parts))
         return tuple(
             sums[i].astype(struct.dtype) if i in sums else None for i, struct in enumerate(structs)

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.custom_derivatives import SymbolicZero
 
-from lrjax.compat import checkpoint, from_real_parts, real_parts
+from lrjax.compat import checkpoint, from_real_parts, real_parts, varying_axes, varying_over
 from lrjax.rules.base import Array
 
 HOST, DEVICE = jax.memory.Space.Host, jax.memory.Space.Device
@@ -180,5 +180,6 @@ def _is_inexact(array: Array) -> bool:
 def instantiated(cotangent: Any) -> Array:
     """A cotangent as an array, zeros too."""
     if isinstance(cotangent, SymbolicZero):
-        return jnp.zeros(cotangent.shape, cotangent.dtype)
+        zeros = jnp.zeros(cotangent.shape, cotangent.dtype)
+        return varying_over(zeros, varying_axes(cotangent.aval))
     return cotangent

@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lrjax.compat import struct_like
 from lrjax.graph import RowGraph, build, stage_problem
 from lrjax.inline import FlatProgram, flatten, function_of, masks_from_outputs
 from lrjax.stages import Problem, Stages, cut_into_stages
@@ -131,7 +132,7 @@ def _joint_graph(
             cotangents[i] = ct
         return values, pull(cotangents)
 
-    structs = [jax.ShapeDtypeStruct(outputs[i].shape, outputs[i].dtype) for i in inexact]
+    structs = [struct_like(outputs[i]) for i in inexact]
     out_axes = [forward.row_axis.get(v) if isinstance(v, int) else None for v in program.outputs]
     traced = masks_from_outputs(flatten(jax.make_jaxpr(joint)(*program.structs, *structs)))
     return build(traced, [*axes, *(out_axes[i] for i in inexact)])

@@ -12,6 +12,7 @@ import numpy as np
 
 from lrjax.graph import build
 from lrjax.inline import Atom, FlatEquation, FlatProgram, flatten, is_moving, lifted_effects
+from lrjax.manual_axes import with_casts_outside
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,15 +79,11 @@ def trace(
         row_axes=axes,
         typed=row_axes_of,
     )
-    program, effects = lifted_effects(program)
     consts = tuple(filter(is_moving, closed.consts))
-    return Traced(
-        program,
-        (*consts, *arrays),
-        (*(None,) * len(consts), *axes, *(None,) * len(traced_keywords)),
-        out_tree,
-        effects,
-    )
+    all_axes = (*(None,) * len(consts), *axes, *(None,) * len(traced_keywords))
+    program, inputs, input_axes = with_casts_outside(program, (*consts, *arrays), all_axes)
+    program, effects = lifted_effects(program)
+    return Traced(program, inputs, input_axes, out_tree, effects)
 
 
 def flat_axes(in_axes: Any, args: tuple[Any, ...]) -> tuple[int | None, ...]:

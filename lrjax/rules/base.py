@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lrjax.compat import bind
+from lrjax.compat import bind, struct
 from lrjax.constants import Constant
 from lrjax.geometry import AnyMap
 
@@ -40,12 +40,19 @@ class Operand:
       shape, dtype: of the whole value.
       row_axis: the axis that carries rows, None for a value that only exists whole.
       constant: the value, computed on demand, if no input of the program changes it; literals too.
+      varying: axes of an enclosing ``jax.shard_map`` over which it may differ between devices.
     """
 
     shape: Shape
     dtype: Any
     row_axis: int | None
     constant: Constant | None = None
+    varying: frozenset[str] = frozenset()
+
+    @property
+    def struct(self) -> jax.ShapeDtypeStruct:
+        """The type of the whole value."""
+        return struct(self.shape, self.dtype, self.varying)
 
     @property
     def height(self) -> int:

@@ -20,16 +20,17 @@ ELEMENTWISE = (
     "igammac", "imag", "integer_pow", "is_finite", "le", "le_to", "lgamma", "log", "log1p", "log2",
     "logistic", "lt", "lt_to", "max", "min", "mul", "mulhi", "name", "ne", "neg", "nextafter",
     "not", "one_minus_square", "optimization_barrier", "or", "polygamma", "polynomial",
-    "population_count", "pow", "real", "reduce_precision", "regularized_incomplete_beta", "rem",
-    "round", "rsqrt", "select_n", "shift_left", "shift_right_arithmetic", "shift_right_logical",
-    "sign", "sin", "sinh", "sqrt", "square", "stop_gradient", "sub", "tan", "tanh", "xor", "zeta",
+    "population_count", "pow", "pvary", "real", "reduce_precision", "regularized_incomplete_beta",
+    "rem", "round", "rsqrt", "select_n", "shift_left", "shift_right_arithmetic",
+    "shift_right_logical", "sign", "sin", "sinh", "sqrt", "square", "stop_gradient", "sub", "tan",
+    "tanh", "xor", "zeta",
 )
 
 # Finite everywhere, with finite derivatives; what is left has poles or overflows.
 TAME = frozenset((
     "abs", "add", "add_any", "and", "ceil", "clamp", "convert_element_type", "copy", "copy_p",
     "cos", "eq", "erf", "erfc", "floor", "ge", "gt", "imag", "is_finite", "le", "logistic", "lt",
-    "max", "min", "mul", "name", "ne", "neg", "not", "optimization_barrier", "or", "real",
+    "max", "min", "mul", "name", "ne", "neg", "not", "optimization_barrier", "or", "pvary", "real",
     "one_minus_square", "reduce_precision", "round", "select_n", "sign", "sin", "sort", "cumsum",
     "cummax", "cummin", "square", "stop_gradient", "sub", "tanh", "xor",
 ))
