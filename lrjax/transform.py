@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from lrjax import autodiff, offload
 from lrjax.compat import checkpoint
 from lrjax.inline import Atom, evaluate
+from lrjax.meshes import on_auto_axes
 from lrjax.micro_batches import by_micro_batches, micro_batches
 from lrjax.options import Cuts, Options, checked_options, checked_segments
 from lrjax.planner.choice import Choice
@@ -75,7 +76,10 @@ def rowwise(
 
     @functools.wraps(fun)
     def rowwise_fun(*args: Any, **kwargs: Any) -> Any:
-        return run(trace(fun, in_axes, args, kwargs), options)
+        def by_rows(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            return run(trace(fun, in_axes, args, kwargs), options)
+
+        return on_auto_axes(by_rows, fun, in_axes, args, kwargs)
 
     return rowwise_fun
 
