@@ -13,7 +13,7 @@ from typing import Any
 import jax
 from jax.sharding import AxisType, NamedSharding
 
-from lrjax.tracing import flat_axes, is_array
+from lrjax.tracing import flat_axes, full_trace, is_array
 
 Call = Callable[[tuple[Any, ...], dict[str, Any]], Any]
 
@@ -43,7 +43,7 @@ def on_auto_axes(
         return fun(*args, **kwargs)
 
     arrays = [leaves[i] for i in moving]
-    closed, struct = jax.make_jaxpr(lambda *xs: with_leaves(column, xs), return_shape=True)(*arrays)
+    closed, struct = full_trace(lambda *xs: with_leaves(column, xs), arrays)
     _check_closure(closed.consts)
     shardings = jax.tree.map(lambda out: out.sharding, struct)
 

@@ -14,8 +14,9 @@ from typing import Any
 import jax
 
 from lrjax.graph import RowGraph, build
+from lrjax.meshes import on_auto_axes
 from lrjax.options import Options
-from lrjax.tracing import Traced, flat_axes, is_array, trace
+from lrjax.tracing import Traced, flat_axes, is_array, is_within_rowwise, trace
 from lrjax.transform import run
 
 # What makes a network convolutional; all else that is local in rows could run whole just as well.
@@ -50,6 +51,8 @@ def call_rowwise(
       ValueError: where the call has nothing to run by rows, or changes a variable that carries
         rows, or where the options do not fit it.
     """
+    if is_within_rowwise():
+        return fun(state, *args, **kwargs)
     leaves, tree = jax.tree.flatten(args)
     axes = flat_axes(in_axes, args)
     moving = [i for i, leaf in enumerate(leaves) if is_array(leaf)]
@@ -61,11 +64,16 @@ def call_rowwise(
         return fun(state, *jax.tree.unflatten(tree, full), **keywords)
 
     arrays = [leaves[i] for i in moving]
-    traced = trace(flat, (None, [axes[i] for i in moving]), (state, arrays), kwargs)
-    graph = build(traced.program, traced.axes)
-    _check_windows(graph, name)
-    _check_changed(traced, graph, name)
-    return run(traced, options)
+    in_axes = (None, [axes[i] for i in moving])
+
+    def by_rows(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        traced = trace(flat, in_axes, args, kwargs)
+        graph = build(traced.program, traced.axes)
+        _check_windows(graph, name)
+        _check_changed(traced, graph, name)
+        return run(traced, options)
+
+    return on_auto_axes(by_rows, flat, in_axes, (state, arrays), kwargs)
 
 
 def _check_windows(graph: RowGraph, name: str) -> None:

@@ -14,6 +14,21 @@ from lrjax.graph import build
 from lrjax.inline import Atom, FlatEquation, FlatProgram, flatten, is_moving, lifted_effects
 from lrjax.manual_axes import with_casts_outside
 
+# True while the function of a row-wise one is traced. It is part of the keys of JAX's caches, so
+# that what is traced within one is not used outside, nor the other way round.
+_IS_TRACING = jax.make_user_context(False)
+
+
+def is_within_rowwise() -> bool:
+    """Whether a function is called by one that runs row by row itself, and decides for both."""
+    return bool(_IS_TRACING.value)
+
+
+def full_trace(fun: Callable[..., Any], arrays: Sequence[Any]) -> tuple[Any, Any]:
+    """The jaxpr and the result's types; row-wise functions in ``fun`` are what they are made of."""
+    with _IS_TRACING(True):
+        return jax.make_jaxpr(fun, return_shape=True)(*arrays)
+
 
 @dataclasses.dataclass(frozen=True)
 class Traced:
@@ -68,7 +83,7 @@ def trace(
 
     arrays = [*leaves, *(keyword_leaves[i] for i in traced_keywords)]
     try:
-        closed = jax.make_jaxpr(flat)(*arrays)
+        closed, _ = full_trace(flat, arrays)
     except (TypeError, ValueError) as error:
         _explain_heights(leaves, axes, error)
         raise

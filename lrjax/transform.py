@@ -21,7 +21,7 @@ from lrjax.options import Cuts, Options, checked_options, checked_segments
 from lrjax.planner.choice import Choice
 from lrjax.planner.plan import ROW_STRATEGIES
 from lrjax.segments import Segment, split, split_at
-from lrjax.tracing import Traced, trace
+from lrjax.tracing import Traced, is_within_rowwise, trace
 
 
 def rowwise(
@@ -62,7 +62,8 @@ def rowwise(
 
     Returns:
       A function with ``fun``'s signature, outputs and dtypes, to be used under ``jit``, ``grad``,
-      ``vmap`` and inside other transformations.
+      ``vmap`` and inside other transformations. Within another row-wise function it is ``fun``: the
+      outer one's options hold for all of it.
 
     Raises:
       ValueError: for arguments that do not fit; raised when the returned function is called, before
@@ -76,6 +77,9 @@ def rowwise(
 
     @functools.wraps(fun)
     def rowwise_fun(*args: Any, **kwargs: Any) -> Any:
+        if is_within_rowwise():
+            return fun(*args, **kwargs)
+
         def by_rows(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             return run(trace(fun, in_axes, args, kwargs), options)
 
