@@ -24,7 +24,7 @@ from lrjax import calls as _calls  # noqa: F401  registers its rules
 from lrjax import engine, linearity
 from lrjax.blocks import keep_rows, read_rows, write_rows
 from lrjax.clock import Clock, clock_of
-from lrjax.compat import checkpoint, struct_like, varying_axes, varying_over
+from lrjax.compat import checkpoint
 from lrjax.full_after import full_after, full_like
 from lrjax.graph import RowGraph, build
 from lrjax.inline import (
@@ -42,6 +42,7 @@ from lrjax.offload import instantiated, is_on_host, scaled, to_host
 from lrjax.residuals import residuals
 from lrjax.rowloop import RowLoop, row_loop
 from lrjax.rules.base import Array, RowOp
+from lrjax.varying import struct_like, varying_axes, varying_over
 
 Axes = Sequence[int | None]
 
@@ -304,11 +305,8 @@ def _value_and_gradient(program: FlatProgram, axes: Axes, wrt: Sequence[int]) ->
 
     if not _has_linear_gradient(program, both, out):
         return None
-
-    def of_one(*inputs: Any) -> Any:
-        return both(varying_over(jnp.ones((), out.dtype), varying_axes(out)), *inputs)
-
-    found = traced_graph(of_one, program.structs, axes)
+    one, over = jnp.ones((), out.dtype), varying_axes(out)
+    found = traced_graph(lambda *xs: both(varying_over(one, over), *xs), program.structs, axes)
     return found if len(found.loops) == 1 else None
 
 

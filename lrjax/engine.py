@@ -18,7 +18,6 @@ from jax import lax
 
 from lrjax.blocks import keep_rows, read_rows, write_rows
 from lrjax.clock import Clock, clock_of
-from lrjax.compat import varying_axes, varying_over
 from lrjax.full_after import Full, full_after, full_like
 from lrjax.graph import RowGraph
 from lrjax.inline import Atom, FlatEquation, Literal
@@ -36,6 +35,7 @@ from lrjax.offload import empty_on_host, from_host, is_on_host, to_host
 from lrjax.rowloop import Band, RowLoop, Source
 from lrjax.rules.base import Array, Rows
 from lrjax.rules.reduction import identity_of
+from lrjax.varying import varying_axes, varying_over
 
 # --- One step ------------------------------------------------------------------------------------
 

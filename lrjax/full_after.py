@@ -17,9 +17,9 @@ import numpy as np
 from jax import lax
 from jax.custom_derivatives import SymbolicZero
 
-from lrjax.compat import varying_axes, varying_over
 from lrjax.offload import first_element
 from lrjax.rules.base import Array
+from lrjax.varying import varying_axes, varying_over
 
 Full = Callable[[tuple[int, ...], Any, Any], Array]  # shape, fill, dtype
 

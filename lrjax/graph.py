@@ -13,7 +13,6 @@ from fractions import Fraction
 from typing import Any
 
 from lrjax.alignment import Alignment
-from lrjax.compat import varying_axes
 from lrjax.constants import Constants
 from lrjax.geometry import IDENTITY
 from lrjax.inline import Atom, FlatEquation, FlatProgram, Literal
@@ -21,6 +20,7 @@ from lrjax.rules.base import Equation, NotRowLocal, Operand, RowOp, row_op
 from lrjax.rules.elementwise import ELEMENTWISE
 from lrjax.rules.shape import constant_along_rows
 from lrjax.stages import Operation, Problem, Stages, cut_into_stages
+from lrjax.varying import varying_axes
 
 
 @dataclasses.dataclass(frozen=True)

@@ -21,18 +21,9 @@ from jax import lax
 from jax.extend import source_info_util
 from jax.extend.core import Literal as JaxLiteral
 
-from lrjax.compat import (
-    bind,
-    from_real_parts,
-    named,
-    open_jaxpr,
-    real_parts,
-    scan_arity,
-    struct_like,
-    varying_axes,
-    varying_over,
-)
+from lrjax.compat import bind, from_real_parts, named, open_jaxpr, real_parts, scan_arity
 from lrjax.manual_axes import with_early_casts
+from lrjax.varying import struct_like, varying_axes, varying_over
 
 # The parameter that holds the body of a call, by primitive.
 _CALLS = {

@@ -13,12 +13,12 @@ from jax import lax
 
 from lrjax.blocks import slice_rows
 from lrjax.clock import Clock
-from lrjax.compat import varying_axes, varying_over
 from lrjax.full_after import Full, full_like
 from lrjax.geometry import ceil_div
 from lrjax.inline import FlatEquation
 from lrjax.rowloop import RowLoop
 from lrjax.rules.base import Array
+from lrjax.varying import varying_axes, varying_over
 
 Values = dict[int, Array]
 

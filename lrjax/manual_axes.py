@@ -12,7 +12,8 @@ import dataclasses
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from lrjax.compat import has_body, struct, varying_axes, varying_over
+from lrjax.compat import has_body
+from lrjax.varying import struct, varying_axes, varying_over
 
 if TYPE_CHECKING:
     from lrjax.inline import Atom, FlatEquation, FlatProgram

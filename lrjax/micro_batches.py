@@ -16,7 +16,6 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from lrjax.compat import struct_like
 from lrjax.full_after import full_after, full_like
 from lrjax.geometry import IDENTITY
 from lrjax.graph import RowGraph, build
@@ -24,6 +23,7 @@ from lrjax.inline import Literal, flatten
 from lrjax.offload import beside, empty_on_host, instantiated, is_on_host, on_device
 from lrjax.rules.base import Array, Rows
 from lrjax.segments import Cuttable, Segment
+from lrjax.varying import struct_like
 
 BATCH_AXIS = 0
 Function = Callable[..., Sequence[Array]]

@@ -20,8 +20,9 @@ import jax.numpy as jnp
 from jax import lax
 from jax.custom_derivatives import SymbolicZero
 
-from lrjax.compat import checkpoint, from_real_parts, real_parts, varying_axes, varying_over
+from lrjax.compat import checkpoint, from_real_parts, real_parts
 from lrjax.rules.base import Array
+from lrjax.varying import varying_axes, varying_over
 
 HOST, DEVICE = jax.memory.Space.Host, jax.memory.Space.Device
 SLAB_ROWS = 64

@@ -17,10 +17,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lrjax.compat import struct_like
 from lrjax.graph import RowGraph, build, stage_problem
 from lrjax.inline import FlatProgram, flatten, function_of, masks_from_outputs
 from lrjax.stages import Problem, Stages, cut_into_stages
+from lrjax.varying import struct_like
 
 # The least memory is taken with which all operations stay within this multiple of column's (a
 # forward pass done again is 4/3).

@@ -17,9 +17,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lrjax.compat import bind, struct
+from lrjax.compat import bind
 from lrjax.constants import Constant
 from lrjax.geometry import AnyMap
+from lrjax.varying import struct
 
 Shape = tuple[int, ...]
 Array = jax.Array
