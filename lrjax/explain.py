@@ -8,104 +8,21 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax.numpy as jnp
-import numpy as np
 
 from lrjax import autodiff
 from lrjax.autodiff import RowProgram
+from lrjax.explanation import Explanation, OperationRow, Pass, SegmentReport
+from lrjax.fallbacks import fallbacks_of, made_by
 from lrjax.geometry import AnyMap
-from lrjax.graph import RowGraph, size_bytes
-from lrjax.options import Cuts, checked_options
+from lrjax.graph import RowGraph, build, size_bytes
+from lrjax.inline import FlatProgram
+from lrjax.micro_batches import micro_batches
+from lrjax.options import Cuts, Options, check_callable, checked_options
+from lrjax.planner.choice import Choice
 from lrjax.rowloop import RowLoop
 from lrjax.segments import Segment
-from lrjax.tracing import trace
-from lrjax.transform import segments_and_choices
-
-
-@dataclasses.dataclass(frozen=True)
-class OperationRow:
-    """One operation of a row loop.
-
-    Attributes:
-      name: primitive and output shape.
-      receptive_field: rows of the segment's inputs that one output row depends on.
-      halo: input rows that neighbouring blocks of the operation share.
-      rows_per_step: output rows computed in a step.
-      line_buffer_rows, line_buffer_bytes: what is kept of the output between steps.
-      recomputed_rows: rows of the image that this pass computes again, in it or after another.
-    """
-
-    name: str
-    receptive_field: int
-    halo: int
-    rows_per_step: int
-    line_buffer_rows: int
-    line_buffer_bytes: int
-    recomputed_rows: int
-
-
-@dataclasses.dataclass(frozen=True)
-class Pass:
-    """One program (forward or backward) of a segment: its row loops and what fell back.
-
-    Attributes:
-      name: "forward", "backward", or "forward and backward" where both stream together.
-      steps: steps of every row loop.
-      operations: the row operations, in order.
-      saved_bytes: what the pass keeps for the backward pass besides its inputs and outputs.
-      column: operations on whole values at the boundaries between row loops, in order.
-      fallbacks: those among them that have rows but are not local in them, with the reason.
-    """
-
-    name: str
-    steps: tuple[int, ...]
-    operations: tuple[OperationRow, ...]
-    saved_bytes: int
-    column: tuple[str, ...]
-    fallbacks: tuple[str, ...]
-
-    @property
-    def line_buffer_bytes(self) -> int:
-        return sum(operation.line_buffer_bytes for operation in self.operations)
-
-
-@dataclasses.dataclass(frozen=True)
-class SegmentReport:
-    """A segment, and the segments of its group: the backward pass first runs them all again."""
-
-    strategy: str
-    num_blocks: int
-    passes: tuple[Pass, ...]
-    group: tuple[int, ...]
-
-
-@dataclasses.dataclass(frozen=True)
-class Explanation:
-    """The answer of ``explain``; print it for a table."""
-
-    segments: tuple[SegmentReport, ...]
-
-    @property
-    def fallbacks(self) -> tuple[str, ...]:
-        """Every operation that fell back to column, with the reason."""
-        passes = (p for segment in self.segments for p in segment.passes)
-        return tuple(dict.fromkeys(f for p in passes for f in p.fallbacks))
-
-    def __str__(self) -> str:
-        lines: list[str] = []
-        for index, segment in enumerate(self.segments):
-            title = f"segment {index}: {segment.strategy}"
-            if segment.passes:
-                title += f", {segment.num_blocks} blocks"
-            if len(segment.group) > 1:
-                first, *_, last = segment.group
-                title += f"; group of segments {first} to {last}, run again for the backward pass"
-            lines.append(title)
-            for one in segment.passes:
-                lines.extend(_table(one))
-        if self.fallbacks:
-            lines.append("column-wise, because not local in rows:")
-            lines.extend(f"  {fallback}" for fallback in self.fallbacks)
-        return "\n".join(lines)
+from lrjax.tracing import Traced, trace
+from lrjax.transform import hosted_values, segments_and_choices
 
 
 def explain(
@@ -116,6 +33,7 @@ def explain(
     strategy: str | Sequence[str] = "stream",
     cuts: Cuts = (),
     plan: Any = None,
+    offload: bool = False,
     **kwargs: Any,
 ) -> Explanation:
     """What ``rowwise(fun, ...)(*args, **kwargs)`` and its gradient will do; nothing is compiled.
@@ -124,52 +42,57 @@ def explain(
     floating-point arguments where there are none).
 
     Args:
-      fun, in_axes, num_blocks, strategy, cuts, plan: as for ``lrjax.rowwise``.
+      fun, in_axes, num_blocks, strategy, cuts, plan, offload: as for ``lrjax.rowwise``.
       args, kwargs: ``fun``'s arguments, arrays or ``jax.ShapeDtypeStruct``.
 
     Returns:
-      An ``Explanation``: per segment and pass a table of operations with receptive field, halo,
-      rows per step, line buffers and recomputed rows, and everything that fell back to column.
+      An ``Explanation``. Printed, it is a summary: every segment's strategy, blocks, steps, line
+      buffers, what it saves and computes again, and what fell back to column and why. Its
+      ``tables()`` are of every pass's operations, with receptive field, halo, rows per step, line
+      buffers and recomputed rows.
 
     Raises:
       ValueError: as ``lrjax.rowwise`` does when it is called.
     """
-    options = checked_options(num_blocks, strategy, cuts, plan)
-    traced = trace(fun, in_axes, args, kwargs)
+    check_callable(fun)
+    options = checked_options(
+        num_blocks=num_blocks, strategy=strategy, cuts=cuts, plan=plan, offload=offload
+    )
+    return explain_with(trace(fun, in_axes, args, kwargs), options)
+
+
+def explain_with(traced: Traced, options: Options) -> Explanation:
+    """``explain`` for a traced call and options that are checked already."""
     segments, choices = segments_and_choices(traced, options)
     groups = [tuple(group) for group in options.groups(len(segments)) for _ in group]
+    hosted = hosted_values(traced, segments, choices)
     return Explanation(
         tuple(
-            SegmentReport(c.strategy, c.num_blocks, _passes(s, c.strategy, c.num_blocks), group)
-            for s, c, group in zip(segments, choices, groups, strict=True)
+            SegmentReport(
+                choice,
+                _passes(segment, choice),
+                group,
+                build(segment.program, segment.axes).operations(once=True),
+                sum(size_bytes(traced.program.avals[v]) for v in segment.made if v in hosted),
+            )
+            for segment, choice, group in zip(segments, choices, groups, strict=True)
         )
     )
 
 
-def _passes(segment: Segment, strategy: str, num_blocks: int) -> tuple[Pass, ...]:
-    program, axes = segment.program, segment.axes
-    if strategy in ("column", "checkpoint"):
+def _passes(segment: Segment, choice: Choice) -> tuple[Pass, ...]:
+    if choice.strategy in ("column", "checkpoint"):
         return ()
-    if strategy in ("2ps", "overl"):
-        rows = autodiff.differentiable_program(program, axes, strategy, num_blocks)
-        saved = sum(
-            loop.steps * _line_bytes(loop, v)
-            for loop in rows.loops
-            if loop is not None
-            for v in loop.producer
-        )
-        forward = _pass("forward", rows, saved)
-        again = tuple(
-            dataclasses.replace(o, recomputed_rows=o.recomputed_rows + _height(rows, i))
-            for i, o in enumerate(forward.operations)
-        )
-        return forward, dataclasses.replace(
-            forward, name="backward (every step again, in reverse)", operations=again
-        )
+    if choice.micro_batches > 1:
+        segment = micro_batches(segment, choice.micro_batches).part
+    program, axes = segment.program, segment.axes
+    if choice.strategy in ("2ps", "overl"):
+        return _differentiated_passes(program, axes, choice)
     wrt = _differentiated(segment)
-    programs = autodiff.stream_programs(program, axes, num_blocks, wrt)
-    if programs.backward is None:
-        return (_pass("forward and backward", programs.forward, 0),)
+    programs = autodiff.stream_programs(program, axes, choice.num_blocks, wrt)
+    first, second = autodiff.stream_graphs(program, axes, tuple(wrt))
+    if programs.backward is None or second is None:
+        return (_pass("forward and backward", programs.forward, first, 0),)
     residuals = programs.forward.graph.program.outputs[len(program.outputs) :]
     inputs = set(programs.forward.graph.program.inputs)
     saved = sum(
@@ -179,9 +102,29 @@ def _passes(segment: Segment, strategy: str, num_blocks: int) -> tuple[Pass, ...
     )
     cotangents = len(programs.backward.graph.program.inputs) - len(residuals)
     return (
-        _pass("forward", programs.forward, saved),
-        _pass("backward", programs.backward, 0, cotangents),
+        _pass("forward", programs.forward, first, saved),
+        _pass("backward", programs.backward, second, 0, cotangents),
     )
+
+
+def _differentiated_passes(
+    program: FlatProgram, axes: Sequence[int | None], choice: Choice
+) -> tuple[Pass, ...]:
+    """2PS and OverL: the backward pass does every step of the forward pass again.
+
+    What runs column-wise between row loops is left to JAX, which does not do it again.
+    """
+    rows = autodiff.differentiable_program(program, axes, choice.strategy, choice.num_blocks)
+    loops = [loop for loop in rows.loops if loop is not None]
+    saved = sum(loop.steps * _line_bytes(loop, v) for loop in loops for v in loop.producer)
+    forward = _pass("forward", rows, rows.graph, saved)
+    twice = [_rows_twice(loop, i) for loop in loops for i in range(len(loop.nodes))]
+    again = tuple(
+        dataclasses.replace(o, recomputed_rows=o.rows + overlap)
+        for o, overlap in zip(forward.operations, twice, strict=True)
+    )
+    name = "backward (every step again, in reverse)"
+    return forward, Pass(name, forward.steps, again, saved_bytes=0, column=(), fallbacks=())
 
 
 def _differentiated(segment: Segment) -> list[int]:
@@ -193,36 +136,53 @@ def _differentiated(segment: Segment) -> list[int]:
     return [i for i in inexact if segment.axes[i] is None] or inexact
 
 
-def _pass(name: str, rows: RowProgram, saved_bytes: int, cotangents: int = 0) -> Pass:
-    """Describe a program whose last ``cotangents`` inputs are cotangents."""
-    graph = rows.graph
-    moved = set(graph.program.inputs[len(graph.program.inputs) - cotangents :])
-    for node in graph.nodes:
-        if moved.intersection(v for v in node.equation.inputs if isinstance(v, int)):
-            moved.update(node.equation.outputs)
+def _pass(
+    name: str, rows: RowProgram, original: RowGraph, saved_bytes: int, cotangents: int = 0
+) -> Pass:
+    """Describe a program whose last ``cotangents`` inputs are cotangents.
+
+    ``original`` is its graph before operations were copied to run again late.
+    """
+    graph, loops = rows.graph, [loop for loop in rows.loops if loop is not None]
+    first = _first_time(original, cotangents)
     operations = []
-    for loop in rows.loops:
-        for i in range(0 if loop is None else len(loop.nodes)):
-            assert loop is not None
-            is_again = bool(cotangents) and not moved.intersection(loop.nodes[i].equation.outputs)
-            operations.append(_operation(loop, i, is_again))
-    column = [n for n in graph.nodes if n.op is None]
+    for number, loop in enumerate(loops):
+        for i, node in enumerate(loop.nodes):
+            head = node.equation.outputs[0]
+            operations.append(_operation(loop, number, i, is_again=head not in first))
+            first.discard(head)
+    column = [node for node in graph.nodes if node.op is None]
     return Pass(
         name,
-        tuple(loop.steps for loop in rows.loops if loop is not None),
+        tuple(loop.steps for loop in loops),
         tuple(operations),
         saved_bytes,
-        tuple(_title(graph, n.equation) for n in column),
-        tuple(f"{_title(graph, n.equation)}: {n.reason}" for n in column if n.reason is not None),
+        tuple(_title(graph, node.equation) for node in column),
+        tuple(fallbacks_of(graph)),
     )
 
 
-def _operation(loop: RowLoop, index: int, is_again: bool) -> OperationRow:
+def _first_time(original: RowGraph, cotangents: int) -> set[int]:
+    """First outputs of the operations that no pass before did: all, or what cotangents reach."""
+    if not cotangents:
+        return {node.equation.outputs[0] for node in original.nodes if node.equation.outputs}
+    inputs = original.program.inputs
+    moved = set(inputs[len(inputs) - cotangents :])
+    for node in original.nodes:
+        if moved.intersection(v for v in node.equation.inputs if isinstance(v, int)):
+            moved.update(node.equation.outputs)
+    return moved
+
+
+def _operation(loop: RowLoop, number: int, index: int, *, is_again: bool) -> OperationRow:
     node, track = loop.nodes[index], loop.schedule.tracks[index]
     assert node.op is not None
     kept = [v for v in node.equation.outputs if v in loop.producer]
     return OperationRow(
         name=_title(loop.graph, node.equation),
+        loop=number,
+        rows=node.op.height,
+        operations=node.op.flops * node.op.height,
         receptive_field=_receptive_field(loop, index),
         halo=max((_halo(read.row_map) for read in node.op.reads if read is not None), default=0),
         rows_per_step=track.rows,
@@ -241,13 +201,6 @@ def _rows_twice(loop: RowLoop, index: int) -> int:
         for t in range(loop.steps)
     )
     return max(0, total - node.op.height)
-
-
-def _height(rows: RowProgram, index: int) -> int:
-    ops = [n.op for loop in rows.loops if loop is not None for n in loop.nodes]
-    op = ops[index]
-    assert op is not None
-    return op.height
 
 
 def _receptive_field(loop: RowLoop, index: int) -> int:
@@ -279,43 +232,9 @@ def _halo(row_map: AnyMap) -> int:
 
 
 def _line_bytes(loop: RowLoop, value: int) -> int:
-    aval, axis = loop.graph.program.avals[value], loop.graph.row_axis[value]
-    row = int(np.prod(aval.shape)) // max(aval.shape[axis], 1) * aval.dtype.itemsize
-    return loop.line_rows(value) * row
+    aval, height = loop.graph.program.avals[value], loop.graph.height(value)
+    return loop.line_rows(value) * (size_bytes(aval) // max(height, 1))
 
 
 def _title(graph: RowGraph, equation: Any) -> str:
-    shapes = ", ".join(
-        f"{graph.program.avals[v].dtype.name}{list(graph.program.avals[v].shape)}"
-        for v in equation.outputs
-    )
-    return f"{equation.primitive.name} {shapes}"
-
-
-_COLUMNS = (
-    ("operation", "name"),
-    ("field", "receptive_field"),
-    ("halo", "halo"),
-    ("rows/step", "rows_per_step"),
-    ("line rows", "line_buffer_rows"),
-    ("line bytes", "line_buffer_bytes"),
-    ("recomputed", "recomputed_rows"),
-)
-
-
-def _table(one: Pass) -> list[str]:
-    steps = " + ".join(map(str, one.steps)) or "no"
-    lines = [
-        f"  {one.name}: {steps} steps, line buffers {one.line_buffer_bytes:,} bytes"
-        f", saved for the backward pass {one.saved_bytes:,} bytes"
-    ]
-    rows = [[str(getattr(o, field)) for _, field in _COLUMNS] for o in one.operations]
-    table = [[title for title, _ in _COLUMNS], *rows]
-    widths = [max(len(row[i]) for row in table) for i in range(len(_COLUMNS))]
-    for row in table:
-        cells = [
-            row[0].ljust(widths[0]),
-            *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True)),
-        ]
-        lines.append("    " + "  ".join(cells))
-    return lines
+    return f"{equation.primitive.name} {made_by(graph, equation)}"

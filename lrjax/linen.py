@@ -24,6 +24,7 @@ def rowwise(
     strategy: str | Sequence[str] = "stream",
     cuts: Cuts = (),
     plan: Any = None,
+    offload: bool = False,
     methods: Sequence[str] | None = None,
 ) -> Any:
     """A Linen module that runs by blocks of rows, in place of the one it is made from.
@@ -40,7 +41,7 @@ def rowwise(
       in_axes: row axis of the call's positional arguments after the module, as for
         :func:`lrjax.rowwise`: a pytree prefix, None for an argument without rows. Flags and other
         arguments that are no arrays stay as they are and take None.
-      num_blocks, strategy, cuts, plan: as for :func:`lrjax.rowwise`.
+      num_blocks, strategy, cuts, plan, offload: as for :func:`lrjax.rowwise`.
       methods: names of the methods to run row by row, ``__call__`` by default.
 
     Returns:
@@ -56,9 +57,18 @@ def rowwise(
       >>> variables = model.init(key, images)
       >>> logits, updated = model.apply(variables, images, train=True, mutable=["batch_stats"])
     """
-    options = checked_options(num_blocks, strategy, cuts, plan)
+    options = checked_options(
+        num_blocks=num_blocks, strategy=strategy, cuts=cuts, plan=plan, offload=offload
+    )
+    methods = _checked_methods(target, methods)
     if isinstance(target, nn.Module):
         return _module(target, in_axes, options, methods)
+    return _class_or_function(target, in_axes, options, methods)
+
+
+def _class_or_function(
+    target: Any, in_axes: Any, options: Options, methods: Sequence[str] | None
+) -> Any:
     transform = functools.partial(lift_transform, _lifted, target, in_axes=in_axes, options=options)
     if not _is_module_class(target):
         return transform(name=getattr(target, "__qualname__", repr(target)))
@@ -76,6 +86,31 @@ def _is_module_class(target: Any) -> bool:
     return isinstance(made, type) and issubclass(made, nn.Module)
 
 
+def _checked_methods(target: Any, methods: Any) -> Sequence[str] | None:
+    """Names of methods that the target has."""
+    is_module = isinstance(target, nn.Module) or _is_module_class(target)
+    if not is_module and not callable(target):
+        raise ValueError(
+            f"target={target!r:.80} is no module, module class or function of a module; give one."
+        )
+    if methods is None:
+        return None
+    if not is_module:
+        raise ValueError(
+            f"methods={methods!r:.80}: target is a function, which has none; leave methods out."
+        )
+    names = (methods,) if isinstance(methods, str) else tuple(methods)
+    made = target.func if isinstance(target, functools.partial) else target
+    for name in names:
+        if not isinstance(name, str) or not callable(getattr(made, name, None)):
+            owner = made.__name__ if isinstance(made, type) else type(made).__name__
+            raise ValueError(
+                f"methods={methods!r:.80}: {owner} has no method {name!r:.40}; give names of "
+                "methods that it has, or leave methods out for __call__."
+            )
+    return names
+
+
 def _module(
     module: nn.Module, in_axes: Any, options: Options, methods: Sequence[str] | None
 ) -> nn.Module:
@@ -90,15 +125,7 @@ def _module(
         for field in dataclasses.fields(module)
         if field.init and field.name != "parent"
     }
-    made = rowwise(
-        type(module),
-        in_axes=in_axes,
-        num_blocks=options.num_blocks,
-        strategy=options.strategy,
-        cuts=options.cuts,
-        methods=methods,
-    )
-    return made(**fields)
+    return _class_or_function(type(module), in_axes, options, methods)(**fields)
 
 
 def _lifted(

@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 
+from lrjax.fallbacks import Fallback, counted, fallbacks_of, made_by
 from lrjax.graph import RowGraph, build
 from lrjax.meshes import on_auto_axes
 from lrjax.options import Options
@@ -77,18 +78,23 @@ def call_rowwise(
 
 
 def _check_windows(graph: RowGraph, name: str) -> None:
+    """Refuse a module in which no layer that mixes channels or neighbours runs by rows."""
+    reductions = []
     for node in graph.nodes:
-        if node.op is not None and not node.is_reduction:
-            kind = node.equation.primitive.name
-            if kind.startswith(_WINDOWS):
+        kind = node.equation.primitive.name
+        if node.op is not None and kind.startswith(_WINDOWS):
+            if not node.is_reduction:
                 return
-    reasons = sorted({node.reason for node in graph.nodes if node.reason is not None})
+            made = made_by(graph, node.equation)
+            reductions.append(Fallback(kind, made, "sums over the rows"))
+    reasons = counted([*reductions, *fallbacks_of(graph)])
+    touched = reasons or any(node.op is not None for node in graph.nodes)
     raise ValueError(
         f"{name} has no convolution, pooling or dense layer over channels that keeps the rows of "
         "its arguments apart, so there is nothing to run row by row"
-        + (f" ({'; '.join(reasons)})" if reasons else "")
-        + "; check in_axes, keep rows on an axis of their own up to the last convolution, or use "
-        "the module as it is."
+        + (f": {'; '.join(reasons)}" if reasons else "")
+        + (". Keep" if touched else "; check in_axes, which says what carries rows, keep")
+        + " rows on an axis of their own up to the last convolution, or use the module as it is."
     )
 
 

@@ -11,7 +11,7 @@ import jax
 from flax import nnx
 
 from lrjax.module_calls import call_rowwise
-from lrjax.options import Cuts, checked_options
+from lrjax.options import Cuts, check_callable, checked_options
 
 _GRAPH_NODES = (nnx.Module, nnx.Rngs, nnx.RngStream, nnx.Variable)
 
@@ -24,6 +24,7 @@ def rowwise(
     strategy: str | Sequence[str] = "stream",
     cuts: Cuts = (),
     plan: Any = None,
+    offload: bool = False,
 ) -> Callable[..., Any]:
     """A function of NNX modules and arrays, run by blocks of rows.
 
@@ -36,7 +37,7 @@ def rowwise(
         body; or a module, or a method of one, which then is no argument any more.
       in_axes: row axis of the positional arguments, as for :func:`lrjax.rowwise`; None for modules.
         Flags and other arguments that are no arrays stay as they are and take None.
-      num_blocks, strategy, cuts, plan: as for :func:`lrjax.rowwise`.
+      num_blocks, strategy, cuts, plan, offload: as for :func:`lrjax.rowwise`.
 
     Returns:
       A function with ``fun``'s signature.
@@ -50,7 +51,10 @@ def rowwise(
       >>> run = lrjax.nnx.rowwise(lambda model, images: model(images), in_axes=(None, 1))
       >>> logits = run(model, images)
     """
-    options = checked_options(num_blocks, strategy, cuts, plan)
+    options = checked_options(
+        num_blocks=num_blocks, strategy=strategy, cuts=cuts, plan=plan, offload=offload
+    )
+    check_callable(fun)
     call, owner = _unbound(fun)
     name = getattr(call, "__qualname__", repr(call)).removesuffix(".__call__")
 

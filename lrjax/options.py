@@ -7,6 +7,9 @@ import itertools
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+
+from lrjax.fallbacks import counted, fallbacks_of
 from lrjax.graph import RowGraph, build
 from lrjax.planner.choice import Choice
 from lrjax.planner.plan import Plan
@@ -27,7 +30,7 @@ class Options:
     With ``offload``, the maps between segments wait in the host's memory.
     """
 
-    num_blocks: int | tuple[int, ...] | None
+    num_blocks: int | tuple[int | None, ...] | None
     strategy: str | tuple[str, ...]
     cuts: tuple[str | tuple[str, ...], ...] | int
     plan: Plan | None = None
@@ -60,55 +63,110 @@ def _names(cut: str | tuple[str, ...]) -> tuple[str, ...]:
 
 
 def checked_options(
-    num_blocks: Any, strategy: Any, cuts: Any, plan: Any, offload: Any = False
+    *, num_blocks: Any, strategy: Any, cuts: Any, plan: Any, offload: Any
 ) -> Options:
-    """Everything that can be judged without arguments."""
+    """Everything that can be judged without arguments.
+
+    No option has a default here, so that whoever takes options cannot leave one out.
+    """
+    if not isinstance(offload, bool):
+        raise ValueError(f"offload={offload!r:.80} must be True or False.")
     if plan is not None:
         if not isinstance(plan, Plan):
-            raise ValueError(f"plan={plan!r:.80} is no plan; give what lrjax.plan returned.")
-        if num_blocks is not None or strategy != "stream" or cuts not in ((), []) or offload:
             raise ValueError(
-                "plan: it says how every segment runs; leave num_blocks, strategy, cuts and "
-                "offload out."
+                f"plan={plan!r:.80} is no plan; give what lrjax.plan or lrjax.Plan.load returned."
             )
+        _check_alone(num_blocks=num_blocks, strategy=strategy, cuts=cuts, offload=offload)
         return Options(None, "stream", (), plan)
-    chosen = (strategy,) if isinstance(strategy, str) else tuple(strategy)
-    for name in chosen:
-        if name not in STRATEGIES:
-            raise ValueError(
-                f"strategy={name!r} is unknown; choose one of {', '.join(map(repr, STRATEGIES))}."
-            )
-    counts = num_blocks if isinstance(num_blocks, Sequence) else (num_blocks,)
-    for count in counts:
-        if count is not None and (isinstance(count, bool) or not isinstance(count, int)):
-            raise ValueError(f"num_blocks={count!r} must be an int; give at least 1.")
-        if count is not None and count < 1:
-            raise ValueError(f"num_blocks={count} must be at least 1 (1 runs all rows at once).")
-    if isinstance(cuts, str):
-        cuts = (cuts,)
-    if isinstance(cuts, int):
-        if isinstance(cuts, bool) or cuts < 1:
-            raise ValueError(f"cuts={cuts} must be at least 1, the number of segments.")
-    else:
-        cuts = _checked_groups(cuts)
-    _check_offload(offload, cuts)
+    cuts = _checked_cuts(cuts)
+    if offload:
+        _check_offload(cuts)
     return Options(
-        tuple(num_blocks) if isinstance(num_blocks, Sequence) else num_blocks,
-        strategy if isinstance(strategy, str) else chosen,
-        cuts,
-        offload=offload,
+        _checked_num_blocks(num_blocks), _checked_strategy(strategy), cuts, None, offload
     )
 
 
-def _check_offload(offload: Any, cuts: Any) -> None:
-    if not isinstance(offload, bool):
-        raise ValueError(f"offload={offload!r} must be True or False.")
-    if offload and cuts in ((), 1):
+def check_callable(fun: Any) -> None:
+    """Refuse what is no function."""
+    if not callable(fun):
+        raise ValueError(f"fun={fun!r:.80} cannot be called; give a function of arrays.")
+
+
+_DEFAULTS: dict[str, Any] = {"num_blocks": None, "strategy": "stream", "offload": False}
+
+
+def _check_alone(**options: Any) -> None:
+    """Refuse what is given beside a plan."""
+    given = [
+        f"{name}={value!r:.40}"
+        for name, value in options.items()
+        if not (_is_list(value) and len(value) == 0 if name == "cuts" else value is _DEFAULTS[name])
+    ]
+    if given:
+        raise ValueError(
+            f"plan: it says how every segment runs; leave {' and '.join(given)} out, or the plan."
+        )
+
+
+def _is_list(value: Any) -> bool:
+    return isinstance(value, Sequence) and not isinstance(value, str | bytes)
+
+
+def _is_int(value: Any) -> bool:
+    return isinstance(value, int | np.integer) and not isinstance(value, bool)
+
+
+def _checked_num_blocks(value: Any) -> int | tuple[int | None, ...] | None:
+    if not _is_list(value):
+        return _checked_number("num_blocks", value)
+    if len(value) == 0:
+        raise ValueError("num_blocks is empty; give one number, or one per segment.")
+    return tuple(_checked_number(f"num_blocks[{i}]", count) for i, count in enumerate(value))
+
+
+def _checked_number(name: str, value: Any) -> int | None:
+    if value is None:
+        return None
+    if not _is_int(value):
+        raise ValueError(f"{name}={value!r:.80} must be an int; give at least 1.")
+    if value < 1:
+        raise ValueError(f"{name}={value} must be at least 1 (1 runs all rows at once).")
+    return int(value)
+
+
+def _checked_strategy(value: Any) -> str | tuple[str, ...]:
+    names = {f"strategy[{i}]": v for i, v in enumerate(value)} if _is_list(value) else {}
+    for name, chosen in (names or {"strategy": value}).items():
+        if not isinstance(chosen, str) or chosen not in STRATEGIES:
+            raise ValueError(
+                f"{name}={chosen!r:.80} is unknown; choose one of "
+                f"{', '.join(map(repr, STRATEGIES))}, or one per segment."
+            )
+    return tuple(names.values()) if names else value
+
+
+def _checked_cuts(cuts: Any) -> tuple[str | tuple[str, ...], ...] | int:
+    if isinstance(cuts, str):
+        return (cuts,)
+    if _is_int(cuts):
+        if cuts < 1:
+            raise ValueError(f"cuts={cuts} must be at least 1, the number of segments.")
+        return int(cuts)
+    if not _is_list(cuts):
+        raise ValueError(
+            f"cuts={cuts!r:.80} must be a list of names and groups of names (tuples), or one "
+            "number of segments."
+        )
+    return _checked_groups(cuts)
+
+
+def _check_offload(cuts: tuple[str | tuple[str, ...], ...] | int) -> None:
+    if cuts in ((), 1):
         raise ValueError(
             "offload=True: there are no maps between segments without cuts; name some in cuts, or "
             "give a number of segments."
         )
-    if offload and not isinstance(cuts, int) and not all(isinstance(cut, str) for cut in cuts):
+    if not isinstance(cuts, int) and not all(isinstance(cut, str) for cut in cuts):
         raise ValueError(
             f"offload=True: cuts={cuts!r} has groups, whose maps do not wait; give names alone."
         )
@@ -141,17 +199,54 @@ def checked_segments(options: Options, segments: Sequence[Segment]) -> list[Choi
     strategies = _per_segment("strategy", options.strategy, count)
     numbers = _per_segment("num_blocks", options.num_blocks, count)
     graphs = [build(segment.program, segment.axes) for segment in segments]
-    if not any(node.op is not None for graph in graphs for node in graph.nodes):
-        reasons = sorted({n.reason for g in graphs for n in g.nodes if n.reason is not None})
-        raise ValueError(
-            "fun has no operation that is local in rows, so there is nothing to run row by row"
-            + (f" ({'; '.join(reasons)})" if reasons else "")
-            + "; check in_axes, or call fun directly."
-        )
+    _check_rows(graphs)
+    places = _places(segments, options.flat_cuts)
     return [
-        Choice(strategy, _checked_count(strategy, number, graph), offload=options.offload)
-        for strategy, number, graph in zip(strategies, numbers, graphs, strict=True)
+        Choice(strategy, _block_count(strategy, number, graph, place), offload=options.offload)
+        for strategy, number, graph, place in zip(strategies, numbers, graphs, places, strict=True)
     ]
+
+
+def _check_rows(graphs: Sequence[RowGraph]) -> None:
+    if any(node.op is not None for graph in graphs for node in graph.nodes):
+        return
+    reasons = counted(fallback for graph in graphs for fallback in fallbacks_of(graph))
+    if reasons:
+        raise ValueError(
+            f"there is nothing to run row by row in fun, no operation on rows is local in them: "
+            f"{'; '.join(reasons)}. Call fun directly, or begin it with an operation that keeps "
+            "rows apart."
+        )
+    raise ValueError(
+        "there is nothing to run row by row in fun, no operation reads an argument that carries "
+        "rows; check in_axes, which says what does, or call fun directly."
+    )
+
+
+def _places(segments: Sequence[Segment], cuts: tuple[str, ...] | int) -> list[str]:
+    """Which segment each is, in words; nothing where there is one."""
+    last = len(segments) - 1
+    if last == 0:
+        return [""]
+    names = [_cuts_in(segment, () if isinstance(cuts, int) else cuts) for segment in segments]
+    found = []
+    for i in range(len(segments)):
+        before, after = names[i - 1] if i > 0 else "", names[i] if i < last else ""
+        between = f"between the cuts {before} and {after}" if before and after else ""
+        where = between or (f"behind the cut {before}" if before else "")
+        where = where or (f"up to the cut {after}" if after else "")
+        found.append(f" in segment {i} of 0 to {last}" + (f", {where}" if where else ""))
+    return found
+
+
+def _cuts_in(segment: Segment, cuts: Sequence[str]) -> str:
+    """Names of the cuts that a segment ends with."""
+    found = [
+        equation.params["name"]
+        for equation in segment.program.equations
+        if equation.primitive.name == "name" and equation.params["name"] in cuts
+    ]
+    return ", ".join(map(repr, dict.fromkeys(found)))
 
 
 def _per_segment(name: str, value: Any, count: int) -> tuple[Any, ...]:
@@ -165,7 +260,7 @@ def _per_segment(name: str, value: Any, count: int) -> tuple[Any, ...]:
     return value
 
 
-def _checked_count(strategy: str, number: int | None, graph: RowGraph) -> int:
+def _block_count(strategy: str, number: int | None, graph: RowGraph, place: str) -> int:
     order = strategy if strategy in ("2ps", "overl") else "stream"
     if not graph.loops:
         return 1
@@ -177,7 +272,8 @@ def _checked_count(strategy: str, number: int | None, graph: RowGraph) -> int:
         where = "input" if order == "stream" else "output"
         raise ValueError(
             f"num_blocks={number} is more than the {most} {where} rows that strategy "
-            f"{strategy!r} divides; the largest allowed is {most}."
+            f"{strategy!r} divides{place}; the largest allowed is {most}"
+            + (" there: give one number per segment, or at most that." if place else ".")
         )
     return min(number, most)
 

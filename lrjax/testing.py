@@ -17,9 +17,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lrjax.options import Cuts
-from lrjax.planner.plan import Plan
-from lrjax.transform import rowwise
+from lrjax.options import Cuts, checked_options
+from lrjax.transform import rowwise_with
 
 TOLERANCES = {"float64": 1e-11, "complex128": 1e-11, "float32": 1e-5, "complex64": 1e-5}
 HALF_PRECISION = ("bfloat16", "float16")
@@ -101,7 +100,7 @@ def assert_same_as_column(
     num_blocks: int | Sequence[int] | None = None,
     strategy: str | Sequence[str] = "stream",
     cuts: Cuts = (),
-    plan: Plan | None = None,
+    plan: Any = None,
     offload: bool = False,
     kwargs: Mapping[str, Any] | None = None,
     argnums: Sequence[int] | None = None,
@@ -136,17 +135,13 @@ def assert_same_as_column(
     Raises:
       AssertionError: naming every array that differs, by how much and where.
     """
-    expected = expected or results(fun, args, kwargs, argnums=argnums, seed=seed)
-    row_fun = rowwise(
-        fun,
-        in_axes=in_axes,
-        num_blocks=num_blocks,
-        strategy=strategy,
-        cuts=cuts,
-        plan=plan,
-        offload=offload,
+    options = checked_options(
+        num_blocks=num_blocks, strategy=strategy, cuts=cuts, plan=plan, offload=offload
     )
+    row_fun = rowwise_with(fun, in_axes, options)
+    # First, so that options that do not fit are refused before anything is compiled.
     found = results(row_fun, args, kwargs, argnums=argnums, seed=seed)
+    expected = expected or results(fun, args, kwargs, argnums=argnums, seed=seed)
     truth = None
     if tolerance is None and _in_half_precision(args):
         truth = results(fun, _widened(args), kwargs, argnums=argnums, seed=seed)

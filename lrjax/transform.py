@@ -17,7 +17,7 @@ from lrjax.compat import checkpoint
 from lrjax.inline import Atom, evaluate
 from lrjax.meshes import on_auto_axes
 from lrjax.micro_batches import by_micro_batches, micro_batches
-from lrjax.options import Cuts, Options, checked_options, checked_segments
+from lrjax.options import Cuts, Options, check_callable, checked_options, checked_segments
 from lrjax.planner.choice import Choice
 from lrjax.planner.plan import ROW_STRATEGIES
 from lrjax.segments import Segment, split, split_at
@@ -42,9 +42,11 @@ def rowwise(
         ``lrjax.explain``.
       in_axes: as in ``jax.vmap``, a pytree prefix of the positional arguments: the row axis of an
         argument, or None for one that carries no rows. Keyword arguments carry no rows.
-      num_blocks: steps in which the rows are admitted: rows of the input for "stream", of the
-        output for "2ps" and "overl". A step admits ``ceil(rows / num_blocks)`` rows. One number,
-        or one per segment. Default: steps of about 64 rows.
+      num_blocks: steps in which the rows are admitted: rows of the tallest input for "stream", of
+        the output for "2ps" and "overl" (the lowest one, maps of less than half the rows of
+        another at its rate left out). A step admits ``ceil(rows / num_blocks)`` rows, and there
+        may be at most as many blocks as rows; what has fewer rows than that beside them takes
+        fewer steps. One number, or one per segment. Default: steps of about 64 rows.
       strategy: "stream" (differentiate first, then tile; least memory), "2ps" or "overl" (LR-CNN,
         arXiv 2401.11471), or "column" (whole maps, the baseline); one, or one per segment.
       cuts: where to keep a whole map and start a new segment: names given by
@@ -73,7 +75,15 @@ def rowwise(
       >>> loss = lrjax.rowwise(loss_fn, in_axes=(None, 1), num_blocks=64)
       >>> value, grads = jax.jit(jax.value_and_grad(loss))(params, images)
     """
-    options = checked_options(num_blocks, strategy, cuts, plan, offload)
+    options = checked_options(
+        num_blocks=num_blocks, strategy=strategy, cuts=cuts, plan=plan, offload=offload
+    )
+    return rowwise_with(fun, in_axes, options)
+
+
+def rowwise_with(fun: Callable[..., Any], in_axes: Any, options: Options) -> Callable[..., Any]:
+    """``rowwise`` with options that are checked already."""
+    check_callable(fun)
 
     @functools.wraps(fun)
     def rowwise_fun(*args: Any, **kwargs: Any) -> Any:
@@ -91,7 +101,7 @@ def rowwise(
 def run(traced: Traced, options: Options) -> Any:
     """A traced call under checked options: segment by segment, each under its strategy."""
     segments, choices = segments_and_choices(traced, options)
-    hosted = _hosted_values(traced, segments, choices)
+    hosted = hosted_values(traced, segments, choices)
     values = dict(zip(traced.program.inputs, traced.inputs, strict=True))
     values.update(traced.program.constants)
     for group in options.groups(len(segments)):
@@ -152,7 +162,7 @@ def segments_and_choices(
     return split_at(traced.program, traced.axes, plan.cuts), plan.choices
 
 
-def _hosted_values(
+def hosted_values(
     traced: Traced, segments: Sequence[Segment], choices: Sequence[Choice]
 ) -> dict[int, int]:
     """Maps that wait in the host's memory, with their row axes.

@@ -1,5 +1,6 @@
 """What uses the memory: XLA's own answer for a device, present or not, and the process's."""
 
+from lrjax.memory import pictures
 from lrjax.memory.comparison import Comparison, compare
 from lrjax.memory.compile import (
     DoesNotFitError,
@@ -42,6 +43,7 @@ __all__ = [
     "measure",
     "measure_rss",
     "peak_bytes",
+    "pictures",
     "profile",
     "profile_dump",
     "rss_growth",

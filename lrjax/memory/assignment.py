@@ -156,6 +156,12 @@ class Assignment:
     allocations: tuple[Allocation, ...]
     traces: tuple[tuple[Event, ...], ...]
 
+    def __repr__(self) -> str:
+        return (
+            f"Assignment({len(self.instructions)} instructions, {len(self.values)} values, "
+            f"{len(self.allocations)} allocations)"
+        )
+
 
 def read_dump(path: str | Path) -> Assignment:
     """The assignment in a dump file, or in the directory given to ``--xla_dump_to``.

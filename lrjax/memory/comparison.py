@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lrjax.memory.profile import KINDS, MemoryProfile
+from lrjax.text import aligned
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -45,10 +46,12 @@ class Comparison:
         """
         return kinds_table(self.rows())
 
-    def __str__(self) -> str:
-        from lrjax.memory.text import plain
+    def __repr__(self) -> str:
+        return f"Comparison({', '.join(self.profiles)}; print it for a table)"
 
-        return plain(self.table())
+    def __str__(self) -> str:
+        header, rows = _cells(self.rows())
+        return "\n".join(aligned([header, *rows], left=(0, 1)))
 
     def to_json(self) -> str:
         """The rows as JSON text."""
@@ -88,11 +91,20 @@ def kinds_table(rows: list[dict[str, Any]]) -> Table:
     """A ``rich`` table of comparison rows; only kinds that occur have a column."""
     from lrjax.memory.text import new_table
 
+    header, lines = _cells(rows)
+    table = new_table(*header)
+    for line in lines:
+        table.add_row(*line)
+    return table
+
+
+def _cells(rows: list[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
+    """Header and cells of a table of comparison rows, in MiB."""
     kinds = [kind for kind in KINDS if any(row["by_kind"].get(kind) for row in rows)]
-    table = new_table("MiB", "target", "peak", "ratio", "fits", *kinds)
+    lines = []
     for row in rows:
         fits = {True: "yes", False: "no", None: "?"}[row["fits"]]
         cells = [f"{row['by_kind'].get(kind, 0) / MIB:,.0f}" for kind in kinds]
         peak = f"{row['peak_bytes'] / MIB:,.0f}"
-        table.add_row(row["name"], row["target"], peak, f"{row['ratio']:.3f}", fits, *cells)
-    return table
+        lines.append([row["name"], row["target"], peak, f"{row['ratio']:.3f}", fits, *cells])
+    return ["MiB", "target", "peak", "ratio", "fits", *kinds], lines

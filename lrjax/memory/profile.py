@@ -9,8 +9,11 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+from lrjax.text import aligned, shortened, size
 
 # What a buffer is for, in the order in which tables and pictures show them.
 KINDS = (
@@ -105,6 +108,29 @@ class MemoryProfile:
             return None
         return max(self.peak_bytes, self.allocated_bytes or 0) <= self.capacity_bytes
 
+    def __repr__(self) -> str:
+        return f"MemoryProfile({self._headline()}; print it for a summary)"
+
+    def __str__(self) -> str:
+        parts = ("arguments", self.argument_bytes), ("outputs", self.output_bytes)
+        sizes = [
+            f"{name} {size(count)}" for name, count in (*parts, ("temporaries", self.temp_bytes))
+        ]
+        lines = [f"{self._headline()}; {', '.join(sizes)}", ""]
+        for title, totals in (("kind", self.by_kind()), ("layer", self.by_layer())):
+            rows = [
+                (shortened(name, 60), size(count), f"{count / max(self.peak_bytes, 1):.1%}")
+                for name, count in totals.items()
+            ]
+            lines += _table((title, "at the peak", "of it"), rows)
+        header = ("buffer", "size", "shape", "made by", "kind")
+        return "\n".join([*lines, *_table(header, [_cells(b) for b in self.at_peak()])][:-1])
+
+    def _headline(self) -> str:
+        fits = {True: ", fits", False: ", does not fit", None: ""}[self.fits]
+        of = "" if self.capacity_bytes is None else f" of {size(self.capacity_bytes)}"
+        return f"{self.target}: peak {size(self.peak_bytes)}{of}{fits}; {len(self.buffers)} buffers"
+
     def at_peak(self) -> list[Buffer]:
         """Buffers live at the peak, largest first."""
         return self.live_at(self.peak_step)
@@ -173,6 +199,21 @@ class MemoryProfile:
             return cls(**content, buffers=buffers, instructions=instructions)
         except (TypeError, KeyError) as error:
             raise ValueError(f"this is not a whole {FORMAT}: {error}") from error
+
+
+_MOST_ROWS = 8  # of each table of a summary
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """The first rows, how many there are besides, and an empty line."""
+    others = len(rows) - _MOST_ROWS
+    lines = aligned([header, *rows[:_MOST_ROWS]], left=(0, 2, 3, 4))
+    return [*lines, *([f"... {others} more"] if others > 0 else []), ""]
+
+
+def _cells(b: Buffer) -> tuple[str, ...]:
+    shape = f"{b.dtype}{list(b.shape)}"
+    return shortened(b.name, 40), size(b.bytes), shape, shortened(b.operation, 40), b.kind
 
 
 def _checked_content(text: str) -> dict[str, Any]:

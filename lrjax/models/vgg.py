@@ -77,7 +77,7 @@ class VGG16(nn.Module):
     Dropout is active with `train=True` and then takes its key from `rngs={"dropout": key}`.
 
     Attributes:
-      num_classes: logits per image.
+      num_classes: logits per image; `None`: no classifier, as with `head=None`.
       width: multiplier of the channels, and of the two hidden layers of the dense head.
       head: `"dense"`, the published one: flatten, 4096, 4096, classes, with dropout; its size is
         tied to the image size. `"gap"`: global average pool and one dense layer, for images of any
@@ -89,7 +89,7 @@ class VGG16(nn.Module):
       param_dtype: of the parameters.
     """
 
-    num_classes: int = 1000
+    num_classes: int | None = 1000
     width: float = 1.0
     head: Head | None = "dense"
     dropout_rate: float = DROPOUT_RATE
@@ -105,6 +105,8 @@ class VGG16(nn.Module):
             )
         check_settings(width=self.width)
         self.features = VGGFeatures(self.width, self.dtype, self.param_dtype)
+        if self.num_classes is None:
+            return
         if self.head == "dense":
             hidden = scaled(DENSE_WIDTH, self.width)
             self.fc6 = self._dense(hidden)
@@ -116,14 +118,14 @@ class VGG16(nn.Module):
 
     def __call__(self, images: jax.Array, *, train: bool = False) -> jax.Array:
         x = self.features(images)
+        if self.num_classes is None or self.head is None:
+            return x
         if self.head == "dense":
             x = x.reshape(x.shape[0], -1)
             x = self.dropout(nn.relu(self.fc6(x)), deterministic=not train)
             x = self.dropout(nn.relu(self.fc7(x)), deterministic=not train)
             return at_least_float32(self.fc8(x))
-        if self.head == "gap":
-            return at_least_float32(self.classifier(x.mean(axis=(1, 2))))
-        return x
+        return at_least_float32(self.classifier(x.mean(axis=(1, 2))))
 
     def _dense(self, features: int, kernel_init: nn.initializers.Initializer = HE) -> nn.Dense:
         return nn.Dense(

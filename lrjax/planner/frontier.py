@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import math
 import os
@@ -20,6 +21,7 @@ from lrjax.planner.problem import Problem, problem_of
 from lrjax.planner.proof import OnProgress, Prover, planned, prover_of
 from lrjax.planner.search import Limits
 from lrjax.planner.timing import median_seconds
+from lrjax.text import aligned, shortened
 
 MOST_COMPILATIONS = 5
 _EVERYTHING = Limits(math.inf, math.inf)
@@ -51,6 +53,17 @@ class Point:
     micro_batches: int = 1
     seconds: float | None = None
 
+    def __repr__(self) -> str:
+        peak = f"peak {self.peak_bytes / MIB:,.1f} MiB"
+        return f"Point({self.method}, {peak}, operations {self.operations:.3f}, {self.shown})"
+
+    @property
+    def shown(self) -> str:
+        """The detail, with neighbours that are alike counted, short enough for a table."""
+        groups = [(name, len(list(g))) for name, g in itertools.groupby(self.detail.split(" + "))]
+        named = [name if count == 1 else f"{count} x {name}" for name, count in groups]
+        return shortened(" + ".join(named), 60)
+
 
 @dataclasses.dataclass(frozen=True)
 class Frontier:
@@ -63,6 +76,10 @@ class Frontier:
 
     target: str | None
     points: tuple[Point, ...]
+
+    def __repr__(self) -> str:
+        target = self.target or "the default device"
+        return f"Frontier({target}, {len(self.points)} points; print it for a table)"
 
     def of(self, method: str) -> list[Point]:
         return [point for point in self.points if point.method == method]
@@ -85,18 +102,11 @@ class Frontier:
                 f"{point.peak_bytes / column:.3f}",
                 f"{point.operations:.3f}",
                 "" if self.time_of(point) is None else f"{self.time_of(point):.2f}",
-                point.detail,
+                point.shown,
             )
             for point in self.points
         ]
-        widths = [max(len(row[c]) for row in (header, *rows)) for c in range(len(header))]
-        return "\n".join(
-            "  ".join(
-                cell.ljust(w) if c in (0, 6) else cell.rjust(w)
-                for c, (cell, w) in enumerate(zip(row, widths, strict=True))
-            ).rstrip()
-            for row in (header, *rows)
-        )
+        return "\n".join(aligned([header, *rows], left=(0, 6)))
 
     def to_json(self) -> str:
         """Points without their plans, as JSON text."""

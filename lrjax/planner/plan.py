@@ -22,10 +22,10 @@ from lrjax.geometry import ceil_div
 from lrjax.inline import Literal
 from lrjax.planner.choice import Choice
 from lrjax.segments import Cuttable
+from lrjax.text import MIB, aligned
 from lrjax.tracing import Traced, trace
 
 FORMAT = 3
-MIB = 2**20
 ROW_STRATEGIES = ("stream", "2ps", "overl")
 PLAN_STRATEGIES = ("column", "checkpoint", *ROW_STRATEGIES)
 
@@ -52,6 +52,9 @@ class Fingerprint:
     def digest(self) -> str:
         text = "\n".join((*self.inputs, "--", *self.operations))
         return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    def __repr__(self) -> str:
+        return f"Fingerprint({self.digest}, {len(self.operations)} operations)"
 
     def difference(self, other: Fingerprint) -> str | None:
         """What ``other`` has in the first place where it is not this, or None."""
@@ -289,6 +292,10 @@ class Plan:
             plan.check(trace(fun, in_axes, args, {}))
         return plan
 
+    def __repr__(self) -> str:
+        segments = f"{len(self.segments)} segment" + "s" * (len(self.segments) != 1)
+        return f"Plan({self.summary}, {segments}; print it for a table)"
+
     def __str__(self) -> str:
         return "\n".join([self.summary, *_table(self.segments)])
 
@@ -327,15 +334,7 @@ def _table(segments: Sequence[SegmentPlan]) -> list[str]:
         numbers = (segment.saved_bytes, segment.forward_bytes, segment.backward_bytes)
         span = f"{segment.start}-{segment.stop - 1}"
         rows.append([str(i), span, strategy, size, *map(_mib, numbers), segment.fate])
-    widths = [max(len(row[c]) for row in rows) for c in range(len(_COLUMNS))]
-    right = {0, 1, 4, 5, 6}
-    return [
-        "  ".join(
-            cell.rjust(w) if c in right else cell.ljust(w)
-            for c, (cell, w) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in rows
-    ]
+    return aligned(rows, left=(2, 3, 7))
 
 
 # --- Reading -------------------------------------------------------------------------------------
