@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -89,9 +90,10 @@ def _is_module_class(target: Any) -> bool:
 def _checked_methods(target: Any, methods: Any) -> Sequence[str] | None:
     """Names of methods that the target has."""
     is_module = isinstance(target, nn.Module) or _is_module_class(target)
-    if not is_module and not callable(target):
+    if not is_module and not (inspect.isroutine(target) or isinstance(target, functools.partial)):
         raise ValueError(
-            f"target={target!r:.80} is no module, module class or function of a module; give one."
+            f"target={target!r:.80} is no Linen module, class of one or function of one; give "
+            "that, or use lrjax.nnx.rowwise for NNX and lrjax.rowwise for functions of arrays."
         )
     if methods is None:
         return None
@@ -99,7 +101,7 @@ def _checked_methods(target: Any, methods: Any) -> Sequence[str] | None:
         raise ValueError(
             f"methods={methods!r:.80}: target is a function, which has none; leave methods out."
         )
-    names = (methods,) if isinstance(methods, str) else tuple(methods)
+    names = tuple(methods) if isinstance(methods, list | tuple) else (methods,)
     made = target.func if isinstance(target, functools.partial) else target
     for name in names:
         if not isinstance(name, str) or not callable(getattr(made, name, None)):

@@ -54,7 +54,7 @@ def rowwise(
     options = checked_options(
         num_blocks=num_blocks, strategy=strategy, cuts=cuts, plan=plan, offload=offload
     )
-    check_callable(fun)
+    _check_function(fun)
     call, owner = _unbound(fun)
     name = getattr(call, "__qualname__", repr(call)).removesuffix(".__call__")
 
@@ -101,6 +101,19 @@ def rowwise(
         return outputs
 
     return rowwise_call
+
+
+def _check_function(fun: Any) -> None:
+    """Refuse what is neither a module nor a function."""
+    check_callable(fun)
+    if isinstance(fun, type):
+        raise ValueError(
+            f"fun={fun.__name__} is a class; give a module (an instance of it), one of its "
+            "methods, or a function of modules."
+        )
+    if any(base.__module__.startswith("flax.linen") for base in type(fun).__mro__):
+        name = type(fun).__name__
+        raise ValueError(f"fun={name}(...) is a Linen module; use lrjax.linen.rowwise for it.")
 
 
 def _unbound(fun: Any) -> tuple[Callable[..., Any], nnx.Module | None]:

@@ -213,13 +213,13 @@ def _check_rows(graphs: Sequence[RowGraph]) -> None:
     reasons = counted(fallback for graph in graphs for fallback in fallbacks_of(graph))
     if reasons:
         raise ValueError(
-            f"there is nothing to run row by row in fun, no operation on rows is local in them: "
-            f"{'; '.join(reasons)}. Call fun directly, or begin it with an operation that keeps "
-            "rows apart."
+            f"fun has no operation that is local in rows: {'; '.join(reasons)}. So there is "
+            "nothing to run row by row; call fun directly, or begin it with an operation that "
+            "keeps rows apart."
         )
     raise ValueError(
-        "there is nothing to run row by row in fun, no operation reads an argument that carries "
-        "rows; check in_axes, which says what does, or call fun directly."
+        "fun has no operation on an argument that carries rows, so there is nothing to run row by "
+        "row; check in_axes, which says what does, or call fun directly."
     )
 
 

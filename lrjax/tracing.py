@@ -67,6 +67,7 @@ def trace(
     """
     axes = flat_axes(in_axes, args)
     leaves, tree = jax.tree.flatten(args)
+    _check_arrays(args)
     keyword_leaves, keyword_tree = jax.tree.flatten(kwargs)
     traced_keywords = [i for i, leaf in enumerate(keyword_leaves) if is_array(leaf)]
     out_tree: Any = None
@@ -118,7 +119,8 @@ def flat_axes(in_axes: Any, args: tuple[Any, ...]) -> tuple[int | None, ...]:
         spreads = jax.tree.map(spread, in_axes, args, is_leaf=lambda axis: axis is None)
     except (ValueError, TypeError) as error:
         raise ValueError(
-            f"in_axes={in_axes!r} is not a pytree prefix of the positional arguments: {error}"
+            f"in_axes={in_axes!r} is not a pytree prefix of the positional arguments; give an int "
+            f"or None for each, or a tree of them that fits the argument's own. JAX says: {error}"
         ) from error
     if isinstance(in_axes, int) or in_axes is None:
         flat: list[Any] = spread(in_axes, args)
@@ -130,6 +132,11 @@ def flat_axes(in_axes: Any, args: tuple[Any, ...]) -> tuple[int | None, ...]:
         _checked_axis(axis, leaf, f"args{path}")
         for axis, leaf, path in zip(flat, leaves, paths, strict=True)
     )
+    if not args:
+        raise ValueError(
+            "in_axes: there are no positional arguments, and keyword arguments carry no rows; pass "
+            "what carries rows by position."
+        )
     if all(axis is None for axis in checked):
         raise ValueError(
             f"in_axes={in_axes!r}: no argument carries rows; name the row axis of at least one "
@@ -149,9 +156,10 @@ def _checked_axis(axis: Any, leaf: Any, name: str) -> int | None:
         raise ValueError(f"in_axes: the entry for {name} is {axis!r}; it must be an int or None.")
     shape = np.shape(leaf)
     if not -len(shape) <= axis < len(shape):
+        allowed = f"are {-len(shape)} to {len(shape) - 1}, or None" if shape else "is only None,"
         raise ValueError(
-            f"in_axes: axis {axis} of {name} does not exist, its shape is {shape}; allowed are "
-            f"{-len(shape)} to {len(shape) - 1}, or None if it carries no rows."
+            f"in_axes: axis {axis} of {name} does not exist, its shape is {shape}; allowed "
+            f"{allowed} if it carries no rows."
         )
     axis = int(axis) % len(shape)
     if shape[axis] == 0:
@@ -159,6 +167,16 @@ def _checked_axis(axis: Any, leaf: Any, name: str) -> int | None:
             f"{name} has shape {shape}: its row axis {axis} is empty; give at least one row."
         )
     return axis
+
+
+def _check_arrays(args: tuple[Any, ...]) -> None:
+    """Refuse what JAX cannot trace, by its name."""
+    for path, leaf in jax.tree_util.tree_leaves_with_path(args):
+        if not hasattr(leaf, "dtype") and (isinstance(leaf, str | bytes) or callable(leaf)):
+            raise ValueError(
+                f"args{jax.tree_util.keystr(path)}={leaf!r:.80} is no array; pass it as a keyword "
+                "argument, which stays as it is, or close over it."
+            )
 
 
 def _explain_heights(leaves: list[Any], axes: tuple[int | None, ...], error: Exception) -> None:
@@ -177,5 +195,5 @@ def row_axes_of(program: FlatProgram, axes: Sequence[int | None]) -> Mapping[int
 
 
 def is_array(leaf: Any) -> bool:
-    """Whether a leaf is an array, traced or not; Python's numbers are none."""
-    return isinstance(leaf, jax.Array | np.ndarray | np.generic)
+    """Whether a leaf is an array, traced or described by its type; Python's numbers are none."""
+    return isinstance(leaf, jax.Array | np.ndarray | np.generic | jax.ShapeDtypeStruct)

@@ -441,15 +441,20 @@ BAD = {
         "2 entries for 1",
     ),
     "strategy": (lambda: row_fun(strategy="3ps"), "strategy='3ps'", "'stream', '2ps'"),
-    "strategies": (lambda: row_fun(strategy=("2ps", "no")), "strategy='no'", "'overl'"),
+    "strategies": (lambda: row_fun(strategy=("2ps", "no")), "strategy[1]='no'", "'overl'"),
     "cut name": (lambda: row_fun(cuts=("pool9",))(PARAMS, IMAGE), "pool9", "checkpoint_name"),
     "cut number": (lambda: row_fun(cuts=0), "cuts=0", "at least 1"),
     "many cuts": (lambda: row_fun(cuts=99)(PARAMS, IMAGE), "cuts=99", "operations on rows"),
     "empty": (lambda: row_fun()(PARAMS, IMAGE[:, :0]), "args[1]", "empty"),
     "nothing row-local": (
         lambda: lrjax.rowwise(lambda x: jnp.flip(x, 1), in_axes=1)(IMAGE),
+        "no operation that is local in rows: rev",
         "nothing to run row by row",
-        "in_axes",
+    ),
+    "no operation on rows": (
+        lambda: lrjax.rowwise(lambda x, y: (x, jnp.sin(y)), in_axes=(1, None))(IMAGE, IMAGE),
+        "no operation on an argument that carries rows",
+        "check in_axes",
     ),
     "heights": (
         lambda: lrjax.rowwise(lambda x, y: x + y, in_axes=(1, 1))(IMAGE, IMAGE[:, 1:]),

@@ -142,9 +142,16 @@ def test_a_damaged_file_is_refused(plan, tmp_path, text, message):
         lrjax.Plan.load(tmp_path / "plan.json")
 
 
-@pytest.mark.parametrize("options", [{"num_blocks": 2}, {"strategy": "2ps"}, {"cuts": 2}])
-def test_a_plan_stands_alone(plan, options):
-    with pytest.raises(ValueError, match="leave num_blocks, strategy, cuts and offload out"):
+@pytest.mark.parametrize(
+    ("options", "given"),
+    [
+        ({"num_blocks": 2}, "num_blocks=2"),
+        ({"strategy": "2ps"}, "strategy='2ps'"),
+        ({"cuts": 2, "offload": True}, "cuts=2 and offload=True"),
+    ],
+)
+def test_a_plan_stands_alone(plan, options, given):
+    with pytest.raises(ValueError, match=f"leave {given} out, or the plan"):
         lrjax.rowwise(logits, in_axes=(None, 1), plan=plan, **options)
 
 
