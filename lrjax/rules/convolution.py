@@ -181,7 +181,8 @@ def _convolve_canonically(lhs: Array, rhs: Array, params: dict[str, Any]) -> Arr
         spatial = [(low, high, dilation - 1) for (low, high), dilation in borders]
         image = lax.pad(image, np.zeros((), image.dtype), [(0, 0, 0), *spatial, (0, 0, 0)])
         params.update(padding=((0, 0), (0, 0)), lhs_dilation=(1, 1))
-    out = _convolve(*lax.optimization_barrier((image, kernel)), params)
+    image, kernel = lax.optimization_barrier((image, kernel))
+    out = _convolve(image, kernel, params)
     from_nhwc = np.argsort((spec.out_spec[0], *spec.out_spec[2:], spec.out_spec[1]))
     return lax.optimization_barrier(out).transpose(from_nhwc)
 
