@@ -113,7 +113,10 @@ def custom_reducing(m: Map, how: str = "inorm") -> Map:
     if how == "bn":
 
         def normed(x: Any, p: Any) -> Any:
-            mean, variance = x.mean(m.axes("NHWD"), keepdims=True), x.var(m.axes("NHWD"), keepdims=True)
+            mean, variance = (
+                x.mean(m.axes("NHWD"), keepdims=True),
+                x.var(m.axes("NHWD"), keepdims=True),
+            )
             return (x - mean) * lax.rsqrt(variance + 0.1) * m.broadcast(p, "C")
 
         def backward(saved: Any, g: Any) -> Any:
@@ -198,7 +201,10 @@ def custom_jvp(m: Map, how: str = "elementwise") -> Map:
     bodies: dict[str, tuple[Any, Any]] = {
         "elementwise": (jnp.tanh, lambda t, out, x: t * (1 - out * out) * 0.7),
         "zero": (lambda x: x + jnp.round(x), lambda t, out, x: t),
-        "relu_like": (lambda x: jnp.maximum(x, 0.1), lambda t, out, x: jnp.where(x > 0, t, 0.2 * t)),
+        "relu_like": (
+            lambda x: jnp.maximum(x, 0.1),
+            lambda t, out, x: jnp.where(x > 0, t, 0.2 * t),
+        ),
         "inorm": (
             lambda x: x - x.mean(over, keepdims=True),
             lambda t, out, x: t - t.mean(over, keepdims=True),

@@ -11,7 +11,6 @@ from typing import Any
 import jax
 import numpy as np
 
-from generated import custom, joins, pointwise, windows  # noqa: F401  registers the kinds
 from generated.spec import KINDS, Context, L, Layer, Map, Spec, apply_layer
 
 MOST_ELEMENTS = 4000
@@ -47,6 +46,11 @@ def spec_of(random: Random, without: Collection[str] = (), most_layers: int = 20
       without: families and kinds of layers that are left out.
       most_layers: at the top.
     """
+    with jax.enable_x64(True):
+        return _spec_of(random, frozenset(without), most_layers)
+
+
+def _spec_of(random: Random, without: frozenset[str], most_layers: int) -> Spec:
     layout = random.choice(LAYOUTS)
     heights = random.choice([(2, 8), (5, 14), (1, 4), (10, 30), (30, 70)])
     spec = Spec(
@@ -62,7 +66,7 @@ def spec_of(random: Random, without: Collection[str] = (), most_layers: int = 20
     net = Context(spec.seed)
     m = _abstract_image(spec, net)
     depth = random.choice([(1, 3), (1, 3), (2, 5), (2, 5), (4, 8), (6, most_layers)])
-    drawer = _Drawer(random, frozenset(without))
+    drawer = _Drawer(random, without)
     layers, m = drawer.layers(m, random.randint(depth[0], min(depth[1], most_layers)))
     head = L("head", **_changed("head", KINDS["head"].draw(random, m)))
     if _abstractly(head, m, "head") is None:
@@ -84,9 +88,7 @@ def _with_options(random: Random, spec: Spec) -> Spec:
     }
     if spec.image == "uint8":
         options["argnums"] = (0,)
-    names = list(
-        dict.fromkeys(l.params.get("name", "a") for l in spec.layers if l.kind == "name")
-    )
+    names = list(dict.fromkeys(l.params.get("name", "a") for l in spec.layers if l.kind == "name"))
     how = random.choice(["none", "none", "number", "names", "groups"])
     segments = 1
     if how == "number":
@@ -100,9 +102,7 @@ def _with_options(random: Random, spec: Spec) -> Spec:
         options["cuts"] = (tuple(names[:count]), *names[count:])
         segments = len(names) + 1
     if segments > 1 and random.choice([True, False]):
-        options["strategy"] = tuple(
-            random.choice([*STRATEGIES, "column"]) for _ in range(segments)
-        )
+        options["strategy"] = tuple(random.choice([*STRATEGIES, "column"]) for _ in range(segments))
     return dataclasses.replace(spec, **options)
 
 
@@ -154,8 +154,7 @@ class _Drawer:
                 else:
                     count = self.random.choice([2, 2, 3])
                     found[field] = tuple(
-                        tuple(self.layers(m, self.random.randint(1, most))[0])
-                        for _ in range(count)
+                        tuple(self.layers(m, self.random.randint(1, most))[0]) for _ in range(count)
                     )
             return found
         finally:

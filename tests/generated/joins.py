@@ -221,7 +221,9 @@ def loop(m: Map, how: str = "fori") -> Map:
     return m.of(each(mapped(lambda image: jnp.tanh(image * p), images), 0))
 
 
-@kind("debug", 1, lambda random, m: {"how": random.choice(["callback", "print", "rows", "ordered"])})
+@kind(
+    "debug", 1, lambda random, m: {"how": random.choice(["callback", "print", "rows", "ordered"])}
+)
 def debug(m: Map, how: str = "callback") -> Map:
     """Callbacks that give nothing back."""
     if how == "print":
@@ -319,8 +321,12 @@ def over_rows(m: Map, how: str = "flip") -> Map:
     if how == "logsumexp":
         return m.of(x - jax.nn.logsumexp(x, m.axes("HWD"), keepdims=True))
     if how == "gate":
-        weights = jax.nn.softmax(jnp.tensordot(x, m.parameter("q", m.size("C")), [[m.axis("C")], [0]]))
-        return m.of(x + (x * jnp.expand_dims(weights, m.axis("C"))).sum(m.axes("HWD"), keepdims=True))
+        weights = jax.nn.softmax(
+            jnp.tensordot(x, m.parameter("q", m.size("C")), [[m.axis("C")], [0]])
+        )
+        return m.of(
+            x + (x * jnp.expand_dims(weights, m.axis("C"))).sum(m.axes("HWD"), keepdims=True)
+        )
     if how == "sort":
         return m.of(jnp.sort(x, axis) + 0.3 * x)
     if how == "argmax":

@@ -7,6 +7,7 @@ Its ``repr`` is its source, so that a failure can be pasted as a test.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import inspect
 import zlib
 from collections.abc import Callable, Sequence
@@ -95,6 +96,7 @@ class Context:
       row_axes: their row axes.
       outputs: maps and sums that layers give besides the last one.
       is_nested: within a function of its own (a branch, a checkpoint), which gives no outputs.
+      noise: seed of a unit in the last place by which every layer's map moves, None for none.
     """
 
     def __init__(self, seed: int, values: Any = None, images: Any = None, keywords: Any = None):
@@ -106,6 +108,7 @@ class Context:
         self.row_axes: dict[str, int] = {}
         self.outputs: list[Any] = []
         self.is_nested = False
+        self.noise: int | None = None
 
     def generator(self, name: str) -> np.random.Generator:
         return np.random.default_rng([self.seed, zlib.crc32(name.encode())])
@@ -206,9 +209,7 @@ def kind(
         parameters = list(inspect.signature(apply).parameters.values())[1:]
         defaults = {p.name: p.default for p in parameters}
         name = apply.__name__.rstrip("_")
-        KINDS[name] = Kind(
-            name, apply, draw or (lambda random, m: {}), weight, family, defaults
-        )
+        KINDS[name] = Kind(name, apply, draw or (lambda random, m: {}), weight, family, defaults)
         return apply
 
     return register
@@ -223,7 +224,16 @@ def apply_layers(layers: Sequence[Layer], m: Map, prefix: str = "") -> Map:
     path = m.path
     for i, layer in enumerate(layers):
         m = dataclasses.replace(apply_layer(layer, m, f"{prefix}{i}"), path=path)
+        if m.net.noise is not None:
+            m = _moved(m, f"{path}/{prefix}{i}")
     return m
+
+
+def _moved(m: Map, name: str) -> Map:
+    """Every number up or down by a unit in the last place."""
+    generator = np.random.default_rng([m.net.noise or 0, zlib.crc32(name.encode())])
+    steps = generator.integers(0, 2, m.x.shape) * 2 - 1
+    return m.of(m.x * (1 + steps * np.finfo(np.float64).eps))
 
 
 def nested(layers: Sequence[Layer], m: Map, prefix: str = "") -> Map:
@@ -268,9 +278,14 @@ def run(spec: Spec, net: Context, image: Array) -> Any:
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """A function with its arguments: ``fun(params, images, **kwargs)``."""
+    """A function with its arguments: ``fun(params, images, **kwargs)``.
+
+    Attributes:
+      moved: the function with every layer's map moved by units in the last place, from a seed.
+    """
 
     fun: Callable[..., Any]
+    moved: Callable[[int], Callable[..., Any]]
     args: tuple[Any, ...]
     in_axes: Any
     kwargs: dict[str, Any]
@@ -294,8 +309,13 @@ def case_of(spec: Spec) -> Case:
     if spec.negative_axes:
         axes = {name: axis - np.ndim(images[name]) for name, axis in axes.items()}
 
-    def fun(params: Any, images: Any, **keywords: Any) -> Any:
+    def fun(params: Any, images: Any, noise: int | None = None, **keywords: Any) -> Any:
         further = {name: value for name, value in images.items() if name != "image"}
-        return run(spec, Context(spec.seed, params, further, keywords), images["image"])
+        net = Context(spec.seed, params, further, keywords)
+        net.noise = noise
+        return run(spec, net, images["image"])
 
-    return Case(fun, (made.values, images), (None, axes), keywords)
+    def moved(seed: int) -> Callable[..., Any]:
+        return functools.partial(fun, noise=seed)
+
+    return Case(fun, moved, (made.values, images), (None, axes), keywords)
