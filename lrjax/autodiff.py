@@ -289,11 +289,11 @@ def _out_axes(graph: RowGraph) -> list[int | None]:
 
 
 def _value_and_gradient(program: FlatProgram, axes: Axes, wrt: Sequence[int]) -> RowGraph | None:
-    """Value and gradient as one pass, where the program is one scalar and nothing must wait."""
+    """Value and gradient as one pass, where the program is a real scalar and nothing must wait."""
     if len(program.outputs) != 1 or not wrt:
         return None
     out = program.aval(program.outputs[0])
-    if out.shape != () or not jnp.issubdtype(out.dtype, jnp.inexact):
+    if out.shape != () or not jnp.issubdtype(out.dtype, jnp.floating):
         return None
     if not all(varying_axes(out) <= varying_axes(program.structs[i]) for i in wrt):
         return None  # the gradient is a sum over devices, of products with a cotangent of each

@@ -174,6 +174,12 @@ class TestRules:
 
         assert_same_as_column(loss, arguments(), AXES, num_blocks=4)
 
+    def test_a_complex_loss(self):
+        def loss(first, second, scale, image):
+            return (convolve(jnp.tanh(convolve(image, first)), second) * (1 + 2j) * scale).sum()
+
+        assert_same_as_column(loss, arguments(), AXES, num_blocks=4)
+
     def test_in_a_branch(self):
         functions = [WHOLE["normalisation"][0], *(TILED[n] for n in ("scale", "a pole outside"))]
 
