@@ -162,7 +162,8 @@ class Explanation:
         if reasons:
             lines.append("column-wise, because not local in rows:")
             lines.extend(f"  {reason}" for reason in reasons)
-        return "\n".join([*lines, "of every operation: print(explanation.tables())"])
+        legend = "forward + backward; 2 x 4-5 steps are two row loops of 4 to 5"
+        return "\n".join([*lines, f"({legend}; tables() has every operation)"])
 
     def _total(self) -> list[str]:
         passes = [one for segment in self.segments for one in segment.passes]
@@ -174,8 +175,8 @@ class Explanation:
             f"{_count(len(self.segments), 'segment')}: "
             f"{_count(sum(len(one.operations) for one in passes), 'operation')} by rows, "
             f"{len(self._fallbacks())} that have rows and run column-wise",
-            f"line buffers take at most {size(most)}, {size(saved)} are saved for the backward "
-            f"pass, operations of {again:.2f} forward passes are computed again",
+            f"line buffers at most {size(most)}, saved for the backward pass {size(saved)}, "
+            f"computed again {again:.2f} x the forward pass's operations",
         ]
 
     def _notes(self) -> list[str]:

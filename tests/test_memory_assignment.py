@@ -104,6 +104,7 @@ def test_directory_gives_its_largest_program(tmp_path):
     assert profile.peak_bytes == PEAKS["h200-jax0.12.0.1"]
     assert profile.capacity_bytes == 10 * 2**30
     assert profile.fits
+    assert len(repr(read_dump(tmp_path))) < 100
 
 
 @pytest.mark.parametrize("content", [b"", b"not a dump at all", bytes(range(256))])

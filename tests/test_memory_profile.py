@@ -92,6 +92,18 @@ class TestProfile:
         assert sum(profile.by_layer().values()) == sum(sizes) == max(profile.timeline())
         assert len({b.name for b in profile.buffers}) == len(profile.buffers)
 
+    def test_prints_a_summary_that_fits_a_screen(self):
+        profile = memory.profile(jax.grad(two_convolutions), *CONVOLUTIONS, target="cpu")
+        lines = str(profile).splitlines()
+        assert len(lines) <= 36
+        assert max(map(len, lines)) <= 160
+        largest = profile.at_peak()[0]
+        for part in ("cpu: peak", ", fits", "parameter gradients", "conv1", largest.name[:30]):
+            assert part in str(profile)
+        assert len(repr(profile)) < 120
+        assert len(repr(memory.compare({"column": profile}))) < 120
+        assert "MiB" in str(memory.compare({"column": profile})).splitlines()[0]
+
     def test_json_round_trip(self):
         profile = memory.profile(chain, MATRIX, MATRIX, target="cpu")
         assert memory.MemoryProfile.from_json(profile.to_json()) == profile

@@ -98,6 +98,14 @@ def test_dropout_only_when_training():
     assert not jnp.array_equal(logits(0, True), logits(1, True))
 
 
+@pytest.mark.parametrize("model", [VGG16(num_classes=None), VGG16(head=None)])
+def test_without_a_head_it_gives_the_map(model):
+    images = jax.ShapeDtypeStruct((1, 64, 32, 3), jnp.float32)
+    maps, variables = jax.eval_shape(model.init_with_output, jax.random.key(0), images)
+    assert maps.shape == (1, 2, 1, 512)
+    assert list(variables["params"]) == ["features"]
+
+
 def test_bfloat16_computes_in_bfloat16_and_keeps_float32_parameters_and_logits():
     model = VGG16(num_classes=5, width=1 / 32, dtype=jnp.bfloat16, head="gap")
     images = jnp.zeros((1, 32, 32, 3), jnp.uint8)
