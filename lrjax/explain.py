@@ -43,7 +43,8 @@ def explain(
 
     Args:
       fun, in_axes, num_blocks, strategy, cuts, plan, offload: as for ``lrjax.rowwise``.
-      args, kwargs: ``fun``'s arguments, arrays or ``jax.ShapeDtypeStruct``.
+      args, kwargs: ``fun``'s arguments, arrays or ``jax.ShapeDtypeStruct``. A keyword argument of
+        ``fun`` that is called like an option must be closed over.
 
     Returns:
       An ``Explanation``. Printed, it is a summary: every segment's strategy, blocks, steps, line

@@ -151,7 +151,7 @@ class Explanation:
         return [fallback for one in passes for fallback in one.fallbacks]
 
     def __repr__(self) -> str:
-        return f"Explanation({len(self.segments)} segments; print it for a summary)"
+        return f"Explanation({_count(len(self.segments), 'segment')}; print it for a summary)"
 
     def __str__(self) -> str:
         rows = [_summary(i, segment) for i, segment in enumerate(self.segments)]
