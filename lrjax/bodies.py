@@ -77,8 +77,9 @@ def is_positional(graph: RowGraph) -> bool:
 def run_on_block(graph: RowGraph, inputs: Sequence[Array], rows: Rows, height: int) -> list[Array]:
     """The outputs on a block of rows, some of which may lie outside the image.
 
-    Rows outside never reach a reduction. In a block that will be differentiated they hold 1 around
-    every operation that may have a pole there, for 0 times infinity would be NaN.
+    Where an operation may have a pole, rows outside never reach a reduction, and in a block that
+    will be differentiated they hold 1 around that operation: 0 times infinity would be NaN. Else
+    they hold finite numbers, as the operands do, and what is zero there stays so.
 
     Args:
       graph: made by ``pointwise_graph``.
@@ -92,30 +93,35 @@ def run_on_block(graph: RowGraph, inputs: Sequence[Array], rows: Rows, height: i
     def read(atom: Any) -> Any:
         return jnp.asarray(atom.value, atom.dtype) if isinstance(atom, Literal) else values[atom]
 
+    has_poles = not is_tame(graph)
     for node in graph.nodes:
         operands = [read(v) for v in node.equation.inputs]
         if node.op is None:
             results: Sequence[Any] = node.equation.evaluate(operands)
         else:
             with node.equation.origin():
-                results = _run_rows(node, operands, rows, height)
+                results = (
+                    _run_masked(node, operands, rows, height)
+                    if has_poles
+                    else node.op.evaluate(operands, rows)
+                )
         values.update(zip(node.equation.outputs, results, strict=True))
     return [read(v) for v in graph.program.outputs]
 
 
-def _run_rows(node: Node, operands: Sequence[Array], rows: Rows, height: int) -> Sequence[Array]:
+def _run_masked(node: Node, operands: Sequence[Array], rows: Rows, height: int) -> Sequence[Array]:
     assert node.op is not None
     reads = node.op.reads
-    has_poles = rows.is_differentiated and not node.op.is_tame
+    has_pole = rows.is_differentiated and not node.op.is_tame
     masked = []
     for operand, read in zip(operands, reads, strict=True):
         if read is not None and node.is_reduction:
             operand = masked_rows(operand, rows, read.axis, height, read.fill)
-        elif read is not None and has_poles:
+        elif read is not None and has_pole:
             operand = masked_rows(operand, rows, read.axis, height, 1)
         masked.append(operand)
     results = node.op.evaluate(masked, rows)
-    if not has_poles or node.is_reduction:
+    if not has_pole or node.is_reduction:
         return results
     return [
         result if axis is None else masked_rows(result, rows, axis, height, 1)

@@ -247,8 +247,10 @@ class _Derivative:
             axis = self.equation.operands[i].row_axis
             if is_zero:
                 bars[i] = jnp.zeros_like(values[i])
+            elif axis is None or is_tame(self.graph):
+                bars[i] = bar
             else:
-                bars[i] = bar if axis is None else masked_rows(bar, rows, axis, height, 0)
+                bars[i] = masked_rows(bar, rows, axis, height, 0)
         return bars
 
 
