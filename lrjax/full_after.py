@@ -45,9 +45,8 @@ def full_after(arrays: Iterable[Any]) -> Full:
         if jnp.issubdtype(dtype, jax.dtypes.extended):
             return jnp.full(shape, fill, dtype)
         if (fill, dtype) not in fillings:
-            with jax.ensure_compile_time_eval():
-                usual = jnp.full((), fill, dtype)
-                other = (usual == 0).astype(dtype)
+            usual = np.asarray(fill).astype(dtype)
+            other = np.asarray(usual == 0).astype(dtype)
             fillings[fill, dtype] = lax.select(never, other, usual)
         return lax.broadcast(fillings[fill, dtype], shape)
 
