@@ -50,7 +50,8 @@ def counted(fallbacks: Iterable[Fallback], most: int = 5, width: int = 120) -> l
     groups = Counter((f.primitive, f.reason) for f in found)
     lines = []
     for (primitive, reason), count in groups.most_common(most):
-        made = next(f.made for f in found if (f.primitive, f.reason) == (primitive, reason))
+        alike = (f.made for f in found if (f.primitive, f.reason) == (primitive, reason))
+        made = shortened(next(alike), 40)  # the reason says more than the types of many results
         which = f"{primitive} {made}" if count == 1 else f"{count} x {primitive}, as {made}"
         lines.append(shortened(f"{which}: {reason}", width))
     others = groups.total() - sum(count for _, count in groups.most_common(most))
