@@ -158,7 +158,7 @@ class Explanation:
         title, *lines = aligned([_SUMMARY, *rows], left=(1,))
         lines = [*self._total(), title, *ends(lines, _MOST_SEGMENTS, "tables() has all of them")]
         lines += self._notes()
-        reasons = counted(self._fallbacks(), _MOST_REASONS, 100)
+        reasons = counted(self._fallbacks(), _MOST_REASONS, 118)
         if reasons:
             lines.append("column-wise, because not local in rows:")
             lines.extend(f"  {reason}" for reason in reasons)
