@@ -15,7 +15,7 @@ ELEMENTWISE = (
     "abs", "acos", "acosh", "add", "add_any", "and", "asin", "asinh", "atan", "atan2", "atanh",
     "bessel_i0e", "bessel_i1e", "bitcast_convert_type", "cbrt", "ceil", "clamp", "clz", "complex",
     "conj",
-    "convert_element_type", "copy", "copy_p", "cos", "cosh", "digamma", "div", "eq", "eq_to", "erf",
+    "convert_element_type", "copy", "cos", "cosh", "digamma", "div", "eq", "eq_to", "erf",
     "erf_inv", "erfc", "exp", "exp2", "expm1", "floor", "ge", "gt", "igamma", "igamma_grad_a",
     "igammac", "imag", "integer_pow", "is_finite", "le", "le_to", "lgamma", "log", "log1p", "log2",
     "logistic", "lt", "lt_to", "max", "min", "mul", "mulhi", "name", "ne", "neg", "nextafter",
@@ -28,11 +28,11 @@ ELEMENTWISE = (
 
 # Finite everywhere, with finite derivatives; what is left has poles or overflows.
 TAME = frozenset((
-    "abs", "add", "add_any", "and", "ceil", "clamp", "convert_element_type", "copy", "copy_p",
-    "cos", "eq", "erf", "erfc", "floor", "ge", "gt", "imag", "is_finite", "le", "logistic", "lt",
-    "max", "min", "mul", "name", "ne", "neg", "not", "optimization_barrier", "or", "pvary", "real",
-    "one_minus_square", "reduce_precision", "round", "select_n", "sign", "sin", "sort", "cumsum",
-    "cummax", "cummin", "square", "stop_gradient", "sub", "tanh", "xor",
+    "abs", "add", "add_any", "and", "ceil", "clamp", "complex", "conj", "convert_element_type",
+    "copy", "cos", "cummax", "cummin", "cumsum", "eq", "erf", "erfc", "floor", "ge", "gt", "imag",
+    "is_finite", "le", "logistic", "lt", "max", "min", "mul", "name", "ne", "neg", "not",
+    "one_minus_square", "optimization_barrier", "or", "pvary", "real", "reduce_precision",
+    "round", "select_n", "sign", "sin", "sort", "square", "stop_gradient", "sub", "tanh", "xor",
 ))
 # fmt: on
 
@@ -99,7 +99,7 @@ def sort(equation: Equation) -> RowOp:
 def top_k(equation: Equation) -> RowOp:
     if equation.params["axis"] == equation.row_axis:
         raise NotRowLocal("top_k along rows")
-    return _row_for_row(equation, np.prod(equation.operands[0].shape))
+    return _row_for_row(equation, float(np.prod(equation.operands[0].shape)))
 
 
 @rule("fft")
@@ -108,8 +108,8 @@ def fourier_transform(equation: Equation) -> RowOp:
     lengths = equation.params["fft_lengths"]
     if equation.row_axis >= len(equation.operands[0].shape) - len(lengths):
         raise NotRowLocal("a Fourier transform along rows")
-    elements = max(np.prod(struct.shape) for struct in (*equation.operands, *equation.outputs))
-    return _row_for_row(equation, 5.0 * elements * np.log2(max(np.prod(lengths), 2)))
+    elements = max(np.prod(equation.operands[0].shape), np.prod(equation.outputs[0].shape))
+    return _row_for_row(equation, float(5 * elements * np.log2(max(np.prod(lengths), 2))))
 
 
 def _row_for_row(equation: Equation, flops: float) -> RowOp:
@@ -123,5 +123,5 @@ def _row_for_row(equation: Equation, flops: float) -> RowOp:
         out_axes=(equation.row_axis,) * len(equation.outputs),
         height=equation.height,
         evaluate=evaluate,
-        flops=float(flops) / max(equation.height, 1),
+        flops=flops / max(equation.height, 1),
     )

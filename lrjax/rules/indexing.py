@@ -29,7 +29,9 @@ def gather(equation: Equation) -> RowOp:
     batch_dims = _dimensions_without(numbers.offset_dims, len(equation.outputs[0].shape))
     if pair is not None:
         # JAX keeps coordinates last, so axes of the indices and batch dimensions go in step.
-        return _picked_per_row(equation, pair, batch_dims[pair[1]])
+        # An index outside the map gives NaN; those of rows outside the image may be anything.
+        is_tame = equation.params["mode"] != lax.GatherScatterMode.FILL_OR_DROP
+        return _picked_per_row(equation, pair, batch_dims[pair[1]], is_tame)
     window_dims = _dimensions_without(
         (*numbers.collapsed_slice_dims, *numbers.operand_batching_dims), len(operand.shape)
     )
@@ -165,7 +167,9 @@ def dynamic_update_slice(equation: Equation) -> RowOp:
     )
 
 
-def _picked_per_row(equation: Equation, axes: Sequence[int | None], out_axis: int) -> RowOp:
+def _picked_per_row(
+    equation: Equation, axes: Sequence[int | None], out_axis: int, is_tame: bool = True
+) -> RowOp:
     """The equation on blocks of the operands along ``axes``, with the same parameters."""
 
     def evaluate(windows: Sequence[Array], rows: Rows) -> Sequence[Array]:
@@ -176,6 +180,7 @@ def _picked_per_row(equation: Equation, axes: Sequence[int | None], out_axis: in
         out_axes=(out_axis,),
         height=equation.height,
         evaluate=evaluate,
+        is_tame=is_tame,
     )
 
 

@@ -43,9 +43,14 @@ def identity_of(reduction: str, dtype: Any) -> Any:
         "prod": 1,
         "max": lowest(dtype),
         "min": highest(dtype),
-        "and": True if dtype == np.bool_ else -1,
+        "and": _all_bits(dtype),
         "or": 0,
     }[reduction]
+
+
+def _all_bits(dtype: Any) -> Any:
+    """The identity of a bitwise and."""
+    return highest(dtype) if jnp.issubdtype(dtype, np.unsignedinteger) or dtype == np.bool_ else -1
 
 
 @rule(*_COMBINE)

@@ -148,14 +148,6 @@ def squeeze(equation: Equation) -> RowOp:
     return _row_by_row(equation, removed_axes(equation.row_axis, dimensions))
 
 
-@rule("expand_dims")
-def expand_dims(equation: Equation) -> RowOp:
-    axis = equation.row_axis
-    for dimension in sorted(equation.params["dimensions"]):
-        axis += dimension <= axis
-    return _row_by_row(equation, axis)
-
-
 @rule("transpose")
 def transpose(equation: Equation) -> RowOp:
     return _row_by_row(equation, equation.params["permutation"].index(equation.row_axis))
@@ -268,13 +260,6 @@ def _rows_after_rows(equation: Equation, axis: int) -> RowOp:
         evaluate=evaluate,
         is_positional=True,
     )
-
-
-@rule("split")
-def split(equation: Equation) -> RowOp:
-    if equation.params["axis"] == equation.row_axis:
-        raise NotRowLocal("rows are split")
-    return _row_by_row(equation, equation.row_axis)
 
 
 @rule("stack")
