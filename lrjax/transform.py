@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lrjax import autodiff, offload
+from lrjax import autodiff, derivatives, offload
 from lrjax.compat import checkpoint
 from lrjax.inline import Atom, evaluate
 from lrjax.meshes import on_auto_axes
@@ -134,7 +134,7 @@ def _run_group(
     def call(*arrays: Any) -> list[Any]:
         own = dict(zip(inputs, arrays, strict=True))
         for segment, choice in parts:
-            function = chosen_function(segment, choice, hosted)
+            function = _with_derivatives(segment, choice, hosted)
             outputs = function(*(own[v] for v in segment.program.inputs))
             own.update(zip(segment.made, outputs, strict=True))
         return [own[v] for v in kept]
@@ -142,6 +142,19 @@ def _run_group(
     if len(parts) > 1:
         call = checkpoint(call)
     return dict(zip(kept, call(*(jnp.asarray(values[v]) for v in inputs)), strict=True))
+
+
+def _with_derivatives(
+    segment: Segment, choice: Choice, hosted: Mapping[int, int]
+) -> Callable[..., Sequence[Any]]:
+    """A segment as chosen, with its derivatives."""
+    function = chosen_function(segment, choice, hosted)
+    given = {i: hosted[v] for i, v in enumerate(segment.made) if v in hosted}
+    taken = {i: hosted[v] for i, v in enumerate(segment.program.inputs) if v in hosted}
+    if choice.strategy in ROW_STRATEGIES or choice.micro_batches > 1 or given or taken:
+        program, axes = segment.program, segment.axes
+        return derivatives.by_rows(function, program, axes, choice.num_blocks, given, taken)
+    return function
 
 
 def segments_and_choices(
