@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import re
 from typing import Any
 
@@ -110,8 +111,10 @@ def by_rows(spec: Spec, case: Case) -> tuple[Any, Results]:
             strategy=spec.strategy,
             cuts=spec.cuts,
         )
+        # Under jit it is traced once, not for its shapes and again for its gradients.
+        once = jax.jit(functools.partial(fun, **case.kwargs))
         try:
-            return blocks, results(fun, case.args, case.kwargs, argnums=spec.argnums)
+            return blocks, results(once, case.args, argnums=spec.argnums)
         except ValueError as error:
             most = re.search(r"largest allowed is (\d+)", str(error))
             if most is not None and isinstance(blocks, int) and int(most[1]) < blocks:

@@ -38,6 +38,7 @@ class Layer:
 
 
 L = Layer
+MAP = L("head")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,7 +59,7 @@ class Spec:
     """
 
     layers: Sequence[Layer]
-    head: Layer = L("map")
+    head: Layer = MAP
     layout: str = "NHWC"
     batch: int = 1
     height: int = 6
