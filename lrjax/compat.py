@@ -85,6 +85,13 @@ def named(array: Any, name: str) -> Any:
     return from_real_parts(tuple(checkpoint_name(part, name) for part in real_parts(array)))
 
 
+def weakly_typed(value: Any) -> Any:
+    """The value with a weak type, which gives way to others' as that of a Python scalar does."""
+    dtype = jnp.result_type(value)
+    params = {"new_dtype": dtype, "weak_type": True, "sharding": None}
+    return lax.convert_element_type_p.bind(value, **params)
+
+
 def has_body(params: dict[str, Any]) -> bool:
     """Whether these are the parameters of a call, a loop or a branch."""
     return any("jaxpr" in name or name in ("branches", "call") for name in params)

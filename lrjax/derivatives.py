@@ -64,7 +64,11 @@ def by_rows(
       num_blocks: steps in which the rows of the derivatives are admitted.
       given, taken: numbers of the outputs and of the inputs that are in the host's memory, with
         their row axes.
+
+    A program with effects (references that are written) keeps its reverse mode alone.
     """
+    if any(equation.has_effects for equation in program.equations):
+        return function  # JAX runs effects within no function that has derivatives of its own
     inexact = [i for i, v in enumerate(program.outputs) if _is_inexact(program.aval(v))]
     given = {k: given[i] for k, i in enumerate(inexact) if i in given}
 

@@ -41,6 +41,7 @@ class Traced:
       axes: their row axes.
       out_tree: structure of the call's result.
       effects: callbacks without results, which run on whole values after the program.
+      weak: numbers of the outputs whose types are weak, as Python's scalars have them.
     """
 
     program: FlatProgram
@@ -48,6 +49,7 @@ class Traced:
     axes: tuple[int | None, ...]
     out_tree: Any
     effects: tuple[FlatEquation, ...] = ()
+    weak: frozenset[int] = frozenset()
 
     @property
     def outputs(self) -> tuple[Atom, ...]:
@@ -99,7 +101,8 @@ def trace(
     all_axes = (*(None,) * len(consts), *axes, *(None,) * len(traced_keywords))
     program, inputs, input_axes = with_casts_outside(program, (*consts, *arrays), all_axes)
     program, effects = lifted_effects(program)
-    return Traced(program, inputs, input_axes, out_tree, effects)
+    weak = frozenset(i for i, aval in enumerate(closed.out_avals) if aval.weak_type)
+    return Traced(program, inputs, input_axes, out_tree, effects, weak)
 
 
 def flat_axes(in_axes: Any, args: tuple[Any, ...]) -> tuple[int | None, ...]:

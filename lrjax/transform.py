@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from lrjax import autodiff, derivatives, offload
-from lrjax.compat import checkpoint
+from lrjax.compat import checkpoint, weakly_typed
 from lrjax.inline import Atom, evaluate
 from lrjax.meshes import on_auto_axes
 from lrjax.micro_batches import by_micro_batches, micro_batches
@@ -116,7 +116,10 @@ def run(traced: Traced, options: Options) -> Any:
     for equation in traced.effects:
         # No callback takes tangents, and what a row loop gives always has one.
         equation.evaluate([jax.lax.stop_gradient(read(v)) for v in equation.inputs])
-    return jax.tree.unflatten(traced.out_tree, [read(v) for v in traced.outputs])
+    outputs = [
+        weakly_typed(read(v)) if i in traced.weak else read(v) for i, v in enumerate(traced.outputs)
+    ]
+    return jax.tree.unflatten(traced.out_tree, outputs)
 
 
 def _run_group(
