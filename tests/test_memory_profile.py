@@ -15,6 +15,8 @@ from lrjax import memory
 from lrjax.memory import compile as compiling
 from lrjax.memory import profiling
 
+pytestmark = pytest.mark.users_compiler
+
 MIB = 2**20
 
 

@@ -12,6 +12,8 @@ from lrjax.memory import TARGETS, GpuTarget, compile_for, peak_bytes, temp_bytes
 from lrjax.memory import compile as compiling
 from marks import COMPILES_FOR_H200
 
+pytestmark = pytest.mark.users_compiler
+
 MIB = 2**20
 GPUS = [t.name for t in TARGETS.values() if isinstance(t, GpuTarget) and t.is_in_cuda13]
 

@@ -19,6 +19,8 @@ from lrjax.tracing import trace
 from lrjax.transform import rowwise, segment_function
 from marks import COMPILES_FOR_H200
 
+pytestmark = pytest.mark.users_compiler
+
 CHANNELS = (3, 16, 16, 32, 32)
 POOLED = (2, 4)  # after which convolutions
 

@@ -13,6 +13,8 @@ from lrjax.planner import frontier
 from lrjax.planner.frontier import accumulated, budgets
 from lrjax.planner.problem import problem_of
 
+pytestmark = pytest.mark.users_compiler
+
 
 @pytest.fixture(scope="module")
 def curve():

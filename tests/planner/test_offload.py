@@ -21,6 +21,8 @@ from lrjax.planner.search import Step
 from lrjax.testing import assert_same_as_column
 from marks import COMPILES_FOR_H200
 
+pytestmark = pytest.mark.users_compiler
+
 
 def loss(params, image):
     return jnp.mean(features(params, image) ** 2)

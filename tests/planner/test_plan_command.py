@@ -7,6 +7,8 @@ import lrjax
 from lrjax.cli import app
 from lrjax.planner import command
 
+pytestmark = pytest.mark.users_compiler
+
 SMALL = ("--model", "vgg16", "--width", "0.03125", "--image", "64x32", "--target", "cpu")
 
 

@@ -20,6 +20,8 @@ from lrjax.planner.proof import Prover
 from lrjax.planner.search import Limits, Step, search
 from lrjax.testing import assert_same_as_column
 
+pytestmark = pytest.mark.users_compiler
+
 MIB = 2**20
 ARGS = structs(512, 64)
 
