@@ -24,6 +24,7 @@ from lrjax import calls as _calls  # noqa: F401  registers its rules
 from lrjax import engine, linearity
 from lrjax.blocks import keep_rows, read_rows, write_rows
 from lrjax.clock import Clock, clock_of
+from lrjax.comparisons import simpler_comparisons
 from lrjax.compat import checkpoint
 from lrjax.full_after import full_after, full_like
 from lrjax.graph import RowGraph, build
@@ -33,7 +34,6 @@ from lrjax.inline import (
     evaluate,
     flatten,
     function_of,
-    masks_from_outputs,
 )
 from lrjax.late import with_late_copies
 from lrjax.line_buffers import Values, reader_of
@@ -102,7 +102,7 @@ def traced_graph(
     function: Callable[..., Any], structs: Sequence[Any], axes: Axes, budget: float = math.inf
 ) -> RowGraph:
     """Trace any function of arrays at full shape, as a row graph."""
-    program = masks_from_outputs(flatten(jax.make_jaxpr(function)(*structs)))
+    program = simpler_comparisons(flatten(jax.make_jaxpr(function)(*structs)))
     return build(program, axes, budget=budget)
 
 

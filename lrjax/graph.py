@@ -13,6 +13,7 @@ from fractions import Fraction
 from typing import Any
 
 from lrjax.alignment import Alignment
+from lrjax.comparisons import compared_extremes
 from lrjax.constants import Constants
 from lrjax.geometry import IDENTITY
 from lrjax.inline import Atom, FlatEquation, FlatProgram, Literal
@@ -59,6 +60,7 @@ class RowGraph:
       streamed: values that row operations make (reductions excluded).
       rate: rows of a value per row of its component's root, and the root.
       stages: where the operations run, and what exists whole in between.
+      compared: results of extremes that are compared with what they were taken of.
     """
 
     program: FlatProgram
@@ -67,6 +69,7 @@ class RowGraph:
     streamed: frozenset[int]
     rate: dict[int, tuple[int, Fraction]]
     stages: Stages
+    compared: frozenset[int] = frozenset()
 
     @property
     def loops(self) -> list[int]:
@@ -115,7 +118,7 @@ def build(
         typer.add(equation)
     program, nodes = typer.finish()
     streamed = frozenset(typer.streamed)
-    problem = stage_problem(program, nodes, streamed, typer.row_axis)
+    problem = stage_problem(program, nodes, streamed, typer.row_axis, typer.compared)
     return RowGraph(
         program=program,
         nodes=tuple(nodes),
@@ -123,6 +126,7 @@ def build(
         streamed=streamed,
         rate={v: typer.rates.rate(v) for v in typer.row_axis},
         stages=cut_into_stages(problem, budget),
+        compared=typer.compared,
     )
 
 
@@ -131,9 +135,11 @@ def stage_problem(
     nodes: Sequence[Node],
     streamed: frozenset[int],
     row_axis: Collection[int],
+    compared: frozenset[int],
     **known: Any,
 ) -> Problem:
     """A program as ``stages`` sees it; ``known`` are further fields of the ``Problem``."""
+    extremes = (n.equation for n in nodes if n.op is None and compared & set(n.equation.outputs))
 
     def operation(node: Node) -> Operation:
         equation, op = node.equation, node.op
@@ -151,6 +157,8 @@ def stage_problem(
         outputs=frozenset(_values(program.outputs)),
         size={v: size_bytes(program.avals[v]) for v in sorted(streamed)},
         input_size={v: size_bytes(program.avals[v]) for v in program.inputs if v in row_axis},
+        kept=frozenset(v for equation in extremes for v in _values(equation.inputs)),
+        never_held=compared,
         **known,
     )
 
@@ -170,6 +178,7 @@ class _Typer:
     ):
         self.program = program
         self.accepts = accepts
+        self.compared = compared_extremes(program)
         self.constants = Constants(program)
         self.avals = list(program.avals)
         self.row_axis = {
@@ -209,6 +218,8 @@ class _Typer:
     def add_rows(self, equation: FlatEquation) -> None:
         op = row_op(self.described(equation))
         refused = self.accepts(equation, op)
+        if op.reduction is not None and self.compared.intersection(equation.outputs):
+            refused = "it is compared with what it is taken of, so both are of one map"
         if refused is not None:
             raise NotRowLocal(refused)
         inputs = list(equation.inputs)

@@ -22,6 +22,7 @@ from jax.extend import source_info_util
 from jax.extend.core import Literal as JaxLiteral
 
 from lrjax.compat import bind, from_real_parts, named, open_jaxpr, real_parts, scan_arity
+from lrjax.extremes import evaluate_differentiably
 from lrjax.manual_axes import with_early_casts
 from lrjax.varying import struct_like, varying_axes, varying_over
 
@@ -84,9 +85,12 @@ class FlatEquation:
         scopes = source_info_util.current_name_stack() + self.source.name_stack
         return source_info_util.user_context(self.source.traceback, name_stack=scopes)
 
-    def evaluate(self, values: Sequence[Any]) -> list[Any]:
+    def evaluate(self, values: Sequence[Any], is_tiled_later: bool = False) -> list[Any]:
         with self.origin():
-            return bind(self.primitive, values, self.params)
+            made = None
+            if is_tiled_later:
+                made = evaluate_differentiably(self.primitive, self.params, values)
+            return bind(self.primitive, values, self.params) if made is None else made
 
 
 @dataclasses.dataclass(frozen=True)
@@ -427,38 +431,24 @@ def lifted_effects(program: FlatProgram) -> tuple[FlatProgram, tuple[FlatEquatio
     return lean if effects else program, effects
 
 
-def masks_from_outputs(program: FlatProgram) -> FlatProgram:
-    """``x > 0`` -> ``max(x, 0) > 0`` where ``max(x, 0)`` is computed anyway.
-
-    The two are equal for every ``x``, NaN included. Rows of the ReLU's output are kept for the
-    weight gradients in any case; the mask, or its input, then need not be (185 of 578 MiB of
-    line buffers in VGG-16 at 4096x4096).
-    """
-    rectified: dict[int, int] = {}
-    equations = []
-    for equation in program.equations:
-        name, inputs = equation.primitive.name, equation.inputs
-        if name in ("max", "gt") and isinstance(inputs[0], int) and _is_zero(inputs[1]):
-            if name == "max":
-                rectified.setdefault(inputs[0], equation.outputs[0])
-            elif inputs[0] in rectified:
-                operands = (rectified[inputs[0]], inputs[1])
-                equation = dataclasses.replace(equation, inputs=operands)
-        equations.append(equation)
-    return without_dead_equations(dataclasses.replace(program, equations=tuple(equations)))
-
-
-def _is_zero(atom: Atom) -> bool:
-    return isinstance(atom, Literal) and atom.scalar is not None and atom.scalar == 0
-
-
 # --- Evaluation ----------------------------------------------------------------------------------
 
 
 def evaluate(
-    program: FlatProgram, inputs: Sequence[Any], tags: Mapping[int, str] | None = None
+    program: FlatProgram,
+    inputs: Sequence[Any],
+    tags: Mapping[int, str] | None = None,
+    *,
+    is_tiled_later: bool = False,
 ) -> list[Any]:
-    """Column execution of a flat program; values in ``tags`` are named for checkpoint policies."""
+    """Column execution of a flat program.
+
+    Args:
+      program: the program.
+      inputs: its inputs.
+      tags: values that are named, for checkpoint policies.
+      is_tiled_later: it is differentiated here and the gradient is tiled: see ``extremes``.
+    """
     tags = tags or {}
     values: dict[int, Any] = dict(program.constants)
     values.update(zip(program.inputs, inputs, strict=True))
@@ -467,7 +457,8 @@ def evaluate(
         return jnp.asarray(atom.value, atom.dtype) if isinstance(atom, Literal) else values[atom]
 
     for equation in program.equations:
-        results = equation.evaluate([read(v) for v in equation.inputs])
+        operands = [read(v) for v in equation.inputs]
+        results = equation.evaluate(operands, is_tiled_later)
         for v, result in zip(equation.outputs, results, strict=True):
             result = varying_over(result, varying_axes(program.avals[v]))
             values[v] = named(result, tags[v]) if v in tags else result
@@ -487,6 +478,6 @@ def function_of(
         values = [from_real_parts(x) for x in held]
         for i, value in zip(wrt, moving, strict=True):
             values[i] = value
-        return evaluate(program, values, tags)
+        return evaluate(program, values, tags, is_tiled_later=True)
 
     return function, [inputs[i] for i in wrt]

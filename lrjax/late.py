@@ -87,8 +87,19 @@ def _late_sources(loop: RowLoop) -> set[tuple[int, int]]:
     for value, sources in readers.items():
         back = {s: int(np.max(loop.look_back(s))) for s in sources}
         margin = max(_LATE_SLABS * loop.track(value).rows, _LATE_ROWS)
-        found.update((s.node, s.operand) for s in sources if back[s] > min(back.values()) + margin)
+        found.update(
+            (s.node, s.operand)
+            for s in sources
+            if back[s] > min(back.values()) + margin and not _must_not_copy(loop, s.node)
+        )
     return found
+
+
+def _must_not_copy(loop: RowLoop, index: int) -> bool:
+    """An extreme, or what compares it: both read the same rows, not copies."""
+    equation = loop.nodes[index].equation
+    values = {v for v in (*equation.inputs, *equation.outputs) if isinstance(v, int)}
+    return not loop.graph.compared.isdisjoint(values)
 
 
 def _worth_copying(loop: RowLoop, late: set[tuple[int, int]], allowed: float) -> set[int]:
@@ -130,9 +141,10 @@ def _problem(loop: RowLoop, late: set[tuple[int, int]]) -> Problem:
             reach = own if node.is_reduction else max(own, behind)
             delay[source.value] = max(delay.get(source.value, 0.0), reach)
     operations = []
-    for node in loop.nodes:
+    for i, node in enumerate(loop.nodes):
         assert node.op is not None
-        flops = math.inf if node.equation.has_effects else node.op.flops * node.op.height
+        is_fixed = node.equation.has_effects or _must_not_copy(loop, i)
+        flops = math.inf if is_fixed else node.op.flops * node.op.height
         inputs = tuple(v for v in node.equation.inputs if isinstance(v, int))
         outputs = node.equation.outputs
         operations.append(Operation(inputs, outputs, True, node.is_reduction, flops))

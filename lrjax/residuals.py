@@ -17,8 +17,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lrjax.comparisons import compared_extremes, simpler_comparisons
 from lrjax.graph import RowGraph, build, stage_problem
-from lrjax.inline import FlatProgram, flatten, function_of, masks_from_outputs
+from lrjax.inline import FlatProgram, flatten, function_of
 from lrjax.stages import Problem, Stages, cut_into_stages
 from lrjax.varying import struct_like
 
@@ -52,7 +53,8 @@ def residuals(program: FlatProgram, axes: Sequence[int | None], wrt: Sequence[in
         held, budget = _worth_holding(program, axes, graph, wrt)
         late |= held
     made = {v for equation in program.equations for v in equation.outputs}
-    return Saved(_names(late & made), budget)
+    # What fun compares with its operand is computed again from what the operand then is.
+    return Saved(_names((late & made) - compared_extremes(program)), budget)
 
 
 def _names(values: set[int]) -> dict[int, str]:
@@ -92,6 +94,7 @@ def _worth_holding(
         joint.nodes,
         joint.streamed,
         joint.row_axis,
+        joint.compared,
         available=dict.fromkeys(cotangents, border + 1),
         pinned={border: joint.streamed - tagged.keys()},
     )
@@ -134,5 +137,5 @@ def _joint_graph(
 
     structs = [struct_like(outputs[i]) for i in inexact]
     out_axes = [forward.row_axis.get(v) if isinstance(v, int) else None for v in program.outputs]
-    traced = masks_from_outputs(flatten(jax.make_jaxpr(joint)(*program.structs, *structs)))
+    traced = simpler_comparisons(flatten(jax.make_jaxpr(joint)(*program.structs, *structs)))
     return build(traced, [*axes, *(out_axes[i] for i in inexact)])

@@ -86,6 +86,8 @@ class Problem:
       input_size: bytes of every input that carries rows.
       available: inputs that are there only from a later stage on (cotangents).
       pinned: per stage, values that may not cross the boundary behind it.
+      kept: values that are held for as long as they are read, never computed again.
+      never_held: values that are computed again in every stage that reads them.
     """
 
     operations: tuple[Operation, ...]
@@ -94,6 +96,8 @@ class Problem:
     input_size: Mapping[int, int] = dataclasses.field(default_factory=dict)
     available: Mapping[int, int] = dataclasses.field(default_factory=dict)
     pinned: Mapping[int, Collection[int]] = dataclasses.field(default_factory=dict)
+    kept: frozenset[int] = frozenset()
+    never_held: frozenset[int] = frozenset()
 
     @functools.cached_property
     def home(self) -> tuple[int, ...]:
@@ -265,7 +269,8 @@ class MinimumCuts:
             if not made:
                 continue
             # Something for every operation, so that nothing is done again for nothing.
-            yield again, self.SINK, 0.0, 1.0 + operation.flops, home[i], -1
+            never = math.inf if self.problem.kept.intersection(made) else 0.0
+            yield again, self.SINK, never, 1.0 + operation.flops, home[i], -1
             for v in made:
                 yield self.vertex[v], again, float(self.problem.size[v]), 0.0, home[i], v
             for v in operation.inputs:
@@ -287,7 +292,8 @@ class MinimumCuts:
         if not wanted:
             return frozenset()
         cost = self.bytes + self.flops / operations_per_byte
-        cost[np.isin(self.held, list(self.problem.pinned.get(stage, ())))] = math.inf
+        pinned = self.problem.never_held.union(self.problem.pinned.get(stage, ()))
+        cost[np.isin(self.held, list(pinned))] = math.inf
         cost[np.isin(self.held, list(free))] = 0.0
         kept = (self.stage <= stage) & (cost > 0)
         demand = np.array([self.vertex[v] for v in wanted])

@@ -8,7 +8,8 @@ from jax import lax
 
 from lrjax import graph as row_graph
 from lrjax.autodiff import RowProgram, row_program
-from lrjax.inline import flatten, masks_from_outputs
+from lrjax.comparisons import simpler_comparisons
+from lrjax.inline import flatten
 
 pytestmark = pytest.mark.usefixtures("x64")
 
@@ -39,7 +40,7 @@ def arguments(x64):
 
 def program_with(kernels, images, share: str, num_blocks: int) -> RowProgram:
     closed = jax.make_jaxpr(gradient)(kernels, images)
-    program = masks_from_outputs(flatten(closed))
+    program = simpler_comparisons(flatten(closed))
     graph = row_graph.build(program, [None] * len(kernels) + [1])
     streamed = sorted(graph.streamed)
     again = {"all": [], "none": streamed, "every other": streamed[::2]}[share]

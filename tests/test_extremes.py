@@ -1,0 +1,130 @@
+"""Maxima whose gradient asks which element was chosen: no cotangent is lost to rounding."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+
+import lrjax
+from graphs import graphs_of
+from lrjax.comparisons import compared_extremes, simpler_comparisons
+from lrjax.inline import flatten
+from lrjax.testing import assert_same_as_column
+
+pytestmark = pytest.mark.usefixtures("x64")
+
+AXES = (None, None, None, 1)
+
+
+def convolve(image, weights):
+    return lax.conv_general_dilated(
+        image, weights, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+    )
+
+
+def batch_norm(x):
+    mean = x.mean((0, 1, 2))
+    return (x - mean) * lax.rsqrt(((x - mean) ** 2).mean((0, 1, 2)) + 0.1)
+
+
+def arguments():
+    generator = np.random.default_rng(0)
+    kernels = [0.5 * generator.standard_normal((3, 3, 2, 2)) for _ in range(2)]
+    return (*kernels, np.float64(1.3), generator.standard_normal((2, 13, 5, 2)))
+
+
+def global_maximum(first, second, scale, image):
+    return convolve(jnp.tanh(convolve(image, first)), second).max((1, 2)) * scale
+
+
+def attention(first, second, scale, image):
+    # Of what a convolution gives: of a fused map, XLA itself takes no element for the maximum.
+    y = convolve(batch_norm(convolve(image, first)), second)
+    gate = y.max(-1, keepdims=True) * scale + y.mean(-1, keepdims=True)
+    return batch_norm(y * jax.nn.sigmoid(gate)) ** 2
+
+
+def marked(first, second, scale, image):
+    y = batch_norm(convolve(image, first))
+    z = batch_norm(batch_norm(y * 2) + y)
+    return convolve(jnp.where(y == y.min((1, 2), keepdims=True), z * scale, y / 8), second)
+
+
+def of_two_maps(first, second, scale, image):
+    y = jnp.maximum(batch_norm(convolve(image, first)), 0)
+    return jnp.minimum(convolve(jnp.clip(y, 0.1, scale), second), image * scale)
+
+
+def ties(first, second, scale, image):
+    y = jnp.round(convolve(image, first))
+    return y.max((1, 2)) * scale + jnp.maximum(y * second.sum(), jnp.round(y)).sum((1, 2))
+
+
+NETWORKS = (global_maximum, attention, marked, of_two_maps, ties)
+
+
+@pytest.mark.parametrize("network", NETWORKS, ids=lambda network: network.__name__)
+def test_same_as_column(network):
+    args, expected = arguments(), None
+    for strategy in ("stream", "2ps"):
+        expected = assert_same_as_column(
+            network, args, AXES, num_blocks=4, strategy=strategy, expected=expected
+        )
+
+
+def test_a_maximum_that_no_recomputed_element_equals():
+    """Compiled with optimisations, the two passes round this division differently."""
+
+    def network(x):
+        return (x / jnp.sqrt(jnp.sum(x * x, 2, keepdims=True) + 0.1)).max(1)
+
+    image = np.array([[[0.5], [0.1]]])
+    for strategy in ("stream", "2ps", "overl"):
+        by_rows = lrjax.rowwise(network, in_axes=1, num_blocks=1, strategy=strategy)
+        gradient = jax.grad(lambda x, f=by_rows: f(x).sum())(image)
+        assert gradient[0, 0, 0] > 0.4
+
+
+@pytest.mark.parametrize("network", NETWORKS[:3], ids=lambda network: network.__name__)
+def test_a_compared_maximum_comes_from_the_stage_that_compares_it(network):
+    found = 0
+    for graph in graphs_of(network, arguments(), AXES):
+        for v in graph.compared:
+            found += 1
+            assert not any(v in crossing for crossing in graph.stages.crossing)
+        for node in graph.nodes:
+            if node.op is None and graph.compared.intersection(node.equation.outputs):
+                (operand,) = node.equation.inputs
+                producers = [i for i, n in enumerate(graph.nodes) if operand in n.equation.outputs]
+                runs = [m.count(i) for m in graph.stages.members for i in producers]
+                assert sum(runs) <= 1
+    assert found
+
+
+@pytest.mark.parametrize(
+    ("function", "is_compared"),
+    [
+        (lambda x: x == x.max(1, keepdims=True), True),
+        (lambda x: x >= jnp.broadcast_to(x.min(1)[:, None], x.shape), True),
+        (lambda x: jnp.exp(x - x.max(1, keepdims=True)), False),
+        (lambda x: jax.nn.logsumexp(x, 1), False),
+        (lambda x: x.max(1) + x.sum(1), False),
+    ],
+)
+def test_which_are_compared(function, is_compared):
+    assert (
+        bool(compared_extremes(flatten(jax.make_jaxpr(function)(np.ones((3, 4)))))) == is_compared
+    )
+
+
+def test_derivatives_of_two_compare_operands():
+    def gradient(x, y):
+        return jax.grad(lambda x, y: (jnp.maximum(x, y) * jnp.minimum(y, x)).sum(), (0, 1))(x, y)
+
+    x, y = np.array([1.0, 2.0, 3.0, np.nan, 1.0]), np.array([2.0, 2.0, 1.0, 1.0, np.nan])
+    program = simpler_comparisons(flatten(jax.make_jaxpr(gradient)(x, y)))
+    names = [equation.primitive.name for equation in program.equations]
+    assert "eq" not in names
+    assert "ge" in names
+    assert "le" in names
