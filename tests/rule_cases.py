@@ -27,8 +27,8 @@ from lrjax.rules.shape import constant_along_rows
 HEIGHT = 7
 # Primitives of newer versions of JAX than the oldest that is supported.
 NEWER = {"log2", "one_minus_square", "polynomial"}
-# The body of an older version's call; the name is kept for it.
-OLDER = {"custom_vjp_call_jaxpr"}
+# Calls as older versions name them; what exists within ``jax.shard_map`` alone.
+WITHOUT_CASES = {"custom_vjp_call_jaxpr", "pvary"}
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -21,11 +21,11 @@ from lrjax.engine import _COMBINE
 from lrjax.geometry import IDENTITY
 from lrjax.rules.base import _REGISTRY, Rows, highest, lowest
 from lrjax.rules.reduction import identity_of
-from rule_cases import NEWER, OLDER, cases, primitives
+from rule_cases import NEWER, WITHOUT_CASES, cases, primitives
 
 pytestmark = pytest.mark.usefixtures("x64")
 
-NAMES = sorted({*_REGISTRY, "iota", "random_bits"} - OLDER)
+NAMES = sorted({*_REGISTRY, "iota", "random_bits"} - WITHOUT_CASES)
 TOLERANCE = 1e-12
 EVERY_ROW = (0, 10**9)
 
@@ -297,6 +297,13 @@ def whole_gradient(case):
         return None
 
 
+def is_sampled_out(case, number):
+    """Of windows, whose geometries are many and differ in their row maps alone, a third is enough."""
+    name = case.primitive
+    is_window = "conv" in name or "window" in name or name.startswith("select_and")
+    return is_window and number % 3 > 0
+
+
 def finite_outside(case):
     """What rows outside the image hold in a step that is differentiated."""
     number = 3.5 if case.op.is_tame else 1
@@ -311,10 +318,7 @@ def test_gradients_of_blocks_add_up(name):
     another number where it is.
     """
     for number, case in enumerate(cases_of(name)):
-        is_dear = (
-            name == "conv_general_dilated" or "window" in name or name.startswith("select_and")
-        )
-        if (is_dear and number % 3) or case.op.reduction not in (None, "sum"):
+        if is_sampled_out(case, number) or case.op.reduction not in (None, "sum"):
             continue
         if whole_gradient(case) is not None:
             assert_gradients_add_up(case)
@@ -365,9 +369,11 @@ def add_rows(total, bar, read, start, own):
 @pytest.mark.parametrize("name", NAMES)
 def test_tame_rules_are_finite(name):
     """Large, small and equal operands give finite values and derivatives."""
-    for case in cases_of(name):
+    for number, case in enumerate(cases_of(name)):
         moving, wanted = moving_and_wanted(case)
         if not case.op.is_tame or not moving or not all(map(is_finite, case.outputs)):
+            continue
+        if is_sampled_out(case, number):
             continue
         noise = np.random.default_rng(3)
         for scale, shift in ((100.0, 0.0), (0.0, 0.0), (0.0, 1.0), (1.0, -3.0)):
@@ -391,7 +397,7 @@ def test_rows_depend_on_their_numbers_only_where_declared(name):
         op = case.op
         if op.reduction is not None or any(r and r.row_map != IDENTITY for r in op.reads):
             continue
-        windows = windows_of(case, 0, 3, garbage)
-        here, there = (op.evaluate(windows, Rows(start, 3)) for start in (0, 2))
+        windows, count = windows_of(case, 0, op.height, garbage), op.height
+        here, there = (op.evaluate(windows, Rows(start, count)) for start in (0, 2))
         same = all(np.array_equal(a, b, equal_nan=True) for a, b in zip(here, there, strict=True))
         assert same != op.is_positional, f"{case}: positional is declared {op.is_positional}"
