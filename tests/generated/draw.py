@@ -43,7 +43,7 @@ def spec_of(random: Random, without: Collection[str] = (), most_layers: int = 20
 
     Args:
       random: the choices.
-      without: families and kinds of layers that are left out.
+      without: families, kinds, and kinds with one of their parameters ("head=max") left out.
       most_layers: at the top.
     """
     with jax.enable_x64(True):
@@ -69,7 +69,8 @@ def _spec_of(random: Random, without: frozenset[str], most_layers: int) -> Spec:
     drawer = _Drawer(random, without)
     layers, m = drawer.layers(m, random.randint(depth[0], min(depth[1], most_layers)))
     head = L("head", **_changed("head", KINDS["head"].draw(random, m)))
-    if _abstractly(head, m, "head") is None:
+    is_left_out = f"head={head.params.get('how')}" in without
+    if is_left_out or _abstractly(head, m, "head") is None:
         head = L("head")
     spec = dataclasses.replace(spec, layers=tuple(layers), head=head)
     return _with_options(random, spec)
@@ -139,6 +140,8 @@ class _Drawer:
         if name in BODIES and self.nesting > 1:
             return None
         params = KINDS[name].draw(self.random, m)
+        if self.without.intersection(f"{name}={value}" for value in params.values()):
+            return None
         if name in BODIES:
             params.update(self.bodies(name, m))
         return Layer(name, **_changed(name, params))
