@@ -22,6 +22,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -87,8 +88,10 @@ def judged(spec: Any, phase: Any) -> dict[str, Any]:
 class Worker:
     """A process that judges networks, started when one is asked for."""
 
-    def __init__(self, timeout: float):
-        self.timeout = timeout
+    def __init__(
+        self, timeout: float, command: Sequence[str] = (sys.executable, __file__, "--worker")
+    ):
+        self.timeout, self.command = timeout, command
         self.process: subprocess.Popen[bytes] | None = None
         self.served = 0
         self.buffer = b""
@@ -138,7 +141,7 @@ class Worker:
     def restart(self) -> None:
         self.stop()
         self.process = subprocess.Popen(
-            [sys.executable, __file__, "--worker"],
+            self.command,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from random import Random
 from typing import Any
 
@@ -22,6 +22,8 @@ LAYOUTS = (
     "NHWC", "NHWC", "NHWC", "NCHW", "NCHW", "NHC", "NCH", "NHWDC", "NWHC", "NCWH", "HNWC", "NCDHW",
     "NWDHC", "CHNW", "WHCN",
 )  # fmt: skip
+HEIGHTS = ((2, 8), (5, 14), (1, 4), (10, 30), (30, 70))
+DEPTHS = ((1, 3), (1, 3), (2, 5), (2, 5), (1, 3), (2, 5), (4, 8), (6, 20))
 STRATEGIES = ("stream", "2ps", "overl")
 
 # Kinds whose parameters hold layers: how many bodies, and of how many layers at most.
@@ -38,36 +40,51 @@ BODIES: dict[str, tuple[tuple[str, ...], int]] = {
 }
 
 
-def spec_of(random: Random, without: Collection[str] = (), most_layers: int = 20) -> Spec:
+def spec_of(
+    random: Random,
+    without: Collection[str] = (),
+    *,
+    most_layers: int = 20,
+    dtype: str = "float64",
+    heights: Sequence[tuple[int, int]] = HEIGHTS,
+) -> Spec:
     """A description from random choices.
 
     Args:
       random: the choices.
       without: families, kinds, and kinds with one of their parameters ("head=max") left out.
       most_layers: at the top.
+      dtype: of parameters and images.
+      heights: of images, ranges of which one is chosen.
     """
     with jax.enable_x64(True):
-        return _spec_of(random, frozenset(without), most_layers)
+        return _spec_of(random, frozenset(without), most_layers, dtype, heights)
 
 
-def _spec_of(random: Random, without: frozenset[str], most_layers: int) -> Spec:
+def _spec_of(
+    random: Random,
+    without: frozenset[str],
+    most_layers: int,
+    dtype: str,
+    heights: Sequence[tuple[int, int]],
+) -> Spec:
     layout = random.choice(LAYOUTS)
-    heights = random.choice([(2, 8), (5, 14), (1, 4), (10, 30), (30, 70)])
     spec = Spec(
         layers=(),
         layout=layout,
         batch=random.choice([1, 1, 2, 3]),
-        height=random.randint(*heights),
+        height=random.randint(*random.choice(heights)),
         width=random.choice([1, 2, 3, 4, 5]) if len(layout) < 5 else random.choice([1, 2, 3]),
         channels=random.choice([1, 2, 3]),
+        dtype=dtype,
         image=random.choice(["float"] * 9 + ["uint8"]),
         seed=random.randint(0, 9999),
     )
-    net = Context(spec.seed)
+    net = Context(spec.seed, dtype=dtype)
     m = _abstract_image(spec, net)
-    depth = random.choice([(1, 3), (1, 3), (2, 5), (2, 5), (4, 8), (6, most_layers)])
-    drawer = _Drawer(random, without)
-    layers, m = drawer.layers(m, random.randint(depth[0], min(depth[1], most_layers)))
+    least, most = random.choice(DEPTHS)
+    depth = random.randint(min(least, most_layers), min(most, most_layers))
+    layers, m = _Drawer(random, without).layers(m, depth)
     head = L("head", **_changed("head", KINDS["head"].draw(random, m)))
     is_left_out = f"head={head.params.get('how')}" in without
     if is_left_out or _abstractly(head, m, "head") is None:
@@ -171,7 +188,7 @@ def _changed(name: str, params: dict[str, Any]) -> dict[str, Any]:
 
 
 def _abstract_image(spec: Spec, net: Context) -> Map:
-    return Map(jax.ShapeDtypeStruct(spec.image_shape, np.float64), spec.layout, net)
+    return Map(jax.ShapeDtypeStruct(spec.image_shape, net.dtype), spec.layout, net)
 
 
 def _abstractly(layer: Layer, m: Map, name: str) -> Any:
@@ -181,7 +198,7 @@ def _abstractly(layer: Layer, m: Map, name: str) -> Any:
     def function(x: Any) -> Any:
         nonlocal layout
         # Abstract maps have parameters and images of their own: nothing is kept.
-        out = apply_layer(layer, Map(x, m.layout, Context(0)), name)
+        out = apply_layer(layer, Map(x, m.layout, Context(0, dtype=m.net.dtype)), name)
         if isinstance(out, Map):
             layout = out.layout
             return out.x
@@ -198,6 +215,6 @@ def _abstractly(layer: Layer, m: Map, name: str) -> Any:
         return None
     if shape["C"] > MOST_CHANNELS or max(shape.get("W", 1), shape.get("D", 1)) > MOST_WIDTH:
         return None
-    if out.dtype != np.float64:
+    if out.dtype != m.net.dtype:
         return None
     return Map(out, layout, m.net, "")

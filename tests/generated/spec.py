@@ -50,7 +50,8 @@ class Spec:
       head: what is made of the last map: a layer too.
       layout: letters of the image's axes; H are the rows, W and D further spatial axes.
       batch, height, width, channels: of the image (W and D are both ``width``).
-      image: dtype of the image: "float", or "uint8".
+      dtype: of parameters and images.
+      image: "float", or "uint8" for bytes.
       seed: of the values of parameters and images.
       strategy, num_blocks, cuts: as for ``rowwise``; ``num_blocks`` is lowered to its limit.
       argnums: arguments that are differentiated.
@@ -65,6 +66,7 @@ class Spec:
     height: int = 6
     width: int = 2
     channels: int = 1
+    dtype: str = "float64"
     image: str = "float"
     seed: int = 0
     strategy: str | tuple[str, ...] = "stream"
@@ -100,8 +102,15 @@ class Context:
       noise: seed of a unit in the last place by which every layer's map moves, None for none.
     """
 
-    def __init__(self, seed: int, values: Any = None, images: Any = None, keywords: Any = None):
-        self.seed = seed
+    def __init__(
+        self,
+        seed: int,
+        values: Any = None,
+        images: Any = None,
+        keywords: Any = None,
+        dtype: str = "float64",
+    ):
+        self.seed, self.dtype = seed, jnp.dtype(dtype)
         self.makes = values is None
         self.values: dict[str, Any] = {} if values is None else values
         self.images: dict[str, Any] = {} if images is None else images
@@ -114,14 +123,19 @@ class Context:
     def generator(self, name: str) -> np.random.Generator:
         return np.random.default_rng([self.seed, zlib.crc32(name.encode())])
 
+    def typed(self, array: Any) -> Any:
+        """Floating-point numbers in the network's precision."""
+        array = np.asarray(array)
+        return array.astype(self.dtype) if np.issubdtype(array.dtype, np.floating) else array
+
     def parameter(self, name: str, make: Callable[[np.random.Generator], Any]) -> Array:
         if self.makes and name not in self.values:
-            self.values[name] = make(self.generator(name))
+            self.values[name] = self.typed(make(self.generator(name)))
         return jnp.asarray(self.values[name])
 
     def image(self, name: str, row_axis: int, make: Callable[[np.random.Generator], Any]) -> Array:
         if self.makes and name not in self.images:
-            self.images[name] = make(self.generator(name))
+            self.images[name] = self.typed(make(self.generator(name)))
             self.row_axes[name] = row_axis
         return jnp.asarray(self.images[name])
 
@@ -266,7 +280,7 @@ def run(spec: Spec, net: Context, image: Array) -> Any:
     """The network's outputs."""
     x = jnp.asarray(image)
     if spec.image == "uint8":
-        x = x.astype(np.float64) / 255 - 0.4
+        x = x.astype(spec.dtype) / 255 - 0.4
     m = Map(x, spec.layout, net)
     if "scale" in net.keywords:
         m = m.of(m.x * net.keywords["scale"])
@@ -293,17 +307,18 @@ class Case:
 
 
 def keywords_of(spec: Spec) -> dict[str, Any]:
-    return {None: {}, "static": {"train": True}, "array": {"scale": np.float64(1.25)}}[spec.keyword]
+    scale = np.asarray(1.25, jnp.dtype(spec.dtype))
+    return {None: {}, "static": {"train": True}, "array": {"scale": scale}}[spec.keyword]
 
 
 def case_of(spec: Spec) -> Case:
     """The function, arguments and row axes of a description."""
     keywords = keywords_of(spec)
-    made = Context(spec.seed, keywords=keywords)
+    made = Context(spec.seed, keywords=keywords, dtype=spec.dtype)
     if spec.image == "uint8":
         image = made.generator("image").integers(0, 256, spec.image_shape, np.uint8)
     else:
-        image = made.generator("image").standard_normal(spec.image_shape)
+        image = made.typed(made.generator("image").standard_normal(spec.image_shape))
     jax.eval_shape(lambda image: run(spec, made, image), image)
     images = {"image": image, **made.images}
     axes = {"image": spec.layout.index("H"), **made.row_axes}
@@ -312,7 +327,7 @@ def case_of(spec: Spec) -> Case:
 
     def fun(params: Any, images: Any, noise: int | None = None, **keywords: Any) -> Any:
         further = {name: value for name, value in images.items() if name != "image"}
-        net = Context(spec.seed, params, further, keywords)
+        net = Context(spec.seed, params, further, keywords, spec.dtype)
         net.noise = noise
         return run(spec, net, images["image"])
 
