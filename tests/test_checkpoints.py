@@ -9,6 +9,7 @@ from flax import nnx
 import lrjax.linen
 import lrjax.nnx
 from lrjax.models import ResNet
+from lrjax.testing import check, results
 
 IMAGES = jax.random.normal(jax.random.key(0), (1, 21, 8, 3))
 NET = ResNet(blocks=(1,), bottleneck=True, width=1 / 16, num_classes=3)
@@ -63,8 +64,7 @@ def test_linen_checkpoint(tmp_path, to_rows):
     saved, other = trained_linen(source, seed=0), trained_linen(target, seed=1)
     loaded = restored(tmp_path, other, saved)
     assert_equal(loaded, saved)
-    outputs = [model.apply(loaded, IMAGES) for model in (source, target)]
-    assert jnp.allclose(*outputs, rtol=1e-5, atol=1e-5)
+    check(*(results(model.apply, (loaded, IMAGES)) for model in (target, source)))
 
 
 @pytest.mark.parametrize("to_rows", [True, False], ids=["plain to rows", "rows to plain"])
@@ -73,5 +73,8 @@ def test_nnx_checkpoint(tmp_path, to_rows):
     (source_graph, saved), (graph, other) = trained_nnx(source, 0), trained_nnx(target, 1)
     loaded = restored(tmp_path, other, saved)
     assert_equal(loaded, saved)
-    outputs = [nnx.merge(one, loaded, copy=True)(IMAGES) for one in (source_graph, graph)]
-    assert jnp.allclose(*outputs, rtol=1e-5, atol=1e-5)
+
+    def call(graph):
+        return lambda state, images: nnx.merge(graph, state, copy=True)(images)
+
+    check(*(results(call(one), (loaded, IMAGES)) for one in (graph, source_graph)))

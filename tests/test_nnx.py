@@ -76,21 +76,28 @@ def test_module_runs_by_rows(wrap, call, train):
 
 def test_module_is_trained_in_place_under_jit():
     def state_after_a_step(call):
-        model = Net()
+        graph, state = nnx.split(Net())
 
-        @nnx.jit
-        def step(model):
-            return nnx.grad(lambda model: call(model, IMAGES).sum())(model)
+        def train(state, images):
+            model = nnx.merge(graph, state, copy=True)
 
-        step(model)
-        return nnx.state(model, nnx.BatchStat), nnx.state(model, nnx.RngCount)
+            @nnx.jit
+            def step(model):
+                return nnx.grad(lambda model: call(model, images).sum())(model)
+
+            gradients = step(model)
+            kinds = (nnx.BatchStat, nnx.RngCount)
+            return [nnx.to_pure_dict(s) for s in (gradients, *nnx.state(model, *kinds))]
+
+        return testing.results(train, (state, IMAGES), argnums=())
 
     row_call = lrjax.nnx.rowwise(whole, in_axes=(None, 1), num_blocks=4)
-    (statistics, counts), (expected, expected_counts) = map(state_after_a_step, (row_call, whole))
-    assert all(jax.tree.leaves(jax.tree.map(jnp.array_equal, counts, expected_counts)))
-    assert jax.tree.all(jax.tree.map(jnp.allclose, statistics, expected))
-    untrained = nnx.state(Net(), nnx.BatchStat)
-    assert not any(jax.tree.leaves(jax.tree.map(jnp.array_equal, statistics, untrained)))
+    found, expected = map(state_after_a_step, (row_call, whole))
+    testing.check(found, expected)
+    _, statistics, counts = found.outputs
+    untrained = map(nnx.to_pure_dict, nnx.state(Net(), nnx.BatchStat, nnx.RngCount))
+    for after, before in zip((statistics, counts), untrained, strict=True):
+        assert not jax.tree.all(jax.tree.map(jnp.array_equal, after, before))
 
 
 def test_method_in_a_class_body_and_random_streams_among_the_arguments():
@@ -107,7 +114,7 @@ def test_method_in_a_class_body_and_random_streams_among_the_arguments():
     found = [model(IMAGES, True, rngs=rngs) for _ in range(2)]
     noise = [jax.random.normal(plain_rngs.noise(), IMAGES.shape) for _ in range(2)]
     expected = [model.conv(IMAGES + n) for n in noise]
-    assert jnp.allclose(jnp.stack(found), jnp.stack(expected), atol=1e-5)
+    testing.check(testing.Results(found), testing.Results(expected))
     assert rngs.noise.count[...] == 2
 
 
