@@ -33,7 +33,12 @@ SCHEDULE = ("tests/test_schedule.py",)
 STRATEGIES = ("tests/test_strategies.py",)
 RULES = ("tests/test_custom_rules.py",)
 PLANS = ("tests/planner/test_plan_value.py",)
-GEOMETRIES = "TestGeometries and same_as_column"
+# Of the named geometries, in order of what they cost.
+STREAM = "same_as_column and stream and resnet"
+TWO_PHASE = "same_as_column and 2ps and resnet"
+OVERLAP = "same_as_column and overl and resnet"
+PYRAMID = "same_as_column and pyramid"
+DEEP = "same_as_column and stream and deep"
 
 ROW_MAPS = (
     Mutation(
@@ -68,15 +73,6 @@ ROW_MAPS = (
         "low, max(high - low, 1))",
         ("tests/test_rules_banded.py",),
         "resize",
-    ),
-    Mutation(
-        "offset-rates",
-        "rows that advance at different rates are joined all the same",
-        "lrjax/alignment.py",
-        "if known_rate != rate:",
-        "if known_rate < rate:",
-        (*STRATEGIES, "tests/test_rules_banded.py"),
-        "TestGeometries or test_resize",
     ),
 )
 
@@ -118,8 +114,9 @@ SCHEDULES = (
         "a late reader gets the copy of another value",
         "lrjax/late.py",
         "return self.copy_of[value]\n\n    def fresh",
-        "return min(self.copy_of.values())\n\n    def fresh",
+        "return max(self.copy_of.values())\n\n    def fresh",
         ("tests/test_late.py",),
+        "same_as_column",
     ),
 )
 
@@ -131,7 +128,7 @@ LINE_BUFFERS = (
         "[advance + gap for advance",
         "[advance + gap + 1 for advance",
         STRATEGIES,
-        GEOMETRIES,
+        STREAM,
     ),
     Mutation(
         "swapped-blocks",
@@ -140,7 +137,7 @@ LINE_BUFFERS = (
         "lax.concatenate([older, slab], axis)",
         "lax.concatenate([slab, older], axis)",
         STRATEGIES,
-        GEOMETRIES,
+        STREAM,
     ),
     Mutation(
         "stale-ring-slot",
@@ -165,7 +162,7 @@ LINE_BUFFERS = (
         "fill = loop.production_fill.get(v, 0)",
         "fill = 1",
         STRATEGIES,
-        GEOMETRIES,
+        STREAM,
     ),
     Mutation(
         "loops-start-with-other",
@@ -185,7 +182,7 @@ MASKS = (
         "return fill is not None and fill != self.production_fill.get(source.value)",
         "return False",
         ("tests/test_rules_windows.py", *STRATEGIES),
-        "pooling_of_pooling or TestGeometries",
+        "pooling_of_pooling or (same_as_column and stream and (resnet or skip))",
     ),
     Mutation(
         "mask-as-made-missing",
@@ -194,7 +191,7 @@ MASKS = (
         "return keep_rows(slab, start, loop.graph.row_axis[value], 0, height, fill)",
         "return slab",
         STRATEGIES,
-        GEOMETRIES,
+        STREAM,
     ),
     Mutation(
         "mask-a-row-too-low",
@@ -203,7 +200,7 @@ MASKS = (
         "inside.astype(np.uint32) < jnp",
         "inside.astype(np.uint32) <= jnp",
         STRATEGIES,
-        GEOMETRIES,
+        STREAM,
     ),
     Mutation(
         "zero-for-minus-infinity",
@@ -257,7 +254,7 @@ MASKS = (
         "if is_driver and not loop.schedule.tracks[source.node].is_steady:",
         "if False:",
         STRATEGIES,
-        GEOMETRIES,
+        PYRAMID,
     ),
     Mutation(
         "rows-written-over",
@@ -266,7 +263,7 @@ MASKS = (
         "(position >= start) & (position < start + size)",
         "position < start + size",
         STRATEGIES,
-        GEOMETRIES,
+        STREAM,
     ),
     Mutation(
         "idle-band-fill",
@@ -275,7 +272,7 @@ MASKS = (
         "slab = jnp.full(shape, loop.production_fill.get(v, 0), avals[v].dtype)",
         "slab = jnp.full(shape, 1, avals[v].dtype)",
         STRATEGIES,
-        GEOMETRIES,
+        DEEP,
     ),
     Mutation(
         "band-starts-late",
@@ -284,7 +281,7 @@ MASKS = (
         '(clock["step"] >= band.first)',
         '(clock["step"] > band.first)',
         STRATEGIES,
-        GEOMETRIES,
+        DEEP,
     ),
 )
 
@@ -327,7 +324,7 @@ GRADIENTS = (
         "line_bars, window_bars, partial = pull(",
         "_, window_bars, partial = pull(",
         STRATEGIES,
-        "TestGeometries and 2ps",
+        TWO_PHASE,
     ),
     Mutation(
         "halo-cotangent-overwritten",
@@ -336,7 +333,7 @@ GRADIENTS = (
         'now.bounds(("window", *name)),\n                    jnp.add,',
         'now.bounds(("window", *name)),',
         STRATEGIES,
-        "TestGeometries and overl",
+        OVERLAP,
     ),
     Mutation(
         "last-block-only",
@@ -345,7 +342,7 @@ GRADIENTS = (
         "added[v] = bar + partial[v].astype(bar.dtype)",
         "added[v] = partial[v].astype(bar.dtype)",
         STRATEGIES,
-        "TestGeometries and overl",
+        OVERLAP,
     ),
     Mutation(
         "rows-or-whole",
@@ -362,7 +359,7 @@ GRADIENTS = (
         "return keep_rows(rows, clock[name], axis, low, high, 0)",
         "return rows",
         STRATEGIES,
-        "(TestGeometries or images_of_few_rows) and not stream",
+        PYRAMID + " and overl",
     ),
     Mutation(
         "blocks-in-forward-order",
@@ -371,7 +368,7 @@ GRADIENTS = (
         "scanned, reverse=True)",
         "scanned)",
         STRATEGIES,
-        "TestGeometries and 2ps",
+        TWO_PHASE,
     ),
     Mutation(
         "wrong-residual",
@@ -380,7 +377,7 @@ GRADIENTS = (
         "engine.add_partial(loop, sums, result.partial)), lines",
         "engine.add_partial(loop, sums, result.partial)), result.lines",
         STRATEGIES,
-        "TestGeometries and 2ps",
+        TWO_PHASE,
     ),
     Mutation(
         "one-pass-not-scaled",

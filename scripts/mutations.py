@@ -10,8 +10,6 @@ must then pass on an unchanged copy, or nothing was shown. The exit status is 1 
 survives or a test fails without one, 2 if a mutation does not fit the source any more.
 """
 
-from __future__ import annotations
-
 import argparse
 import ast
 import dataclasses
@@ -28,13 +26,13 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from mutation_table import MUTATIONS, Mutation
 
 from experiments import report
 
+ROOT = Path(__file__).resolve().parents[1]
 # What the tests need of the project.
 PARTS = ("lrjax", "tests", "experiments", "scripts", "docs", "pyproject.toml", "README.md")
 # A mutation may make a loop endless; that counts as caught, under the name "timeout".
@@ -195,7 +193,7 @@ def markdown(content: dict[str, Any]) -> str:
         f"{caught} of {len(records)} errors made on purpose are caught by the tests that are not "
         f"marked slow; jax {environment['jax']}, Python {environment['python']}, "
         f"{content['date']}, {content['seconds']:.0f} seconds with {content['jobs']} at a time. "
-        "Printed by `python scripts/mutations.py`.\n\n" + table.replace("|r", "|r") + "\n"
+        "Printed by `python scripts/mutations.py`.\n\n" + table + "\n"
     )
 
 

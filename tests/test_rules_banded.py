@@ -88,6 +88,15 @@ def test_constant_indices(rows):
     check_rule(lambda x: jnp.sin(jnp.sin(x)[:, rows]), normal(2, 21, 3), num_blocks=4)
 
 
+def test_two_sets_of_constant_indices():
+    rows = np.arange(21) // 2
+    check_rule(
+        lambda x: jnp.sin(x)[:, rows] * jnp.sin(x)[:, rows + 1],
+        normal(2, 21, 3),
+        strategies=("stream",),
+    )
+
+
 @pytest.mark.parametrize("mode", ["clip", "wrap", "fill"])
 def test_constant_indices_in_every_mode(mode):
     rows = np.minimum(np.arange(23), 20)

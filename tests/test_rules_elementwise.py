@@ -25,6 +25,9 @@ UNARY = {
     "inverse": lambda x: jnp.arcsin(x / 9) + jnp.arccos(x / 9) + jnp.arctanh(x / 9),
     "exponentials": lambda x: jnp.exp(x) + jnp.exp2(x) + jnp.expm1(x) + lax.logistic(x),
     "signs": lambda x: jnp.abs(x) * jnp.sign(x) - x,
+    "masks of a rectifier": lambda x: (
+        jnp.maximum(x, 0.0) * (x > 0.0) + jnp.where(x >= 0.0, x**2, x**3)
+    ),
     "rounding": lambda x: x * jnp.floor(x) + x * jnp.ceil(x) + x * jnp.round(x),
     "powers": lambda x: x**3 + lax.integer_pow(x, 5) + jnp.cbrt(x**2 + 1) + jnp.square(x),
     "erf": lambda x: lax.erf(x) + lax.erfc(x) + lax.erf_inv(jnp.tanh(x) / 2),

@@ -116,6 +116,7 @@ COLUMN = {
     "reverse rows": lambda x: jnp.flip(jnp.sin(x), 1) * x,
     "flatten": lambda x: jnp.sin(x).repeat(10, 2).reshape(2, 43 * 40) ** 2,
     "merge rows with batch": lambda x: jnp.sin(x).reshape(86, 4) ** 2,
+    "rows for columns": lambda x: jnp.sin(x).reshape(2, 4, 43) ** 2,
     "roll": lambda x: jnp.roll(jnp.sin(x), 2, 1) * x,
     "concatenate rows": lambda x: jnp.concatenate([jnp.sin(x), x], 1) ** 2,
     "split rows": lambda x: jnp.prod(jnp.stack(jnp.split(jnp.sin(x)[:, 1:], 2, axis=1)), 0),

@@ -417,6 +417,14 @@ class TestArguments:
         args = (normal(0, 3, 3, 1, 2), normal(1, 1, 9, 4, 1))
         assert_same_as_column(fun, args, (None, 1), num_blocks=3, strategy=strategy)
 
+    def test_an_array_read_by_rows_and_whole(self, strategy):
+        def fun(matrix, image):
+            return jnp.sin(image * matrix) @ matrix
+
+        args = (normal(0, 6, 6), normal(1, 6, 6))
+        assert_row_local(fun, args, (None, 0), one_loop=False)
+        assert_same_as_column(fun, args, (None, 0), num_blocks=3, strategy=strategy)
+
     def test_undefined_outside_the_image(self, strategy):
         """Rows outside the image must not leak a division by zero into any gradient."""
 

@@ -75,6 +75,19 @@ class TestTransformations:
         expected = jax.value_and_grad(loss, argnums=(0, 1))
         assert_equal(found(PARAMS, IMAGE), expected(PARAMS, IMAGE))
 
+    def test_grad_of_one_of_several_outputs(self, strategy):
+        """The others have no cotangent at all, not one of zeros."""
+
+        def fun(params, image):
+            image = convolve(image, params["w"])
+            return image.sum((0, 2)), jnp.tanh(image), image.mean()
+
+        def first(fun):
+            return jax.grad(lambda *args: (fun(*args)[0] ** 2).sum(), argnums=(0, 1))
+
+        found = jax.jit(first(by_rows(fun, strategy)))(PARAMS, IMAGE)
+        assert_equal(found, first(fun)(PARAMS, IMAGE))
+
     def test_vmap_over_images(self, strategy):
         images = normal(3, 2, 11, 4, 1)
         found = jax.jit(jax.vmap(by_rows(network, strategy), (None, 0)))(PARAMS, images)
@@ -493,6 +506,20 @@ def test_the_function_keeps_its_name():
 def test_default_number_of_blocks():
     row_network = lrjax.rowwise(network, in_axes=(None, 1))
     assert_equal(jax.jit(row_network)(PARAMS, IMAGE), network(PARAMS, IMAGE))
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_what_runs_is_what_explain_says(strategy):
+    """The strategy and the blocks asked for, not others that give the same values."""
+    told = lrjax.explain(network, PARAMS, IMAGE, in_axes=(None, 1), num_blocks=3, strategy=strategy)
+    forward = told.segments[0].passes[0]
+    fun = by_rows(network, strategy)
+    program = str(jax.make_jaxpr(fun)(PARAMS, IMAGE))
+    assert tuple(map(int, re.findall(r"length=(\d+)", program))) == forward.steps == (3,)
+    residuals = jax.eval_shape(lambda *args: jax.tree.leaves(jax.vjp(fun, *args)[1]), PARAMS, IMAGE)
+    lines = [leaf for leaf in residuals if leaf.ndim == 1 + IMAGE.ndim]  # of every step
+    assert sum(leaf.size * leaf.dtype.itemsize for leaf in lines) == forward.saved_bytes
+    assert bool(lines) == (strategy == "2ps")
 
 
 def test_column_is_the_function_itself():

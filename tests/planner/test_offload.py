@@ -54,6 +54,13 @@ def test_gradients_are_columns(fun, choices, x64):
     assert_same_as_column(fun, args, (None, 1), plan=plan)
 
 
+@pytest.mark.parametrize("offload", [False, True])
+def test_the_map_between_segments_is_one_of_the_hosts(offload):
+    by_rows = lrjax.rowwise(features, in_axes=(None, 1), num_blocks=3, cuts=2, offload=offload)
+    program = str(jax.make_jaxpr(jax.grad(lambda *args: by_rows(*args).sum()))(*structs(36, 8)))
+    assert ("<host>" in program) == offload
+
+
 def test_float32_gradients_are_columns():
     plan = plan_by_hand(loss, structs(36, 8, batch=2, dtype=jnp.float32), CHOICES[0], (1, 2))
     args = jax.tree.map(lambda x: x.astype(jnp.float32), arguments(36, 8, batch=2))
