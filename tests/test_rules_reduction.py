@@ -90,6 +90,15 @@ def test_positions_beside_rows(arg, axis):
     check_rule(lambda x: arg(x, axis=axis), normal(2, 7, 3))
 
 
+def test_extremes_on_one_side_of_zero():
+    """Rows outside the image must not pass for the largest, or the smallest."""
+
+    def op(x):
+        return jnp.max(jnp.tanh(x) - 2, 1), jnp.min(jnp.tanh(x) + 2, 1)
+
+    check_rule(op, normal(2, 7, 3), one_loop=False, strategies=("stream",))
+
+
 def test_positions_over_rows_fall_back():
     check_rule(lambda x: jnp.argmax(x, axis=1), normal(2, 7, 3), falls_back=True)
 
@@ -163,6 +172,9 @@ def test_sums_are_accumulated_in_float32():
     import lrjax
 
     image = jnp.ones((1, 4096, 1), jnp.bfloat16)
-    total = lrjax.rowwise(lambda x: (x * 1).sum(), in_axes=1, num_blocks=4096)(image)
+    # jnp.sum would convert to float32 itself.
+    total = lrjax.rowwise(lambda x: lax.reduce_sum(x * 1, (0, 1, 2)), in_axes=1, num_blocks=4096)(
+        image
+    )
     assert total.dtype == jnp.bfloat16
     assert float(total) == 4096

@@ -158,6 +158,19 @@ def test_pooling_of_pooling():
     check_rule(op, normal(1, 19, 5, 1))
 
 
+def test_overlapping_pooling_before_a_convolution():
+    """The convolution's cotangents go on outside the image; windows there touch rows inside."""
+    kernel = normal(3, 1, 2, 2)
+
+    def op(image):
+        pooled = jnp.sin(pooling("max", 3, 1, (1, 1), width=1)(image))
+        return lax.conv_general_dilated(
+            pooled, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+        )
+
+    check_rule(op, normal(1, 10, 3, 2), strategies=("stream",))
+
+
 def test_a_general_window_falls_back():
     """A window with a computation of its own has no rule (and in column no gradient)."""
 
