@@ -405,8 +405,8 @@ GRADIENTS = (
         "lrjax/autodiff.py",
         "else (g * ct.astype(g.dtype)).astype(g.dtype)",
         "else g",
-        RULES,
-        "one_pass",
+        STRATEGIES,
+        "labels_at_half_height and stream",
     ),
     Mutation(
         "one-pass-of-any-rule",
@@ -432,8 +432,8 @@ GRADIENTS = (
         "lrjax/autodiff.py",
         "return lax.bitwise_or(value, value)",
         "return value",
-        ("tests/test_rules_elementwise.py", *STRATEGIES),
-        "integers_and_booleans or several_outputs",
+        STRATEGIES,
+        "several_outputs_of",
     ),
 )
 
@@ -461,6 +461,7 @@ STAGES = (
         "own + _is_tag(equation, names)) for v",
         "own) for v",
         ("tests/test_nested_cuts.py",),
+        "not_kept",
     ),
     Mutation(
         "group-kept",
