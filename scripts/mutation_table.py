@@ -32,6 +32,7 @@ GEOMETRY = ("tests/test_geometry.py",)
 SCHEDULE = ("tests/test_schedule.py",)
 STRATEGIES = ("tests/test_strategies.py",)
 RULES = ("tests/test_custom_rules.py",)
+FACADES = ("tests/test_facades.py",)
 PLANS = ("tests/planner/test_plan_value.py",)
 # Of the named geometries, in order of what they cost.
 STREAM = "same_as_column and stream and resnet"
@@ -270,8 +271,8 @@ MASKS = (
         "idle-band-fill",
         "operations that have nothing to do in a step give 1 for padding",
         "lrjax/engine.py",
-        "slab = jnp.full(shape, loop.production_fill.get(v, 0), avals[v].dtype)",
-        "slab = jnp.full(shape, 1, avals[v].dtype)",
+        "jnp.full(shape, loop.production_fill.get(v, 0), avals[v].dtype)",
+        "jnp.full(shape, 1, avals[v].dtype)",
         STRATEGIES,
         DEEP,
     ),
@@ -377,7 +378,8 @@ GRADIENTS = (
         "segments pass no gradient to the segments before them",
         "lrjax/autodiff.py",
         "if x.perturbed and jnp.issubdtype(struct.dtype, jnp.inexact)\n        ]",
-        "if x.perturbed and axes[i] is None and jnp.issubdtype(struct.dtype, jnp.inexact)\n        ]",
+        "if x.perturbed and axes[i] is None and jnp.issubdtype(struct.dtype, jnp.inexact)\n"
+        "        ]",
         STRATEGIES,
         "TestVGGStack and test_segments",
     ),
@@ -418,11 +420,20 @@ GRADIENTS = (
         "one_pass",
     ),
     Mutation(
+        "second-derivative-of-a-constant",
+        "the gradient of a gradient leaves out that the first depends on where it is taken",
+        "lrjax/derivatives.py",
+        "    if not moving:\n        return outputs, linear_p",
+        "    if True:\n        return outputs, linear_p",
+        ("tests/test_transform.py",),
+        "second_order",
+    ),
+    Mutation(
         "symbolic-zero-as-one",
         "an output without a cotangent counts as if it had one of 1",
-        "lrjax/offload.py",
-        "return jnp.zeros(cotangent.shape, cotangent.dtype)",
-        "return jnp.ones(cotangent.shape, cotangent.dtype)",
+        "lrjax/derivatives.py",
+        "[ad.instantiate_zeros(ct) for ct in cotangents]",
+        "[jnp.ones(ct.aval.shape) if type(ct) is ad.Zero else ct for ct in cotangents]",
         ("tests/test_transform.py",),
         "one_of_several",
     ),
@@ -482,6 +493,25 @@ OPTIONS = (
         'return Options(None, "stream", (), plan)',
         'return Options(None, "stream", ())',
         PLANS,
+    ),
+    Mutation(
+        "facade-drops-plan",
+        "lrjax.linen.rowwise of a module leaves the plan out",
+        "lrjax/linen.py",
+        "return _class_or_function(type(module), in_axes, options, methods)(**fields)",
+        "options = dataclasses.replace(options, plan=None)\n"
+        "    return _class_or_function(type(module), in_axes, options, methods)(**fields)",
+        FACADES,
+        "a_plan_runs_what",
+    ),
+    Mutation(
+        "facade-drops-offload",
+        "lrjax.nnx.rowwise keeps on the device what should wait on the host",
+        "lrjax/nnx.py",
+        "plan=plan, offload=offload",
+        "plan=plan",
+        FACADES,
+        "offload_reaches",
     ),
     Mutation(
         "plan-of-another-function",
@@ -762,8 +792,8 @@ CALLS = (
         "pole-in-a-rule",
         "a custom gradient's infinities outside the image reach the rows inside",
         "lrjax/bodies.py",
-        "has_poles = rows.is_differentiated and not node.op.is_tame",
-        "has_poles = False",
+        "has_pole = rows.is_differentiated and not node.op.is_tame",
+        "has_pole = False",
         RULES,
         "TestRules",
     ),
@@ -878,8 +908,8 @@ TOOLS = (
         "lrjax/explain.py",
         "rows_per_step=track.rows",
         "rows_per_step=track.depth",
-        ("tests/test_nested_cuts.py",),
-        "explain",
+        FACADES,
+        "counts_rows",
     ),
 )
 

@@ -314,6 +314,25 @@ def test_what_is_computed_again_is_counted():
     assert recomputed(lambda kernels, x: (maps(kernels, x) ** 2).sum()) < 0.3  # one pass
 
 
+def test_an_explanation_counts_rows():
+    """Two convolutions of three rows, in steps of eight."""
+
+    def counted(strategy):
+        found = lrjax.explain(
+            lambda kernels, image: convolve(convolve(image, kernels[0]), kernels[1]),
+            *([normal(3, 3, 2, 2)] * 2, normal(1, 32, 5, 2)),
+            in_axes=(None, 1),
+            num_blocks=4,
+            strategy=strategy,
+        )
+        names = ("receptive_field", "halo", "rows_per_step", "line_buffer_rows", "recomputed_rows")
+        operations = found.segments[0].passes[0].operations
+        return [tuple(getattr(operation, name) for name in names) for operation in operations]
+
+    assert counted("stream") == counted("2ps") == [(3, 2, 8, 2, 0), (5, 2, 8, 0, 0)]
+    assert counted("overl") == [(3, 2, 10, 0, 6), (5, 2, 8, 0, 0)]
+
+
 def test_explain_shows_micro_batches_and_what_waits_on_the_host():
     choice = Choice("stream", 4, micro_batches=2)
     plan = plan_for(Net().apply, variables(), IMAGES, choice=choice)
