@@ -162,7 +162,8 @@ class _Passes:
 
         closed, (outputs, _) = jax.make_jaxpr(both, return_shape=True)(*primals)
         run, count = jaxpr_as_fun(closed), len(outputs)
-        self.types = [struct_like(aval) for aval in closed.out_avals[:count]]
+        # Whether an output is on the host is a part of its type that structs do not have.
+        self.types = list(closed.out_avals[:count])
 
         def forward(*inputs: Array) -> tuple[Sequence[Array], Sequence[Array]]:
             results = run(*inputs)
@@ -262,7 +263,7 @@ class Linear:
     transposed: Callable[[Sequence[Array], Sequence[Array], Sequence[Array]], Sequence[Array]]
     saved: int
     inputs: int
-    outputs: tuple[jax.ShapeDtypeStruct, ...]
+    outputs: tuple[Any, ...]
 
     def parts(self, operands: Sequence[Any]) -> tuple[Sequence[Any], Sequence[Any], Sequence[Any]]:
         stop = self.saved + self.inputs
@@ -281,7 +282,9 @@ def _evaluated(*operands: Any, linear: Linear) -> list[Array]:
 
 @linear_p.def_abstract_eval
 def _types(*operands: Any, linear: Linear) -> list[Any]:
-    return [jax.typeof(out) for out in linear.outputs]
+    return [
+        jax.typeof(out) if isinstance(out, jax.ShapeDtypeStruct) else out for out in linear.outputs
+    ]
 
 
 def _transpose(cotangents: Sequence[Any], *operands: Any, linear: Linear) -> list[Any]:
