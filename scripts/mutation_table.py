@@ -510,7 +510,7 @@ OPTIONS = (
         "lrjax.nnx.rowwise keeps on the device what should wait on the host",
         "lrjax/nnx.py",
         "plan=plan, offload=offload",
-        "plan=plan",
+        "plan=plan, offload=False",
         FACADES,
         "offload_reaches",
     ),

@@ -152,6 +152,8 @@ def control(tests: Sequence[str]) -> None:
     Raises:
       RuntimeError: they do not, so that the mutations may not be what they failed for.
     """
+    if not tests:
+        return
     with tempfile.TemporaryDirectory(prefix="lrjax-unchanged-") as name:
         copy_project(Path(name))
         status, printed = run_tests(Path(name), sorted(set(tests)))
@@ -181,12 +183,13 @@ def markdown(content: dict[str, Any]) -> str:
             r["name"],
             r["stands_for"],
             r["file"].removeprefix("lrjax/"),
-            f"`{r['test'].removeprefix('tests/')}`" if r["test"] else r["how"],
+            f"`{r['test'].removeprefix('tests/')}`" if r["test"] else "",
+            _shortened(r["how"]),
         ]
         for r in records
     ]
     table = report.markdown_table(
-        ("mutation", "what is wrong then", "in lrjax/", "caught by"), rows
+        ("mutation", "what is wrong then", "in lrjax/", "caught by", "which says"), rows
     )
     return (
         "# Mutations\n\n"
@@ -195,6 +198,11 @@ def markdown(content: dict[str, Any]) -> str:
         f"{content['date']}, {content['seconds']:.0f} seconds with {content['jobs']} at a time. "
         "Printed by `python scripts/mutations.py`.\n\n" + table + "\n"
     )
+
+
+def _shortened(how: str, width: int = 60) -> str:
+    text = how.removeprefix("AssertionError: ").rstrip(":").replace("|", "/")
+    return text if len(text) <= width else text[: width - 3] + "..."
 
 
 def main() -> int:
