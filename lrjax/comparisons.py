@@ -84,11 +84,19 @@ _WINS = {lax.max_p: lax.ge_p, lax.min_p: lax.le_p}
 def _of_operands(equation: FlatEquation, extremes: dict[int, FlatEquation]) -> FlatEquation:
     for one, result in (equation.inputs, equation.inputs[::-1]):
         made = extremes.get(result) if isinstance(result, int) else None
-        if made is not None and one in made.inputs:
-            (other,) = made.inputs[1:] if one == made.inputs[0] else made.inputs[:1]
-            wins = _WINS[made.primitive]
-            return dataclasses.replace(equation, primitive=wins, inputs=(one, other))
+        if made is None:
+            continue
+        for operand, other in (made.inputs, made.inputs[::-1]):
+            if _is_same(one, operand):
+                wins = _WINS[made.primitive]
+                return dataclasses.replace(equation, primitive=wins, inputs=(one, other))
     return equation
+
+
+def _is_same(first: Atom, second: Atom) -> bool:
+    if isinstance(first, int) or isinstance(second, int):
+        return isinstance(first, int) and isinstance(second, int) and first == second
+    return first.scalar is not None and bool(first.scalar == second.scalar)
 
 
 def _is_zero(atom: Atom) -> bool:

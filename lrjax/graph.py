@@ -284,6 +284,10 @@ class _Typer:
             if not any(v in self.row_axis for v in inputs if isinstance(v, int)):
                 return None
             op = row_op(self.described(changed))
+        pairs = zip(inputs, op.reads, strict=True)
+        taken = {atom for atom, read in pairs if read is None and isinstance(atom, int)}
+        if taken & self.streamed:
+            return None  # it takes whole what a row loop makes, a map of one row perhaps
         self.avals.append(self.avals[value])
         copy = len(self.avals) - 1
         copied = dataclasses.replace(equation, inputs=tuple(inputs), outputs=(copy,))

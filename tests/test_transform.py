@@ -524,3 +524,26 @@ def test_what_runs_is_what_explain_says(strategy):
 
 def test_column_is_the_function_itself():
     assert_same_as_column(network, (PARAMS, IMAGE), (None, 1), num_blocks=3, strategy="column")
+
+
+# --- Maps of one row -----------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("strategy", ["stream", "2ps", "overl"])
+@pytest.mark.parametrize("height", [1, 28])
+def test_one_row_that_is_broadcast_to_all(strategy, height):
+    """The row is a map of a row loop; its copies take it whole."""
+
+    def rolled(x):
+        x = (x + jnp.roll(x, 1, 1)) / 2
+        return jnp.where((x > 1).any(1, keepdims=True), x, x / 2)
+
+    def attention(x):
+        rows = jnp.moveaxis(x, 1, -1)
+        weights = jax.nn.softmax(rows[..., :, None] * rows[..., None, :])
+        return x + jnp.moveaxis((weights * rows[..., None, :]).sum(-1), -1, 1)
+
+    image = np.random.default_rng(0).standard_normal((1, height, 4, 1))
+    for fun in (rolled, attention):
+        assert_same_as_column(fun, (image,), 1, num_blocks=min(height, 3), strategy=strategy)
