@@ -85,6 +85,12 @@ def named(array: Any, name: str) -> Any:
     return from_real_parts(tuple(checkpoint_name(part, name) for part in real_parts(array)))
 
 
+def strongly_typed(value: Any) -> Any:
+    """A number or an array as an array whose type is not weak."""
+    array = jnp.asarray(value)
+    return lax.convert_element_type(array, array.dtype) if array.weak_type else array
+
+
 def weakly_typed(value: Any) -> Any:
     """The value with a weak type, which gives way to others' as that of a Python scalar does."""
     dtype = jnp.result_type(value)

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from lrjax import autodiff, derivatives, offload
-from lrjax.compat import checkpoint, weakly_typed
+from lrjax.compat import checkpoint, strongly_typed, weakly_typed
 from lrjax.inline import Atom, evaluate
 from lrjax.meshes import on_auto_axes
 from lrjax.micro_batches import by_micro_batches, micro_batches
@@ -144,7 +144,7 @@ def _run_group(
 
     if len(parts) > 1:
         call = checkpoint(call)
-    return dict(zip(kept, call(*(jnp.asarray(values[v]) for v in inputs)), strict=True))
+    return dict(zip(kept, call(*(strongly_typed(values[v]) for v in inputs)), strict=True))
 
 
 def _with_derivatives(

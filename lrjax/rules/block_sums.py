@@ -62,6 +62,8 @@ def spread(value: Array, shape: Sequence[int], dimensions: Sequence[int]) -> Arr
     if not is_small(shape) or not summed or not jnp.issubdtype(value.dtype, jnp.inexact):
         return lax.broadcast_in_dim(value, shape, dimensions)
 
+    own = value.shape
+
     @jax.custom_vjp
     def spread_out(value: Array) -> Array:
         return lax.broadcast_in_dim(value, shape, dimensions)
@@ -70,7 +72,7 @@ def spread(value: Array, shape: Sequence[int], dimensions: Sequence[int]) -> Arr
         return spread_out(value), None
 
     def backward(_: None, cotangent: Array) -> tuple[Array]:
-        return (block_sum(cotangent, summed).reshape(value.shape),)
+        return (block_sum(cotangent, summed).reshape(own),)
 
     spread_out.defvjp(forward, backward)
     return spread_out(value)
