@@ -11,13 +11,14 @@ from random import Random
 
 import hypothesis
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 import generated.judge
-from generated import L, Spec, Unsuitable, Wrong, check
+from generated import L, Spec, Unsuitable, Wrong, check, pointwise
 from generated.draw import spec_of
 from generated.shrink import shrink
 from generated.spec import KINDS, case_of
@@ -70,7 +71,7 @@ def test_networks_by_rows_are_column(chunk):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_networks_in_other_precisions(dtype):
     compared = 0
-    for seed in range(16):
+    for seed in range(12):
         left_out = only({"conv", "pool", "act", "branch"})
         spec = spec_of(Random(seed), left_out, most_layers=3, dtype=dtype)
         try:
@@ -78,21 +79,21 @@ def test_networks_in_other_precisions(dtype):
         except Unsuitable:
             continue
         compared += 1
-    assert compared >= 10
+    assert compared >= 8
 
 
 def test_layers_that_are_local_in_rows_run_by_rows():
     seen = 0
     for seed in range(40):
-        spec = spec_of(Random(seed), only(LOCAL), heights=[(5, 30)])
+        spec = spec_of(Random(seed), only(LOCAL), most_layers=6, heights=[(8, 30)])
         with jax.enable_x64(True):
             case = case_of(spec)
             graphs = graphs_of(case.fun, case.args, case.in_axes)
-        # A flattened head may need the whole map; a median is a JAX function with a branch.
+        # A flattened head may need the whole map.
         left = {name for graph in graphs for name in fallbacks(graph)} - {"reshape"}
         assert not left, (left, spec)
         seen += len(spec.layers)
-    assert seen > 80
+    assert seen > 60
 
 
 class TestDescriptions:
@@ -102,6 +103,7 @@ class TestDescriptions:
             assert repr(spec_of(Random(seed))) == repr(spec)
             assert repr(eval(repr(spec))) == repr(spec)
 
+    @pytest.mark.slow
     def test_every_kind_is_drawn(self):
         drawn = " ".join(repr(spec_of(Random(seed))) for seed in range(150))
         assert [name for name in KINDS if f"L({name!r}" not in drawn] == []
@@ -128,12 +130,9 @@ class TestDescriptions:
         for seed in range(40):
             spec = spec_of(Random(seed))
             if has_strided_convolution(spec.layers) and spec.height > 4:
-                small = shrink(
-                    spec, lambda s: has_strided_convolution(s.layers) and s.height >= 5
-                )
+                small = shrink(spec, lambda s: has_strided_convolution(s.layers) and s.height >= 5)
                 wanted = Spec(
                     layers=(L("conv", stride=2),),
-                    layout="NHC",
                     height=5,
                     width=1,
                     seed=spec.seed,
@@ -153,9 +152,9 @@ class TestTheJudge:
     STEEP = Spec(layers=(L("conv", kernel=3), L("function", name="steep")))
 
     @pytest.fixture(autouse=True)
-    def steep(self, monkeypatch):
-        functions = {**generated.pointwise.FUNCTIONS, "steep": lambda x: jax.numpy.sin(1e6 * x)}
-        monkeypatch.setattr(generated.pointwise, "FUNCTIONS", functions)
+    def further_functions(self, monkeypatch):
+        monkeypatch.setitem(pointwise.FUNCTIONS, "steep", lambda x: jnp.sin(1e6 * x))
+        monkeypatch.setitem(pointwise.FUNCTIONS, "flat", jnp.floor)
 
     def instead_of_rows(self, monkeypatch, change):
         def rowwise(fun, **options):
@@ -190,15 +189,13 @@ class TestTheJudge:
 
     def test_networks_that_say_nothing(self):
         with pytest.raises(Unsuitable, match="zero"):
-            check(Spec(layers=(L("function", name="floor"),), head=L("head", how="sum"), seed=1))
+            check(Spec(layers=(L("function", name="flat"),)))
         with pytest.raises(Unsuitable, match="nothing to differentiate"):
             check(Spec(layers=(L("act"),), argnums=(0,)))
-        with pytest.raises(Unsuitable, match="nothing by rows"):
-            check(Spec(layers=(L("over_rows", how="flip"),)))
 
 
 class TestTheScript:
-    @pytest.fixture(scope="class")
+    @pytest.fixture
     def fuzz(self):
         sys.path.insert(0, str(ROOT / "scripts"))
         try:

@@ -1,6 +1,4 @@
-"""Every strategy against column: generated networks, and every geometry that might go wrong."""
-
-import random
+"""Every strategy against column, in every geometry that might go wrong."""
 
 import jax
 import jax.numpy as jnp
@@ -10,8 +8,7 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
 import lrjax
-from generators import case
-from graphs import assert_row_local, fallbacks, graphs_of, largest_num_blocks
+from graphs import assert_row_local, largest_num_blocks
 from lrjax.testing import assert_same_as_column, check, results
 
 STRATEGIES = ("stream", "2ps", "overl")
@@ -30,90 +27,6 @@ def convolve(image, weights, strides=(1, 1), padding="SAME", **options):
 def max_pool(image, size=2, stride=2, padding="VALID"):
     window, strides = (1, size, size, 1), (1, stride, stride, 1)
     return lax.reduce_window(image, -jnp.inf, lax.max, window, strides, padding)
-
-
-# --- Generated networks --------------------------------------------------------------------------
-
-
-# 32 and 1025 have no gradient. On column's own of 1015 XLA's algebraic simplifier aborts: a
-# dilated, strided convolution.
-UNSUITABLE = {32, 1015, 1025}
-
-
-def seeds(start, count, quick=None):
-    """Seeds of cases; those after the first ``quick`` are marked slow."""
-    return [
-        seed
-        if quick is None or seed < start + quick
-        else pytest.param(seed, marks=pytest.mark.slow)
-        for seed in range(start, start + count)
-        if seed not in UNSUITABLE
-    ]
-
-
-def check_case(c, strategy, num_blocks=None):
-    most = largest_num_blocks(c.fun, c.args, c.in_axes, strategy)
-    blocks = max(1, min(c.num_blocks if num_blocks is None else num_blocks, most))
-    assert_same_as_column(c.fun, c.args, c.in_axes, num_blocks=blocks, strategy=strategy)
-
-
-@pytest.mark.usefixtures("x64")
-@pytest.mark.parametrize("seed", seeds(0, 120, quick=60))
-def test_generated_network(seed):
-    c = case(seed)
-    check_case(c, STRATEGIES[seed % 3])
-
-
-@pytest.mark.usefixtures("x64")
-@pytest.mark.parametrize("seed", seeds(1000, 45, quick=24))
-def test_generated_network_with_barriers(seed):
-    c = case(seed, layers=3, barriers=True, max_height=14)
-    check_case(c, STRATEGIES[seed % 3])
-
-
-@pytest.mark.usefixtures("x64")
-@pytest.mark.parametrize("seed", seeds(2000, 30))
-def test_generated_network_of_few_rows(seed):
-    """Heights 1 to 4, in as many blocks as there are rows."""
-    c = case(seed, layers=3, max_height=4)
-    check_case(c, STRATEGIES[seed % 3], num_blocks=1000)
-
-
-@pytest.mark.usefixtures("x64")
-@pytest.mark.parametrize("seed", seeds(5000, 15))
-def test_generated_network_in_segments(seed):
-    """Two or three segments at the narrowest maps, each under a strategy of its own."""
-    c, choose = case(seed), random.Random(seed)
-    cuts = choose.choice([2, 3])
-    strategy = tuple(choose.choice([*STRATEGIES, "column"]) for _ in range(cuts))
-    blocks = min(2, c.args[1].shape[c.in_axes[1]])
-    assert_same_as_column(c.fun, c.args, c.in_axes, num_blocks=blocks, strategy=strategy, cuts=cuts)
-
-
-@pytest.mark.parametrize("seed", seeds(3000, 12))
-def test_generated_network_in_float32(seed):
-    c = case(seed, layers=3, dtype=np.float32)
-    check_case(c, STRATEGIES[seed % 3])
-
-
-@pytest.mark.parametrize("seed", seeds(4000, 12))
-def test_generated_network_in_bfloat16(seed):
-    c = case(seed, layers=3, dtype=jnp.bfloat16)
-    check_case(c, STRATEGIES[seed % 3])
-
-
-@pytest.mark.usefixtures("x64")
-def test_generated_networks_run_by_rows():
-    """Only a flattened head may need whole maps; else nothing of these networks is column-wise."""
-    for seed in range(40):
-        c = case(seed)
-        if min(c.args[1].shape[c.in_axes[1]], 99) < 4:
-            continue  # in a map of one row, rows and batch look alike
-        first, *rest = graphs_of(c.fun, c.args, c.in_axes)
-        # Rows of a few columns are flattened row by row.
-        allowed = ([], ["reshape"]) if c.description.endswith("flatten") else ([],)
-        assert fallbacks(first) in allowed, c.description
-        assert [fallbacks(graph) for graph in rest] in ([], [[]]), c.description
 
 
 # --- A VGG-like stack in every number of blocks --------------------------------------------------

@@ -62,8 +62,6 @@ def simpler(spec: Spec) -> Iterator[Spec]:
         default = Spec.__dataclass_fields__[field].default
         if getattr(spec, field) != default:
             yield changed(**{field: default})
-    if spec.layout != "NHC":
-        yield changed(layout="NHC")
     for argnums in ((0, 1), (1,), (0,)):
         if argnums != spec.argnums and (argnums == (0, 1) or spec.argnums != (0, 1)):
             yield changed(argnums=argnums)
