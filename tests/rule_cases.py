@@ -137,21 +137,62 @@ _PARAMETERS: dict[str, dict[str, Any]] = {
     "integer_pow": {"y": 3},
     "reduce_precision": {"exponent_bits": 5, "mantissa_bits": 3},
     "name": {"name": "here"},
-    "convert_element_type": {"new_dtype": np.dtype(np.float32), "weak_type": False, "sharding": None},
+    "convert_element_type": {
+        "new_dtype": np.dtype(np.float32),
+        "weak_type": False,
+        "sharding": None,
+    },
     "bitcast_convert_type": {"new_dtype": np.dtype(np.int64)},
     "round": {"rounding_method": lax.RoundingMethod.TO_NEAREST_EVEN},
-}  # fmt: skip
+}
 _INTEGER = (
-    "and", "clz", "mulhi", "not", "or", "population_count", "shift_left",
-    "shift_right_arithmetic", "shift_right_logical", "xor",
-)  # fmt: skip
+    "and",
+    "clz",
+    "mulhi",
+    "not",
+    "or",
+    "population_count",
+    "shift_left",
+    "shift_right_arithmetic",
+    "shift_right_logical",
+    "xor",
+)
 _COMPLEX = ("conj", "imag", "real")
 _BINARY = (
-    "add", "add_any", "and", "atan2", "complex", "div", "eq", "eq_to", "ge", "gt", "igamma",
-    "igamma_grad_a", "igammac", "le", "le_to", "lt", "lt_to", "max", "min", "mul", "mulhi", "ne",
-    "nextafter", "or", "polygamma", "pow", "rem", "shift_left", "shift_right_arithmetic",
-    "shift_right_logical", "sub", "xor", "zeta",
-)  # fmt: skip
+    "add",
+    "add_any",
+    "and",
+    "atan2",
+    "complex",
+    "div",
+    "eq",
+    "eq_to",
+    "ge",
+    "gt",
+    "igamma",
+    "igamma_grad_a",
+    "igammac",
+    "le",
+    "le_to",
+    "lt",
+    "lt_to",
+    "max",
+    "min",
+    "mul",
+    "mulhi",
+    "ne",
+    "nextafter",
+    "or",
+    "polygamma",
+    "pow",
+    "rem",
+    "shift_left",
+    "shift_right_arithmetic",
+    "shift_right_logical",
+    "sub",
+    "xor",
+    "zeta",
+)
 _TERNARY = ("clamp", "regularized_incomplete_beta", "select_n")
 # Where the function is defined, if not on (0.2, 0.7).
 _DOMAINS = {"acosh": (1.2, 3.0), "zeta": (1.5, 3.0), "polygamma": (1.5, 3.0)}
@@ -220,8 +261,24 @@ def elementwise_cases(name: str) -> list[Case]:
 
 def _complex_cases() -> list[Case]:
     image = normal(*IMAGE) + 1j * normal(*IMAGE, seed=1)
-    names = ("abs", "add", "cos", "div", "exp", "integer_pow", "log", "logistic", "mul", "neg",
-             "pow", "sign", "sin", "sqrt", "square", "tanh")  # fmt: skip
+    names = (
+        "abs",
+        "add",
+        "cos",
+        "div",
+        "exp",
+        "integer_pow",
+        "log",
+        "logistic",
+        "mul",
+        "neg",
+        "pow",
+        "sign",
+        "sin",
+        "sqrt",
+        "square",
+        "tanh",
+    )
     cases = []
     for name in names:
         operands = (image, image + 1) if name in _BINARY else (image,)
@@ -314,6 +371,16 @@ def _convolution_cases() -> list[Case]:
     return [*cases, *_convolutions_of_other_rows()]
 
 
+# Kernel, stride, dilation, dilation of the image, padding above.
+_WEIGHT_GRADIENTS = (
+    (3, 1, 1, 1, 1),
+    (3, 2, 1, 1, 0),
+    (2, 1, 2, 1, 1),
+    (3, 1, 1, 2, 2),
+    (4, 3, 1, 1, 2),
+)
+
+
 def _convolutions_of_other_rows() -> list[Case]:
     def plain(image: Any, weights: Any, padding: Any = ((0, 0),)) -> Any:
         return lax.conv_general_dilated(image, weights, (1,), padding, dimension_numbers=_SPEC)
@@ -326,7 +393,7 @@ def _convolutions_of_other_rows() -> list[Case]:
         Case("conv_general_dilated", "rows are channels", plain, channels, (2, 1)),
         Case("conv_general_dilated", "rows are whole channels", plain, channels, (None, 1)),
     ]
-    for kernel, stride, dilation, base, low in ((3, 1, 1, 1, 1), (3, 2, 1, 1, 0), (2, 1, 2, 1, 1), (3, 1, 1, 2, 2), (4, 3, 1, 1, 2)):  # fmt: skip
+    for kernel, stride, dilation, base, low in _WEIGHT_GRADIENTS:
 
         def forward(image: Any, weights: Any, stride=stride, dilation=dilation, base=base, low=low):
             return lax.conv_general_dilated(
@@ -467,6 +534,10 @@ def _picked(rows: Sequence[int]) -> Callable[[Any], Any]:
     return lambda x: jnp.take(x, indices, axis=1, mode="clip")
 
 
+# Rows above, below and between.
+_EDGES = ((2, 1, 0), (0, 0, 0), (-1, -2, 0), (0, 0, 2), (1, -2, 1), (-3, 2, 2), (3, 0, 1))
+
+
 def _shape_cases() -> list[Case]:
     x = normal(*IMAGE)
     y = normal(*IMAGE, seed=1)
@@ -474,7 +545,12 @@ def _shape_cases() -> list[Case]:
     edge = (0, 0, 0)
     cases = [
         one("broadcast_in_dim", "one axis more", lambda x: jnp.broadcast_to(x, (4, *IMAGE)), x),
-        one("broadcast_in_dim", "along the width", lambda x: lax.broadcast_in_dim(x[:, :, :1], (2, HEIGHT, 5), (0, 1, 2)), x[:, :, :1]),
+        one(
+            "broadcast_in_dim",
+            "along the width",
+            lambda x: lax.broadcast_in_dim(x[:, :, :1], (2, HEIGHT, 5), (0, 1, 2)),
+            x[:, :, :1],
+        ),
         one("squeeze", "in front", lambda x: lax.squeeze(x, (0,)), x[:1]),
         one("squeeze", "behind", lambda x: lax.squeeze(x, (2,)), x[..., :1]),
         one("transpose", "rows last", lambda x: x.transpose(2, 0, 1), x),
@@ -483,13 +559,24 @@ def _shape_cases() -> list[Case]:
         one("rev", "a few rows", lambda x: lax.rev(x, (1, 2)), x, least="never"),
         one("tile", "another axis", lambda x: lax.tile(x, (1, 1, 3)), x),
         one("concatenate", "another axis", lambda x, y: lax.concatenate([x, y], 2), x, y),
-        one("concatenate", "beside a whole map", lambda x, y: lax.concatenate([x, y], 2), x, y, axes=(1, None)),
-        one("concatenate", "rows after rows", lambda x, y: lax.concatenate([x, y[:, :2], x], 1), x, y[:, :2], x),
-        one("concatenate", "whole rows first", lambda x, y: lax.concatenate([x, y], 1), x[:, :3], y, axes=(None, 1)),
-    ]  # fmt: skip
-    cases[11] = Case(
-        "concatenate", "rows after rows", lambda *xs: lax.concatenate(xs, 1), (x, y[:, :2], x), (1, 1, 1)
-    )  # fmt: skip
+        one(
+            "concatenate",
+            "beside a whole map",
+            lambda x, y: lax.concatenate([x, y], 2),
+            x,
+            y,
+            axes=(1, None),
+        ),
+        one("concatenate", "rows after rows", lambda *xs: lax.concatenate(xs, 1), x, y[:, :2], x),
+        one(
+            "concatenate",
+            "whole rows first",
+            lambda x, y: lax.concatenate([x, y], 1),
+            x[:, :3],
+            y,
+            axes=(None, 1),
+        ),
+    ]
     if "stack" in primitives():
         cases += [
             one("stack", f"axis {axis}", lambda x, y, axis=axis: jnp.stack([x, y], axis), x, y)
@@ -517,14 +604,16 @@ def _shape_cases() -> list[Case]:
             return lax.slice(x, (0, start, 1), (2, stop, 3), (1, stride, 1))
 
         cases.append(one("slice", f"{start}:{stop}:{stride}", sliced, x))
-    for low, high, interior in ((2, 1, 0), (0, 0, 0), (-1, -2, 0), (0, 0, 2), (1, -2, 1), (-3, 2, 2), (3, 0, 1)):  # fmt: skip
+    for low, high, interior in _EDGES:
         config = ((0, 0, 0), (low, high, interior), (1, 0, 0))
         for value in (0.0, 2.5, -np.inf):
 
             def padded(x: Any, value=value, config=config) -> Any:
                 return lax.pad(x, np.float64(value), config)
 
-            cases.append(one("pad", f"{(low, high, interior)} with {value}", padded, x, axes=(1, None)))  # fmt: skip
+            cases.append(
+                one("pad", f"{(low, high, interior)} with {value}", padded, x, axes=(1, None))
+            )
 
     def computed(x: Any) -> Any:
         return lax.pad(x, jnp.asarray(3, np.int32).astype(x.dtype) * 2, (edge, (1, 2, 0), edge))
@@ -539,12 +628,24 @@ def _shape_cases() -> list[Case]:
     )
     starts = (np.int64(0), np.int64(0), np.int64(1))
     cases.append(
-        Case("dynamic_slice", "another axis", lambda x, a, b, c: lax.dynamic_slice(x, (a, b, c), (2, HEIGHT, 2)), (x, *starts), (1, None, None, None))
-    )  # fmt: skip
+        Case(
+            "dynamic_slice",
+            "another axis",
+            lambda x, a, b, c: lax.dynamic_slice(x, (a, b, c), (2, HEIGHT, 2)),
+            (x, *starts),
+            (1, None, None, None),
+        )
+    )
     for axes in ((1, 1), (1, None), (None, 1)):
         cases.append(
-            Case("dynamic_update_slice", f"rows {axes}", lambda x, y, a, b, c: lax.dynamic_update_slice(x, y, (a, b, c)), (x, y[:, :, :2], *starts), (*axes, None, None, None))
-        )  # fmt: skip
+            Case(
+                "dynamic_update_slice",
+                f"rows {axes}",
+                lambda x, y, a, b, c: lax.dynamic_update_slice(x, y, (a, b, c)),
+                (x, y[:, :, :2], *starts),
+                (*axes, None, None, None),
+            )
+        )
     return cases
 
 
@@ -560,8 +661,14 @@ def _indexing_cases() -> list[Case]:
         _one("gather", "indices of every row, filled", filled, x, labels, axes=(1, 1)),
         _one("gather", "labels that exist whole", per_row, x, labels, axes=(1, None)),
         _one("gather", "labels of a whole map", per_row, x, labels, axes=(None, 1)),
-        _one("gather", "one set of indices", lambda x: x.at[:, :, fixed].get(mode="clip"), x, axes=(1, None)),
-    ]  # fmt: skip
+        _one(
+            "gather",
+            "one set of indices",
+            lambda x: x.at[:, :, fixed].get(mode="clip"),
+            x,
+            axes=(1, None),
+        ),
+    ]
     picked = {
         "mirrored edge": [2, 1, 0, 1, 2, 3, 4, 5, 6, 5],
         "every second": [0, 2, 4, 6],
@@ -583,8 +690,14 @@ def _indexing_cases() -> list[Case]:
             _one("scatter-add", f"rows: {label}", gradient, cotangent, axes=axes, least="never")
         )
     updates = normal(2, HEIGHT, 3, seed=1)
-    methods = {"add": "scatter-add", "set": "scatter", "multiply": "scatter-mul", "min": "scatter-min",
-               "max": "scatter-max", "subtract": "scatter-sub"}  # fmt: skip
+    methods = {
+        "add": "scatter-add",
+        "set": "scatter",
+        "multiply": "scatter-mul",
+        "min": "scatter-min",
+        "max": "scatter-max",
+        "subtract": "scatter-sub",
+    }
     for method, name in methods.items():
 
         def at_rows(x: Any, i: Any, u: Any, method=method) -> Any:
@@ -628,12 +741,21 @@ def _reduction_cases() -> list[Case]:
         "reduce_or": integers(2, HEIGHT, 4, high=64),
     }
     functions = {
-        "reduce_sum": lax.reduce_sum, "reduce_max": lax.reduce_max, "reduce_min": lax.reduce_min,
-        "reduce_prod": lax.reduce_prod, "reduce_and": lax.reduce_and, "reduce_or": lax.reduce_or,
-    }  # fmt: skip
-    dtypes = {"reduce_sum": (np.int32, np.complex128), "reduce_max": (np.int8, np.uint8, np.complex128),
-              "reduce_min": (np.int8, np.uint8, np.complex128), "reduce_prod": (np.complex128,),
-              "reduce_and": (bool, np.uint32), "reduce_or": (bool, np.uint8)}  # fmt: skip
+        "reduce_sum": lax.reduce_sum,
+        "reduce_max": lax.reduce_max,
+        "reduce_min": lax.reduce_min,
+        "reduce_prod": lax.reduce_prod,
+        "reduce_and": lax.reduce_and,
+        "reduce_or": lax.reduce_or,
+    }
+    dtypes = {
+        "reduce_sum": (np.int32, np.complex128),
+        "reduce_max": (np.int8, np.uint8, np.complex128),
+        "reduce_min": (np.int8, np.uint8, np.complex128),
+        "reduce_prod": (np.complex128,),
+        "reduce_and": (bool, np.uint32),
+        "reduce_or": (bool, np.uint8),
+    }
     for name, value in values.items():
         for axes in ((1,), (0, 1), (0, 1, 2), (0,), (2,), (0, 2)):
 
@@ -667,14 +789,58 @@ def _product_cases() -> list[Case]:
 
     return [
         _one("dot_general", "features", lambda x, w: dot(x, w, ((2,), (0,))), x, w, axes=(1, None)),
-        _one("dot_general", "rows on the right", lambda w, x: dot(w, x, ((0,), (2,))), w, x, axes=(None, 1)),
-        _one("dot_general", "a batch of rows", lambda x, y: dot(x, y, ((), ()), ((0, 1), (0, 1))), x, y, axes=(1, 1)),
-        _one("dot_general", "a batch of rows, one whole", lambda x, y: dot(x, y, ((), ()), ((0, 1), (0, 1))), x, y, axes=(1, None)),
-        _one("dot_general", "over rows", lambda x, y: dot(x, y, ((0, 1), (0, 1))), x, y, axes=(1, 1)),
-        _one("dot_general", "over rows, one whole", lambda x, y: dot(x, y, ((1,), (1,)), ((0,), (0,))), x, y, axes=(1, None)),
-        _one("dot_general", "a band of rows", lambda x: dot(x, matrix, ((1,), (1,))), x, axes=(1, None), least="never"),
-        _one("dot_general", "a band before rows", lambda x: dot(matrix, x, ((1,), (1,))), x, axes=(None, 1), least="never"),
-    ]  # fmt: skip
+        _one(
+            "dot_general",
+            "rows on the right",
+            lambda w, x: dot(w, x, ((0,), (2,))),
+            w,
+            x,
+            axes=(None, 1),
+        ),
+        _one(
+            "dot_general",
+            "a batch of rows",
+            lambda x, y: dot(x, y, ((), ()), ((0, 1), (0, 1))),
+            x,
+            y,
+            axes=(1, 1),
+        ),
+        _one(
+            "dot_general",
+            "a batch of rows, one whole",
+            lambda x, y: dot(x, y, ((), ()), ((0, 1), (0, 1))),
+            x,
+            y,
+            axes=(1, None),
+        ),
+        _one(
+            "dot_general", "over rows", lambda x, y: dot(x, y, ((0, 1), (0, 1))), x, y, axes=(1, 1)
+        ),
+        _one(
+            "dot_general",
+            "over rows, one whole",
+            lambda x, y: dot(x, y, ((1,), (1,)), ((0,), (0,))),
+            x,
+            y,
+            axes=(1, None),
+        ),
+        _one(
+            "dot_general",
+            "a band of rows",
+            lambda x: dot(x, matrix, ((1,), (1,))),
+            x,
+            axes=(1, None),
+            least="never",
+        ),
+        _one(
+            "dot_general",
+            "a band before rows",
+            lambda x: dot(matrix, x, ((1,), (1,))),
+            x,
+            axes=(None, 1),
+            least="never",
+        ),
+    ]
 
 
 # --- Along other axes, calls, branches -----------------------------------------------------------
@@ -709,8 +875,13 @@ def _other_cases() -> list[Case]:
     x = normal(*IMAGE)
     z = x + 1j * normal(*IMAGE, seed=1)
     cases = []
-    scans = {"cumsum": lax.cumsum, "cumprod": lax.cumprod, "cummax": lax.cummax, "cummin": lax.cummin,
-             "cumlogsumexp": lax.cumlogsumexp}  # fmt: skip
+    scans = {
+        "cumsum": lax.cumsum,
+        "cumprod": lax.cumprod,
+        "cummax": lax.cummax,
+        "cummin": lax.cummin,
+        "cumlogsumexp": lax.cumlogsumexp,
+    }
     for name, scan in scans.items():
         for axis, reverse in ((0, False), (2, True)):
             label = f"along {axis}, reverse {reverse}"
@@ -720,27 +891,43 @@ def _other_cases() -> list[Case]:
     fft = jnp.fft
     cases += [
         _one("sort", "along 2", lambda x: lax.sort(x, dimension=2), x),
-        _one("sort", "keys and values", lambda x, y: lax.sort((x, y), dimension=0, num_keys=1), x, x[::-1] * 2),
-        _one("sort", "keys and whole values", lambda x, y: lax.sort((x, y), dimension=2, num_keys=1), x, x[::-1] * 2, axes=(1, None)),
+        _one(
+            "sort",
+            "keys and values",
+            lambda x, y: lax.sort((x, y), dimension=0, num_keys=1),
+            x,
+            x[::-1] * 2,
+        ),
+        _one(
+            "sort",
+            "keys and whole values",
+            lambda x, y: lax.sort((x, y), dimension=2, num_keys=1),
+            x,
+            x[::-1] * 2,
+            axes=(1, None),
+        ),
         _one("top_k", "along 2", lambda x: lax.top_k(x, 2), x),
         _one("fft", "fft", lambda z: fft.fft(z, axis=2), z),
         _one("fft", "ifft", lambda z: fft.ifft(z, axis=2), z),
         _one("fft", "rfft", lambda x: fft.rfft(x, axis=2), x),
         _one("fft", "irfft", lambda z: fft.irfft(z, n=5, axis=2), z),
-        _one("fft", "two axes", lambda z: fft.fft2(z[None], axes=(2, 3)), z[None].transpose(0, 2, 1, 3), axes=1),
+        _one("fft", "two axes", fft.fft2, z.transpose(1, 0, 2), axes=0),
         _one("custom_jvp_call", "with a parameter", _cubed, x, np.float64(1.3), axes=(1, None)),
         _one("custom_jvp_call", "relu", jax.nn.relu, x),
         _one("custom_vjp_call", "with a parameter", _clipped, x, np.float64(0.3), axes=(1, None)),
-    ]  # fmt: skip
-    cases[-5] = _one("fft", "two axes", lambda z: fft.fft2(z), z.transpose(1, 0, 2), axes=0)
+    ]
     for flag in (0, 1):
         cases.append(
             _one(
-                "cond", f"branch {flag}",
+                "cond",
+                f"branch {flag}",
                 lambda i, x, p: lax.cond(i, lambda x, p: x * p, lambda x, p: jnp.sin(x) + p, x, p),
-                np.int32(flag), x, np.float64(1.5), axes=(None, 1, None),
+                np.int32(flag),
+                x,
+                np.float64(1.5),
+                axes=(None, 1, None),
             )
-        )  # fmt: skip
+        )
     return cases
 
 
@@ -755,15 +942,36 @@ def _rowless_cases() -> list[Case]:
     return [
         Case("iota", "row numbers", lambda: lax.broadcasted_iota(np.int32, IMAGE, 1), (), (), 1),
         Case("iota", "columns", lambda: lax.broadcasted_iota(np.int32, IMAGE, 2), (), (), 1),
-        Case("broadcast_in_dim", "one row for all", lambda x: lax.broadcast_in_dim(x, IMAGE, (0, 1, 2)), (row,), (None,), 1),
-        Case("broadcast_in_dim", "channels", lambda x: lax.broadcast_in_dim(x, IMAGE, (2,)), (channels,), (None,), 1),
+        Case(
+            "broadcast_in_dim",
+            "one row for all",
+            lambda x: lax.broadcast_in_dim(x, IMAGE, (0, 1, 2)),
+            (row,),
+            (None,),
+            1,
+        ),
+        Case(
+            "broadcast_in_dim",
+            "channels",
+            lambda x: lax.broadcast_in_dim(x, IMAGE, (2,)),
+            (channels,),
+            (None,),
+            1,
+        ),
         Case("broadcast_in_dim", "infinity", lambda: lax.full(IMAGE, -np.inf), (), (None,), 1),
-        Case("broadcast_in_dim", "a computed infinity", lambda: lax.broadcast_in_dim(jnp.log(0.0 * jnp.ones(())), IMAGE, ()), (), (None,), 1),
+        Case(
+            "broadcast_in_dim",
+            "a computed infinity",
+            lambda: lax.broadcast_in_dim(jnp.log(0.0 * jnp.ones(())), IMAGE, ()),
+            (),
+            (None,),
+            1,
+        ),
         *(
             Case("random_bits", f"{width} bits", bits(IMAGE, dtype), (key,), (None,), 1)
             for width, dtype in ((8, np.uint8), (32, np.uint32), (64, np.uint64))
         ),
-    ]  # fmt: skip
+    ]
 
 
 @functools.cache
