@@ -60,7 +60,6 @@ def check_rule(
     one_loop: bool = True,
     strategies: Sequence[str] = ("stream", "2ps", "overl"),
     num_blocks: int = 3,
-    tolerance: float | None = None,
 ) -> None:
     """One operation on rows made in the loop: its graph, outputs and gradients.
 
@@ -73,7 +72,6 @@ def check_rule(
       one_loop: whether there is no barrier in it.
       strategies: those to check.
       num_blocks: the number of blocks, at most.
-      tolerance: instead of the dtype's.
     """
 
     def fun(scale: Any, *images: Any) -> Any:
@@ -95,6 +93,5 @@ def check_rule(
             in_axes,
             num_blocks=min(num_blocks, most),
             strategy=strategy,
-            tolerance=tolerance,
             expected=expected,
         )

@@ -29,7 +29,6 @@ def check(name, runs):
             (None, 1, None),
             num_blocks=num_blocks,
             strategy=strategy,
-            tolerance=1e-10,
             expected=expected,
         )
 

@@ -221,7 +221,7 @@ def test_mixed_precision_accumulation():
     image, weights = (
         x.astype(np.float32).astype(float) for x in (normal(1, 9, 3, 2), normal(3, 3, 2, 2))
     )
-    check_rule(op, image, weights, axes=(1, None), tolerance=1e-6)
+    check_rule(op, image, weights, axes=(1, None))
 
 
 @pytest.mark.parametrize("strategy", ["stream", "2ps", "overl"])
