@@ -858,11 +858,20 @@ PROGRAMS = (
     Mutation(
         "mask-of-another-comparison",
         "x >= 0 is read off max(x, 0) as x > 0 may be",
-        "lrjax/inline.py",
-        'if name in ("max", "gt") and isinstance',
-        'if name in ("max", "gt", "ge") and isinstance',
+        "lrjax/comparisons.py",
+        "elif equation.primitive is lax.gt_p and",
+        "elif equation.primitive in (lax.gt_p, lax.ge_p) and",
         ("tests/test_rules_elementwise.py",),
         "test_unary and (signs or masks)",
+    ),
+    Mutation(
+        "ties-lost",
+        "a maximum of two equal values passes its cotangent to neither",
+        "lrjax/extremes.py",
+        "wins = lax.ge if primitive is lax.max_p",
+        "wins = lax.gt if primitive is lax.max_p",
+        ("tests/test_extremes.py",),
+        "same_as_column and ties",
     ),
 )
 
