@@ -57,8 +57,9 @@ def of_two_maps(first, second, scale, image):
 
 
 def ties(first, second, scale, image):
-    y = jnp.round(convolve(image, first))
-    return y.max((1, 2)) * scale + jnp.maximum(y * second.sum(), jnp.round(y)).sum((1, 2))
+    y = convolve(image, first)
+    z = y * second.sum()
+    return jnp.round(y).max((1, 2)) * scale + jnp.maximum(z * scale, scale * z).sum((1, 2))
 
 
 NETWORKS = (global_maximum, attention, marked, of_two_maps, ties)
