@@ -380,18 +380,18 @@ def _differentiable_loop(loop: RowLoop, values: Values, hosted: Collection[int] 
         return ({v: bars.get(v) for v in names},)
 
     call.defvjp(forward, backward, symbolic_zeros=True)
-    return {v: _without_tangent(x) for v, x in call({v: values[v] for v in names}).items()}
+    found, moving = call({v: values[v] for v in names}), loop.graph.moving
+    return {v: x if v in moving else _without_tangent(x) for v, x in found.items()}
 
 
 def _without_tangent(value: Array) -> Array:
-    """Give an integer the symbolic zero tangent that other integers have.
+    """Give a value the symbolic zero tangent that it has in column.
 
-    Integer outputs of a ``custom_vjp`` carry a float0 array instead, on which a primitive without
-    a differentiation rule fails. ``x | x`` has a rule, and XLA removes it.
+    A ``custom_vjp`` gives its outputs tangents (integers a float0 array), on which a primitive
+    without a differentiation rule fails. ``x | x`` has a rule, and XLA removes it.
     """
-    if jnp.issubdtype(value.dtype, np.integer) or value.dtype == np.bool_:
-        return lax.bitwise_or(value, value)
-    return value
+    is_inexact = jnp.issubdtype(value.dtype, np.inexact)
+    return lax.stop_gradient(value) if is_inexact else lax.bitwise_or(value, value)
 
 
 def _run_and_save_lines(loop: RowLoop, values: Values) -> tuple[Values, Values]:

@@ -7,10 +7,14 @@ is an input or a column operation makes it. ``stages`` says where everything run
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Collection, Iterable, Sequence
 from fractions import Fraction
 from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
 
 from lrjax.alignment import Alignment
 from lrjax.comparisons import compared_extremes
@@ -18,7 +22,7 @@ from lrjax.constants import Constants
 from lrjax.geometry import IDENTITY
 from lrjax.inline import Atom, FlatEquation, FlatProgram, Literal
 from lrjax.rules.base import Equation, NotRowLocal, Operand, RowOp, row_op
-from lrjax.rules.elementwise import ELEMENTWISE
+from lrjax.rules.elementwise import ELEMENTWISE, WITHOUT_DERIVATIVE
 from lrjax.rules.shape import constant_along_rows
 from lrjax.stages import Operation, Problem, Stages, cut_into_stages
 from lrjax.varying import varying_axes
@@ -70,6 +74,19 @@ class RowGraph:
     rate: dict[int, tuple[int, Fraction]]
     stages: Stages
     compared: frozenset[int] = frozenset()
+
+    @functools.cached_property
+    def moving(self) -> frozenset[int]:
+        """Values that may have tangents: floating-point ones that depend on such inputs by more
+        than functions without a derivative."""
+        avals = self.program.avals
+        found = {v for v in self.program.inputs if jnp.issubdtype(avals[v].dtype, np.inexact)}
+        for node in self.nodes:
+            name = node.equation.primitive.name
+            if name not in WITHOUT_DERIVATIVE and found.intersection(_values(node.equation.inputs)):
+                outputs = node.equation.outputs
+                found.update(v for v in outputs if jnp.issubdtype(avals[v].dtype, np.inexact))
+        return frozenset(found)
 
     @property
     def loops(self) -> list[int]:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 
+import jax.numpy as jnp
 import numpy as np
 
 from lrjax.geometry import IDENTITY
@@ -34,6 +36,8 @@ TAME = frozenset((
     "one_minus_square", "optimization_barrier", "or", "pvary", "real", "reduce_precision",
     "round", "select_n", "sign", "sin", "sort", "square", "stop_gradient", "sub", "tanh", "xor",
 ))
+# Derivatives that JAX knows to be zero.
+WITHOUT_DERIVATIVE = frozenset(("ceil", "floor", "is_finite", "round", "sign", "stop_gradient"))
 # fmt: on
 
 
@@ -72,6 +76,16 @@ def _spread_over(block: Sequence[int], window: Array) -> Array:
     """A window in the block's shape, unless it is a scalar."""
     is_smaller = np.ndim(window) == len(block) and np.shape(window) != tuple(block)
     return spread(window, block, range(len(block))) if is_smaller and is_small(block) else window
+
+
+@rule("reduce_precision")
+def reduce_precision(equation: Equation) -> RowOp:
+    """Cotangents are rounded too: the sum of rounded parts is not the rounded sum."""
+    params, of_dtype = equation.params, jnp.finfo(equation.outputs[0].dtype)
+    rounds = params["mantissa_bits"] < of_dtype.nmant or params["exponent_bits"] < of_dtype.nexp
+    found = elementwise(equation)
+    reason = "reduce_precision rounds cotangents" if rounds else None
+    return dataclasses.replace(found, undifferentiable=reason)
 
 
 @rule("bitcast_convert_type")
