@@ -37,7 +37,7 @@ _MOVES = dict.fromkeys(
     (
         "broadcast_in_dim", "conj", "convert_element_type", "copy", "copy_p", "cumsum",
         "dynamic_slice", "expand_dims", "fft", "gather", "imag", "mesh_cast", "name", "neg",
-        "optimization_barrier", "pcast", "pvary", "real", "reduce_precision", "reduce_sum",
+        "optimization_barrier", "pcast", "pvary", "real", "reduce_sum",
         "reduce_window_sum", "reshape", "rev", "select_and_gather_add", "select_and_scatter_add",
         "sharding_constraint", "slice", "split", "squeeze", "tile", "transpose", "unstack",
     ),
