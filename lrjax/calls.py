@@ -9,9 +9,10 @@ and never assumed; a call that cannot be proved runs on whole maps.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -58,7 +59,23 @@ def custom_call(equation: Equation) -> RowOp:
     _KNOWN.move_to_end(key)
     while len(_KNOWN) > _MOST_KNOWN:
         _KNOWN.popitem(last=False)
+    if _WATCHED is not None and _KNOWN[key][1].undifferentiable is None:
+        _WATCHED[key] = _KNOWN[key]
     return _KNOWN[key][1]
+
+
+_WATCHED: dict[Any, tuple[Equation, RowOp]] | None = None
+
+
+@contextlib.contextmanager
+def watched() -> Iterator[dict[Any, tuple[Equation, RowOp]]]:
+    """Collects the calls that are met while it is open and whose derivatives are proved."""
+    global _WATCHED
+    outer, _WATCHED = _WATCHED, {}
+    try:
+        yield _WATCHED
+    finally:
+        _WATCHED = outer
 
 
 def _custom_call(equation: Equation) -> RowOp:

@@ -33,8 +33,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lrjax.calls import watched
 from lrjax.gradient_program import GradientProgram, is_inexact, wide
 from lrjax.options import Cuts, checked_options
+from lrjax.proofs import assert_proofs_hold
 from lrjax.transform import rowwise_with
 
 # What is always accepted, relative to an array's own largest magnitude.
@@ -129,14 +131,17 @@ def assert_same_as_column(
       Column's results.
 
     Raises:
-      AssertionError: naming every array that differs, by how much and where.
+      AssertionError: naming every array that differs, by how much and where; or a custom
+        derivative that was tiled and is not what was proved of it.
     """
     options = checked_options(
         num_blocks=num_blocks, strategy=strategy, cuts=cuts, plan=plan, offload=offload
     )
     row_fun = rowwise_with(fun, in_axes, options)
     # First, so that options that do not fit are refused before anything is compiled.
-    found = results(row_fun, args, kwargs, argnums=argnums, seed=seed)
+    with watched() as calls:
+        found = results(row_fun, args, kwargs, argnums=argnums, seed=seed)
+    assert_proofs_hold(calls.values(), seed)
     expected = expected or results(fun, args, kwargs, argnums=argnums, seed=seed)
     check(found, expected, tolerance=tolerance)
     return expected
