@@ -237,10 +237,14 @@ def _is_inexact(value: Any) -> bool:
 def _with_zeros(values: Sequence[Any], outputs: Sequence[Any], symbolic: bool = False) -> list[Any]:
     """Tangents or cotangents of all outputs from those of outputs that are not integers."""
     given = iter(values)
-    return [
-        next(given) if _is_inexact(out) else zero_from_primal(out, symbolic_zeros=symbolic)
-        for out in outputs
-    ]
+    return [next(given) if _is_inexact(out) else _zero(out, symbolic) for out in outputs]
+
+
+def _zero(out: Any, symbolic: bool) -> Any:
+    """The tangent or cotangent of an integer output, given or its type."""
+    aval = out if hasattr(out, "to_tangent_aval") else jax.typeof(out)
+    tangent = aval.to_tangent_aval()
+    return SymbolicZero(tangent) if symbolic else ad.zeros_like_aval(tangent)
 
 
 # --- The linear operation ------------------------------------------------------------------------

@@ -426,8 +426,8 @@ GRADIENTS = (
         "lrjax/derivatives.py",
         "return self.backward(*primals), found",
         "return self.backward(*primals), [0 * tangent for tangent in found]",
-        ("tests/test_transform.py",),
-        "second_order",
+        ("tests/test_composition.py",),
+        "penalty",
     ),
     Mutation(
         "symbolic-zero-as-one",

@@ -79,7 +79,7 @@ def by_rows(fun, strategy, **options):
 def assert_same(transform, fun, strategy, args=(PARAMS, IMAGE), **options):
     """Values, structure and types (shardings, what differs between devices) are column's."""
     found, expected = transform(by_rows(fun, strategy, **options))(*args), transform(fun)(*args)
-    check(Results(found, {}), Results(expected, {}))
+    check(Results(found), Results(expected))
     assert jax.tree.map(jax.typeof, found) == jax.tree.map(jax.typeof, expected)
     assert any(np.any(np.asarray(leaf) != 0) for leaf in jax.tree.leaves(found))
 
@@ -164,6 +164,11 @@ def over_width(f):
     return mapped(step, in_specs=(P(), P("d", None, "e")))
 
 
+def with_integers(params, image):
+    """Differentiated beside results that are integers."""
+    return lax.pmean(loss(params, image), "d"), image.argmax(1)
+
+
 SHARD_MAPPED = {
     "mean": (lambda f: mapped(value_and_grad_of_mean(f)), loss, {}),
     "unchecked": (
@@ -176,6 +181,11 @@ SHARD_MAPPED = {
     "group": (lambda f: mapped(jax.grad(f)), synchronised, {"cuts": [("middle",)]}),
     "many kinds": (lambda f: mapped(jax.grad(f)), of_many_kinds, {}),
     "regulariser": (lambda f: mapped(jax.grad(f, has_aux=True)), with_regulariser, {}),
+    "integers": (
+        lambda f: mapped(jax.grad(f, has_aux=True), out_specs=(P(), P("d"))),
+        with_integers,
+        {},
+    ),
     "some axes": (
         lambda f: mapped(value_and_grad_of_mean(f), axis_names={"d"}, check_vma=True),
         loss,

@@ -12,7 +12,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 import lrjax
 from graphs import assert_row_local, fallbacks, graphs_of
-from lrjax.testing import Results, assert_same_as_column, check, results
+from lrjax.testing import Results, assert_same_as_column, check
 
 STRATEGIES = ("stream", "2ps", "overl")
 
@@ -54,27 +54,11 @@ def assert_equal(found, expected):
     check(Results(found), Results(expected))
 
 
-# --- Under JAX's transformations -----------------------------------------------------------------
+# --- Transformations inside it (those around it: test_composition) -------------------------------
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
 class TestTransformations:
-    def test_without_jit(self, strategy):
-        assert_equal(by_rows(network, strategy)(PARAMS, IMAGE), network(PARAMS, IMAGE))
-
-    def test_jit(self, strategy):
-        assert_equal(jax.jit(by_rows(network, strategy))(PARAMS, IMAGE), network(PARAMS, IMAGE))
-
-    def test_grad(self, strategy):
-        assert_equal(
-            jax.grad(by_rows(loss, strategy))(PARAMS, IMAGE), jax.grad(loss)(PARAMS, IMAGE)
-        )
-
-    def test_value_and_grad_of_all(self, strategy):
-        found = jax.jit(jax.value_and_grad(by_rows(loss, strategy), argnums=(0, 1)))
-        expected = jax.value_and_grad(loss, argnums=(0, 1))
-        assert_equal(found(PARAMS, IMAGE), expected(PARAMS, IMAGE))
-
     def test_grad_of_one_of_several_outputs(self, strategy):
         """The others have no cotangent at all, not one of zeros."""
 
@@ -88,58 +72,6 @@ class TestTransformations:
         found = jax.jit(first(by_rows(fun, strategy)))(PARAMS, IMAGE)
         assert_equal(found, first(fun)(PARAMS, IMAGE))
 
-    def test_vmap_over_images(self, strategy):
-        images = normal(3, 2, 11, 4, 1)
-        found = jax.jit(jax.vmap(by_rows(network, strategy), (None, 0)))(PARAMS, images)
-        assert_equal(found, jax.vmap(network, (None, 0))(PARAMS, images))
-
-    def test_vmap_of_grad(self, strategy):
-        images = normal(3, 2, 11, 4, 1)
-        found = jax.jit(jax.vmap(jax.grad(by_rows(loss, strategy)), (None, 0)))(PARAMS, images)
-        assert_equal(found, jax.vmap(jax.grad(loss), (None, 0))(PARAMS, images))
-
-    def test_grad_of_vmap(self, strategy):
-        images = normal(3, 2, 11, 4, 1)
-
-        def total(fun):
-            return lambda params: jax.vmap(fun, (None, 0))(params, images).sum()
-
-        found = jax.jit(jax.grad(total(by_rows(loss, strategy))))(PARAMS)
-        assert_equal(found, jax.grad(total(loss))(PARAMS))
-
-    def test_vmap_over_parameters(self, strategy):
-        many = jax.tree.map(lambda p: np.stack([p, 2 * p]), PARAMS)
-        found = jax.jit(jax.vmap(jax.grad(by_rows(loss, strategy)), (0, None)))(many, IMAGE)
-        assert_equal(found, jax.vmap(jax.grad(loss), (0, None))(many, IMAGE))
-
-    def test_inside_scan(self, strategy):
-        """Gradient descent in a loop."""
-
-        def train(fun):
-            def step(params, image):
-                value, grads = jax.value_and_grad(fun)(params, image)
-                return jax.tree.map(lambda p, g: p - 0.05 * g, params, grads), value
-
-            return jax.jit(lambda params, images: lax.scan(step, params, images))
-
-        images = normal(3, 1, 11, 4, 1)
-        assert_equal(train(by_rows(loss, strategy))(PARAMS, images), train(loss)(PARAMS, images))
-
-    def test_gradient_through_scan(self, strategy):
-        def total(fun):
-            def step(carry, image):
-                return carry + fun(PARAMS, image * carry), None
-
-            return lambda images: lax.scan(step, 1.0, images)[0]
-
-        images = normal(3, 1, 11, 4, 1)
-        found = jax.jit(jax.grad(total(by_rows(loss, strategy))))(images)
-        assert_equal(found, jax.grad(total(loss))(images))
-
-    def test_checkpoint_around(self, strategy):
-        found = jax.jit(jax.grad(jax.checkpoint(by_rows(loss, strategy)), argnums=(0, 1)))
-        assert_equal(found(PARAMS, IMAGE), jax.grad(loss, argnums=(0, 1))(PARAMS, IMAGE))
-
     def test_checkpoint_inside(self, strategy):
         fun = jax.checkpoint(network)
         assert_same_as_column(fun, (PARAMS, IMAGE), (None, 1), num_blocks=3, strategy=strategy)
@@ -150,41 +82,6 @@ class TestTransformations:
 
         assert_row_local(fun, (PARAMS, IMAGE), (None, 1))
         assert_same_as_column(fun, (PARAMS, IMAGE), (None, 1), num_blocks=3, strategy=strategy)
-
-    def test_nested(self, strategy):
-        """A row-wise function within a row-wise one is a part of it like any other."""
-        inner = by_rows(network, strategy)
-
-        def fun(params, image):
-            return jnp.sin(inner(params, image * 2))
-
-        expected = results(lambda p, x: jnp.sin(network(p, x * 2)), (PARAMS, IMAGE))
-        assert_same_as_column(
-            fun, (PARAMS, IMAGE), (None, 1), num_blocks=2, strategy=strategy, expected=expected
-        )
-
-    def test_jacobian_vector_product_says_what_to_do(self, strategy):
-        """Forward mode cannot pass through custom_vjp; JAX says so."""
-        with pytest.raises(TypeError, match="forward-mode"):
-            jax.jvp(lambda x: by_rows(network, strategy)(PARAMS, x), (IMAGE,), (IMAGE,))
-
-
-@pytest.mark.parametrize("strategy", STRATEGIES)
-def test_second_order(strategy):
-    """A gradient penalty: the gradient of a gradient's norm."""
-
-    def penalty(fun):
-        def total(params, image):
-            grads = jax.grad(fun, argnums=1)(params, image)
-            return (grads**2).sum()
-
-        return total
-
-    def smooth(params, image):
-        return (jnp.tanh(convolve(jnp.tanh(convolve(image, params["w"])), params["v"])) ** 2).sum()
-
-    found = jax.jit(jax.grad(penalty(by_rows(smooth, strategy))))(PARAMS, IMAGE)
-    assert_equal(found, jax.grad(penalty(smooth))(PARAMS, IMAGE))
 
 
 class TestAroundAGradient:
