@@ -16,6 +16,7 @@ from lrjax.fallbacks import fallbacks_of, made_by
 from lrjax.geometry import AnyMap
 from lrjax.graph import RowGraph, build, size_bytes
 from lrjax.inline import FlatProgram
+from lrjax.meshes import without_explicit_axes
 from lrjax.micro_batches import micro_batches
 from lrjax.options import Cuts, Options, check_callable, checked_options
 from lrjax.planner.choice import Choice
@@ -59,7 +60,8 @@ def explain(
     options = checked_options(
         num_blocks=num_blocks, strategy=strategy, cuts=cuts, plan=plan, offload=offload
     )
-    return explain_with(trace(fun, in_axes, args, kwargs), options)
+    with without_explicit_axes(args, kwargs) as (own_args, own_kwargs):
+        return explain_with(trace(fun, in_axes, own_args, own_kwargs), options)
 
 
 def explain_with(traced: Traced, options: Options) -> Explanation:

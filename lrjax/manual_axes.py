@@ -12,7 +12,10 @@ import dataclasses
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from lrjax.compat import has_body
+import jax
+from jax.extend.core import Literal as JaxLiteral
+
+from lrjax.compat import bind, has_body, open_jaxpr
 from lrjax.varying import struct, varying_axes, varying_over
 
 if TYPE_CHECKING:
@@ -146,3 +149,34 @@ def with_casts_outside(
     numbers, arrays, row_axes = zip(*entries, strict=True)
     changed = dataclasses.replace(program, equations=tuple(kept), inputs=numbers, outputs=outputs)
     return changed, arrays, row_axes
+
+
+def body_outside(jaxpr: Any) -> Any:
+    """A body as it is traced outside of ``jax.shard_map``, from one that was traced within."""
+    if " pvary[" not in str(jaxpr):
+        return jaxpr
+    body, consts = open_jaxpr(jaxpr)
+
+    def call(*arguments: Any) -> list[Any]:
+        known = dict(zip((*body.constvars, *body.invars), (*consts, *arguments), strict=True))
+
+        def read(v: Any) -> Any:
+            return v.val if isinstance(v, JaxLiteral) else known[v]
+
+        for eqn in body.eqns:
+            results = values = [read(v) for v in eqn.invars]
+            if eqn.primitive.name != "pvary":
+                params = {name: _param_outside(param) for name, param in eqn.params.items()}
+                results = bind(eqn.primitive, values, params)
+            known.update(zip(eqn.outvars, results, strict=True))
+        return [read(v) for v in body.outvars]
+
+    structs = [jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in body.invars]
+    with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), ())):
+        return jax.make_jaxpr(call)(*structs)
+
+
+def _param_outside(param: Any) -> Any:
+    if hasattr(param, "eqns"):
+        return body_outside(param)
+    return None if isinstance(param, jax.sharding.NamedSharding) else param

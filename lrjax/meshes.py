@@ -7,7 +7,8 @@ rows run where all axes are Auto; what comes out has the types that the function
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -55,6 +56,33 @@ def on_auto_axes(
         return run(*arrays)
 
     return in_auto_mode(*arrays)
+
+
+@contextlib.contextmanager
+def without_explicit_axes(
+    args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Iterator[tuple[tuple[Any, ...], dict[str, Any]]]:
+    """A context, with arguments for it, in which a function may be traced but not run.
+
+    Where axes are Explicit, no mesh is at hand in it, and the arguments are types without one.
+    """
+    typed = [leaf for leaf in jax.tree.leaves((args, kwargs)) if _has_type(leaf)]
+    if not _explicit_axes(typed):
+        yield args, kwargs
+        return
+
+    def struct(leaf: Any) -> Any:
+        if not _has_type(leaf):
+            return leaf
+        aval = jax.typeof(leaf)
+        return jax.ShapeDtypeStruct(aval.shape, aval.dtype, weak_type=aval.weak_type)
+
+    with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), ())):
+        yield jax.tree.map(struct, (args, kwargs))
+
+
+def _has_type(leaf: Any) -> bool:
+    return is_array(leaf) or isinstance(leaf, jax.ShapeDtypeStruct)
 
 
 def _mesh_of(array: Any) -> Any:

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -335,3 +336,57 @@ def test_closures_over_explicit_arrays_are_refused():
     row_fun = lrjax.rowwise(lambda x: loss(params, x), in_axes=1)
     with pytest.raises(ValueError, match="Explicit axes; give it to fun as an argument"):
         jax.eval_shape(row_fun, image)
+
+
+# --- What is said of them ------------------------------------------------------------------------
+
+
+@in_child
+@pytest.mark.parametrize("check_vma", [True, False])
+def test_a_plan_of_one_device_runs_on_all(check_vma):
+    params, structs = {k: PARAMS[k] for k in "wbv"}, jax.ShapeDtypeStruct((1, 7, 4, 1), np.float64)
+    plan = lrjax.plan(loss, params, structs, in_axes=(None, 1), budget="1GiB")
+    row_fun = lrjax.rowwise(loss, in_axes=(None, 1), plan=plan)
+
+    def step(f):
+        mean = jax.grad(lambda p, x: lax.pmean(f(p, x), ("d", "e")))
+        return mapped(mean, in_specs=(P(), P(("d", "e"))), check_vma=check_vma)
+
+    found, expected = (step(f)(params, IMAGE) for f in (row_fun, loss))
+    check(Results(found), Results(expected))
+
+
+@in_child
+def test_explain_where_axes_are_explicit():
+    mesh, params, image = placed(AxisType.Explicit, P("d"))
+    plain = str(lrjax.explain(loss, PARAMS, IMAGE, in_axes=(None, 1), num_blocks=3))
+    assert str(lrjax.explain(loss, params, image, in_axes=(None, 1), num_blocks=3)) == plain
+    with jax.set_mesh(mesh):
+        assert str(lrjax.explain(loss, params, image, in_axes=(None, 1), num_blocks=3)) == plain
+
+
+class Network(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        x = nn.Conv(2, (3, 3), use_bias=False, dtype=x.dtype, param_dtype=x.dtype)(x)
+        x = nn.BatchNorm(False, dtype=x.dtype, param_dtype=x.dtype)(x)
+        return nn.Conv(1, (3, 3), dtype=x.dtype, param_dtype=x.dtype)(nn.relu(x))
+
+
+@in_child
+def test_a_module_on_explicit_axes():
+    mesh, _, image = placed(AxisType.Explicit, P("d"))
+    model = Network()
+    variables = jax.device_put(model.init(jax.random.key(0), IMAGE), NamedSharding(mesh, P()))
+
+    def step(model):
+        def total(variables, image):
+            out, updated = model.apply(variables, image, mutable=["batch_stats"])
+            return (out**2).sum(), updated
+
+        return jax.jit(jax.grad(total, has_aux=True))
+
+    row_model = lrjax.linen.rowwise(model, in_axes=1, num_blocks=3)
+    with jax.set_mesh(mesh):
+        found, expected = (step(m)(variables, image) for m in (row_model, model))
+    check(Results(found), Results(expected))

@@ -20,6 +20,7 @@ import numpy as np
 from lrjax.files import write_whole
 from lrjax.geometry import ceil_div
 from lrjax.inline import Literal
+from lrjax.manual_axes import body_outside
 from lrjax.planner.choice import Choice
 from lrjax.segments import Cuttable
 from lrjax.text import MIB, aligned
@@ -113,7 +114,8 @@ def _parameters(params: Mapping[str, Any]) -> str:
 
 def _rendered(value: Any) -> str:
     if hasattr(value, "eqns"):  # a body: of a loop, a branch, a custom derivative
-        digest = hashlib.sha256(_ADDRESS.sub("", str(value)).encode()).hexdigest()[:16]
+        text = _ADDRESS.sub("", str(body_outside(value)))
+        digest = hashlib.sha256(text.encode()).hexdigest()[:16]
         return f"jaxpr {digest}"
     if isinstance(value, Mapping):
         value = sorted(value.items())
