@@ -10,6 +10,8 @@ import numpy as np
 
 from lrjax import testing
 
+BFLOAT16_ROUNDING = 2.0**-8
+
 
 def max_error(values: Any, reference: Any) -> float:
     """The largest difference in any leaf, relative to the largest value of that reference leaf."""
@@ -26,7 +28,7 @@ def excess_error(values: Any, columns: Any, truth: Any) -> float:
 
     def excess(value: Any, column: Any, true: Any) -> float:
         own, columns_own = testing.norm_error(value, true), testing.norm_error(column, true)
-        return own / max(columns_own, testing.BFLOAT16_ROUNDING)
+        return own / max(columns_own, BFLOAT16_ROUNDING)
 
     return _largest(jax.tree.map(excess, values, columns, truth))
 

@@ -145,14 +145,14 @@ class GradientProgram:
                 return None
             if any(jnp.finfo(dtype).bits < 64 for dtype in wide._dtypes):
                 return None
-            return _leaves(wide())
+            return leaves_of(*wide())
 
     @functools.cached_property
     def moved(self) -> list[list[np.ndarray]]:
         """Outputs and gradients where every argument is moved by one rounding, at random."""
         eps = float(jnp.finfo(self.precision).eps)
         generators = [np.random.default_rng(seed) for seed in range(_MOVES)]
-        return [_leaves(self([_moved(a, eps, g) for a in self.arrays])) for g in generators]
+        return [leaves_of(*self([_moved(a, eps, g) for a in self.arrays])) for g in generators]
 
 
 def is_inexact(array: Any) -> bool:
@@ -165,8 +165,8 @@ def wide(array: Any) -> np.ndarray:
     return array.astype(np.complex128 if np.iscomplexobj(array) else np.float64)
 
 
-def _leaves(results: tuple[Any, dict[str, Any]]) -> list[np.ndarray]:
-    outputs, gradients = results
+def leaves_of(outputs: Any, gradients: Mapping[str, Any]) -> list[np.ndarray]:
+    """All arrays, wide; of integers only their places."""
     leaves = [*jax.tree.leaves(outputs), *gradients.values()]
     return [wide(leaf) if is_inexact(leaf) else np.zeros(()) for leaf in leaves]
 

@@ -34,10 +34,20 @@ import jax.numpy as jnp
 import numpy as np
 
 from lrjax.calls import watched
-from lrjax.gradient_program import GradientProgram, is_inexact, wide
+from lrjax.gradient_program import HALF_PRECISION, GradientProgram, is_inexact, leaves_of, wide
 from lrjax.options import Cuts, checked_options
 from lrjax.proofs import assert_proofs_hold
 from lrjax.transform import rowwise_with
+
+__all__ = [
+    "HALF_PRECISION",
+    "Results",
+    "assert_same_as_column",
+    "check",
+    "max_error",
+    "norm_error",
+    "results",
+]
 
 # What is always accepted, relative to an array's own largest magnitude.
 _ROUNDINGS = 8
@@ -147,8 +157,21 @@ def assert_same_as_column(
     return expected
 
 
-def check(found: Results, expected: Results, *, tolerance: float | None = None) -> None:
+def check(
+    found: Results,
+    expected: Results,
+    *,
+    truth: Results | None = None,
+    tolerance: float | None = None,
+) -> None:
     """Compare results with column's.
+
+    Args:
+      found: those by rows.
+      expected: column's.
+      truth: column's in float64 for the same arguments and cotangents, where the function itself
+        says in which dtype it computes; else it is run on float64 arguments where that is needed.
+      tolerance: instead of 8 roundings or 1e-11, relative to an array's largest magnitude.
 
     Raises:
       AssertionError: naming every array that differs, by how much and where; also where nothing
@@ -161,7 +184,7 @@ def check(found: Results, expected: Results, *, tolerance: float | None = None) 
     if not any(complaints):
         complaints = [_named(p, _integer_error(p)) for p in pairs if not p.is_inexact]
         inexact = [p for p in pairs if p.is_inexact]
-        complaints += _rounding_errors(inexact, expected.program, tolerance)
+        complaints += _rounding_errors(inexact, expected.program, truth, tolerance)
     listed = "\n  ".join(complaint for complaint in complaints if complaint)
     assert not listed, "row by row is not column:\n  " + listed
     if expected.gradients:
@@ -247,11 +270,14 @@ def _integer_error(pair: _Pair) -> str | None:
 
 
 def _rounding_errors(
-    pairs: Sequence[_Pair], program: GradientProgram | None, tolerance: float | None
+    pairs: Sequence[_Pair],
+    program: GradientProgram | None,
+    truth: Results | None,
+    tolerance: float | None,
 ) -> list[str | None]:
     """Complaints about arrays that differ by more than rounding."""
     if program is not None and program.is_in_half_precision:
-        return _half_precision_errors(pairs, program)
+        return _half_precision_errors(pairs, _Yardstick(program, truth, pairs, _norm))
     limits = [(p, _accepted(p) if tolerance is None else tolerance) for p in pairs]
     far = [(p, limit) for p, limit in limits if max_error(p.found, p.column) > limit]
     if program is None:
@@ -259,7 +285,7 @@ def _rounding_errors(
         return [_named(p, _difference(p, c, limit * _largest(c))) for p, c, limit in wide_pairs]
     if not far:
         return []
-    yardstick = _Yardstick(program, pairs, _largest)
+    yardstick = _Yardstick(program, truth, pairs, _largest)
     largest = {p.kind: 0.0 for p in pairs}
     for p in pairs:
         largest[p.kind] = max(largest[p.kind], _largest(wide(p.column)))
@@ -277,6 +303,7 @@ class _Yardstick:
 
     Args:
       program: column's.
+      truth: its results in float64, where the program does not give them itself.
       pairs: all arrays in floating point.
       size: of an array, or of a difference.
     """
@@ -284,14 +311,15 @@ class _Yardstick:
     def __init__(
         self,
         program: GradientProgram,
+        truth: Results | None,
         pairs: Sequence[_Pair],
         size: Callable[[np.ndarray], float],
     ):
         self._moved, self._size = program.moved, size
         self.eps = float(jnp.finfo(program.precision).eps)
-        truth = program.truth
-        is_told = truth is not None and all(self._is_of(p, truth[p.number]) for p in pairs)
-        self.truth = truth if is_told else None
+        true = program.truth if truth is None else leaves_of(truth.outputs, truth.gradients)
+        is_told = true is not None and all(self._is_of(p, true[p.number]) for p in pairs)
+        self.truth = true if is_told else None
 
     def _is_of(self, pair: _Pair, true: np.ndarray) -> bool:
         """Whether a result in float64 is that of the same function."""
@@ -356,8 +384,7 @@ def _difference(pair: _Pair, reference: np.ndarray, allowed: float) -> str:
     )
 
 
-def _half_precision_errors(pairs: Sequence[_Pair], program: GradientProgram) -> list[str | None]:
-    yardstick = _Yardstick(program, pairs, _norm)
+def _half_precision_errors(pairs: Sequence[_Pair], yardstick: _Yardstick) -> list[str | None]:
     complaints = [_named(p, _half_precision_error(p, yardstick)) for p in pairs]
     for kind in ("output", "gradient"):
         among = [p for p in pairs if p.kind == kind]

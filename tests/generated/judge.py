@@ -86,7 +86,7 @@ def _checked(spec: Spec, phase: Any) -> Report:
         truth = None
         if spec.dtype in HALF_PRECISION:
             wide = jax.tree.map(_widened, case.args)
-            precise = case_of(dataclasses.replace(spec, dtype="float32"))
+            precise = case_of(dataclasses.replace(spec, dtype="float64"))
             truth = results(precise.fun, wide, precise.kwargs, argnums=spec.argnums)
         check_results(found, expected, truth=truth)
         return Report({}, blocks)
@@ -100,7 +100,7 @@ def _checked(spec: Spec, phase: Any) -> Report:
 
 def _widened(array: Any) -> Any:
     is_half = jnp.result_type(array).name in HALF_PRECISION
-    return np.asarray(array, np.float32) if is_half else array
+    return np.asarray(array, np.float64) if is_half else array
 
 
 def _check_suitable(expected: Results) -> None:
