@@ -85,7 +85,8 @@ def test_networks_in_other_precisions(dtype):
 def test_layers_that_are_local_in_rows_run_by_rows():
     seen = 0
     for seed in range(40):
-        spec = spec_of(Random(seed), only(LOCAL), most_layers=6, heights=[(8, 30)])
+        left_out = only(LOCAL) | {"head=max", "head=several"}
+        spec = spec_of(Random(seed), left_out, most_layers=6, heights=[(8, 30)])
         with jax.enable_x64(True):
             case = case_of(spec)
             graphs = graphs_of(case.fun, case.args, case.in_axes)
