@@ -33,6 +33,7 @@ SCHEDULE = ("tests/test_schedule.py",)
 STRATEGIES = ("tests/test_strategies.py",)
 RULES = ("tests/test_custom_rules.py",)
 FACADES = ("tests/test_facades.py",)
+CHECKER = ("tests/test_checker.py",)
 CONTRACTS = ("tests/test_rule_contracts.py",)
 PLANS = ("tests/planner/test_plan_value.py",)
 # Of the named geometries, in order of what they cost.
@@ -877,22 +878,40 @@ PROGRAMS = (
 
 TOOLS = (
     Mutation(
-        "tolerance-too-large",
-        "the checker allows a million times its bound",
+        "tolerance-of-float64",
+        "the checker allows a million times its bound in float64",
         "lrjax/testing.py",
         "_FLOAT64_TOLERANCE = 1e-11",
         "_FLOAT64_TOLERANCE = 1e-5",
-        ("tests/test_checker.py",),
-        "refuses",
+        CHECKER,
+        "refuses and float64",
     ),
     Mutation(
-        "yardstick-too-long",
-        "the checker allows a thousand times column's own error",
+        "tolerance-of-float32",
+        "the checker allows a million times column's own error in float32",
         "lrjax/testing.py",
-        "_OF_OWN_ERROR = 4",
-        "_OF_OWN_ERROR = 4e3",
-        ("tests/test_checker.py",),
-        "refuses",
+        "_OF_OWN_ERROR = 4\n_OF_MOVEMENT",
+        "_OF_OWN_ERROR = 4e6\n_OF_MOVEMENT",
+        CHECKER,
+        "refuses and float32",
+    ),
+    Mutation(
+        "tolerance-of-bfloat16",
+        "the checker allows an array in half precision a million roundings",
+        "lrjax/testing.py",
+        "_HALF_ROUNDINGS = 2",
+        "_HALF_ROUNDINGS = 2e6",
+        CHECKER,
+        "refuses and bfloat16",
+    ),
+    Mutation(
+        "integers-not-compared",
+        "the checker passes over integers",
+        "lrjax/testing.py",
+        "wrong = np.count_nonzero(np.asarray(pair.found)",
+        "wrong = 0 * np.count_nonzero(np.asarray(pair.found)",
+        CHECKER,
+        "an_integer or (refuses and integer)",
     ),
     Mutation(
         "proofs-not-tried",
