@@ -390,8 +390,8 @@ def _without_tangent(value: Array) -> Array:
     A ``custom_vjp`` gives its outputs tangents (integers a float0 array), on which a primitive
     without a differentiation rule fails. ``x | x`` has a rule, and XLA removes it.
     """
-    is_inexact = jnp.issubdtype(value.dtype, np.inexact)
-    return lax.stop_gradient(value) if is_inexact else lax.bitwise_or(value, value)
+    is_integer = jnp.issubdtype(value.dtype, np.integer) or value.dtype == np.bool_
+    return lax.bitwise_or(value, value) if is_integer else lax.stop_gradient(value)
 
 
 def _run_and_save_lines(loop: RowLoop, values: Values) -> tuple[Values, Values]:

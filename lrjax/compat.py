@@ -88,7 +88,8 @@ def named(array: Any, name: str) -> Any:
 def strongly_typed(value: Any) -> Any:
     """A number or an array as an array whose type is not weak."""
     array = jnp.asarray(value)
-    return lax.convert_element_type(array, array.dtype) if array.weak_type else array
+    is_weak = getattr(array, "weak_type", False)  # random keys have none
+    return lax.convert_element_type(array, array.dtype) if is_weak else array
 
 
 def weakly_typed(value: Any) -> Any:

@@ -101,7 +101,9 @@ def trace(
     all_axes = (*(None,) * len(consts), *axes, *(None,) * len(traced_keywords))
     program, inputs, input_axes = with_casts_outside(program, (*consts, *arrays), all_axes)
     program, effects = lifted_effects(program)
-    weak = frozenset(i for i, aval in enumerate(closed.out_avals) if aval.weak_type)
+    weak = frozenset(
+        i for i, aval in enumerate(closed.out_avals) if getattr(aval, "weak_type", False)
+    )
     return Traced(program, inputs, input_axes, out_tree, effects, weak)
 
 

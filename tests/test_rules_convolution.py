@@ -224,6 +224,7 @@ def test_mixed_precision_accumulation():
     check_rule(op, image, weights, axes=(1, None))
 
 
+@pytest.mark.users_compiler
 @pytest.mark.parametrize("strategy", ["stream", "2ps", "overl"])
 def test_convolutions_in_loops_are_those_that_xla_cpu_is_fast_at(strategy):
     """In canonical order, though the maps are smaller than the kernel, and in float64 unpadded."""
