@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import lax
+from jax.experimental import checkify
 
 import lrjax
 from lrjax.testing import Results, check
@@ -373,6 +374,16 @@ def donated(f):
     return call
 
 
+def checked(f):
+    def call(*args):
+        errors = checkify.float_checks | checkify.index_checks
+        error, found = checkify.checkify(jax.jit(jax.grad(f)), errors=errors)(*args)
+        error.throw()
+        return found
+
+    return call
+
+
 def in_threads(f):
     def call(params, image):
         found = [None] * 3
@@ -408,14 +419,6 @@ def in_and_out_of_another(f):
     return lambda *args: [jax.jit(jax.grad(g))(*args) for g in (f, outer, f)]
 
 
-def called(f):
-    return lambda *args: pure_outputs(f(*args))
-
-
-def pure_outputs(found):
-    return jax.tree.map(jnp.asarray, found)
-
-
 def with_host(params, image):
     struct = jax.ShapeDtypeStruct(image.shape, image.dtype)
     return convolve(jax.pure_callback(np.sin, struct, image), params["w"])
@@ -439,7 +442,12 @@ EAGER = {
     "enable_x64": Case(in_both_precisions, strategies=ONE),
     "one function inside and outside": Case(in_and_out_of_another, strategies=ONE),
     "pure_callback": Case(lambda f: jax.jit(f), with_host, strategies=ONE),
-    "a reference within": Case(lambda f: jax.jit(f), with_reference, strategies=ONE),
+    "a reference within": Case(
+        lambda f: jax.jit(jax.value_and_grad(lambda p, x: f(p, x).sum())),
+        with_reference,
+        strategies=ONE,
+    ),
+    "checkify": Case(checked, strategies=()),
 }
 EAGER_PAIRS = [
     pytest.param(name, strategy, marks=[] if strategy in case.strategies else pytest.mark.slow)
