@@ -34,6 +34,7 @@ from lrjax.line_buffers import (
 from lrjax.offload import empty_on_host, from_host, is_on_host, to_host
 from lrjax.rowloop import Band, RowLoop, Source
 from lrjax.rules.base import Array, Rows
+from lrjax.rules.block_sums import accumulator_dtype
 from lrjax.rules.reduction import identity_of
 from lrjax.varying import varying_axes, varying_over
 
@@ -155,7 +156,9 @@ def _run_band(
             results = op.evaluate(operands, rows)
         if node.is_reduction:
             pairs = zip(node.equation.outputs, results, strict=True)
-            made.partial.update((v, typed(loop, v, partial)) for v, partial in pairs)
+            for v, partial in pairs:
+                partial = partial.astype(accumulator_dtype(partial.dtype))
+                made.partial[v] = typed(loop, v, partial)
             continue
         for v, slab in zip(node.equation.outputs, results, strict=True):
             with node.equation.origin():
@@ -173,8 +176,9 @@ def _skip_band(loop: RowLoop, clock: Clock, band: Band, lines: Values) -> _Progr
         assert node.op is not None
         for v in node.equation.outputs:
             if node.op.reduction is not None:
-                fill = identity_of(node.op.reduction, avals[v].dtype)
-                made.partial[v] = typed(loop, v, jnp.full(avals[v].shape, fill, avals[v].dtype))
+                dtype = accumulator_dtype(avals[v].dtype)
+                fill = identity_of(node.op.reduction, dtype)
+                made.partial[v] = typed(loop, v, jnp.full(avals[v].shape, fill, dtype))
                 continue
             shape = list(avals[v].shape)
             shape[loop.graph.row_axis[v]] = track.rows
@@ -251,11 +255,6 @@ _COMBINE: dict[str, Callable[[Array, Array], Array]] = {
 }
 
 
-def accumulator_dtype(dtype: Any) -> Any:
-    """Reductions over rows are accumulated in float32 or wider."""
-    return jnp.promote_types(dtype, jnp.float32) if jnp.issubdtype(dtype, jnp.inexact) else dtype
-
-
 def empty_sums(loop: RowLoop, full: Full) -> Values:
     """Accumulators at their identities."""
     sums = {}
@@ -280,8 +279,7 @@ def add_partial(loop: RowLoop, sums: Values, partial: Values) -> Values:
             assert node.op.reduction is not None
             for v in node.equation.outputs:
                 with node.equation.origin():
-                    contribution = partial[v].astype(sums[v].dtype)
-                    combined[v] = _COMBINE[node.op.reduction](sums[v], contribution)
+                    combined[v] = _COMBINE[node.op.reduction](sums[v], partial[v])
     return combined
 
 

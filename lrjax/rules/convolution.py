@@ -13,6 +13,7 @@ from jax import lax
 
 from lrjax.geometry import IDENTITY, RowMap
 from lrjax.rules.base import Array, Equation, NotRowLocal, RowOp, RowRead, Rows, rule
+from lrjax.rules.block_sums import accumulator_dtype
 
 
 @rule("conv_general_dilated")
@@ -52,7 +53,7 @@ def _rows_in_image(equation: Equation, dim: int) -> RowOp:
         height = image.shape[spec.lhs_spec[2 + dim]]
         dilated = max((height - 1) * row_map.base + 1, 0)
         high = (rows.count - 1) * row_map.stride + row_map.extent - low - dilated
-        return [_bind(equation, image, weights, dim, padding=(low, high))]
+        return [block_convolution(image, weights, _with_padding(equation, dim, (low, high)))]
 
     height = equation.outputs[0].shape[out_axis]
     return RowOp(
@@ -83,7 +84,10 @@ def _rows_in_both(equation: Equation, dim: int) -> RowOp:
         low = row_map.first(0) * row_map.base + row_map.pad
         dilated = max((image.shape[image_axis] - 1) * row_map.base + 1, 0)
         high = (rows.count - 1) * row_map.stride + extent - low - dilated
-        return [_bind(equation, image, cotangent, dim, padding=(low, high))]
+        padded = _with_padding(equation, dim, (low, high))
+        if rows.is_differentiated:  # JAX does not transpose a convolution to a wider dtype
+            return [block_convolution(image, cotangent, padded)]
+        return [_summing_convolution(image, cotangent, padded)]
 
     return RowOp(
         reads=(
@@ -131,11 +135,11 @@ def _rows_in_batch_or_features(equation: Equation) -> RowOp:
     )
 
 
-def _bind(equation: Equation, lhs: Array, rhs: Array, dim: int, padding: tuple[int, int]) -> Array:
+def _with_padding(equation: Equation, dim: int, padding: tuple[int, int]) -> dict[str, Any]:
+    """The parameters for a block of rows."""
     paddings = list(equation.params["padding"])
     paddings[dim] = padding
-    params = {**equation.params, "padding": tuple(paddings)}
-    return block_convolution(lhs, rhs, params)
+    return {**equation.params, "padding": tuple(paddings)}
 
 
 def _flops(equation: Equation) -> float:
@@ -164,6 +168,25 @@ def block_convolution(lhs: Array, rhs: Array, params: dict[str, Any]) -> Array:
     if len(spec.lhs_spec) != 4:
         return _convolve(lhs, rhs, params)
     return _differentiable_convolution(lhs, rhs, params)
+
+
+def _summing_convolution(lhs: Array, rhs: Array, params: dict[str, Any]) -> Array:
+    """The gradient of a kernel on a block of rows, in the dtype in which blocks are added up.
+
+    cuDNN gives sums of bfloat16 in bfloat16. Asked for float32, XLA:GPU would widen both maps.
+    """
+    narrow = params["preferred_element_type"] or lhs.dtype
+    dtype = accumulator_dtype(narrow)
+    if dtype == narrow:
+        return block_convolution(lhs, rhs, params)
+
+    def rounded(lhs: Array, rhs: Array) -> Array:
+        return block_convolution(lhs, rhs, params).astype(dtype)
+
+    def wide(lhs: Array, rhs: Array) -> Array:
+        return block_convolution(lhs, rhs, {**params, "preferred_element_type": np.dtype(dtype)})
+
+    return lax.platform_dependent(lhs, rhs, cuda=rounded, rocm=rounded, default=wide)
 
 
 def _convolve(lhs: Array, rhs: Array, params: dict[str, Any]) -> Array:

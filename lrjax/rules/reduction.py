@@ -24,7 +24,7 @@ from lrjax.rules.base import (
     removed_axes,
     rule,
 )
-from lrjax.rules.block_sums import block_sum
+from lrjax.rules.block_sums import accumulator_dtype, block_sum
 
 _COMBINE = {
     "reduce_sum": "sum",
@@ -105,6 +105,10 @@ def dot_general(equation: Equation) -> RowOp:
     def evaluate(windows: Sequence[Array], rows: Rows) -> Sequence[Array]:
         return equation.bind(*windows)
 
+    def evaluate_sum(windows: Sequence[Array], rows: Rows) -> Sequence[Array]:
+        dtype = accumulator_dtype(equation.outputs[0].dtype)
+        return equation.bind(*windows, preferred_element_type=dtype)
+
     flops = 2.0 * float(np.prod(equation.outputs[0].shape))
     flops *= float(np.prod([lhs.shape[a] for a in lhs_contract]))
 
@@ -116,7 +120,7 @@ def dot_general(equation: Equation) -> RowOp:
             reads=tuple(None if a is None else RowRead(IDENTITY, a, fill=fill) for a in axes),
             out_axes=(out_axis,),
             height=equation.height,
-            evaluate=evaluate,
+            evaluate=evaluate_sum if is_reduction else evaluate,
             reduction="sum" if is_reduction else None,
             drivers=(0, 1) if is_reduction else (),
             flops=flops / max(equation.height, 1),
