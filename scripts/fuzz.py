@@ -242,7 +242,10 @@ class Run:
                     seed = self.todo.get_nowait()
                 except queue.Empty:
                     return
-                answer = {"seed": seed, **worker.ask(seed=seed, without=self.args.without)}
+                answer = worker.ask(seed=seed, without=self.args.without)
+                if answer["status"] == "hung":  # or the machine was busy
+                    answer = worker.ask(seed=seed, without=self.args.without)
+                answer = {"seed": seed, **answer}
                 if failing_class(answer) is not None and self.args.shrink_seconds > 0:
                     spec, best = shrunk(worker, answer, self.args.shrink_seconds)
                     answer["shrunk"], answer["detail"] = spec, best["detail"]

@@ -180,7 +180,7 @@ class TestTheJudge:
             )
 
         self.instead_of_rows(monkeypatch, moved)
-        assert check(self.STEEP).num_blocks == 2
+        assert check(self.STEEP).ill_conditioned
         assert not check(self.SPEC).ill_conditioned
 
     def test_an_error_beyond_columns_own_rounding_is_wrong(self, monkeypatch):
