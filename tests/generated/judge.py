@@ -13,7 +13,7 @@ import numpy as np
 
 import lrjax
 from generated.spec import Case, Spec, case_of
-from lrjax.testing import Results, max_error, results
+from lrjax.testing import HALF_PRECISION, Results, max_error, results
 from lrjax.testing import check as check_results
 
 TOLERANCE = 1e-10
