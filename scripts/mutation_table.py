@@ -293,7 +293,7 @@ SUMS = (
     Mutation(
         "narrow-sums",
         "sums over rows are added up in bfloat16",
-        "lrjax/engine.py",
+        "lrjax/rules/block_sums.py",
         "return jnp.promote_types(dtype, jnp.float32) if jnp.issubdtype(dtype, jnp.inexact) "
         "else dtype",
         "return dtype",
