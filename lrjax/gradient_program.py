@@ -186,15 +186,21 @@ def _random_cotangents(structs: Sequence[Any], seed: int) -> list[Any]:
 
 
 def _fitting(cotangents: Sequence[Any], outputs: Any) -> Any:
-    """Cotangents in the structure and of the dtypes of outputs; integers have none."""
+    """Cotangents in the structure and of the dtypes of outputs; integers have none.
+
+    Outputs that they do not fit, being those of another function, get zeros.
+    """
     leaves, tree = jax.tree.flatten(outputs)
-    full = [
-        np.zeros(np.shape(out), jax.dtypes.float0)
-        if ct is None
-        else ct.astype(jnp.result_type(out))
-        for ct, out in zip(cotangents, leaves, strict=True)
-    ]
-    return jax.tree.unflatten(tree, full)
+    given = cotangents if len(cotangents) == len(leaves) else [None] * len(leaves)
+
+    def fitting(ct: Any, out: Any) -> Any:
+        if not is_inexact(out):
+            return np.zeros(np.shape(out), jax.dtypes.float0)
+        if ct is None or np.shape(ct) != np.shape(out):
+            return jnp.zeros_like(out)
+        return ct.astype(jnp.result_type(out))
+
+    return jax.tree.unflatten(tree, list(map(fitting, given, leaves)))
 
 
 def _widened(leaf: Any) -> Any:

@@ -148,11 +148,15 @@ def assert_same_as_column(
         num_blocks=num_blocks, strategy=strategy, cuts=cuts, plan=plan, offload=offload
     )
     row_fun = rowwise_with(fun, in_axes, options)
-    # First, so that options that do not fit are refused before anything is compiled.
+    given = expected.program if expected else None
+    column = given or GradientProgram(fun, args, kwargs, argnums, seed)
+    # First, so that options that do not fit are refused before anything is compiled. With column's
+    # cotangents, so that it is not traced for its shapes and again for its gradients.
     with watched() as calls:
-        found = results(row_fun, args, kwargs, argnums=argnums, seed=seed)
+        by_rows = GradientProgram(row_fun, args, kwargs, argnums, column.cotangents)
+        found = Results(*by_rows(), by_rows)
     assert_proofs_hold(calls.values(), seed)
-    expected = expected or results(fun, args, kwargs, argnums=argnums, seed=seed)
+    expected = expected or Results(*column(), column)
     check(found, expected, tolerance=tolerance)
     return expected
 
