@@ -42,7 +42,9 @@ def pools(image, scale, first, second):
 def poles(image, scale, first, second):
     """Logarithms, roots, quotients and powers, also of the image and beside parameters."""
     image = jnp.log(jnp.abs(image) + 0.1) * scale + scale[0] / (1 - image)
-    image = convolve(image, first)
+    image = convolve(image, first) + 1 / (1 + jnp.exp(scale[1] - image))
+    image = jnp.abs(image) + 0.2
+    image = convolve(image, first) + scale[0] / image  # outside, 0 is wanted and no pole
     image = jnp.abs(scale[1]) ** image / jnp.sqrt(image**2 + 0.3) - jnp.arctanh(jnp.tanh(image) / 2)
     masked = jnp.where(jnp.arange(image.shape[2])[:, None] < 3, image * scale, -jnp.inf)
     return convolve(jax.nn.softmax(masked, 2), second)

@@ -102,6 +102,16 @@ def test_while_over_rows_falls_back():
     check_rule(op, normal(2, 9, 3), labels, np.int64(3), axes=(1, 1, None), falls_back=True)
 
 
+def test_a_loop_without_a_reverse_mode_behind_stop_gradient():
+    """What a row loop makes of it has no tangent, as in column."""
+
+    def op(x, count):
+        fixed = lax.stop_gradient(jnp.sin(x))
+        return lax.fori_loop(0, count, lambda _, y: jnp.tanh(y), fixed) * x
+
+    check_rule(op, normal(2, 9, 3), np.int64(3), axes=(1, None), falls_back=True)
+
+
 def test_while_without_rows():
     def op(x, power):
         factor = lax.while_loop(lambda s: s[0] < 5, lambda s: (s[0] + 1, s[1] * 1.1), (power, 1.0))

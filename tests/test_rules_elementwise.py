@@ -157,6 +157,16 @@ def test_optimization_barrier_of_several():
     check_rule(op, normal(2, 8, 3), normal(3, seed=1), axes=(1, None))
 
 
+def test_rounded_cotangents_do_not_add_up():
+    """Rows that two blocks read get theirs in parts in OverL; the sum is rounded in column."""
+
+    def op(image):
+        rounded = lax.reduce_precision(jnp.sin(image), 8, 12)
+        return rounded[:, 1:] * rounded[:, :-1]
+
+    check_rule(op, normal(2, 8, 3), strategies=("overl",))
+
+
 def test_copies_and_names():
     from jax.ad_checkpoint import checkpoint_name
 
@@ -185,6 +195,29 @@ def test_sort_with_several_operands():
         return keys * values
 
     check_rule(op, normal(2, 6, 5), normal(2, 6, 5, seed=1), strategies=("stream",))
+
+
+def test_a_few_of_the_largest():
+    def op(image):
+        values, indices = lax.top_k(jnp.sin(image), 2)
+        return values * indices
+
+    check_rule(op, normal(2, 6, 5))
+
+
+def test_fourier_transforms_along_another_axis():
+    """The width's spectrum, filtered: a product with complex numbers, row by row."""
+
+    def op(image, weights):
+        spectrum = jnp.fft.rfft(jnp.sin(image), axis=2) * lax.complex(weights, weights[::-1])
+        return jnp.fft.irfft(spectrum, n=5, axis=2)
+
+    check_rule(op, normal(2, 6, 5), normal(3, seed=1), axes=(1, None))
+
+
+def test_a_literal_of_which_all_rows_are_made():
+    """It reaches the rule as an array of its type, not as a number of Python's."""
+    check_rule(lambda x: jnp.where(x > 0, 1.0, -1.0) * x, normal(2, 6, 3))
 
 
 def test_sort_along_rows_falls_back():

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from jax import lax
 
-from graphs import check_rule
+from graphs import assert_row_local, check_rule
+from lrjax.testing import assert_same_as_column
 
 pytestmark = pytest.mark.usefixtures("x64")
 
@@ -158,6 +159,21 @@ def test_padding_with_a_parameter_falls_back():
         return jnp.sin(lax.pad(image, value, ((0, 0, 0), (1, 1, 0), (0, 0, 0))))
 
     check_rule(op, normal(2, 9, 4), np.float64(0.3), axes=(1, None), falls_back=True)
+
+
+def test_padding_of_the_image():
+    """Its value is converted, so that it is computed, though from no input."""
+
+    def fun(image, scale):
+        padded = jnp.pad(image, ((0, 0), (3, 2), (0, 0)), constant_values=1)
+        return padded[:, 2:] * padded[:, :-2] * scale
+
+    image = normal(2, 9, 4)
+    assert_row_local(fun, (image, np.float64(2)), (1, None))
+    for strategy in ("stream", "2ps", "overl"):
+        assert_same_as_column(
+            fun, (image, np.float64(2)), (1, None), num_blocks=3, strategy=strategy
+        )
 
 
 @pytest.mark.parametrize("height", [1, 2, 3])

@@ -196,6 +196,7 @@ def sum_of_taps(
         height=found.height,
         evaluate=evaluate,
         flops=2.0 * found.rows.shape[1] * elements,
+        is_positional=True,
     )
 
 
