@@ -1,5 +1,7 @@
 """Fixtures shared by the tests of the row engine, and how programs are compiled for them."""
 
+import gc
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -36,6 +38,20 @@ def pytest_runtest_setup(item):
     """Before any fixture compiles something."""
     as_users_do = item.get_closest_marker("users_compiler") is not None
     compiler.get_compile_options = _default_options if as_users_do else _quick_options
+
+
+# Every compiled program maps memory, and a process may have 65,530 mappings (Linux's default); LLVM
+# aborts when there is none left, after about 1,500 tests.
+MOST_MAPPINGS = 20_000
+MAPPINGS = Path("/proc/self/maps")
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_teardown(item):
+    """Forget compiled programs where there are many."""
+    if MAPPINGS.exists() and MAPPINGS.read_bytes().count(b"\n") > MOST_MAPPINGS:
+        jax.clear_caches()
+        gc.collect()
 
 
 @pytest.fixture
