@@ -88,8 +88,7 @@ def equinox_network(make, inputs, call):
     """A model of one image, channels first, under ``vmap``."""
     import equinox as eqx
 
-    arrays, static = eqx.partition(eqx.filter_eval_shape(make), eqx.is_inexact_array_like)
-    static = eqx.combine(static, eqx.filter(make(), lambda leaf: not eqx.is_inexact_array(leaf)))
+    arrays, static = eqx.partition(make(), eqx.is_inexact_array)
 
     def forward(arrays, inputs):
         return jax.vmap(functools.partial(call, eqx.combine(arrays, static)))(inputs)
