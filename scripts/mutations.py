@@ -1,6 +1,6 @@
 """Breaks the library on purpose, in one place at a time, and shows that the tests notice.
 
-    python scripts/mutations.py                        # all, as in experiments/results/mutations.md
+    python scripts/mutations.py                        # all
     python scripts/mutations.py --only ring-slot       # one, by name (may be given several times)
     python scripts/mutations.py --all-tests            # the whole fast suite instead of named tests
 
