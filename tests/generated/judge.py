@@ -110,7 +110,7 @@ def _check_suitable(expected: Results) -> None:
     arrays = [*jax.tree.leaves(expected.outputs), *expected.gradients.values()]
     if not expected.gradients:
         raise Unsuitable("nothing to differentiate")
-    if not all(np.all(jnp.isfinite(a)) for a in arrays):
+    if not all(np.all(np.isfinite(np.asarray(a))) for a in arrays):
         raise Unsuitable("column is not finite")
     if not any(np.any(np.asarray(g) != 0) for g in expected.gradients.values()):
         raise Unsuitable("all gradients are zero")
