@@ -38,6 +38,7 @@ def pointwise_graph(
     if any(isinstance(c, jax.core.Tracer) for c in program.constants.values()):
         raise NotRowLocal("it closes over a traced array")
     graph = build(program, axes)
+    given = {v for v, axis in zip(program.inputs, axes, strict=True) if axis is not None}
     for node in graph.nodes:
         name = node.equation.primitive.name
         if node.equation.has_effects:
@@ -48,7 +49,7 @@ def pointwise_graph(
             continue
         if any(read is not None and read.row_map != IDENTITY for read in node.op.reads):
             raise NotRowLocal(f"{name} mixes neighbouring rows")
-        if any(v not in graph.row_axis for v in node.row_inputs()):
+        if any(v not in given and v not in graph.streamed for v in node.row_inputs()):
             raise NotRowLocal(f"{name} reads rows of a whole map")
     return graph
 

@@ -197,6 +197,20 @@ class TestRules:
                 network, args, AXES, num_blocks=4, strategy=strategy, expected=expected
             )
 
+    def test_a_branch_that_makes_a_map_of_a_parameter(self):
+        """The map has as many rows as the image, and exists whole."""
+
+        def fun(scales, x):
+            x = jnp.sin(x)
+            return lax.cond(scales.sum() > 0, lambda x: x, lambda x: x * scales[None, :, None], x)
+
+        image = np.random.default_rng(0).standard_normal((1, 4, 1))
+        for scales in (np.arange(4.0), -np.arange(4.0)):
+            for strategy in STRATEGIES:
+                assert_same_as_column(
+                    fun, (scales, image), (None, 1), num_blocks=2, strategy=strategy
+                )
+
     def test_a_pole_in_a_branch(self):
         def choose(x, s):
             def plain(x, s):
