@@ -81,7 +81,26 @@ def _bodies(equation: Equation) -> tuple[list[RowGraph], tuple[int, ...]]:
         )
         for function, graph in zip(functions, found, strict=True)
     ]
+    for body in bodies:
+        _check_one_row(equation, body, out_axes)
     return bodies, out_axes
+
+
+def _check_one_row(equation: Equation, body: RowGraph, out_axes: Sequence[int]) -> None:
+    """A branch must make a row from a row; one may give a map that is whole in it."""
+    inputs = [
+        jax.ShapeDtypeStruct(
+            struct.shape if axis is None else _with_size(struct.shape, axis, 1), struct.dtype
+        )
+        for v, struct in zip(body.program.inputs, body.program.structs, strict=True)
+        for axis in [body.row_axis.get(v)]
+    ]
+    try:
+        made = jax.eval_shape(lambda *xs: run_on_block(body, xs, Rows(0, 1), 1), *inputs)
+    except TypeError as error:
+        raise NotRowLocal(f"a branch takes rows of a whole map ({error})") from None
+    if any(out.shape[axis] != 1 for out, axis in zip(made, out_axes, strict=True)):
+        raise NotRowLocal("a branch gives a map that exists whole")
 
 
 def _out_axes(equation: Equation, found: Sequence[RowGraph]) -> tuple[int, ...]:
