@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 from jax.experimental import checkify
 
 import lrjax
@@ -50,6 +51,7 @@ def loss(params, image):
 def smooth(params, image):
     """A scalar with derivatives of every order, behind a barrier."""
     image = jnp.tanh(convolve(image, params["w"]) + params["b"])
+    image = checkpoint_name(image, "middle")
     image = (image - image.mean((0, 1, 2))) * jnp.sin(params["b"])
     return (jnp.tanh(convolve(image, params["v"])) ** 2).sum()
 
@@ -160,6 +162,7 @@ class Case:
     args: tuple[Any, ...] = (PARAMS, IMAGE)
     strategies: tuple[str, ...] = ("stream", "2ps")  # at every change; all others are slow
     tolerance: float | None = None
+    options: dict[str, Any] = dataclasses.field(default_factory=dict)  # of rowwise
 
 
 ONE = ("stream",)
@@ -208,6 +211,24 @@ CASES = {
         lambda f: jax.grad(lambda p, x: product(f)(p, x)[1]["w"].sum()), smooth, strategies=()
     ),
     "conjugate gradients": Case(solved, smooth, strategies=(), tolerance=1e-9),
+    "Hessian-vector product of a group": Case(
+        product, smooth, strategies=ONE, options={"cuts": [("middle",)]}
+    ),
+    "gradient penalty with a map on the host": Case(
+        lambda f: jax.grad(penalty(f)),
+        smooth,
+        strategies=ONE,
+        options={"cuts": "middle", "offload": True},
+    ),
+    "tangents beside integers": Case(
+        lambda f: lambda p, x: jax.jvp(lambda p: f(p, x), (p,), (TANGENTS,))[1][0],
+        lambda p, x: (features(p, x), x.argmax(2), jnp.arange(3)),
+        strategies=ONE,
+    ),
+    "gradient of a jvp within": Case(
+        lambda f: jax.grad(f, argnums=(0, 1)),
+        lambda p, x: jax.jvp(lambda x: jnp.tanh(convolve(x, p["w"])), (x,), (x**2,))[1].sum(),
+    ),
     # Batches
     "vmap over images": Case(lambda f: jax.vmap(f, (None, 0)), features, (PARAMS, IMAGES)),
     "vmap over parameters": Case(lambda f: lambda p, x: jax.vmap(f, (0, None))(twice(p), x)),
@@ -319,7 +340,8 @@ PAIRS = [
 @pytest.mark.parametrize(("name", "strategy"), PAIRS)
 def test_a_transformation_gives_the_same(name, strategy):
     case = CASES[name]
-    found = jax.jit(case.transform(by_rows(case.fun, strategy, case.args)))(*case.args)
+    row_fun = by_rows(case.fun, strategy, case.args, **case.options)
+    found = jax.jit(case.transform(row_fun))(*case.args)
     check(Results(found), column(name), tolerance=case.tolerance)
     assert any(np.any(np.asarray(leaf) != 0) for leaf in jax.tree.leaves(found))
 
