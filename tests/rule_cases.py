@@ -236,6 +236,9 @@ def _operands(name: str) -> list[np.ndarray]:
 
 def elementwise_cases(name: str) -> list[Case]:
     """Rows of every operand, and rows beside a scalar or a whole map."""
+    if name == "polynomial":
+        args, axes = (uniform(*IMAGE), *uniform(3)), (1, None, None, None)
+        return [Case(name, "coefficients", lambda x, *of: lax.polynomial(x, of), args, axes)]
     function, operands = _function(name), _operands(name)
     everywhere = (1,) * len(operands)
     cases = [Case(name, "rows", function, tuple(operands), everywhere)]
