@@ -1,8 +1,8 @@
 """Breaks the library on purpose, in one place at a time, and shows that the tests notice.
 
-    python scripts/mutations.py                        # all
-    python scripts/mutations.py --only ring-slot       # one, by name (may be given several times)
-    python scripts/mutations.py --all-tests            # the whole fast suite instead of named tests
+    python scripts/mutations.py --out experiments/results   # all, into mutations.json and .md
+    python scripts/mutations.py --only stale-ring-slot      # one, by name (as often as wanted)
+    python scripts/mutations.py --all-tests                 # the whole fast suite for each
 
 Every mutation of ``mutation_table.py`` is applied to a copy of the project in a temporary
 directory, where the tests named beside it run, up to the first that fails. The tests that failed
