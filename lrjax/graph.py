@@ -218,6 +218,8 @@ class _Typer:
             self.add_column(equation, None)
             return
         try:
+            if any(math.prod(self.avals[v].shape) == 0 for v in equation.outputs):
+                raise NotRowLocal("its result has no elements")
             self.add_rows(equation)
         except NotRowLocal as reason:
             self.add_column(equation, str(reason))

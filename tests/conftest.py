@@ -1,5 +1,6 @@
 """Fixtures shared by the tests of the row engine, and how programs are compiled for them."""
 
+import contextlib
 import gc
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,24 @@ def pytest_runtest_setup(item):
     """Before any fixture compiles something."""
     as_users_do = item.get_closest_marker("users_compiler") is not None
     compiler.get_compile_options = _default_options if as_users_do else _quick_options
+
+
+@pytest.fixture
+def users_compiler():
+    """A context in which programs are compiled as users' are, those compiled before too."""
+
+    @contextlib.contextmanager
+    def as_users_do():
+        options = compiler.get_compile_options
+        compiler.get_compile_options = _default_options
+        jax.clear_caches()
+        try:
+            yield
+        finally:
+            compiler.get_compile_options = options
+            jax.clear_caches()
+
+    return as_users_do
 
 
 # Every compiled program maps memory, and a process may have 65,530 mappings (Linux's default); LLVM

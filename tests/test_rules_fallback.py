@@ -119,3 +119,19 @@ def test_between_convolutions(group, strategy):
     scale = 1 + normal(len(GROUPS[group]), seed=3)
     args = normal(2, 13, 6, 2), kernels[0], scale, kernels[1]
     assert_same_as_column(fun, args, (1, None, None, None), num_blocks=3, strategy=strategy)
+
+
+@pytest.mark.parametrize("strategy", ["stream", "2ps", "overl"])
+@pytest.mark.parametrize("rows", [1, 3])
+def test_a_map_without_rows(rows, strategy):
+    """A window that fits nowhere leaves an empty map, which padding brings back."""
+
+    def fun(kernel, image):
+        empty = lax.conv_general_dilated(image, kernel, (1, 1), "VALID", dimension_numbers=SPEC)
+        assert empty.shape[1] == 0
+        repeated = jnp.repeat(empty, 2, axis=1)
+        filled = jnp.pad(repeated, ((0, 0), (0, rows), (0, 0), (0, 0)))
+        return jnp.concatenate([image, filled], 3)
+
+    args = normal(rows + 1, 1, 2, 2), normal(1, rows, 3, 2)
+    assert_same_as_column(fun, args, (None, 1), num_blocks=1, strategy=strategy)
