@@ -116,8 +116,8 @@ def draw_pool(random: Random, m: Map) -> dict[str, Any]:
     wide = random.choice([1, 1, 2])
     op = random.choice(["max", "max", "max", "min", "avg", "avg_inside"])
     padding = random.choice(["VALID", "VALID", "SAME", (1, 1), (0, 1), (1, 0)])
-    # JAX has no gradient of a dilated maximum, and of a dilated sum whose windows hold padding alone
-    # XLA:CPU makes numbers other than zero.
+    # JAX has no gradient of a dilated maximum; of a dilated sum whose windows hold nothing but
+    # padding XLA:CPU makes one that is not zero.
     is_dilated = op.startswith("avg") and padding == "VALID"
     return {
         "op": op,
