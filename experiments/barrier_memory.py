@@ -33,13 +33,14 @@ import jax.numpy as jnp
 
 import lrjax
 from experiments import report
-from lrjax import autodiff, memory, models
-from lrjax.graph import RowGraph, build, size_bytes
-from lrjax.inline import flatten
+from lrjax import memory, models
 from lrjax.models.convnext import ConvNeXtBlock
 from lrjax.models.resnet import ResidualBlock
 from lrjax.models.unet import DoubleConv
-from lrjax.tracing import trace
+from lrjax.program.inline import flatten
+from lrjax.rowgraph.graph import RowGraph, build, size_bytes
+from lrjax.rowgraph.tracing import trace
+from lrjax.strategies import autodiff
 
 MIB = 2**20
 BLOCKS = (ResidualBlock, DoubleConv, ConvNeXtBlock)

@@ -16,12 +16,12 @@ import jax.numpy as jnp
 
 from experiments import vgg16_stack
 from lrjax import memory, models
-from lrjax.graph import size_bytes
-from lrjax.inline import evaluate
-from lrjax.planner.choice import Choice
+from lrjax.plan import Choice
 from lrjax.planner.cost import peak_bytes, segment_cost
-from lrjax.segments import Cuttable, Segment, split
-from lrjax.tracing import trace
+from lrjax.program.inline import evaluate
+from lrjax.rowgraph.graph import size_bytes
+from lrjax.rowgraph.segments import Cuttable, Segment, split
+from lrjax.rowgraph.tracing import trace
 from lrjax.transform import segment_function
 
 

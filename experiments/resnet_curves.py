@@ -26,9 +26,9 @@ import numpy as np
 import optax
 
 from experiments import report
-from lrjax.data import ScatteredDigits
+from lrjax.app.data import ScatteredDigits
+from lrjax.app.training import Strategy, compile_step, train
 from lrjax.models import ResNet50
-from lrjax.training import Strategy, compile_step, train
 
 RESULTS = report.RESULTS / "resnet_curves.json"
 SIZE, BATCH, IMAGES, STEPS, NUM_BLOCKS = 96, 8, 16, 50, 4

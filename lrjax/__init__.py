@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 from lrjax.explain import explain
 from lrjax.explanation import Explanation
+from lrjax.plan import Plan, PlanMismatchError
 from lrjax.planner.api import plan
 from lrjax.planner.frontier import Frontier, frontier
-from lrjax.planner.plan import Plan, PlanMismatchError
 from lrjax.planner.proof import BudgetTooSmallError
 from lrjax.transform import rowwise
 

@@ -9,20 +9,20 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from lrjax import autodiff
-from lrjax.autodiff import RowProgram
 from lrjax.explanation import Explanation, OperationRow, Pass, SegmentReport
-from lrjax.fallbacks import fallbacks_of, made_by
-from lrjax.geometry import AnyMap
-from lrjax.graph import RowGraph, build, size_bytes
-from lrjax.inline import FlatProgram
+from lrjax.loop.rowloop import RowLoop
 from lrjax.meshes import without_explicit_axes
-from lrjax.micro_batches import micro_batches
 from lrjax.options import Cuts, Options, check_callable, checked_options
-from lrjax.planner.choice import Choice
-from lrjax.rowloop import RowLoop
-from lrjax.segments import Segment
-from lrjax.tracing import Traced, trace
+from lrjax.plan import Choice
+from lrjax.program.inline import FlatProgram
+from lrjax.rowgraph.fallbacks import fallbacks_of, made_by
+from lrjax.rowgraph.graph import RowGraph, build, size_bytes
+from lrjax.rowgraph.segments import Segment
+from lrjax.rowgraph.tracing import Traced, trace
+from lrjax.rules.geometry import AnyMap
+from lrjax.strategies import autodiff
+from lrjax.strategies.autodiff import RowProgram
+from lrjax.strategies.micro_batches import micro_batches
 from lrjax.transform import hosted_values, segments_and_choices
 
 

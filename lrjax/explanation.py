@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 
-from lrjax.fallbacks import Fallback, counted
-from lrjax.planner.choice import Choice
+from lrjax.plan import Choice
+from lrjax.rowgraph.fallbacks import Fallback, counted
 from lrjax.text import aligned, ends, size
 
 # Lines of a summary: what fits a screen.

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lrjax.compat import open_jaxpr
+from lrjax.program.compatibility import open_jaxpr
 
 HALF_PRECISION = ("bfloat16", "float16")
 # Programs that are run on moved arguments, of which the median counts: in a single one an element

@@ -14,7 +14,7 @@ from typing import Any
 import jax
 from jax.sharding import AxisType, NamedSharding
 
-from lrjax.tracing import flat_axes, full_trace, is_array
+from lrjax.rowgraph.tracing import flat_axes, full_trace, is_array
 
 Call = Callable[[tuple[Any, ...], dict[str, Any]], Any]
 

@@ -13,11 +13,11 @@ from typing import Any
 
 import jax
 
-from lrjax.fallbacks import Fallback, counted, fallbacks_of, made_by
-from lrjax.graph import RowGraph, build
 from lrjax.meshes import on_auto_axes
 from lrjax.options import Options
-from lrjax.tracing import Traced, flat_axes, is_array, is_within_rowwise, trace
+from lrjax.rowgraph.fallbacks import Fallback, counted, fallbacks_of, made_by
+from lrjax.rowgraph.graph import RowGraph, build
+from lrjax.rowgraph.tracing import Traced, flat_axes, is_array, is_within_rowwise, trace
 from lrjax.transform import run
 
 # What makes a network convolutional; all else that is local in rows could run whole just as well.

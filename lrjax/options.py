@@ -9,12 +9,11 @@ from typing import Any
 
 import numpy as np
 
-from lrjax.fallbacks import counted, fallbacks_of
-from lrjax.graph import RowGraph, build
-from lrjax.planner.choice import Choice
-from lrjax.planner.plan import Plan
-from lrjax.rowloop import reference_height
-from lrjax.segments import Segment
+from lrjax.loop.rowloop import reference_height
+from lrjax.plan import Choice, Plan
+from lrjax.rowgraph.fallbacks import counted, fallbacks_of
+from lrjax.rowgraph.graph import RowGraph, build
+from lrjax.rowgraph.segments import Segment
 
 STRATEGIES = ("stream", "2ps", "overl", "column")
 DEFAULT_ROWS_PER_STEP = 64

@@ -33,10 +33,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lrjax.calls import watched
 from lrjax.gradient_program import HALF_PRECISION, GradientProgram, is_inexact, leaves_of, wide
 from lrjax.options import Cuts, checked_options
-from lrjax.proofs import assert_proofs_hold
+from lrjax.rowgraph.calls import watched
+from lrjax.rowgraph.proofs import assert_proofs_hold
 from lrjax.transform import rowwise_with
 
 __all__ = [

@@ -12,16 +12,16 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lrjax import autodiff, derivatives, offload
-from lrjax.compat import checkpoint, strongly_typed, weakly_typed
-from lrjax.inline import Atom, evaluate
+from lrjax.loop import offload
 from lrjax.meshes import on_auto_axes
-from lrjax.micro_batches import by_micro_batches, micro_batches
 from lrjax.options import Cuts, Options, check_callable, checked_options, checked_segments
-from lrjax.planner.choice import Choice
-from lrjax.planner.plan import ROW_STRATEGIES
-from lrjax.segments import Segment, split, split_at
-from lrjax.tracing import Traced, is_within_rowwise, trace
+from lrjax.plan import ROW_STRATEGIES, Choice
+from lrjax.program.compatibility import checkpoint, strongly_typed, weakly_typed
+from lrjax.program.inline import Atom, evaluate
+from lrjax.rowgraph.segments import Segment, split, split_at
+from lrjax.rowgraph.tracing import Traced, is_within_rowwise, trace
+from lrjax.strategies import autodiff, derivatives
+from lrjax.strategies.micro_batches import by_micro_batches, micro_batches
 
 
 def rowwise(

@@ -29,12 +29,12 @@ from bench_cpu import compile_program, summarise, time_in_turns
 
 import lrjax
 from experiments import report
-from lrjax.autodiff import row_program, stream_programs, traced_graph
-from lrjax.graph import build
-from lrjax.inline import evaluate
+from lrjax.app.training import classification_loss
 from lrjax.models import UNet
-from lrjax.tracing import trace
-from lrjax.training import classification_loss
+from lrjax.program.inline import evaluate
+from lrjax.rowgraph.graph import build
+from lrjax.rowgraph.tracing import trace
+from lrjax.strategies.autodiff import row_program, stream_programs, traced_graph
 
 IN_AXES = (None, 1, 1)
 CLASSES = 3

@@ -6,9 +6,13 @@
 
 Network number ``i`` follows from the seed ``i`` alone. Every network runs in a process that is
 started again when XLA aborts it or when it takes longer than ``--timeout``, and both are reported
-as what that network does. Results go to ``runs/fuzz_<seed>.jsonl`` as they come; started again,
-the script goes on behind them. A network that fails is made smaller until nothing can be left out,
-and written to ``runs/found/`` as a test that can be run.
+as what that network does. One that fails is compiled again as users compile: where jaxlib still has
+XLA:CPU's older emitters, which are quicker, these compute an operand of a fusion twice, with other
+roundings, so that a maximum is unequal to all that it was taken of and its gradient is 0 / 0.
+
+Results go to ``runs/fuzz_<seed>.jsonl`` as they come; started again, the script goes on behind
+them, with ``--again`` those that failed included. A network that fails is made smaller until
+nothing can be left out, and written to ``runs/found/`` as a test that can be run.
 """
 
 import argparse
@@ -89,9 +93,12 @@ class Worker:
     """A process that judges networks, started when one is asked for."""
 
     def __init__(
-        self, timeout: float, command: Sequence[str] = (sys.executable, __file__, "--worker")
+        self,
+        timeout: float,
+        command: Sequence[str] = (sys.executable, __file__, "--worker"),
+        flags: str = "",
     ):
-        self.timeout, self.command = timeout, command
+        self.timeout, self.command, self.flags = timeout, command, flags
         self.process: subprocess.Popen[bytes] | None = None
         self.served = 0
         self.buffer = b""
@@ -145,7 +152,10 @@ class Worker:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
-            env={**os.environ, "XLA_FLAGS": xla_flags()},
+            env={
+                **os.environ,
+                "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {self.flags}".strip(),
+            },
         )
         self.served, self.buffer = 0, b""
 
@@ -158,11 +168,10 @@ class Worker:
         return code
 
 
-def xla_flags() -> str:
+def quick_flags() -> str:
     """Flags with which small programs compile three times as fast, where jaxlib knows them."""
     major, minor = map(int, importlib.metadata.version("jaxlib").split(".")[:2])
-    quick = "--xla_cpu_use_fusion_emitters=false" if (major, minor) < (0, 11) else ""
-    return f"{os.environ.get('XLA_FLAGS', '')} {quick}".strip()
+    return "--xla_cpu_use_fusion_emitters=false" if (major, minor) < (0, 11) else ""
 
 
 def failing_class(answer: dict[str, Any]) -> str | None:
@@ -218,7 +227,8 @@ class Run:
         if self.state.exists():
             for line in self.state.read_text().splitlines():
                 answer = json.loads(line)
-                self.answers[answer["seed"]] = answer
+                if not (self.args.again and failing_class(answer)):
+                    self.answers[answer["seed"]] = answer
         wanted = range(args.seed, args.seed + args.graphs)
         self.todo: queue.Queue[int] = queue.Queue()
         for seed in wanted:
@@ -235,7 +245,8 @@ class Run:
             thread.join()
 
     def work(self) -> None:
-        worker = Worker(self.args.timeout)
+        worker = Worker(self.args.timeout, flags=quick_flags())
+        as_users_do = Worker(self.args.timeout)
         try:
             while True:
                 try:
@@ -245,14 +256,18 @@ class Run:
                 answer = worker.ask(seed=seed, without=self.args.without)
                 if answer["status"] == "hung":  # or the machine was busy
                     answer = worker.ask(seed=seed, without=self.args.without)
+                if failing_class(answer) is not None and worker.flags:
+                    answer = as_users_do.ask(seed=seed, without=self.args.without)
+                    answer["compiled_again"] = True
                 answer = {"seed": seed, **answer}
                 if failing_class(answer) is not None and self.args.shrink_seconds > 0:
-                    spec, best = shrunk(worker, answer, self.args.shrink_seconds)
+                    spec, best = shrunk(as_users_do, answer, self.args.shrink_seconds)
                     answer["shrunk"], answer["detail"] = spec, best["detail"]
                     write_test(self.args.found / f"test_found_{seed}.py", seed, spec, answer)
                 self.add(answer)
         finally:
             worker.stop()
+            as_users_do.stop()
 
     def add(self, answer: dict[str, Any]) -> None:
         with self.lock:
@@ -283,6 +298,7 @@ class Run:
             "failures": {
                 a["seed"]: a.get("shrunk", a["spec"]) for a in answers if failing_class(a)
             },
+            "compiled_again": sum("compiled_again" in a for a in answers),
             "ill_conditioned": sum("ill_conditioned" in a for a in answers),
             "unsuitable": dict(collections.Counter(a["detail"] for a in unsuitable).most_common()),
             "strategies": dict(strategies.most_common()),
@@ -308,6 +324,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0, help="of the first network")
     parser.add_argument("--jobs", type=int, default=1, help="processes at a time")
     parser.add_argument("--timeout", type=float, default=120.0, help="seconds for one network")
+    parser.add_argument("--again", action="store_true", help="also those that failed before")
     parser.add_argument("--without", default="", help="kinds or families to leave out, by commas")
     parser.add_argument(
         "--shrink-seconds", type=float, default=300.0, help="0: failures stay as is"

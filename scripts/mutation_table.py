@@ -47,7 +47,7 @@ ROW_MAPS = (
     Mutation(
         "window-starts-late",
         "the first row of a halo is not read",
-        "lrjax/geometry.py",
+        "lrjax/rules/geometry.py",
         "return ceil_div(start * self.stride - self.pad, self.base)",
         "return ceil_div(start * self.stride - self.pad, self.base) + 1",
         GEOMETRY,
@@ -55,7 +55,7 @@ ROW_MAPS = (
     Mutation(
         "window-ends-early",
         "the last row of a halo is not read",
-        "lrjax/geometry.py",
+        "lrjax/rules/geometry.py",
         "self.extent - 1) // self.base + 1",
         "self.extent - 1) // self.base",
         GEOMETRY,
@@ -63,7 +63,7 @@ ROW_MAPS = (
     Mutation(
         "frontier-too-far",
         "an operation runs a row ahead of what it reads",
-        "lrjax/geometry.py",
+        "lrjax/rules/geometry.py",
         "(self.extent - 1)) // self.stride + 1",
         "(self.extent - 1)) // self.stride + 2",
         GEOMETRY,
@@ -83,7 +83,7 @@ SCHEDULES = (
     Mutation(
         "line-buffer-too-short",
         "a row that a later window reads is not kept",
-        "lrjax/schedule.py",
+        "lrjax/loop/schedule.py",
         "int(np.max(back)))",
         "int(np.max(back)) - 1)",
         SCHEDULE,
@@ -91,7 +91,7 @@ SCHEDULES = (
     Mutation(
         "halo-not-recomputed",
         "OverL's blocks compute a row less than their halo",
-        "lrjax/schedule.py",
+        "lrjax/loop/schedule.py",
         "round_up(reach[i], task.quantum)",
         "round_up(reach[i] - 1, task.quantum)",
         SCHEDULE,
@@ -99,7 +99,7 @@ SCHEDULES = (
     Mutation(
         "held-back-too-far",
         "a value is made a step after its reader",
-        "lrjax/schedule.py",
+        "lrjax/loop/schedule.py",
         "spare = int(np.min(",
         "spare = 1 + int(np.min(",
         SCHEDULE,
@@ -107,7 +107,7 @@ SCHEDULES = (
     Mutation(
         "last-step-missing",
         "the last rows belong to no step",
-        "lrjax/schedule.py",
+        "lrjax/loop/schedule.py",
         "math.floor(last_quantum / task.speed) + 1",
         "max(math.floor(last_quantum / task.speed), 1)",
         SCHEDULE,
@@ -115,7 +115,7 @@ SCHEDULES = (
     Mutation(
         "wrong-copy",
         "a late reader gets the copy of another value of the same type",
-        "lrjax/late.py",
+        "lrjax/strategies/late.py",
         "return self.copy_of[value]\n\n    def fresh",
         "like = [c for c in self.copy_of.values() if self.avals[c] == self.avals[value]]\n"
         "        return max(like)\n\n    def fresh",
@@ -128,7 +128,7 @@ LINE_BUFFERS = (
     Mutation(
         "wrong-shift",
         "a line buffer shifts by a row too many",
-        "lrjax/clock.py",
+        "lrjax/loop/clock.py",
         "[advance + gap for advance",
         "[advance + gap + 1 for advance",
         STRATEGIES,
@@ -137,7 +137,7 @@ LINE_BUFFERS = (
     Mutation(
         "swapped-blocks",
         "new rows are put above the older ones",
-        "lrjax/line_buffers.py",
+        "lrjax/loop/line_buffers.py",
         "lax.concatenate([older, slab], axis)",
         "lax.concatenate([slab, older], axis)",
         STRATEGIES,
@@ -146,7 +146,7 @@ LINE_BUFFERS = (
     Mutation(
         "stale-ring-slot",
         "a ring is read a slot too early",
-        "lrjax/line_buffers.py",
+        "lrjax/loop/line_buffers.py",
         "(self.step + count - age) % count",
         "(self.step + count - age - 1) % count",
         ("tests/test_line_buffers.py",),
@@ -154,7 +154,7 @@ LINE_BUFFERS = (
     Mutation(
         "ring-order",
         "a window is put together from a ring's slabs in the wrong order",
-        "lrjax/line_buffers.py",
+        "lrjax/loop/line_buffers.py",
         "range(ceil_div(back, rows) - 1, (back - size) // rows - 1, -1)",
         "range((back - size) // rows, ceil_div(back, rows))",
         ("tests/test_line_buffers.py",),
@@ -162,7 +162,7 @@ LINE_BUFFERS = (
     Mutation(
         "fill-of-empty-lines",
         "line buffers begin with 1 for the rows above the image",
-        "lrjax/line_buffers.py",
+        "lrjax/loop/line_buffers.py",
         "fill = loop.production_fill.get(v, 0)",
         "fill = 1",
         STRATEGIES,
@@ -171,7 +171,7 @@ LINE_BUFFERS = (
     Mutation(
         "loops-start-with-other",
         "sums and line buffers begin with the value that no number should give",
-        "lrjax/full_after.py",
+        "lrjax/loop/full_after.py",
         "lax.select(never, other, usual)",
         "lax.select(never, usual, other)",
         ("tests/test_full_after.py",),
@@ -182,7 +182,7 @@ MASKS = (
     Mutation(
         "mask-at-read-missing",
         "two readers want different fills, and one gets the other's",
-        "lrjax/rowloop.py",
+        "lrjax/loop/rowloop.py",
         "return fill is not None and fill != self.production_fill.get(source.value)",
         "return False",
         ("tests/test_rules_windows.py", *STRATEGIES),
@@ -191,7 +191,7 @@ MASKS = (
     Mutation(
         "mask-as-made-missing",
         "rows outside the image are read as they were computed",
-        "lrjax/engine.py",
+        "lrjax/loop/engine.py",
         "return keep_rows(slab, start, loop.graph.row_axis[value], 0, height, fill)",
         "return slab",
         STRATEGIES,
@@ -200,7 +200,7 @@ MASKS = (
     Mutation(
         "mask-a-row-too-low",
         "the first row below the image keeps what was computed there",
-        "lrjax/blocks.py",
+        "lrjax/rules/masks.py",
         "inside.astype(np.uint32) < jnp",
         "inside.astype(np.uint32) <= jnp",
         STRATEGIES,
@@ -254,7 +254,7 @@ MASKS = (
     Mutation(
         "overlap-counted-twice",
         "rows that blocks share are added to a sum by each",
-        "lrjax/engine.py",
+        "lrjax/loop/engine.py",
         "if is_driver and not loop.schedule.tracks[source.node].is_steady:",
         "if False:",
         STRATEGIES,
@@ -263,7 +263,7 @@ MASKS = (
     Mutation(
         "rows-written-over",
         "a block that begins above the image clears rows that others wrote",
-        "lrjax/blocks.py",
+        "lrjax/loop/blocks.py",
         "(position >= start) & (position < start + size)",
         "position < start + size",
         STRATEGIES,
@@ -272,7 +272,7 @@ MASKS = (
     Mutation(
         "idle-band-fill",
         "operations that have nothing to do in a step give 1 for padding",
-        "lrjax/engine.py",
+        "lrjax/loop/engine.py",
         "jnp.full(shape, loop.production_fill.get(v, 0), avals[v].dtype)",
         "jnp.full(shape, 1, avals[v].dtype)",
         STRATEGIES,
@@ -281,7 +281,7 @@ MASKS = (
     Mutation(
         "band-starts-late",
         "operations miss the first step in which they have rows",
-        "lrjax/engine.py",
+        "lrjax/loop/engine.py",
         '(clock["step"] >= band.first)',
         '(clock["step"] > band.first)',
         STRATEGIES,
@@ -303,7 +303,7 @@ SUMS = (
     Mutation(
         "maxima-added",
         "maxima of blocks are added",
-        "lrjax/engine.py",
+        "lrjax/loop/engine.py",
         '"max": jnp.maximum,',
         '"max": jnp.add,',
         ("tests/test_rules_reduction.py",),
@@ -312,7 +312,7 @@ SUMS = (
     Mutation(
         "maximum-differentiated-by-blocks",
         "every block's maximum gets the whole cotangent",
-        "lrjax/autodiff.py",
+        "lrjax/strategies/autodiff.py",
         'if op.reduction in ("max", "min", "prod"):',
         'if op.reduction in ("min", "prod"):',
         ("tests/test_rules_reduction.py",),
@@ -324,7 +324,7 @@ GRADIENTS = (
     Mutation(
         "cache-cotangent-dropped",
         "2PS: cotangents of rows kept from the step above are lost",
-        "lrjax/autodiff.py",
+        "lrjax/strategies/autodiff.py",
         "line_bars, window_bars, partial = pull(",
         "_, window_bars, partial = pull(",
         STRATEGIES,
@@ -333,7 +333,7 @@ GRADIENTS = (
     Mutation(
         "halo-cotangent-overwritten",
         "cotangents of rows that two blocks read are written over, not added",
-        "lrjax/autodiff.py",
+        "lrjax/strategies/autodiff.py",
         'now.bounds(("window", *name)),\n                    jnp.add,',
         'now.bounds(("window", *name)),',
         STRATEGIES,
@@ -342,7 +342,7 @@ GRADIENTS = (
     Mutation(
         "last-block-only",
         "a parameter's gradient is that of the last block",
-        "lrjax/autodiff.py",
+        "lrjax/strategies/autodiff.py",
         "added[v] = bar + partial[v].astype(bar.dtype)",
         "added[v] = partial[v].astype(bar.dtype)",
         STRATEGIES,
@@ -351,7 +351,7 @@ GRADIENTS = (
     Mutation(
         "rows-or-whole",
         "an array read both by rows and whole gets one of its two cotangents",
-        "lrjax/autodiff.py",
+        "lrjax/strategies/autodiff.py",
         "bars[v] = bars[v] + bar if v in bars else bar",
         "bars[v] = bar",
         STRATEGIES,
@@ -360,7 +360,7 @@ GRADIENTS = (
     Mutation(
         "cotangent-given-twice",
         "rows of an output that two blocks compute get their cotangent in both",
-        "lrjax/autodiff.py",
+        "lrjax/strategies/autodiff.py",
         "return keep_rows(rows, clock[name], axis, low, high, 0)",
         "return rows",
         STRATEGIES,
@@ -369,7 +369,7 @@ GRADIENTS = (
     Mutation(
         "blocks-in-forward-order",
         "2PS walks its blocks from the top in the backward pass too",
-        "lrjax/autodiff.py",
+        "lrjax/strategies/autodiff.py",
         "scanned, reverse=True)",
         "scanned)",
         STRATEGIES,
@@ -378,7 +378,7 @@ GRADIENTS = (
     Mutation(
         "border-cotangent-dropped",
         "segments pass no gradient to the segments before them",
-        "lrjax/autodiff.py",
+        "lrjax/strategies/autodiff.py",
         "if x.perturbed and jnp.issubdtype(struct.dtype, jnp.inexact)\n        ]",
         "if x.perturbed and axes[i] is None and jnp.issubdtype(struct.dtype, jnp.inexact)\n"
         "        ]",
@@ -388,7 +388,7 @@ GRADIENTS = (
     Mutation(
         "sums-stay-wide",
         "a bfloat16 sum comes out in the float32 that it was added up in",
-        "lrjax/engine.py",
+        "lrjax/loop/engine.py",
         "finished[v] = sums[v].astype(loop.graph.program.avals[v].dtype)",
         "finished[v] = sums[v]",
         ("tests/test_rules_reduction.py",),
@@ -397,7 +397,7 @@ GRADIENTS = (
     Mutation(
         "wrong-residual",
         "2PS saves the rows that a step leaves behind instead of those it found",
-        "lrjax/autodiff.py",
+        "lrjax/strategies/autodiff.py",
         "engine.add_partial(loop, sums, result.partial)), lines",
         "engine.add_partial(loop, sums, result.partial)), result.lines",
         STRATEGIES,
@@ -406,7 +406,7 @@ GRADIENTS = (
     Mutation(
         "one-pass-not-scaled",
         "the gradient of one pass is not multiplied by the cotangent",
-        "lrjax/autodiff.py",
+        "lrjax/strategies/autodiff.py",
         "else (g * ct.astype(g.dtype)).astype(g.dtype)",
         "else g",
         STRATEGIES,
@@ -415,7 +415,7 @@ GRADIENTS = (
     Mutation(
         "one-pass-of-any-rule",
         "a gradient that is not linear in its cotangent is scaled all the same",
-        "lrjax/autodiff.py",
+        "lrjax/strategies/autodiff.py",
         "return all(one in (Dependence.ADDITIVE, Dependence.ZERO) for one in gradients)",
         "return bool(gradients)",
         RULES,
@@ -424,7 +424,7 @@ GRADIENTS = (
     Mutation(
         "second-derivative-dropped",
         "a gradient counts as a constant when it is differentiated again",
-        "lrjax/derivatives.py",
+        "lrjax/strategies/derivatives.py",
         "return self.backward(*primals), found",
         "return self.backward(*primals), [0 * tangent for tangent in found]",
         ("tests/test_composition.py",),
@@ -433,7 +433,7 @@ GRADIENTS = (
     Mutation(
         "symbolic-zero-as-one",
         "an output without a cotangent counts as if it had one of 1",
-        "lrjax/derivatives.py",
+        "lrjax/strategies/derivatives.py",
         "[ad.instantiate_zeros(ct) for ct in cotangents]",
         "[jnp.ones(ct.aval.shape) if type(ct) is ad.Zero else ct for ct in cotangents]",
         ("tests/test_transform.py",),
@@ -442,7 +442,7 @@ GRADIENTS = (
     Mutation(
         "integer-tangents",
         "an integer output has a tangent that operations behind it cannot take",
-        "lrjax/autodiff.py",
+        "lrjax/strategies/autodiff.py",
         "return lax.bitwise_or(value, value) if is_integer else",
         "return value if is_integer else",
         STRATEGIES,
@@ -454,7 +454,7 @@ STAGES = (
     Mutation(
         "barrier-missed",
         "a sum over rows is read before the last row was added",
-        "lrjax/stages.py",
+        "lrjax/rowgraph/stages.py",
         "whole_from[v] = stage + 1 if operation.by_rows else stage",
         "whole_from[v] = stage",
         ("tests/test_stages.py",),
@@ -462,7 +462,7 @@ STAGES = (
     Mutation(
         "cut-drops-a-value",
         "one of the values that must cross a barrier is not held",
-        "lrjax/stages.py",
+        "lrjax/rowgraph/stages.py",
         "return frozenset(map(int, self.held[crosses]))",
         "return frozenset(map(int, self.held[crosses][1:]))",
         ("tests/test_stages.py",),
@@ -470,7 +470,7 @@ STAGES = (
     Mutation(
         "cut-ignored",
         "a named map does not end a segment",
-        "lrjax/segments.py",
+        "lrjax/rowgraph/segments.py",
         "own + _is_tag(equation, names)) for v",
         "own) for v",
         ("tests/test_nested_cuts.py",),
@@ -518,7 +518,7 @@ OPTIONS = (
     Mutation(
         "plan-of-another-function",
         "a plan made for another function runs",
-        "lrjax/planner/plan.py",
+        "lrjax/plan.py",
         "        if difference is not None:",
         "        if difference is None is not None:",
         PLANS,
@@ -562,7 +562,7 @@ OPTIONS = (
     Mutation(
         "negative-axis",
         "a row axis counted from the end is taken as it is",
-        "lrjax/tracing.py",
+        "lrjax/rowgraph/tracing.py",
         "axis = int(axis) % len(shape)",
         "axis = int(axis)",
         STRATEGIES,
@@ -571,7 +571,7 @@ OPTIONS = (
     Mutation(
         "parts-overlap",
         "micro-batches share images",
-        "lrjax/micro_batches.py",
+        "lrjax/strategies/micro_batches.py",
         "lax.dynamic_slice_in_dim(array, index * own.size, own.size, BATCH_AXIS)",
         "lax.dynamic_slice_in_dim(array, index, own.size, BATCH_AXIS)",
         ("tests/planner/test_micro_batches.py",),
@@ -580,7 +580,7 @@ OPTIONS = (
     Mutation(
         "parts-of-random-bits",
         "what depends on an image's number is divided into micro-batches",
-        "lrjax/micro_batches.py",
+        "lrjax/strategies/micro_batches.py",
         "node.is_reduction or node.op.is_positional or",
         "node.is_reduction or",
         ("tests/planner/test_micro_batches.py",),
@@ -589,7 +589,7 @@ OPTIONS = (
     Mutation(
         "last-slab-stays",
         "the last rows of a map are not copied to the host",
-        "lrjax/offload.py",
+        "lrjax/loop/offload.py",
         "jnp.arange(-(-height // size))",
         "jnp.arange(height // size)",
         ("tests/planner/test_offload.py",),
@@ -716,7 +716,7 @@ RULES_OF_PRIMITIVES = (
     Mutation(
         "constants-mixed-up",
         "two arrays of indices of one shape are taken for the same",
-        "lrjax/constants.py",
+        "lrjax/program/constants.py",
         'return _digest("array", array.shape, array.dtype, np.asarray(array).tobytes())',
         'return _digest("array", array.shape, array.dtype)',
         ("tests/test_rules_banded.py",),
@@ -739,7 +739,7 @@ CALLS = (
     Mutation(
         "sum-fed-back",
         "a custom gradient that centres its cotangent centres every block by itself",
-        "lrjax/calls.py",
+        "lrjax/rowgraph/calls.py",
         "            if node.op is not None:\n                raise NotRowLocal(",
         "            if False:\n                raise NotRowLocal(",
         RULES,
@@ -748,7 +748,7 @@ CALLS = (
     Mutation(
         "sum-in-the-function",
         "a function with a custom gradient that sums over rows sums over blocks",
-        "lrjax/calls.py",
+        "lrjax/rowgraph/calls.py",
         "if reduces is not None:",
         "if reduces is None is not None:",
         RULES,
@@ -757,7 +757,7 @@ CALLS = (
     Mutation(
         "affine-for-linear",
         "a custom gradient that adds a constant counts as linear",
-        "lrjax/linearity.py",
+        "lrjax/program/linearity.py",
         "return UNKNOWN if FIXED in terms else ADDITIVE",
         "return ADDITIVE",
         RULES,
@@ -766,7 +766,7 @@ CALLS = (
     Mutation(
         "product-for-linear",
         "the product of two cotangents counts as linear",
-        "lrjax/linearity.py",
+        "lrjax/program/linearity.py",
         "factors.count(ADDITIVE) > 1",
         "factors.count(ADDITIVE) > 2",
         RULES,
@@ -775,7 +775,7 @@ CALLS = (
     Mutation(
         "choice-by-the-cotangent",
         "a choice that depends on the cotangent counts as linear",
-        "lrjax/linearity.py",
+        "lrjax/program/linearity.py",
         "return [_of_sum(given[1:], given[:1])]",
         "return [_of_sum(given[1:], ())]",
         RULES,
@@ -784,7 +784,7 @@ CALLS = (
     Mutation(
         "forward-rule-ignored",
         "a differentiated call gives the function's values, not its forward rule's",
-        "lrjax/calls.py",
+        "lrjax/rowgraph/calls.py",
         "return _differentiable(equation, wrt, primals)[0]",
         "return equation.bind(*primals)",
         RULES,
@@ -793,7 +793,7 @@ CALLS = (
     Mutation(
         "pole-in-a-branch",
         "infinities outside the image, made within a branch, reach the rows inside",
-        "lrjax/bodies.py",
+        "lrjax/rowgraph/bodies.py",
         "has_pole = rows.is_differentiated and not node.op.is_tame",
         "has_pole = False",
         RULES,
@@ -802,7 +802,7 @@ CALLS = (
     Mutation(
         "rule-sums-outside",
         "a custom gradient's sum over rows counts rows outside the image",
-        "lrjax/bodies.py",
+        "lrjax/rowgraph/bodies.py",
         "if read is not None and node.is_reduction:",
         "if read is None is not None and node.is_reduction:",
         RULES,
@@ -811,7 +811,7 @@ CALLS = (
     Mutation(
         "other-branch",
         "a branch on rows takes the other branch",
-        "lrjax/branches.py",
+        "lrjax/rowgraph/branches.py",
         "[run(body) for body in bodies]",
         "[run(body) for body in bodies[::-1]]",
         ("tests/test_rules_control.py",),
@@ -841,7 +841,7 @@ PROGRAMS = (
     Mutation(
         "scan-forward",
         "a reversed scan over layers runs from the first",
-        "lrjax/inline.py",
+        "lrjax/program/inline.py",
         'for step in reversed(range(length)) if params["reverse"] else range(length):',
         "for step in range(length):",
         ("tests/test_rules_control.py",),
@@ -850,7 +850,7 @@ PROGRAMS = (
     Mutation(
         "scan-along-rows-unrolled",
         "a scan along rows is taken for one over layers",
-        "lrjax/inline.py",
+        "lrjax/program/inline.py",
         "return any(axes.get(v) == 0 for v in asked)",
         "return False",
         RULES,
@@ -859,7 +859,7 @@ PROGRAMS = (
     Mutation(
         "mask-of-another-comparison",
         "x >= 0 is read off max(x, 0) as x > 0 may be",
-        "lrjax/comparisons.py",
+        "lrjax/program/comparisons.py",
         "elif equation.primitive is lax.gt_p and",
         "elif equation.primitive in (lax.gt_p, lax.ge_p) and",
         ("tests/test_rules_elementwise.py",),
@@ -868,7 +868,7 @@ PROGRAMS = (
     Mutation(
         "ties-lost",
         "a maximum of two equal values passes its cotangent to neither",
-        "lrjax/extremes.py",
+        "lrjax/program/extremes.py",
         "wins = lax.ge if primitive is lax.max_p",
         "wins = lax.gt if primitive is lax.max_p",
         ("tests/test_extremes.py",),
@@ -916,7 +916,7 @@ TOOLS = (
     Mutation(
         "proofs-not-tried",
         "the checker of custom gradients allows anything",
-        "lrjax/proofs.py",
+        "lrjax/rowgraph/proofs.py",
         "_ROUNDINGS = 1e3",
         "_ROUNDINGS = 1e16",
         RULES,

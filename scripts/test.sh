@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Format, lint, types and the whole test suite, slow tests included, in this checkout's own .venv.
+# Format, lint, layers, types and the whole test suite, slow tests included, in this checkout's own .venv.
 # Arguments go to pytest: `bash scripts/test.sh tests/test_vgg.py -k gap`.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -13,6 +13,7 @@ make_venv .venv experiments,dev,cuda,tpu
 bin=.venv/bin
 "$bin/ruff" format --check .
 "$bin/ruff" check .
+"$bin/lint-imports" --no-logo
 "$bin/mypy"
 # Two workers at most: a compilation for a large device can take several GiB.
 workers=$(nproc)

@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 
 import lrjax
-from lrjax.autodiff import stream_programs
-from lrjax.graph import RowGraph
+from lrjax.rowgraph.graph import RowGraph
+from lrjax.rowgraph.tracing import trace
+from lrjax.strategies.autodiff import stream_programs
 from lrjax.testing import assert_same_as_column
-from lrjax.tracing import trace
 
 
 def graphs_of(fun: Any, args: Sequence[Any], in_axes: Any) -> list[RowGraph]:

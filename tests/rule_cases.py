@@ -18,8 +18,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from lrjax.constants import Constants
-from lrjax.inline import Literal, flatten
+from lrjax.program.constants import Constants
+from lrjax.program.inline import Literal, flatten
 from lrjax.rules.base import Equation, Operand, RowOp, row_op
 from lrjax.rules.elementwise import ELEMENTWISE
 from lrjax.rules.shape import constant_along_rows

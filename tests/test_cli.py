@@ -7,8 +7,9 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
-from lrjax import files, report
-from lrjax.cli import app
+from lrjax import files
+from lrjax.app import report
+from lrjax.app.cli import app
 
 SMALL = [
     *("--image-size", "32", "--width", "0.03125", "--digits", "0,1"),

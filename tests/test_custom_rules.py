@@ -10,13 +10,13 @@ from jax.experimental import io_callback
 from jax.scipy.special import xlogy
 
 import lrjax
-from lrjax import linearity
-from lrjax.calls import watched
-from lrjax.graph import build
-from lrjax.inline import flatten
-from lrjax.proofs import assert_proofs_hold
+from lrjax.program import linearity
+from lrjax.program.inline import flatten
+from lrjax.rowgraph.calls import watched
+from lrjax.rowgraph.graph import build
+from lrjax.rowgraph.proofs import assert_proofs_hold
+from lrjax.rowgraph.tracing import trace
 from lrjax.testing import assert_same_as_column, check, results
-from lrjax.tracing import trace
 
 pytestmark = pytest.mark.usefixtures("x64")
 

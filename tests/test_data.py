@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from lrjax.data import DigitPixels, ImageFolder, ScatteredDigits, batches
+from lrjax.app.data import DigitPixels, ImageFolder, ScatteredDigits, batches
 
 
 def save(path, value, size=(6, 8), mode="RGB", **options):

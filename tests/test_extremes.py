@@ -8,8 +8,8 @@ from jax import lax
 
 import lrjax
 from graphs import graphs_of
-from lrjax.comparisons import compared_extremes, simpler_comparisons
-from lrjax.inline import flatten
+from lrjax.program.comparisons import compared_extremes, simpler_comparisons
+from lrjax.program.inline import flatten
 from lrjax.testing import assert_same_as_column
 
 pytestmark = pytest.mark.usefixtures("x64")

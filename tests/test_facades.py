@@ -18,11 +18,10 @@ from jax.ad_checkpoint import checkpoint_name
 
 import lrjax
 from lrjax.options import Options, checked_options
-from lrjax.planner.choice import Choice
-from lrjax.planner.plan import Plan, SegmentPlan, fingerprint
-from lrjax.segments import Cuttable
+from lrjax.plan import Choice, Plan, SegmentPlan, fingerprint
+from lrjax.rowgraph.segments import Cuttable
+from lrjax.rowgraph.tracing import trace
 from lrjax.testing import assert_same_as_column
-from lrjax.tracing import trace
 
 ROOT = Path(__file__).parents[1]
 FACADES = (

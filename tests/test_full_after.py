@@ -10,9 +10,11 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
 import lrjax
-from lrjax import autodiff, engine, memory, micro_batches
-from lrjax.full_after import full_after
+from lrjax import memory
+from lrjax.loop import engine
+from lrjax.loop.full_after import full_after
 from lrjax.rules.reduction import identity_of
+from lrjax.strategies import autodiff, micro_batches
 from lrjax.testing import assert_same_as_column
 from marks import COMPILES_FOR_H200 as H200
 

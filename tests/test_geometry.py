@@ -6,7 +6,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lrjax.geometry import IDENTITY, BandMap, ChainedMap, RowMap, ceil_div, round_down, round_up
+from lrjax.rules.geometry import (
+    IDENTITY,
+    BandMap,
+    ChainedMap,
+    RowMap,
+    ceil_div,
+    round_down,
+    round_up,
+)
 
 row_maps = st.builds(
     RowMap,

@@ -7,10 +7,10 @@ import pytest
 from jax import lax
 
 from experiments import vgg16_stack
-from lrjax import late
-from lrjax.autodiff import stream_programs
+from lrjax.rowgraph.tracing import trace
+from lrjax.strategies import late
+from lrjax.strategies.autodiff import stream_programs
 from lrjax.testing import assert_same_as_column
-from lrjax.tracing import trace
 
 
 def convolve(image, weights):

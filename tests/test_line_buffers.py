@@ -5,9 +5,9 @@ import numpy as np
 import pytest
 from jax import lax
 
-from lrjax.autodiff import stream_programs
+from lrjax.rowgraph.tracing import trace
+from lrjax.strategies.autodiff import stream_programs
 from lrjax.testing import assert_same_as_column
-from lrjax.tracing import trace
 
 pytestmark = pytest.mark.usefixtures("x64")
 

@@ -6,8 +6,8 @@ import pytest
 from typer.testing import CliRunner
 
 from lrjax import memory
-from lrjax.cli import app
-from lrjax.memory.command import parse_arguments
+from lrjax.app.cli import app
+from lrjax.app.profiling import parse_arguments
 
 MIB = 2**20
 SMALL = ("--width", "0.03125", "--image", "64", "--target", "cpu")

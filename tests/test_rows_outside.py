@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from jax import lax
 
-from lrjax import engine
-from lrjax.blocks import keep_rows
+from lrjax.loop import engine
+from lrjax.rules.masks import keep_rows
 from lrjax.testing import assert_same_as_column
 
 pytestmark = pytest.mark.usefixtures("x64")

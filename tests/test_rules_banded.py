@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 
 from graphs import check_rule, graphs_of
-from lrjax.constants import Constant
-from lrjax.geometry import BandMap
+from lrjax.program.constants import Constant
 from lrjax.rules import banded
 from lrjax.rules.base import NotRowLocal
+from lrjax.rules.geometry import BandMap
 
 pytestmark = pytest.mark.usefixtures("x64")
 

@@ -7,6 +7,7 @@ import pytest
 from jax import lax
 
 from graphs import check_rule
+from lrjax.testing import assert_same_as_column
 
 pytestmark = pytest.mark.usefixtures("x64")
 
@@ -104,6 +105,19 @@ def test_broadcasting(shape):
 def test_broadcasting_to_few_rows(shape, height):
     images = normal(2, height, 3), normal(*shape, seed=1)
     check_rule(lambda x, y: jnp.tanh(x + y) * y, *images, axes=(1, None), num_blocks=height)
+
+
+@pytest.mark.parametrize("strategy", ["stream", "2ps", "overl"])
+def test_one_row_meets_all_rows(strategy):
+    """A row that an operation made by rows, and one that rows were reduced to."""
+
+    def fun(image):
+        first = jnp.tanh(image[:, :1])
+        joined = jnp.concatenate([image[:, -1:], jnp.sin(image), first], axis=1)
+        return joined * first - joined.max((1, 2), keepdims=True), image - first
+
+    image = normal(2, 9, 3, 2)
+    assert_same_as_column(fun, (image,), 1, num_blocks=1, strategy=strategy)
 
 
 def test_integers_and_booleans():

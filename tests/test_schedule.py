@@ -6,8 +6,8 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from lrjax.geometry import IDENTITY, RowMap
-from lrjax.schedule import Read, Task, overlap_schedule, shared_schedule
+from lrjax.loop.schedule import Read, Task, overlap_schedule, shared_schedule
+from lrjax.rules.geometry import IDENTITY, RowMap
 
 MAKERS = {"shared": shared_schedule, "overlap": overlap_schedule}
 same_rate = [RowMap(extent=k, pad=p) for k in (1, 2, 3, 5) for p in (-1, 0, 1, 2)]

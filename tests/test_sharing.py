@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 from jax import lax
 
-from lrjax import graph as row_graph
-from lrjax.autodiff import RowProgram, row_program
-from lrjax.comparisons import simpler_comparisons
-from lrjax.inline import flatten
+from lrjax.program.comparisons import simpler_comparisons
+from lrjax.program.inline import flatten
+from lrjax.rowgraph import graph as row_graph
+from lrjax.strategies.autodiff import RowProgram, row_program
 from lrjax.testing import Results, check
 
 pytestmark = pytest.mark.usefixtures("x64")

@@ -5,7 +5,7 @@ import math
 
 import pytest
 
-from lrjax.stages import Operation, Problem, cut_into_stages
+from lrjax.rowgraph.stages import Operation, Problem, cut_into_stages
 
 
 class Program:

@@ -12,10 +12,8 @@ from jax.ad_checkpoint import checkpoint_name
 
 import lrjax
 from lrjax import memory
-from lrjax.data import Example
-from lrjax.models import UNet
-from lrjax.testing import Results, check
-from lrjax.training import (
+from lrjax.app.data import Example
+from lrjax.app.training import (
     DivergedError,
     Strategy,
     Training,
@@ -25,6 +23,8 @@ from lrjax.training import (
     parse_num_blocks,
     train,
 )
+from lrjax.models import UNet
+from lrjax.testing import Results, check
 
 BATCH = 2
 

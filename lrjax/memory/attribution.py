@@ -10,10 +10,10 @@ import functools
 import re
 from collections.abc import Iterable, Iterator, Sequence
 
-from lrjax.line_buffers import LINE_BUFFERS
 from lrjax.memory.assignment import Assignment, Index, Instruction, Shape, Value
 from lrjax.memory.lifetimes import Piece
 from lrjax.memory.profile import Buffer
+from lrjax.scopes import LINE_BUFFERS
 
 NO_SCOPE = "(no scope)"
 

@@ -9,7 +9,9 @@ from typing import IO, TYPE_CHECKING, Any
 import numpy as np
 
 from lrjax.memory import palette
-from lrjax.memory.profile import MemoryProfile
+
+if TYPE_CHECKING:
+    from lrjax.memory.profile import MemoryProfile
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import importlib.resources
 import json
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lrjax.memory import palette
-from lrjax.memory.profile import MemoryProfile
+
+if TYPE_CHECKING:
+    from lrjax.memory.profile import MemoryProfile
 
 
 def page(profile: MemoryProfile) -> str:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-from lrjax.memory.profile import Buffer, MemoryProfile
+if TYPE_CHECKING:
+    from lrjax.memory.profile import Buffer, MemoryProfile
+
 
 # In the order in which they are stacked: what is there throughout lies lowest and so lies still.
 # Of middle lightness, so that they stand on white and on black; grey is for what has no name.

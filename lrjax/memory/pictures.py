@@ -7,11 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from lrjax.files import replacing
 from lrjax.memory import drawing
 from lrjax.memory.page import page
-from lrjax.memory.profile import MemoryProfile
+
+if TYPE_CHECKING:
+    from lrjax.memory.profile import MemoryProfile
 
 
 def save_png(profile: MemoryProfile, path: str | Path) -> None:

@@ -6,8 +6,8 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from lrjax.memory.compile import device_of
+from lrjax.plan import Plan
 from lrjax.planner.budget import parse_budget
-from lrjax.planner.plan import Plan
 from lrjax.planner.problem import Problem, problem_of
 from lrjax.planner.proof import MIB, BudgetTooSmallError, OnProgress, prover_of
 from lrjax.planner.search import Limits

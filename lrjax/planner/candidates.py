@@ -11,22 +11,22 @@ from collections.abc import Collection, Sequence
 import jax.numpy as jnp
 import numpy as np
 
-from lrjax.graph import RowGraph, build, size_bytes
-from lrjax.inline import FlatEquation, FlatProgram
 from lrjax.memory.compile import target_name
 from lrjax.memory.targets import TARGETS, GpuTarget, TpuTarget
-from lrjax.micro_batches import (
+from lrjax.options import most_blocks
+from lrjax.plan import Choice
+from lrjax.planner.cost import SegmentCost, segment_cost
+from lrjax.planner.operations import OperationCounts
+from lrjax.program.inline import FlatEquation, FlatProgram
+from lrjax.rowgraph.graph import RowGraph, build, size_bytes
+from lrjax.rowgraph.segments import Cuttable, Segment
+from lrjax.strategies.micro_batches import (
     BATCH_AXIS,
     MicroBatches,
     batch_graph,
     independent_operations,
     micro_batches,
 )
-from lrjax.options import most_blocks
-from lrjax.planner.choice import Choice
-from lrjax.planner.cost import SegmentCost, segment_cost
-from lrjax.planner.operations import OperationCounts
-from lrjax.segments import Cuttable, Segment
 
 MOST_CUTS = 18
 # Rows of a step, at the least: below, launching kernels costs more than what they compute.

@@ -7,10 +7,10 @@ import math
 from collections.abc import Mapping, MutableMapping, Sequence
 from typing import Any
 
-from lrjax.graph import size_bytes
-from lrjax.inline import FlatEquation, FlatProgram
 from lrjax.memory.targets import GpuTarget, TpuTarget, find
 from lrjax.planner.liveness import Kind, Liveness, Operation
+from lrjax.program.inline import FlatEquation, FlatProgram
+from lrjax.rowgraph.graph import size_bytes
 from lrjax.rules.elementwise import ELEMENTWISE
 
 # What compilers fuse into readers beside elementwise operations.

@@ -9,8 +9,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 
-from lrjax.autodiff import stream_programs
-from lrjax.planner.choice import Choice
+from lrjax.plan import Choice
 from lrjax.planner.loops import program_liveness
 from lrjax.planner.reverse import differentiated_bytes
 from lrjax.planner.segment_programs import (
@@ -22,7 +21,8 @@ from lrjax.planner.segment_programs import (
     repetition,
 )
 from lrjax.planner.whole import column_liveness, forward_liveness, values, without_outputs
-from lrjax.segments import Segment
+from lrjax.rowgraph.segments import Segment
+from lrjax.strategies.autodiff import stream_programs
 
 
 @dataclasses.dataclass(frozen=True)

@@ -16,7 +16,7 @@ from jax import lax
 
 from lrjax import memory
 from lrjax.memory.compile import device_of
-from lrjax.planner.plan import MIB, Plan
+from lrjax.plan import MIB, Plan
 from lrjax.planner.problem import Problem, problem_of
 from lrjax.planner.proof import OnProgress, Prover, planned, prover_of
 from lrjax.planner.search import Limits

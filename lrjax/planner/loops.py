@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Collection
 from typing import Any
 
-from lrjax.autodiff import RowProgram
-from lrjax.graph import Node, RowGraph, size_bytes
+from lrjax.loop.rowloop import RowLoop
 from lrjax.planner.compilers import compiled, in_main_memory, is_gpu, is_tpu, kind_of
 from lrjax.planner.liveness import Kind, Liveness, Operation
 from lrjax.planner.steps import Step, kernels_read, line_bytes, row_bytes
 from lrjax.planner.whole import values
-from lrjax.rowloop import RowLoop
+from lrjax.rowgraph.graph import Node, RowGraph, size_bytes
 from lrjax.rules.block_sums import accumulator_dtype
+from lrjax.strategies.autodiff import RowProgram
 
 
 def program_liveness(rows: RowProgram, free: Collection[int], target: str) -> Liveness:

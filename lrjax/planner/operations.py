@@ -11,11 +11,11 @@ from collections.abc import Collection, Sequence
 import jax
 import jax.numpy as jnp
 
-from lrjax.graph import RowGraph, build
-from lrjax.inline import FlatEquation, FlatProgram, flatten, function_of
-from lrjax.planner.choice import Choice
+from lrjax.loop.rowloop import row_loop
+from lrjax.plan import Choice
 from lrjax.planner.cost import SegmentCost
-from lrjax.rowloop import row_loop
+from lrjax.program.inline import FlatEquation, FlatProgram, flatten, function_of
+from lrjax.rowgraph.graph import RowGraph, build
 
 
 class OperationCounts:

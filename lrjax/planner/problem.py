@@ -11,10 +11,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lrjax.graph import size_bytes
-from lrjax.planner.plan import Fingerprint, fingerprint
-from lrjax.segments import Cuttable
-from lrjax.tracing import Traced, flat_axes, trace
+from lrjax.plan import Fingerprint, fingerprint
+from lrjax.rowgraph.graph import size_bytes
+from lrjax.rowgraph.segments import Cuttable
+from lrjax.rowgraph.tracing import Traced, flat_axes, trace
 
 
 @dataclasses.dataclass(frozen=True)

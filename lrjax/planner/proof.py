@@ -13,8 +13,8 @@ import jax
 
 from lrjax import memory
 from lrjax.options import most_blocks
+from lrjax.plan import Plan, SegmentPlan
 from lrjax.planner.candidates import Candidates
-from lrjax.planner.plan import Plan, SegmentPlan
 from lrjax.planner.problem import Problem
 from lrjax.planner.search import COLUMN, Found, Limits, Model, Step, search
 from lrjax.transform import rowwise

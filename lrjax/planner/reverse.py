@@ -5,15 +5,15 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Collection, Sequence
 
-from lrjax.autodiff import RowProgram
-from lrjax.graph import size_bytes
+from lrjax.loop.rowloop import RowLoop
 from lrjax.planner.adjoint import Adjoint
 from lrjax.planner.compilers import compiled, in_main_memory
 from lrjax.planner.liveness import Kind, Liveness, Operation, bytes_beside
 from lrjax.planner.loops import accumulator_bytes, program_liveness
 from lrjax.planner.steps import Step, kernels_read, line_bytes, row_bytes
 from lrjax.planner.whole import values
-from lrjax.rowloop import RowLoop
+from lrjax.rowgraph.graph import size_bytes
+from lrjax.strategies.autodiff import RowProgram
 
 
 @dataclasses.dataclass(frozen=True)

@@ -22,8 +22,8 @@ import itertools
 import math
 from collections.abc import Iterator
 
+from lrjax.plan import Choice
 from lrjax.planner.candidates import Candidates, Span
-from lrjax.planner.choice import Choice
 
 # Of equal operations, the simpler: fractions of a segment's operations, for a row loop, for every
 # doubling of its blocks, and for doing operations again. Too small to outweigh real operations.

@@ -11,12 +11,12 @@ import math
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-from lrjax import autodiff
-from lrjax.autodiff import RowProgram
-from lrjax.inline import FlatEquation, FlatProgram
 from lrjax.planner.whole import Joint, joint_program
+from lrjax.program.inline import FlatEquation, FlatProgram
+from lrjax.rowgraph.segments import Segment
 from lrjax.rules.elementwise import ELEMENTWISE
-from lrjax.segments import Segment
+from lrjax.strategies import autodiff
+from lrjax.strategies.autodiff import RowProgram
 
 # Segments whose programs are kept. A search that cuts at a hundred places has no use for old ones.
 KEPT = 64

@@ -7,10 +7,10 @@ from typing import Any
 
 import jax
 
-from lrjax.graph import RowGraph, size_bytes
+from lrjax.loop.rowloop import Band, RowLoop, Source
 from lrjax.planner.compilers import KERNEL_GRADIENT, WINDOW, compiled, kind_of
 from lrjax.planner.liveness import Kind, Liveness, Operation
-from lrjax.rowloop import Band, RowLoop, Source
+from lrjax.rowgraph.graph import RowGraph, size_bytes
 
 
 def row_bytes(graph: RowGraph, value: int) -> float:

@@ -10,8 +10,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lrjax.graph import size_bytes
-from lrjax.inline import (
+from lrjax.planner.compilers import buffer_bytes, compiled, convolution_scratch, kind_of
+from lrjax.planner.liveness import Liveness, Operation
+from lrjax.program.inline import (
     FlatEquation,
     FlatProgram,
     Literal,
@@ -19,8 +20,7 @@ from lrjax.inline import (
     function_of,
     without_dead_equations,
 )
-from lrjax.planner.compilers import buffer_bytes, compiled, convolution_scratch, kind_of
-from lrjax.planner.liveness import Liveness, Operation
+from lrjax.rowgraph.graph import size_bytes
 
 
 def values(atoms: Sequence[Any]) -> tuple[int, ...]:

@@ -18,9 +18,9 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from lrjax.constants import Constant
-from lrjax.geometry import BandMap
+from lrjax.program.constants import Constant
 from lrjax.rules.base import Array, Equation, NotRowLocal, RowOp, RowRead, Rows
+from lrjax.rules.geometry import BandMap
 
 # A band is worth streaming if it is lower than this, or than half of the map.
 LOWEST_MAP = 16

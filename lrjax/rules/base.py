@@ -17,10 +17,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lrjax.compat import bind
-from lrjax.constants import Constant
-from lrjax.geometry import AnyMap
-from lrjax.varying import struct
+from lrjax.program.compatibility import bind
+from lrjax.program.constants import Constant
+from lrjax.program.varying import struct
+from lrjax.rules.geometry import AnyMap
 
 Shape = tuple[int, ...]
 Array = jax.Array

@@ -11,9 +11,9 @@ import jax
 import numpy as np
 from jax import lax
 
-from lrjax.geometry import IDENTITY, RowMap
 from lrjax.rules.base import Array, Equation, NotRowLocal, RowOp, RowRead, Rows, rule
 from lrjax.rules.block_sums import accumulator_dtype
+from lrjax.rules.geometry import IDENTITY, RowMap
 
 
 @rule("conv_general_dilated")

@@ -8,9 +8,9 @@ from collections.abc import Sequence
 import jax.numpy as jnp
 import numpy as np
 
-from lrjax.geometry import IDENTITY
 from lrjax.rules.base import Array, Equation, NotRowLocal, RowOp, RowRead, Rows, rule
 from lrjax.rules.block_sums import is_small, spread
+from lrjax.rules.geometry import IDENTITY
 
 # fmt: off
 ELEMENTWISE = (
@@ -43,8 +43,10 @@ WITHOUT_DERIVATIVE = frozenset(("ceil", "floor", "is_finite", "round", "sign", "
 
 @rule(*ELEMENTWISE)
 def elementwise(equation: Equation) -> RowOp:
-    axis, height = equation.row_axis, equation.height
+    axis = equation.row_axis
     ndim = len(equation.operands[equation.row_operand].shape)
+    # Not the operand's: one row may meet all rows of another.
+    height = equation.outputs[0].shape[axis]
     reads: list[RowRead | None] = []
     for operand in equation.operands:
         if not operand.shape or operand.shape[min(axis, len(operand.shape) - 1)] == 1 != height:

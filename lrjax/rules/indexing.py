@@ -13,10 +13,10 @@ import jax
 import numpy as np
 from jax import lax
 
-from lrjax.geometry import IDENTITY
 from lrjax.rules import banded
 from lrjax.rules.banded import Taps, constant_rows
 from lrjax.rules.base import Array, Equation, NotRowLocal, Operand, RowOp, RowRead, Rows, rule
+from lrjax.rules.geometry import IDENTITY
 
 
 @rule("gather")

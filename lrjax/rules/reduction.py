@@ -8,7 +8,6 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from lrjax.geometry import IDENTITY
 from lrjax.rules import banded
 from lrjax.rules.banded import Taps
 from lrjax.rules.base import (
@@ -25,6 +24,7 @@ from lrjax.rules.base import (
     rule,
 )
 from lrjax.rules.block_sums import accumulator_dtype, block_sum
+from lrjax.rules.geometry import IDENTITY
 
 _COMBINE = {
     "reduce_sum": "sum",

@@ -10,7 +10,6 @@ import jax
 import numpy as np
 from jax import lax
 
-from lrjax.geometry import IDENTITY, RowMap
 from lrjax.rules import banded
 from lrjax.rules.base import (
     Array,
@@ -23,6 +22,7 @@ from lrjax.rules.base import (
     rule,
 )
 from lrjax.rules.block_sums import spread
+from lrjax.rules.geometry import IDENTITY, RowMap
 from lrjax.rules.random import random_rows
 
 

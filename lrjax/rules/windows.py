@@ -9,7 +9,6 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from lrjax.geometry import RowMap
 from lrjax.rules.base import (
     Array,
     Equation,
@@ -21,6 +20,7 @@ from lrjax.rules.base import (
     lowest,
     rule,
 )
+from lrjax.rules.geometry import RowMap
 
 
 @rule("reduce_window_max", "reduce_window_min", "reduce_window_sum")

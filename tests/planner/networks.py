@@ -7,8 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from lrjax.planner.choice import Choice
-from lrjax.planner.plan import Plan
+from lrjax.plan import Choice, Plan
 from lrjax.planner.problem import problem_of
 from lrjax.planner.proof import Prover
 from lrjax.planner.search import Found, Step

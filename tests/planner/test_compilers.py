@@ -13,8 +13,8 @@ from lrjax.planner.reverse import with_residuals
 from lrjax.planner.segment_programs import differentiable_of
 from lrjax.planner.steps import Step
 from lrjax.planner.whole import joint_program
-from lrjax.segments import split
-from lrjax.tracing import trace
+from lrjax.rowgraph.segments import split
+from lrjax.rowgraph.tracing import trace
 
 MAP, KERNEL, VECTOR = (1, 8, 8, 128), (3, 3, 128, 128), (128,)
 

@@ -10,12 +10,12 @@ import pytest
 from jax import lax
 
 from lrjax import memory
-from lrjax.graph import size_bytes
-from lrjax.planner.choice import Choice
+from lrjax.plan import Choice
 from lrjax.planner.cost import SegmentCost, peak_bytes, segment_cost
 from lrjax.planner.liveness import Kind, Liveness, Operation, bytes_beside
-from lrjax.segments import Segment, split
-from lrjax.tracing import trace
+from lrjax.rowgraph.graph import size_bytes
+from lrjax.rowgraph.segments import Segment, split
+from lrjax.rowgraph.tracing import trace
 from lrjax.transform import rowwise, segment_function
 from marks import COMPILES_FOR_H200
 

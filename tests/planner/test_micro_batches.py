@@ -6,11 +6,11 @@ import pytest
 from jax import lax
 from networks import arguments, features, plan_by_hand, structs
 
-from lrjax.micro_batches import batch_graph, micro_batches
-from lrjax.planner.choice import Choice
-from lrjax.segments import Cuttable
+from lrjax.plan import Choice
+from lrjax.rowgraph.segments import Cuttable
+from lrjax.rowgraph.tracing import trace
+from lrjax.strategies.micro_batches import batch_graph, micro_batches
 from lrjax.testing import assert_same_as_column
-from lrjax.tracing import trace
 
 
 def segment_of(fun, *args, in_axes=(None, 1)):

@@ -11,10 +11,9 @@ from networks import CHANNELS, arguments, features, plan_by_hand, structs
 
 import lrjax
 from lrjax import memory
+from lrjax.loop.offload import SLAB_ROWS, from_host, scaled, to_host
 from lrjax.memory import TARGETS
-from lrjax.offload import SLAB_ROWS, from_host, scaled, to_host
-from lrjax.planner.choice import Choice
-from lrjax.planner.plan import Plan
+from lrjax.plan import Choice, Plan
 from lrjax.planner.problem import problem_of
 from lrjax.planner.proof import Prover
 from lrjax.planner.search import Step

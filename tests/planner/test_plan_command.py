@@ -4,8 +4,8 @@ import pytest
 from typer.testing import CliRunner
 
 import lrjax
-from lrjax.cli import app
-from lrjax.planner import command
+from lrjax.app import planning as command
+from lrjax.app.cli import app
 
 pytestmark = pytest.mark.users_compiler
 

@@ -11,10 +11,9 @@ from jax import lax
 from networks import arguments, features, logits, plan_by_hand, structs
 
 import lrjax
-from lrjax.planner.choice import Choice
-from lrjax.planner.plan import FORMAT
+from lrjax.plan import FORMAT, Choice
+from lrjax.rowgraph.tracing import trace
 from lrjax.testing import assert_same_as_column
-from lrjax.tracing import trace
 
 CHOICES = (Choice("stream", 8), Choice("checkpoint"), Choice("2ps", 4), Choice("overl", 2))
 

@@ -11,10 +11,10 @@ from networks import arguments, features, logits, structs
 
 import lrjax
 from lrjax import memory
+from lrjax.plan import Choice
 from lrjax.planner import proof
 from lrjax.planner.budget import parse_budget
 from lrjax.planner.candidates import MOST_CUTS, Candidates
-from lrjax.planner.choice import Choice
 from lrjax.planner.problem import problem_of
 from lrjax.planner.proof import Prover
 from lrjax.planner.search import Limits, Step, search
@@ -227,7 +227,7 @@ def test_the_search_is_exact_for_two_strategies():
 
 
 def _step(start, stop, strategy):
-    from lrjax.planner.choice import Choice
+    from lrjax.plan import Choice
     from lrjax.planner.search import Step
 
     return Step(start, stop, Choice(strategy))

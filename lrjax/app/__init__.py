@@ -1,0 +1,1 @@
+"""The command line, the trainer, its data and its reports."""

@@ -1,0 +1,143 @@
+"""`lrjax plan`."""
+
+import contextlib
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from lrjax.app.commands import options
+from lrjax.app.commands.console import DOES_NOT_FIT, app, console, stop
+
+
+@app.command()
+def plan(
+    model: Annotated[str, typer.Option(help="The network, such as vgg16; see `lrjax train`.")],
+    target: options.Target = None,
+    budget: Annotated[
+        str | None,
+        typer.Option(
+            help="Such as 8GiB, bytes, or 0.5 of the device's memory. Default: all of it."
+        ),
+    ] = None,
+    image: options.Image = "1024",
+    batch: options.Batch = 1,
+    dtype: options.Dtype = "f32",
+    width: options.Width = 1.0,
+    head: options.Head = None,
+    norm: options.Norm = None,
+    maximise: Annotated[
+        str | None, typer.Option(help="Ask for the largest image (its side) or batch that fits.")
+    ] = None,
+    save: Annotated[Path | None, typer.Option(help="Write the plan as JSON.")] = None,
+    frontier: Annotated[
+        Path | None, typer.Option(help="Draw memory against operations, from column to the least.")
+    ] = None,
+    steps: Annotated[int, typer.Option(help="Points of the frontier.")] = 8,
+    timed: Annotated[
+        bool, typer.Option("--timed", help="Measure the frontier's times on this device.")
+    ] = False,
+) -> None:
+    """The fastest plan of a training step within a memory budget, proved by XLA.
+
+    With --maximise, the largest square image or batch that fits by column, the best checkpoints and
+    lrjax. Ends with status 3 where nothing fits.
+    """
+    import lrjax
+    from lrjax import files
+    from lrjax.app import planning, profiling
+    from lrjax.memory import DoesNotFitError
+    from lrjax.models import registry
+
+    wide = Console(width=max(console.width, 150))
+    try:
+        profiling.check_target(target)
+        for path in filter(None, (save, frontier)):
+            files.check_writable(path)
+        numbers = profiling.dtype_of(dtype)
+        network = options.network_of(model, 1000, width, numbers.name, head=head, norm=norm)
+        size = options.size_of(image, "image")
+        if timed and frontier is None:
+            raise ValueError("timed: times belong to the frontier; give --frontier FILE too")
+        if maximise is not None and (save or frontier):
+            raise ValueError(
+                "maximise: it answers with a table alone; ask for --save or --frontier without "
+                "--maximise, at the size it found"
+            )
+        if batch < 1:
+            raise ValueError(f"batch: got {batch}; use 1 or more")
+        amount = 1.0 if budget is None else _budget(budget)
+        pixels = registry.network(model).labels_pixels
+        with console.status("planning") as status:
+
+            def tell(progress: Any) -> None:
+                status.update(f"compiling {progress.compilations}: {_told(progress)}")
+                if progress.verified_bytes is not None:
+                    console.print(_told(progress), highlight=False)
+
+            if maximise is not None:
+                _print_largest(
+                    planning.largest_by_method(
+                        network,
+                        maximise,
+                        size,
+                        batch,
+                        numbers,
+                        amount,
+                        target,
+                        labels_pixels=pixels,
+                        on_progress=tell,
+                        on_answer=lambda answer: None,
+                    ),
+                    maximise,
+                    wide,
+                )
+                return
+            fun, args, in_axes = planning.training_call(
+                network, size, batch, numbers, labels_pixels=pixels
+            )
+            call: dict[str, Any] = {
+                "in_axes": in_axes, "target": target, "wrt": 0, "on_progress": tell
+            }  # fmt: skip
+            if frontier is not None:
+                curve = lrjax.frontier(fun, *args, steps=steps, timed=timed, **call)
+                curve.save_png(frontier, f"{model}, {image}, batch {batch}, {dtype}")
+                wide.print(str(curve), highlight=False)
+            made = lrjax.plan(fun, *args, budget=amount, **call)
+    except DoesNotFitError as error:
+        stop(error, DOES_NOT_FIT)
+    except (ValueError, ImportError, OSError) as error:
+        stop(error)
+    wide.print(str(made), highlight=False)
+    if save is not None:
+        made.save(save)
+
+
+def _told(progress: Any) -> str:
+    peaks = f"predicted {progress.predicted_bytes / 2**20:,.0f} MiB"
+    if progress.verified_bytes is not None:
+        peaks += f", XLA {progress.verified_bytes / 2**20:,.0f} MiB"
+    strategies = " + ".join(progress.strategies)
+    return f"{strategies}: {progress.operations:.3f} x column's operations, {peaks}"
+
+
+def _budget(text: str) -> str | float | int:
+    """Without a unit: bytes where the text is a whole number, else a fraction."""
+    for number in (int, float):
+        with contextlib.suppress(ValueError):
+            return number(text)
+    return text
+
+
+def _print_largest(answers: Any, maximise: str, wide: Console) -> None:
+    from lrjax.memory import text
+
+    name = "side" if maximise == "image" else "batch"
+    table = text.new_table("method", name, "peak MiB", "operations", "compilations", "segments")
+    for a in answers:
+        table.add_row(
+            a.method, f"{a.size:,}", a.peak_mib, f"{a.operations:.3f}", str(a.compilations),
+            a.strategies,
+        )  # fmt: skip
+    wide.print(table)

@@ -1,0 +1,150 @@
+"""What ``lrjax memory`` does: name a program, profile it, say whether it fits."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import json
+import os
+import re
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from lrjax.memory.compile import device_of
+from lrjax.memory.profile import MemoryProfile
+from lrjax.memory.text import MIB
+
+_ABBREVIATIONS = {
+    **{"f16": "float16", "f32": "float32", "f64": "float64", "bf16": "bfloat16", "pred": "bool"},
+    **{f"s{bits}": f"int{bits}" for bits in (8, 16, 32, 64)},
+    **{f"i{bits}": f"int{bits}" for bits in (8, 16, 32, 64)},
+    **{f"u{bits}": f"uint{bits}" for bits in (8, 16, 32, 64)},
+}
+_SPEC = re.compile(r"([a-z][a-z0-9_]*)\[([0-9, ]*)\]")
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """A function and the shapes of its arguments."""
+
+    fun: Callable[..., Any]
+    args: tuple[Any, ...]
+
+
+def dtype_of(name: str) -> Any:
+    """The dtype that a name such as ``bf16`` or ``bfloat16`` stands for.
+
+    Raises:
+      ValueError: no such dtype.
+    """
+    try:
+        return jnp.dtype(_ABBREVIATIONS.get(name, name))
+    except TypeError:
+        raise ValueError(
+            f"dtype: got {name!r}; use one of {', '.join(_ABBREVIATIONS)} or a dtype's full name"
+        ) from None
+
+
+def parse_arguments(spec: str) -> tuple[Any, ...]:
+    """Arguments from text: ``"f32[8,128] bf16[1,512,512,3]"``, or JSON for pytrees.
+
+    JSON is a list with one entry per argument; lists and objects in it are pytrees whose leaves are
+    such specs, e.g. ``'[{"kernel": "f32[3,3,3,64]"}, "f32[1,64,64,3]"]'``.
+
+    Raises:
+      ValueError: the text is neither.
+    """
+    if spec.lstrip().startswith("["):
+        try:
+            entries = json.loads(spec)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"args: {spec!r} begins like JSON and is not: {error}") from None
+        return tuple(jax.tree.map(_struct, entries))
+    return tuple(_struct(part) for part in re.findall(r"[^\s\[;]+(?:\[[^\]]*\]?)?", spec))
+
+
+def _struct(spec: Any) -> jax.ShapeDtypeStruct:
+    match = _SPEC.fullmatch(spec) if isinstance(spec, str) else None
+    if match is None:
+        raise ValueError(
+            f"args: {spec!r} is no array; write dtype[shape], such as f32[8,128] or bf16[]"
+        )
+    shape = [int(size) for size in match[2].split(",") if size.strip()]
+    return jax.ShapeDtypeStruct(tuple(shape), dtype_of(match[1]))
+
+
+def function_program(name: str, spec: str) -> Program:
+    """The program ``module:function``, importable from the current directory.
+
+    Raises:
+      ValueError: the name is of another form, or there is no such module or function.
+    """
+    module_name, colon, function = name.partition(":")
+    if not (colon and module_name and function):
+        raise ValueError(f"function: got {name!r}; write MODULE:FUNCTION, such as train:loss")
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    try:
+        module = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        # A module that is there and imports something that is not has an error of its own.
+        if error.name is None or not f"{module_name}.".startswith(f"{error.name}."):
+            raise
+        raise ValueError(f"function: there is no module {module_name!r} here") from None
+    try:
+        fun = getattr(module, function)
+    except AttributeError:
+        raise ValueError(f"function: module {module_name!r} has no {function!r}") from None
+    return Program(fun, parse_arguments(spec))
+
+
+def gradient_program(
+    network: Any,
+    strategy: Any,
+    image: tuple[int, int],
+    batch: int,
+    dtype: Any,
+    *,
+    labels_pixels: bool = False,
+) -> Program:
+    """Loss and gradient by the parameters of a classifier, run under a strategy.
+
+    Args:
+      network: a Flax Linen module that takes ``[B, H, W, 3]``.
+      strategy: a ``lrjax.app.training.Strategy``.
+      image: height and width.
+      batch: images at a time.
+      dtype: of the images; the parameters are float32.
+      labels_pixels: the network classifies every pixel.
+    """
+    from lrjax.app.training import loss_structs
+
+    images = jax.ShapeDtypeStruct((batch, *image, 3), dtype)
+    loss = strategy.loss(network, labels_pixels=labels_pixels)
+    gradient = jax.value_and_grad(loss, has_aux=True)
+    return Program(gradient, loss_structs(network, images, labels_pixels=labels_pixels))
+
+
+def check_target(target: str | None) -> None:
+    """Before anything is traced.
+
+    Raises:
+      ValueError: no such target.
+      ImportError: its plugin is not installed; the message has the command.
+    """
+    device_of(target)
+
+
+def verdict(profile: MemoryProfile) -> str:
+    """One sentence: the peak, the device's memory, and whether it fits."""
+    peak = f"{profile.target}: peak {profile.peak_bytes / MIB:,.0f} MiB"
+    if profile.allocated_bytes is not None and profile.allocated_bytes > profile.peak_bytes:
+        peak += f" ({profile.allocated_bytes / MIB:,.0f} MiB with the gaps between buffers)"
+    if profile.capacity_bytes is None:
+        return f"{peak}; the device's memory is unknown"
+    fits = "fits" if profile.fits else "does not fit"
+    return f"{peak} of {profile.capacity_bytes / MIB:,.0f} MiB: {fits}"

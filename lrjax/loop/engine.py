@@ -1,0 +1,419 @@
+"""Run row loops: one compiled step under ``lax.scan``, line buffers, in-place outputs, reductions.
+
+Every step has the same shape: rows outside the image are computed like any others and hold the
+fill value where something reads them. Offsets that change from step to step are scanned
+integers; most do not change.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import ChainMap
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from lrjax.loop.blocks import read_rows, write_rows
+from lrjax.loop.clock import Clock, clock_of
+from lrjax.loop.full_after import Full, full_after, full_like
+from lrjax.loop.line_buffers import (
+    AtHand,
+    Ring,
+    Values,
+    empty_lines,
+    extend,
+    line_buffer_of,
+    producer_of,
+    typed,
+)
+from lrjax.loop.offload import empty_on_host, from_host, is_on_host, to_host
+from lrjax.loop.rowloop import Band, RowLoop, Source
+from lrjax.program.inline import Atom, FlatEquation, Literal
+from lrjax.program.varying import varying_axes, varying_over
+from lrjax.rowgraph.graph import RowGraph
+from lrjax.rules.base import Array, Rows
+from lrjax.rules.block_sums import accumulator_dtype
+from lrjax.rules.masks import keep_rows
+from lrjax.rules.reduction import identity_of
+
+# --- One step ------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class StepResult:
+    """Line buffers for the next step, rows of outputs, and contributions to reductions."""
+
+    lines: Values
+    rows: Values
+    partial: Values
+
+
+@dataclasses.dataclass
+class _Progress:
+    """What a step has made so far."""
+
+    at_hand: dict[int, AtHand | Ring]
+    lines: Values
+    rows: Values
+    partial: Values
+
+    def updated(self, other: _Progress) -> _Progress:
+        return _Progress(
+            {**self.at_hand, **other.at_hand},
+            {**self.lines, **other.lines},
+            {**self.rows, **other.rows},
+            {**self.partial, **other.partial},
+        )
+
+
+jax.tree_util.register_dataclass(_Progress, ["at_hand", "lines", "rows", "partial"], [])
+
+
+def slice_windows(loop: RowLoop, clock: Clock, arrays: Values) -> dict[tuple[int, int], Array]:
+    """The windows that a step reads from values that exist whole, by (node, operand)."""
+    windows = {}
+    for s in loop.sliced:
+        start, stop = loop.window(s, 0)
+        name = ("window", s.node, s.operand)
+        windows[s.node, s.operand] = read_rows(
+            arrays[s.value],
+            clock[name],
+            stop - start,
+            s.read.axis,
+            _fill(loop, s),
+            clock.bounds(name),
+        )
+    return windows
+
+
+def _fill(loop: RowLoop, source: Source) -> Any:
+    """What rows outside a whole array hold: a number, also where the read's own fill is infinite.
+
+    No window leaves the image where ``fill_of`` is None, so any number does. It is 1 in a step that
+    is differentiated, where rows outside the image must be finite (see ``RowLoop.fill_of``).
+    """
+    fill = loop.fill_of(source)
+    return int(loop.is_differentiated) if fill is None else fill
+
+
+def run_step(
+    loop: RowLoop,
+    clock: Clock,
+    lines: Values,
+    windows: Mapping[tuple[int, int], Array],
+    wholes: Values,
+) -> StepResult:
+    """Every operation of the stage on this step's rows.
+
+    Bands of operations that have no row of the image in many steps sit under a ``cond``.
+    """
+    done = _Progress({}, {}, {}, {})
+    for band in loop.bands:
+
+        def compute(done: _Progress = done, band: Band = band) -> _Progress:
+            return _run_band(loop, clock, band, done, lines, windows, wholes)
+
+        def skip(band: Band = band) -> _Progress:
+            return _skip_band(loop, clock, band, lines)
+
+        if band.first == 0 and band.last == loop.steps - 1:
+            made = compute()
+        else:
+            is_active = (clock["step"] >= band.first) & (clock["step"] <= band.last)
+            made = lax.cond(is_active, compute, skip)
+        done = done.updated(made)
+    return StepResult(done.lines, done.rows, done.partial)
+
+
+def _run_band(
+    loop: RowLoop,
+    clock: Clock,
+    band: Band,
+    done: _Progress,
+    lines: Values,
+    windows: Mapping[tuple[int, int], Array],
+    wholes: Values,
+) -> _Progress:
+    made = _Progress({}, {}, {}, {})
+    for i in band.nodes:
+        node, op = loop.nodes[i], loop.nodes[i].op
+        assert op is not None
+        at_hand = {**done.at_hand, **made.at_hand}
+        sources = {s.operand: s for s in loop.sources_of(i)}
+        with node.equation.origin():
+            operands = []
+            for operand, atom in enumerate(node.equation.inputs):
+                if isinstance(atom, Literal):
+                    operands.append(_read({}, atom))
+                elif operand in sources:
+                    operands.append(_window(loop, clock, sources[operand], at_hand, windows))
+                else:
+                    operands.append(wholes[atom])
+            count = loop.schedule.tracks[i].rows
+            rows = Rows(clock["start", i], count, loop.is_differentiated)
+            results = op.evaluate(operands, rows)
+        if node.is_reduction:
+            pairs = zip(node.equation.outputs, results, strict=True)
+            for v, partial in pairs:
+                partial = partial.astype(accumulator_dtype(partial.dtype))
+                made.partial[v] = typed(loop, v, partial)
+            continue
+        for v, slab in zip(node.equation.outputs, results, strict=True):
+            with node.equation.origin():
+                slab = typed(loop, v, _filled(loop, clock, v, slab))
+            _keep(loop, clock, made, v, slab, lines)
+    return _exported(band, made)
+
+
+def _skip_band(loop: RowLoop, clock: Clock, band: Band, lines: Values) -> _Progress:
+    """Rows outside the image hold the fill value, and add nothing to reductions."""
+    made = _Progress({}, {}, {}, {})
+    avals = loop.graph.program.avals
+    for i in band.nodes:
+        node, track = loop.nodes[i], loop.schedule.tracks[i]
+        assert node.op is not None
+        for v in node.equation.outputs:
+            if node.op.reduction is not None:
+                dtype = accumulator_dtype(avals[v].dtype)
+                fill = identity_of(node.op.reduction, dtype)
+                made.partial[v] = typed(loop, v, jnp.full(avals[v].shape, fill, dtype))
+                continue
+            shape = list(avals[v].shape)
+            shape[loop.graph.row_axis[v]] = track.rows
+            slab = typed(loop, v, jnp.full(shape, loop.production_fill.get(v, 0), avals[v].dtype))
+            _keep(loop, clock, made, v, slab, lines)
+    return _exported(band, made)
+
+
+def _keep(
+    loop: RowLoop, clock: Clock, made: _Progress, value: int, slab: Array, lines: Values
+) -> None:
+    with line_buffer_of(loop, value):
+        made.at_hand[value], line = extend(loop, clock, value, lines, slab)
+    if line is not None:
+        made.lines[value] = line
+    if value in loop.row_outputs:
+        made.rows[value] = slab
+
+
+def _exported(band: Band, made: _Progress) -> _Progress:
+    at_hand = {v: rows for v, rows in made.at_hand.items() if v in band.exports}
+    return dataclasses.replace(made, at_hand=at_hand)
+
+
+def _window(
+    loop: RowLoop,
+    clock: Clock,
+    source: Source,
+    at_hand: Mapping[int, AtHand | Ring],
+    windows: Mapping[tuple[int, int], Array],
+) -> Array:
+    node, axis = loop.nodes[source.node], source.read.axis
+    name = ("window", source.node, source.operand)
+    height = loop.graph.program.avals[source.value].shape[axis]
+    if source.value in loop.producer:
+        start, stop = loop.window(source, 0)
+        back = clock["back", source.node, source.operand]
+        window = at_hand[source.value].window(back, stop - start)
+        if loop.masked_at_read(source):
+            fill = loop.fill_of(source)
+            window = keep_rows(window, clock[name], axis, 0, height, fill)
+    else:
+        window = windows[source.node, source.operand]
+    assert node.op is not None
+    is_driver = source.operand in node.op.drivers
+    if is_driver and not loop.schedule.tracks[source.node].is_steady:
+        # Rows computed again belong to an earlier step's contribution.
+        low, high = clock["owned", source.node], clock["stop", source.node]
+        window = keep_rows(window, clock[name], axis, low, high, source.read.fill)
+    return window
+
+
+def _filled(loop: RowLoop, clock: Clock, value: int, slab: Array) -> Array:
+    if value not in loop.production_fill:
+        return slab
+    producer = loop.producer[value]
+    height = loop.graph.height(value)
+    if clock.bounds(("start", producer))[0] >= 0 and clock.bounds(("stop", producer))[1] <= height:
+        return slab
+    fill = loop.production_fill[value]
+    start = clock["start", producer]
+    return keep_rows(slab, start, loop.graph.row_axis[value], 0, height, fill)
+
+
+# --- The loop ------------------------------------------------------------------------------------
+
+_COMBINE: dict[str, Callable[[Array, Array], Array]] = {
+    "sum": jnp.add,
+    "prod": jnp.multiply,
+    "max": jnp.maximum,
+    "min": jnp.minimum,
+    "and": jnp.bitwise_and,
+    "or": jnp.bitwise_or,
+}
+
+
+def empty_sums(loop: RowLoop, full: Full) -> Values:
+    """Accumulators at their identities."""
+    sums = {}
+    for node in loop.nodes:
+        if node.is_reduction:
+            assert node.op is not None
+            assert node.op.reduction is not None
+            for v in node.equation.outputs:
+                aval = loop.graph.program.avals[v]
+                dtype = accumulator_dtype(aval.dtype)
+                with node.equation.origin():
+                    identity = identity_of(node.op.reduction, dtype)
+                    sums[v] = full_like(full, aval, identity, dtype=dtype)
+    return sums
+
+
+def add_partial(loop: RowLoop, sums: Values, partial: Values) -> Values:
+    combined = {}
+    for node in loop.nodes:
+        if node.is_reduction:
+            assert node.op is not None
+            assert node.op.reduction is not None
+            for v in node.equation.outputs:
+                with node.equation.origin():
+                    combined[v] = _COMBINE[node.op.reduction](sums[v], partial[v])
+    return combined
+
+
+def finished_sums(loop: RowLoop, sums: Values) -> Values:
+    finished = {}
+    for node in loop.nodes:
+        if node.is_reduction:
+            for v in node.equation.outputs:
+                with node.equation.origin():
+                    finished[v] = sums[v].astype(loop.graph.program.avals[v].dtype)
+    return finished
+
+
+def empty_outputs(loop: RowLoop, full: Full, hosted: Collection[int] = ()) -> Values:
+    """Arrays for the row outputs, of which every row will be written; some in the host's memory."""
+    avals = loop.graph.program.avals
+    outputs = {}
+    for v in loop.row_outputs:
+        with producer_of(loop, v).origin():
+            if v in hosted:
+                empty = empty_on_host(avals[v].shape, avals[v].dtype)
+                outputs[v] = typed(loop, v, empty)
+            else:
+                outputs[v] = full_like(full, avals[v])
+    return outputs
+
+
+def start_of(
+    loop: RowLoop, values: Values, hosted: Collection[int] = (), after: Sequence[Any] = ()
+) -> tuple[Values, Values, Values]:
+    """Line buffers, row outputs and sums before the first step."""
+    latest = () if loop.latest_input is None else (values[loop.latest_input],)
+    full = full_after((*latest, *after))
+    return empty_lines(loop, full), empty_outputs(loop, full, hosted), empty_sums(loop, full)
+
+
+def write_outputs(loop: RowLoop, clock: Clock, outputs: Values, rows: Values) -> Values:
+    written = {}
+    for v, array in outputs.items():
+        name = ("start", loop.producer[v])
+        axis = loop.graph.row_axis[v]
+        with producer_of(loop, v).origin():
+            written[v] = write_rows(array, rows[v], clock[name], axis, clock.bounds(name))
+    return written
+
+
+def run_loop(
+    loop: RowLoop, values: Values, hosted: Collection[int] = (), after: Sequence[Any] = ()
+) -> Values:
+    """Run a row loop on values that exist whole; returns its row outputs and reductions.
+
+    Row outputs among ``hosted`` never exist whole on the device. What the loop starts with is made
+    behind its own latest input, and behind the arrays ``after``.
+    """
+    clock = clock_of(loop)
+    arrays = {v: values[v] for v in loop.arrays}
+    wholes = {v: values[v] for v in loop.wholes}
+
+    def step(carry: tuple[Values, Values, Values], row: Any) -> tuple[Any, None]:
+        lines, outputs, sums = carry
+        now = clock.at(row)
+        result = run_step(loop, now, lines, slice_windows(loop, now, arrays), wholes)
+        outputs = write_outputs(loop, now, outputs, result.rows)
+        return (result.lines, outputs, add_partial(loop, sums, result.partial)), None
+
+    (_, outputs, sums), _ = lax.scan(step, start_of(loop, values, hosted, after), clock.table())
+    return {**outputs, **finished_sums(loop, sums)}
+
+
+# --- Whole graphs --------------------------------------------------------------------------------
+
+RunLoop = Callable[[RowLoop, Values, Collection[int]], Values]
+
+
+def run_graph(
+    graph: RowGraph,
+    loops: Sequence[RowLoop | None],
+    inputs: Sequence[Array],
+    run: RunLoop = run_loop,
+    hosted: Mapping[int, int] | None = None,
+) -> list[Array]:
+    """Column operations and row loops, stage by stage.
+
+    Inputs in the host's memory are read there by blocks of rows; what takes them whole gets a copy.
+
+    Args:
+      graph: the row graph.
+      loops: one row loop per stage, None for a stage without row operations.
+      inputs: the program's inputs.
+      run: how a row loop is run (``autodiff`` gives a differentiable one).
+      hosted: numbers of the outputs that are put in the host's memory, with their row axes.
+    """
+    hosted = hosted or {}
+    wanted = {v for i, v in enumerate(graph.program.outputs) if i in hosted and isinstance(v, int)}
+    copies: Values = {}
+    values: Values = {v: jnp.asarray(c) for v, c in graph.program.constants.items()}
+    values.update(zip(graph.program.inputs, inputs, strict=True))
+    whole = ChainMap(copies, values)
+    for stage, loop in enumerate(loops):
+        for node in graph.column_nodes(stage):
+            copies.update(_copies(graph, whole, node.equation.inputs))
+            values.update(run_column(graph, node.equation, whole))
+        if loop is not None:
+            copies.update(_copies(graph, whole, loop.wholes))
+            taken = {v: whole[v] for v in loop.wholes}
+            values.update(run(loop, {**values, **taken}, wanted))
+    results = [_read(values, v) for v in graph.program.outputs]
+    for i, axis in hosted.items():
+        if not is_on_host(results[i]):
+            results[i] = to_host(results[i], axis)
+    return results
+
+
+def _copies(graph: RowGraph, values: Mapping[int, Any], atoms: Sequence[Atom]) -> Values:
+    """What is in the host's memory and is about to be taken whole, on the device."""
+    return {
+        v: from_host(values[v], graph.row_axis[v])
+        for v in atoms
+        if isinstance(v, int) and is_on_host(values[v])
+    }
+
+
+def run_column(graph: RowGraph, equation: FlatEquation, values: Mapping[int, Any]) -> Values:
+    """Evaluate one equation on whole values."""
+    results = equation.evaluate([_read(values, v) for v in equation.inputs])
+    avals = graph.program.avals
+    return {
+        v: varying_over(result, varying_axes(avals[v]))
+        for v, result in zip(equation.outputs, results, strict=True)
+    }
+
+
+def _read(values: Mapping[int, Any], atom: Atom) -> Any:
+    if isinstance(atom, Literal):
+        return jax.numpy.asarray(atom.value, atom.dtype)
+    return values[atom]

@@ -1,0 +1,74 @@
+"""Arrays that loops start with, made no earlier than the loops can start.
+
+Empty line buffers, outputs and sums depend on nothing. XLA makes the zeros of all loops at the
+start of a program (XLA:GPU in one fusion, and it drops ``optimization_barrier`` before it
+schedules), so that the outputs of its last loop exist before its first one runs. So what they are
+filled with is made to depend on what the loop waits for, in a way that XLA does not see through.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.custom_derivatives import SymbolicZero
+
+from lrjax.loop.offload import first_element
+from lrjax.program.varying import varying_axes, varying_over
+from lrjax.rules.base import Array
+
+Full = Callable[[tuple[int, ...], Any, Any], Array]  # shape, fill, dtype
+
+
+def full_after(arrays: Iterable[Any]) -> Full:
+    """``jnp.full``, of arrays that do not exist before all of these do.
+
+    What has no elements to wait for is passed over: symbolic zeros, random keys, empty arrays. With
+    nothing left, and of random keys, it is ``jnp.full``.
+    """
+    elements = [
+        jnp.real(first_element(lax.stop_gradient(array))).astype(np.float32)
+        for array in arrays
+        if _has_numbers(array)
+    ]
+    if not elements:
+        return jnp.full
+    # No number lies below minus infinity.
+    never = lax.lt(jnp.stack(elements).min(), np.float32(-np.inf))
+    fillings: dict[Any, Array] = {}
+
+    def full(shape: tuple[int, ...], fill: Any, dtype: Any) -> Array:
+        if jnp.issubdtype(dtype, jax.dtypes.extended):
+            return jnp.full(shape, fill, dtype)
+        if (fill, dtype) not in fillings:
+            usual = np.asarray(fill).astype(dtype)
+            other = np.asarray(usual == 0).astype(dtype)
+            fillings[fill, dtype] = lax.select(never, other, usual)
+        return lax.broadcast(fillings[fill, dtype], shape)
+
+    return full
+
+
+def full_like(
+    full: Full, like: Any, fill: Any = 0, *, shape: Sequence[int] | None = None, dtype: Any = None
+) -> Array:
+    """``full`` for an array or a type: varying over the mesh axes that it varies over, no others.
+
+    Where the arrays that are waited for differ between devices and the result must not, it waits
+    for nothing.
+    """
+    own, kind = tuple(like.shape if shape is None else shape), dtype or like.dtype
+    made, axes = full(own, fill, kind), varying_axes(like)
+    if not varying_axes(made) <= axes:
+        made = jnp.full(own, fill, kind)
+    return varying_over(made, axes)
+
+
+def _has_numbers(array: Any) -> bool:
+    if isinstance(array, SymbolicZero) or not array.size:
+        return False
+    return bool(jnp.issubdtype(array.dtype, np.number)) or array.dtype == np.bool_

@@ -1,0 +1,129 @@
+"""Line buffers: the rows of a value that are kept between steps."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+from jax import lax
+
+from lrjax.loop.blocks import slice_rows
+from lrjax.loop.clock import Clock
+from lrjax.loop.full_after import Full, full_like
+from lrjax.loop.rowloop import RowLoop
+from lrjax.program.inline import FlatEquation
+from lrjax.program.varying import varying_axes, varying_over
+from lrjax.rules.base import Array
+from lrjax.rules.geometry import ceil_div
+from lrjax.scopes import LINE_BUFFERS
+
+Values = dict[int, Array]
+
+
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["rows"], meta_fields=["axis"])
+@dataclasses.dataclass(frozen=True)
+class AtHand:
+    """Rows of a value within a step: contiguous rows that end at its frontier."""
+
+    rows: Array
+    axis: int
+
+    def window(self, back: Any, size: int) -> Array:
+        """``size`` rows, the first of them ``back`` rows before the frontier."""
+        if isinstance(back, int) and back == size == self.rows.shape[self.axis]:
+            return self.rows
+        return slice_rows(self.rows, self.rows.shape[self.axis] - back, size, self.axis)
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass, data_fields=["slots", "slab", "step"], meta_fields=["axis"]
+)
+@dataclasses.dataclass(frozen=True)
+class Ring:
+    """Rows of a value within a step: the newest slab, and older ones in their slots."""
+
+    slots: Array
+    slab: Array
+    axis: int
+    step: Any
+
+    def window(self, back: int, size: int) -> Array:
+        rows = self.slab.shape[self.axis]
+        count = self.slots.shape[self.axis] // rows
+        pieces = []
+        for age in range(ceil_div(back, rows) - 1, (back - size) // rows - 1, -1):
+            # Rows counted from the frontier back: this slab holds (age * rows, age * rows + rows].
+            far, near = min(back, (age + 1) * rows), max(back - size, age * rows)
+            offset = (age + 1) * rows - far
+            if age == 0:
+                pieces.append(slice_rows(self.slab, offset, far - near, self.axis))
+            else:
+                slot = (self.step + count - age) % count
+                pieces.append(
+                    lax.dynamic_slice_in_dim(
+                        self.slots, slot * rows + offset, far - near, axis=self.axis
+                    )
+                )
+        return pieces[0] if len(pieces) == 1 else lax.concatenate(pieces, self.axis)
+
+
+def _line_shape(loop: RowLoop, value: int) -> tuple[int, ...]:
+    shape = list(loop.graph.program.avals[value].shape)
+    shape[loop.graph.row_axis[value]] = loop.line_rows(value)
+    return tuple(shape)
+
+
+@contextlib.contextmanager
+def line_buffer_of(loop: RowLoop, value: int) -> Iterator[None]:
+    """Operations within are named as the line buffer of a value, for memory profiles."""
+    with producer_of(loop, value).origin(), jax.named_scope(LINE_BUFFERS):
+        yield
+
+
+def producer_of(loop: RowLoop, value: int) -> FlatEquation:
+    return loop.nodes[loop.producer[value]].equation
+
+
+def reader_of(loop: RowLoop, value: int) -> FlatEquation:
+    """The first equation that reads a value from outside the loop."""
+    return next(node.equation for node in loop.nodes if value in node.equation.inputs)
+
+
+def empty_lines(loop: RowLoop, full: Full) -> Values:
+    """Line buffers before the first step: nothing but rows above the image."""
+    lines = {}
+    for v in loop.producer:
+        if loop.line_rows(v):
+            with line_buffer_of(loop, v):
+                fill = loop.production_fill.get(v, 0)
+                aval = loop.graph.program.avals[v]
+                lines[v] = full_like(full, aval, fill, shape=_line_shape(loop, v))
+    return lines
+
+
+def typed(loop: RowLoop, value: int, rows: Array) -> Array:
+    """Rows of a value, varying over the mesh axes that the whole value varies over."""
+    return varying_over(rows, varying_axes(loop.graph.program.avals[value]))
+
+
+def extend(
+    loop: RowLoop, clock: Clock, value: int, lines: Values, slab: Array
+) -> tuple[AtHand | Ring, Array | None]:
+    """Add a step's rows to what is kept of a value: what can be read now, and what is kept."""
+    track, axis = loop.track(value), loop.graph.row_axis[value]
+    if value not in lines:
+        return AtHand(slab, axis), None
+    if loop.is_ring(value):
+        count = lines[value].shape[axis] // track.rows
+        slot = (clock["step"] % count) * track.rows
+        slots = lax.dynamic_update_slice_in_dim(lines[value], slab, slot, axis)
+        return Ring(slots, slab, axis, clock["step"]), slots
+    shift = clock["shift", loop.producer[value]]
+    older = slice_rows(lines[value], shift, track.depth - track.rows, axis)
+    rows = lax.concatenate([older, slab], axis)
+    kept = slice_rows(rows, track.depth - track.carried, track.carried, axis)
+    return AtHand(rows, axis), kept

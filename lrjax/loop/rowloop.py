@@ -1,0 +1,434 @@
+"""A stage of a row graph with its schedule: everything about a row loop that is decided before
+anything runs. Static; ``engine`` runs it."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import itertools
+from collections.abc import Iterable, Sequence
+from fractions import Fraction
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from lrjax.loop.schedule import Read, Schedule, Task, Track, overlap_schedule, shared_schedule
+from lrjax.rowgraph.graph import Node, RowGraph, size_bytes
+from lrjax.rules.base import RowRead
+from lrjax.rules.geometry import Frontier, ceil_div, round_up
+
+ORDERS = ("stream", "2ps", "overl")
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """A read of one operand: the node and operand it belongs to and the value it reads."""
+
+    node: int
+    operand: int
+    value: int
+    read: RowRead
+
+
+@dataclasses.dataclass(frozen=True)
+class Band:
+    """Neighbouring operations that have rows of the image in the same steps.
+
+    Attributes:
+      nodes: their indices.
+      first, last: the steps in which they run.
+      exports: values that operations outside the band read.
+    """
+
+    nodes: tuple[int, ...]
+    first: int
+    last: int
+    exports: frozenset[int]
+
+
+# Rings of slabs lower than this cost more than they save, unless they are deep: every window is
+# then put together from many slots, and XLA compiles VGG-16's gradient at 4096x4096 in 256 blocks a
+# third slower. Shifting moves all of a deep buffer for a few new rows, and XLA keeps it twice:
+# ConvNeXt-T's gradient at 4096x4096 takes a third more without deep rings.
+RING_SLAB = 16
+DEEP_SLABS = 16
+
+# Bands are worth a branch where running everything in every step would waste more than this.
+SKIP_ABOVE = 0.1
+
+
+@dataclasses.dataclass(frozen=True)
+class RowLoop:
+    """One stage, ready to run.
+
+    Attributes:
+      graph: the graph it is a stage of.
+      nodes: its row operations; task ``i`` of ``schedule`` is node ``i``.
+      schedule: the steps.
+      row_outputs: streamed values that must exist whole after the loop.
+      producer: node that makes a streamed value of this stage.
+      is_differentiated: steps are differentiated one by one: line buffers are saved for every
+        step and must be small, so they are no rings.
+    """
+
+    graph: RowGraph
+    nodes: tuple[Node, ...]
+    schedule: Schedule
+    row_outputs: tuple[int, ...]
+    producer: dict[int, int]
+    is_differentiated: bool
+
+    @property
+    def steps(self) -> int:
+        return self.schedule.steps
+
+    @functools.cached_property
+    def sources(self) -> tuple[Source, ...]:
+        """Every read by rows, in the order of the schedule's reads."""
+        return tuple(s for i in range(len(self.nodes)) for s in self.sources_of(i))
+
+    def sources_of(self, index: int) -> list[Source]:
+        node = self.nodes[index]
+        assert node.op is not None
+        return [
+            Source(index, operand, v, read)
+            for operand, (v, read) in enumerate(
+                zip(node.equation.inputs, node.op.reads, strict=True)
+            )
+            if read is not None and isinstance(v, int)
+        ]
+
+    @functools.cached_property
+    def sliced(self) -> tuple[Source, ...]:
+        """Reads of values that exist whole."""
+        return tuple(s for s in self.sources if s.value not in self.producer)
+
+    @functools.cached_property
+    def wholes(self) -> tuple[int, ...]:
+        """Values that operations of this stage use whole."""
+        found: dict[int, None] = {}
+        for node in self.nodes:
+            assert node.op is not None
+            for v, read in zip(node.equation.inputs, node.op.reads, strict=True):
+                if read is None and isinstance(v, int):
+                    found[v] = None
+        return tuple(found)
+
+    @functools.cached_property
+    def arrays(self) -> tuple[int, ...]:
+        """Values that exist whole and are sliced by rows."""
+        return tuple(dict.fromkeys(s.value for s in self.sliced))
+
+    @functools.cached_property
+    def latest_input(self) -> int | None:
+        """One of the maps that are sliced, or of what earlier stages made, made as late as any.
+
+        Inputs that are taken whole are parameters more often than not, and exist from the start.
+        """
+        homes = zip(self.graph.nodes, self.graph.stages.home, strict=True)
+        made = {v: home for node, home in homes for v in node.equation.outputs}
+        maps = [v for v in self.arrays if v not in self.graph.program.constants]
+        wholes = [v for v in self.wholes if made.get(v, 0) > 0]
+        return max((*maps, *wholes), key=lambda v: made.get(v, -1), default=None)
+
+    def track(self, value: int) -> Track:
+        return self.schedule.tracks[self.producer[value]]
+
+    def window(self, source: Source, step: int) -> tuple[int, int]:
+        rows, row_map = self.schedule.tracks[source.node], source.read.row_map
+        start = row_map.first(rows.start(step))
+        return start, start + row_map.size(rows.rows)
+
+    def window_starts(self, source: Source) -> Frontier:
+        """The first row that a read needs, per step."""
+        track = self.schedule.tracks[source.node]
+        return source.read.row_map.first(track.stops - track.rows)
+
+    def leaves_image(self, source: Source) -> bool:
+        """Some step reads rows outside the image that must hold the fill value."""
+        if source.read.fill is None:
+            return False
+        height = self.graph.program.avals[source.value].shape[source.read.axis]
+        node = self.nodes[source.node]
+        assert node.op is not None
+        row_map = source.read.row_map
+        if not node.is_reduction:
+            return row_map.first(0) < 0 or row_map.end(node.op.height) > height
+        starts = self.window_starts(source)
+        size = row_map.size(self.schedule.tracks[source.node].rows)
+        return bool(np.min(starts) < 0 or np.max(starts) + size > height)
+
+    def fill_of(self, source: Source) -> Any:
+        """What a window must hold outside the image, None if it does not matter.
+
+        A step that is differentiated multiplies what rows outside the image hold by cotangents
+        of zero, so beside a parameter, whose gradient is a sum over all rows, they must hold
+        something whose derivatives are finite: 1.
+        """
+        if self.leaves_image(source):
+            return source.read.fill
+        node = self.nodes[source.node]
+        assert node.op is not None
+        if not self.is_differentiated or node.op.is_tame:
+            return None
+        beside_parameter = len(self.sources_of(source.node)) < sum(
+            isinstance(v, int) for v in node.equation.inputs
+        )
+        return 1 if beside_parameter else None
+
+    @functools.cached_property
+    def production_fill(self) -> dict[int, Any]:
+        """Streamed values whose rows outside the image are set as they are made.
+
+        One select fused into the value's own producer serves all consumers; where they disagree
+        on the value, each masks its window.
+        """
+        wanted: dict[int, set[Any]] = {}
+        for s in self.sources:
+            if s.value in self.producer and self.fill_of(s) is not None:
+                wanted.setdefault(s.value, set()).add(self.fill_of(s))
+        chosen = {v: next(iter(fills)) for v, fills in wanted.items() if len(fills) == 1}
+        if not self.is_differentiated:
+            return chosen
+        return self.wild | {v: fill for v, fill in chosen.items() if np.isfinite(fill)}
+
+    @functools.cached_property
+    def wild(self) -> dict[int, int]:
+        """Values whose rows outside the image could turn a cotangent of zero into NaN.
+
+        They are set to 1 as they are made, which also stops cotangents there: what operations with
+        poles or overflows make and read, and windows over infinite padding.
+        """
+        found: dict[int, int] = {}
+        for i, node in enumerate(self.nodes):
+            assert node.op is not None
+            sources = self.sources_of(i)
+            fills = [s.read.fill for s in sources if self.leaves_image(s)]
+            if node.op.is_tame and all(map(np.isfinite, fills)):
+                continue
+            values = [*node.equation.outputs, *(s.value for s in sources)]
+            found.update((v, 1) for v in values if v in self.producer)
+        avals = self.graph.program.avals
+        return {v: 1 for v in found if jnp.issubdtype(avals[v].dtype, jnp.inexact)}
+
+    def masked_at_read(self, source: Source) -> bool:
+        """The window is masked where it is read, because the value itself holds another fill."""
+        if source.value not in self.producer:
+            return False
+        fill = self.fill_of(source)
+        return fill is not None and fill != self.production_fill.get(source.value)
+
+    def active_steps(self, index: int) -> tuple[int, int]:
+        """First and last step in which a node has rows of the image."""
+        track, node = self.schedule.tracks[index], self.nodes[index]
+        assert node.op is not None
+        active = [
+            t
+            for t in range(self.steps)
+            if track.stop(t) > 0
+            and (track.owned(t)[0] if node.is_reduction else track.start(t)) < node.op.height
+        ]
+        return (active[0], active[-1]) if active else (0, 0)
+
+    @functools.cached_property
+    def bands(self) -> tuple[Band, ...]:
+        """The nodes in order; one band for all where skipping saves too little."""
+        everything = range(len(self.nodes))
+        spans = [self.active_steps(i) for i in everything]
+        work = [n.op.flops * self.schedule.tracks[i].rows for i, n in enumerate(self.nodes) if n.op]
+        idle = sum(
+            w * (self.steps - (last - first + 1))
+            for w, (first, last) in zip(work, spans, strict=True)
+        )
+        if idle <= SKIP_ABOVE * self.steps * sum(work):
+            spans = [(0, self.steps - 1)] * len(self.nodes)
+        groups = [list(g) for _, g in itertools.groupby(everything, key=spans.__getitem__)]
+        readers: dict[int, set[int]] = {}
+        for s in self.sources:
+            readers.setdefault(s.value, set()).add(s.node)
+        return tuple(
+            Band(
+                tuple(group),
+                *spans[group[0]],
+                frozenset(
+                    v
+                    for i in group
+                    for v in self.nodes[i].equation.outputs
+                    if readers.get(v, set()).difference(group)
+                ),
+            )
+            for group in groups
+        )
+
+    def is_ring(self, value: int) -> bool:
+        """The line buffer is a ring of slabs, written in place, instead of rows that shift.
+
+        Shifting moves the whole buffer in every step; a ring wants steady slabs, and pays off
+        where the buffer is much deeper than a slab.
+        """
+        track = self.track(value)
+        return (
+            not self.is_differentiated
+            and track.is_steady
+            and track.depth >= (3 if track.rows >= RING_SLAB else DEEP_SLABS) * track.rows
+            and all(np.ptp(self.look_back(s)) == 0 for s in self.sources if s.value == value)
+        )
+
+    def line_rows(self, value: int) -> int:
+        """Rows of the value's line buffer, 0 for none."""
+        track = self.track(value)
+        if track.depth <= track.rows:
+            return 0
+        if self.is_ring(value):
+            return round_up(track.depth, track.rows)
+        return track.carried
+
+    @functools.cached_property
+    def line_bytes(self) -> int:
+        """Bytes of all line buffers."""
+        graph = self.graph
+        per_row = {
+            v: size_bytes(graph.program.avals[v]) // max(graph.height(v), 1) for v in self.producer
+        }
+        return sum(self.line_rows(v) * size for v, size in per_row.items())
+
+    def look_back(self, source: Source) -> Frontier:
+        """Per step, how far before the value's frontier a window starts."""
+        return self.track(source.value).stops - self.window_starts(source)
+
+
+def row_loop(
+    graph: RowGraph,
+    stage: int,
+    *,
+    order: str,
+    num_blocks: int,
+    is_differentiated: bool,
+    recomputed: frozenset[int] = frozenset(),
+) -> RowLoop:
+    """Schedule one stage in one of the ``ORDERS``.
+
+    Halo rows of the values in ``recomputed`` are computed again in every step instead of kept;
+    OverL does so for all.
+    """
+    nodes = graph.stage_nodes(stage)
+    producer = {
+        v: i
+        for i, node in enumerate(nodes)
+        if not node.is_reduction
+        for v in node.equation.outputs
+        if v in graph.row_axis
+    }
+    row_outputs = tuple(v for v in producer if v in graph.stages.made_whole[stage])
+    if num_blocks == 1:
+        order = "overl"  # one step that computes everything; the same rows in every order
+    speeds = _speeds(graph, nodes, producer, row_outputs, order, num_blocks)
+    tasks = []
+    for i, node in enumerate(nodes):
+        assert node.op is not None
+        reads = tuple(
+            Read(producer.get(v), read.row_map)
+            for v, read in zip(node.equation.inputs, node.op.reads, strict=True)
+            if read is not None and isinstance(v, int)
+        )
+        is_sink = node.is_reduction or any(v in row_outputs for v in node.equation.outputs)
+        again = not recomputed.isdisjoint(node.equation.outputs)
+        tasks.append(Task(reads, node.op.height, speeds[i], is_sink, again))
+    make = overlap_schedule if order == "overl" else shared_schedule
+    return RowLoop(graph, tuple(nodes), make(tasks), row_outputs, producer, is_differentiated)
+
+
+# A map of fewer rows than this share of the tallest beside it, counted at one rate, is a piece of a
+# map: what a slice took of it, such as the edges that wrap padding copies.
+PIECE = Fraction(1, 2)
+# Windows without padding shrink a map too. Only if all that leaves a loop has fewer rows than this
+# share of the maps within, those maps are divided instead.
+SHRUNK = Fraction(1, 4)
+
+
+def reference_height(graph: RowGraph, stage: int, order: str) -> int:
+    """Rows that ``num_blocks`` divides: the tallest map's for stream, else the main output's.
+
+    The main output is the lowest of the maps and reductions that leave the loop, pieces left
+    out. What has fewer rows than blocks takes fewer steps.
+    """
+    nodes = graph.stage_nodes(stage)
+    references = _references(graph, nodes, order, _sinks(graph, nodes, stage))
+    return max((height for height, _ in references.values()), default=1)
+
+
+def _root(graph: RowGraph, node: Node) -> tuple[int, Fraction]:
+    """Component of a node and its rows per row of the component's root."""
+    head = node.equation.outputs[0]
+    if head in graph.rate:
+        return graph.rate[head]
+    assert node.op is not None
+    for v, read in zip(node.equation.inputs, node.op.reads, strict=True):
+        if read is not None and isinstance(v, int) and v in graph.rate:
+            root, rate = graph.rate[v]
+            return root, rate / read.row_map.rate
+    raise AssertionError("a reduction that reads no rows")
+
+
+def _sinks(graph: RowGraph, nodes: Sequence[Node], stage: int) -> list[Node]:
+    wanted = graph.stages.made_whole[stage]
+    return [n for n in nodes if n.is_reduction or wanted.intersection(n.equation.outputs)]
+
+
+def _references(
+    graph: RowGraph, nodes: Sequence[Node], order: str, sinks: Sequence[Node]
+) -> dict[int, tuple[int, Fraction]]:
+    """Per component's root: height and rate of the value whose rows are divided into blocks."""
+    maps = _by_root(graph, nodes)
+    if order != "stream":
+        leaving = _by_root(graph, sinks)
+        return {root: _main_output(leaving[root], maps[root]) for root in leaving}
+    for node in nodes:
+        for v in node.row_inputs():
+            if v not in graph.streamed and v in graph.rate and graph.rate[v][0] in maps:
+                root, rate = graph.rate[v]
+                maps[root].append((graph.height(v), rate))
+    return {root: max(found) for root, found in maps.items()}
+
+
+def _by_root(graph: RowGraph, nodes: Sequence[Node]) -> dict[int, list[tuple[int, Fraction]]]:
+    """Height and rate of what the nodes make, or reduce, by the root of their component."""
+    found: dict[int, list[tuple[int, Fraction]]] = {}
+    for node in nodes:
+        assert node.op is not None
+        root, rate = _root(graph, node)
+        found.setdefault(root, []).append((node.op.height, rate))
+    return found
+
+
+def _main_output(
+    leaving: list[tuple[int, Fraction]], maps: list[tuple[int, Fraction]]
+) -> tuple[int, Fraction]:
+    def tallest(found: list[tuple[int, Fraction]]) -> Fraction:
+        return max(height / rate for height, rate in found)
+
+    among = leaving if tallest(leaving) >= SHRUNK * tallest(maps) else maps
+    return min(found for found in among if found[0] / found[1] >= PIECE * tallest(among))
+
+
+def _speeds(
+    graph: RowGraph,
+    nodes: Sequence[Node],
+    producer: dict[int, int],
+    row_outputs: Iterable[int],
+    order: str,
+    num_blocks: int,
+) -> list[Fraction]:
+    """Rows that every node gives per step."""
+    outputs = set(row_outputs)
+    sinks = [n for n in nodes if n.is_reduction or outputs.intersection(n.equation.outputs)]
+    per_root: dict[int, Fraction] = {}
+    for root, (height, rate) in _references(graph, nodes, order, sinks).items():
+        rows = ceil_div(max(height, 1), min(num_blocks, max(height, 1)))
+        per_root[root] = rows / rate
+    speeds = []
+    for node in nodes:
+        root, rate = _root(graph, node)
+        speeds.append(per_root[root] * rate)
+    return speeds

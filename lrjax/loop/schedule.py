@@ -1,0 +1,235 @@
+"""Row graph -> steps: how far every value has come after each step, and what is kept.
+
+Integers alone, no JAX. The rows that task ``v`` owns in step ``t`` are
+``frontier[v][t - 1] : frontier[v][t]`` in virtual coordinates (see ``geometry``): frontiers
+start at or below row 0 and end at or beyond the height, so that every step has the same shape.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import itertools
+import math
+from collections.abc import Sequence
+from fractions import Fraction
+
+import numpy as np
+
+from lrjax.rules.geometry import AnyMap, Frontier, ceil_div, round_down, round_up
+
+# Below every row: a frontier that nothing has asked for yet.
+_NOWHERE = -(1 << 40)
+
+
+@dataclasses.dataclass(frozen=True)
+class Read:
+    """A task's read of another task's rows (``task``), or of a value that exists whole (None)."""
+
+    task: int | None
+    row_map: AnyMap
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """One operation of a row loop, in topological order.
+
+    Attributes:
+      reads: what it reads by rows.
+      height: rows of its output, or of the operand that drives a reduction.
+      speed: rows that the steady state gives per step.
+      is_sink: its rows leave the loop (an output or a reduction).
+      recompute: halo rows are computed again in every step instead of kept (overlap).
+    """
+
+    reads: tuple[Read, ...]
+    height: int
+    speed: Fraction
+    is_sink: bool = False
+    recompute: bool = False
+
+    @functools.cached_property
+    def quantum(self) -> int:
+        quantum = 1
+        for read in self.reads:
+            quantum = math.lcm(quantum, read.row_map.quantum)
+        return quantum
+
+
+@dataclasses.dataclass(frozen=True)
+class Track:
+    """What one task does over the steps.
+
+    Attributes:
+      frontier: one past its last row after step ``t``; entry 0 is the state before step 0.
+      rows: rows computed in a step, ``frontier - rows : frontier``; more than the step owns
+        where halo rows are recomputed or the speed is fractional.
+      depth: rows that must be at hand after the step's own are there, counted from the frontier
+        back; ``rows`` if nothing older is read.
+    """
+
+    frontier: tuple[int, ...]
+    rows: int
+    depth: int
+
+    def stop(self, step: int) -> int:
+        return self.frontier[step + 1]
+
+    def start(self, step: int) -> int:
+        """The first row computed in ``step``."""
+        return self.frontier[step + 1] - self.rows
+
+    def owned(self, step: int) -> tuple[int, int]:
+        return self.frontier[step], self.frontier[step + 1]
+
+    @functools.cached_property
+    def stops(self) -> Frontier:
+        """One past the last row, after every step."""
+        return np.array(self.frontier[1:])
+
+    @functools.cached_property
+    def advances(self) -> tuple[int, ...]:
+        return tuple(b - a for a, b in itertools.pairwise(self.frontier))
+
+    @functools.cached_property
+    def is_steady(self) -> bool:
+        """Every step gives exactly the rows it owns."""
+        return all(advance == self.rows for advance in self.advances)
+
+    @property
+    def carried(self) -> int:
+        """Rows kept between steps (the line buffer)."""
+        return 0 if self.depth <= self.rows else self.depth - min(self.advances)
+
+
+@dataclasses.dataclass(frozen=True)
+class Schedule:
+    """The steps of one row loop; ``tracks`` has one entry per task."""
+
+    tasks: tuple[Task, ...]
+    tracks: tuple[Track, ...]
+    steps: int
+
+    def window(self, task: int, read: int, step: int) -> tuple[int, int]:
+        """Input rows ``[start, stop)`` of a read in a step."""
+        track, row_map = self.tracks[task], self.tasks[task].reads[read].row_map
+        start = row_map.first(track.start(step))
+        return start, start + row_map.size(track.rows)
+
+
+def shared_schedule(tasks: Sequence[Task]) -> Schedule:
+    """Every row is computed once, as late as its consumers allow (stream and 2PS).
+
+    First every task gets the least lag that its inputs allow; then the largest that its consumers
+    allow, so that nothing waits in a line buffer for no reason.
+    """
+    eager = _eager_frontiers(tasks)
+    lazy = _held_back(tasks, eager)
+    return _with_tracks(tasks, lazy)
+
+
+def overlap_schedule(tasks: Sequence[Task]) -> Schedule:
+    """Steps own the sinks' rows and recompute every halo (OverL): nothing is kept."""
+    tasks = [dataclasses.replace(task, recompute=True) for task in tasks]
+    sinks = [i for i, task in enumerate(tasks) if task.is_sink]
+    steps = max([1, *(_steps_to_end(tasks[i]) for i in sinks)])
+    frontiers = [np.full(steps + 1, _NOWHERE) for _ in tasks]
+    for i in sinks:
+        rows, per_steps = tasks[i].speed.as_integer_ratio()
+        frontiers[i] = round_up(ceil_div(np.arange(steps + 1) * rows, per_steps), tasks[i].quantum)
+    _raise_to_demand(tasks, frontiers)
+    for i in sinks:
+        # Rows that a later window reads ahead of would otherwise belong to no step.
+        frontiers[i][0] = min(frontiers[i][0], 0)
+    return _with_tracks(tasks, frontiers)
+
+
+def _steps_to_end(task: Task) -> int:
+    """Steps after which a task that rounds its share up has reached its height."""
+    last_quantum = round_up(task.height, task.quantum) - task.quantum
+    return math.floor(last_quantum / task.speed) + 1
+
+
+def _even(task: Task, steps: int, lag: int) -> Frontier:
+    """A frontier that advances by the task's share in every step, ``lag`` rows behind it.
+
+    Even frontiers keep steps alike: where a stride makes one operation advance in every other step
+    only, following its demand to the letter would make all before it stop and go as well.
+    """
+    return _shares(*task.speed.as_integer_ratio(), task.quantum, steps) - lag
+
+
+@functools.lru_cache(maxsize=256)  # the operations of a network have few speeds
+def _shares(rows: int, per_steps: int, quantum: int, steps: int) -> Frontier:
+    """``rows`` more after every ``per_steps`` steps, in multiples of ``quantum``."""
+    found = round_down(np.arange(steps + 1) * rows // per_steps, quantum)
+    found.flags.writeable = False  # many tasks read it
+    return found
+
+
+def _eager_frontiers(tasks: Sequence[Task]) -> list[Frontier]:
+    """The least lag of every task with which its inputs are always there in time."""
+    steps = 1
+    while True:
+        frontiers: list[Frontier] = []
+        for task in tasks:
+            reach = _even(task, steps, 0)
+            behind = 0
+            for read in task.reads:
+                if read.task is not None:
+                    allowed = read.row_map.frontier(frontiers[read.task])
+                    behind = max(behind, int(np.max(reach - allowed)))
+            frontiers.append(reach - round_up(behind, task.quantum))
+        missing = [
+            (task.height - int(rows[-1])) / task.speed
+            for task, rows in zip(tasks, frontiers, strict=True)
+            if task.is_sink and rows[-1] < task.height
+        ]
+        if not missing:
+            return frontiers
+        steps += max(1, math.ceil(max(missing)))
+
+
+def _held_back(tasks: Sequence[Task], eager: list[Frontier]) -> list[Frontier]:
+    """The largest lag of every task with which its consumers are always served; sinks stay."""
+    steps = len(eager[0]) - 1
+    lazy = list(eager)
+    wanted: dict[int, Frontier] = {}
+    for i in reversed(range(len(tasks))):
+        task = tasks[i]
+        if i in wanted and not task.is_sink:
+            spare = int(np.min(_even(task, steps, 0) - wanted[i]))
+            lazy[i] = _even(task, steps, round_down(spare, task.quantum))
+        for read in task.reads:
+            if read.task is not None:
+                needed = read.row_map.end(lazy[i])
+                wanted[read.task] = np.maximum(wanted.get(read.task, needed), needed)
+    return lazy
+
+
+def _raise_to_demand(tasks: Sequence[Task], frontiers: list[Frontier]) -> None:
+    """Every task as far as its consumers ask, from the last task to the first."""
+    for i in reversed(range(len(tasks))):
+        frontiers[i] = round_up(frontiers[i], tasks[i].quantum)
+        for read in tasks[i].reads:
+            if read.task is not None:
+                needed = read.row_map.end(frontiers[i])
+                frontiers[read.task] = np.maximum(frontiers[read.task], needed)
+
+
+def _with_tracks(tasks: Sequence[Task], frontiers: list[Frontier]) -> Schedule:
+    """Rows computed per step and kept between steps, from the last task to the first."""
+    reach = [0] * len(tasks)  # rows that consumers look back from the frontier
+    tracks: list[Track] = [Track((), 0, 0)] * len(tasks)
+    for i in reversed(range(len(tasks))):
+        task, frontier = tasks[i], frontiers[i]
+        rows = max(int(np.max(np.diff(frontier))), task.quantum)
+        if task.recompute:
+            rows = max(rows, round_up(reach[i], task.quantum))
+        tracks[i] = Track(tuple(frontier.tolist()), rows, max(reach[i], rows))
+        starts = frontier[1:] - rows
+        for read in task.reads:
+            if read.task is not None:
+                back = frontiers[read.task][1:] - read.row_map.first(starts)
+                reach[read.task] = max(reach[read.task], int(np.max(back)))
+    return Schedule(tuple(tasks), tuple(tracks), len(frontiers[0]) - 1)

@@ -1,0 +1,442 @@
+"""``Plan``: how a function runs under a memory budget, as a value that can be printed and saved.
+
+A plan knows the function it was made for by its ``Fingerprint`` and runs no other.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+import hashlib
+import json
+import os
+import re
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lrjax.files import write_whole
+from lrjax.program.inline import Literal
+from lrjax.program.manual_axes import body_outside
+from lrjax.rowgraph.segments import Cuttable
+from lrjax.rowgraph.tracing import Traced, trace
+from lrjax.rules.geometry import ceil_div
+from lrjax.text import MIB, aligned
+
+FORMAT = 3
+ROW_STRATEGIES = ("stream", "2ps", "overl")
+PLAN_STRATEGIES = ("column", "checkpoint", *ROW_STRATEGIES)
+
+
+@dataclasses.dataclass(frozen=True)
+class Choice:
+    """How one segment runs.
+
+    Attributes:
+      strategy: "column", "checkpoint" (whole maps, the forward pass done again), "stream", "2ps"
+        or "overl".
+      num_blocks: steps of its row loops, for the last three.
+      micro_batches: parts of the batch that run one after the other.
+      offload: the maps that the segment gives wait for their reader's backward pass in the host's
+        memory, where they are written and read by blocks of rows, and so do their gradients.
+        Maps that several segments read, or the caller gets, stay on the device.
+    """
+
+    strategy: str
+    num_blocks: int = 1
+    micro_batches: int = 1
+    offload: bool = False
+
+
+class PlanMismatchError(ValueError):
+    """A plan was given a function, or shapes, that it was not made for."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Fingerprint:
+    """What a plan must find again in the function it runs.
+
+    Attributes:
+      inputs: type and row axis of every array that goes in, closed-over arrays first, such as
+        ``"bf16[1, 64, 64, 3] rows on axis 1"``.
+      operations: primitive, parameters, types and operands of every equation of the flat program.
+        Numbers written into the function (a learning rate, a seed) are not told apart.
+    """
+
+    inputs: tuple[str, ...]
+    operations: tuple[str, ...]
+
+    @property
+    def digest(self) -> str:
+        text = "\n".join((*self.inputs, "--", *self.operations))
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    def __repr__(self) -> str:
+        return f"Fingerprint({self.digest}, {len(self.operations)} operations)"
+
+    def difference(self, other: Fingerprint) -> str | None:
+        """What ``other`` has in the first place where it is not this, or None."""
+        for name, own, found in (
+            ("input", self.inputs, other.inputs),
+            ("operation", self.operations, other.operations),
+        ):
+            if len(own) != len(found) and name == "input":
+                return f"it takes {len(own)} arrays, this call has {len(found)}"
+            for i, (one, two) in enumerate(zip(own, found, strict=False)):
+                if one != two:
+                    return f"{name} {i} is {one} in the plan and {two} in this call"
+            if len(own) != len(found):
+                return f"it has {len(own)} operations, this call has {len(found)}"
+        return None
+
+
+def fingerprint(traced: Traced) -> Fingerprint:
+    """The fingerprint of a traced call; the same in every process with the same jax."""
+    program = traced.program
+    number: dict[int, int] = {}
+
+    def operand(atom: Any) -> str:
+        if isinstance(atom, Literal):
+            return f"{atom.dtype}{list(atom.shape)}"
+        return f"%{number.setdefault(atom, len(number))}"
+
+    inputs = []
+    for v, axis in zip(program.inputs, traced.axes, strict=True):
+        operand(v)
+        rows = "" if axis is None else f" rows on axis {axis}"
+        inputs.append(_type(program.avals[v]) + rows)
+    operations = []
+    for equation in program.equations:
+        read = " ".join(map(operand, equation.inputs))
+        made = " ".join(f"{operand(v)}:{_type(program.avals[v])}" for v in equation.outputs)
+        name, params = equation.primitive.name, _parameters(equation.params)
+        operations.append(f"{name}{params} {read} -> {made}")
+    operations.append("return " + " ".join(map(operand, program.outputs)))
+    return Fingerprint(tuple(inputs), tuple(operations))
+
+
+_ADDRESS = re.compile(r" at 0x[0-9a-f]+")
+_PLAIN = (bool, int, float, complex, str, type(None), np.dtype, np.generic, enum.Enum)
+
+
+def _parameters(params: Mapping[str, Any]) -> str:
+    """What an operation does, in words that are the same in every process.
+
+    Functions and other objects without such words go by their types.
+    """
+    texts = {name: _rendered(value) for name, value in sorted(params.items())}
+    found = ", ".join(f"{name}={text}" for name, text in texts.items() if text)
+    return f"[{found}]" if found else ""
+
+
+def _rendered(value: Any) -> str:
+    if hasattr(value, "eqns"):  # a body: of a loop, a branch, a custom derivative
+        text = _ADDRESS.sub("", str(body_outside(value)))
+        digest = hashlib.sha256(text.encode()).hexdigest()[:16]
+        return f"jaxpr {digest}"
+    if isinstance(value, Mapping):
+        value = sorted(value.items())
+    if isinstance(value, tuple | list):
+        return f"({', '.join(map(_rendered, value))})"
+    if isinstance(value, type):
+        return value.__name__
+    return repr(value) if isinstance(value, _PLAIN) else type(value).__name__
+
+
+def _type(aval: Any) -> str:
+    return f"{aval.dtype}{list(aval.shape)}"
+
+
+@dataclasses.dataclass(frozen=True)
+class SegmentPlan:
+    """One segment of a plan.
+
+    Attributes:
+      start, stop: its operations on rows, counted through the program, ``stop`` exclusive.
+      choice: strategy, blocks, micro-batches, offloading.
+      inputs: types of the maps that enter it and wait for its backward pass.
+      height: rows that its blocks divide; 0 where it runs by whole maps.
+      operations: floating-point operations of its passes.
+      saved_bytes: what it holds between its passes, without what waits on the host.
+      forward_bytes, backward_bytes: the most that is alive while its passes run, without what
+        other segments hold, arguments and gradients.
+      offloaded_bytes: of the maps it gives, what waits in the host's memory.
+    """
+
+    start: int
+    stop: int
+    choice: Choice
+    inputs: tuple[str, ...]
+    height: int
+    operations: float
+    saved_bytes: float
+    forward_bytes: float
+    backward_bytes: float
+    offloaded_bytes: float = 0.0
+
+    @property
+    def blocks(self) -> tuple[int, ...]:
+        """Where the blocks of rows end; the last may be smaller than the others."""
+        if not self.height or self.choice.strategy not in ROW_STRATEGIES:
+            return ()
+        rows = ceil_div(self.height, self.choice.num_blocks)
+        return (*range(rows, self.height, rows), self.height)
+
+    @property
+    def fate(self) -> str:
+        """What becomes of the segment's maps between its passes."""
+        kept = {
+            "column": "all maps kept",
+            "checkpoint": "inputs kept, whole maps computed again",
+            "stream": "inputs kept, rows computed again in step with their gradients",
+            "2ps": "inputs and rows between blocks kept, blocks computed again",
+            "overl": "inputs kept, blocks computed again with their halos",
+        }[self.choice.strategy]
+        given = f"; {_mib(self.offloaded_bytes)} MiB that it gives wait on the host"
+        return kept + given if self.choice.offload else kept
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """How a function runs under a memory budget; made by ``lrjax.plan``, run by ``lrjax.rowwise``.
+
+    Print it for a table.
+
+    Attributes:
+      fingerprint: the function and shapes it was made for.
+      wrt: numbers of the flat inputs that the gradient is taken of.
+      segments: in order.
+      target: the device it was compiled for; None for JAX's default.
+      jax_version: that compiled it.
+      budget_bytes: what it had to fit in.
+      fixed_bytes: arguments and gradients.
+      predicted_peak_bytes: the cost model's peak of the gradient.
+      verified_peak_bytes: XLA's peak of the gradient, arguments and gradients included.
+      column_operations: floating-point operations of the gradient in ordinary execution.
+      compilations: programs compiled to find it.
+      host_bytes: what XLA sets aside of the host's memory, for maps that wait there.
+    """
+
+    fingerprint: Fingerprint
+    wrt: tuple[int, ...]
+    segments: tuple[SegmentPlan, ...]
+    target: str | None
+    jax_version: str
+    budget_bytes: int
+    fixed_bytes: int
+    predicted_peak_bytes: int
+    verified_peak_bytes: int | None
+    column_operations: float
+    compilations: int
+    host_bytes: int = 0
+
+    @property
+    def cuts(self) -> tuple[int, ...]:
+        """Operations on rows before each cut."""
+        return tuple(segment.start for segment in self.segments[1:])
+
+    @property
+    def choices(self) -> tuple[Choice, ...]:
+        return tuple(segment.choice for segment in self.segments)
+
+    @property
+    def operations(self) -> float:
+        """Operations as a multiple of ordinary execution's."""
+        return sum(s.operations for s in self.segments) / max(self.column_operations, 1.0)
+
+    @property
+    def is_column(self) -> bool:
+        """Nothing is computed by rows, again or in parts."""
+        return all(choice == Choice("column") for choice in self.choices)
+
+    def check(self, traced: Traced) -> None:
+        """Refuse a call that the plan was not made for.
+
+        Raises:
+          PlanMismatchError: with the first difference.
+        """
+        difference = self.fingerprint.difference(fingerprint(traced))
+        operations = len(Cuttable.of(traced.program, traced.axes).operations)
+        if difference is None and self.segments[-1].stop != operations:
+            difference = (
+                f"its segments end at operation {self.segments[-1].stop}, this call has "
+                f"{operations} operations on rows"
+            )
+        if difference is not None:
+            raise PlanMismatchError(
+                f"plan: it was made for another function or other shapes: {difference}. Make a "
+                "plan for this call with lrjax.plan."
+            )
+
+    def to_json(self) -> str:
+        """The plan as JSON text."""
+        return json.dumps({"lrjax_plan": FORMAT, **dataclasses.asdict(self)}, indent=1) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> Plan:
+        """The plan that ``to_json`` wrote.
+
+        Raises:
+          ValueError: the text is truncated, is no plan or is one of another version.
+        """
+        return _parsed(text, "the text")
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the plan to a file, whole or not at all."""
+        write_whole(path, self.to_json())
+
+    @classmethod
+    def load(
+        cls,
+        path: str | os.PathLike[str],
+        fun: Callable[..., Any] | None = None,
+        *args: Any,
+        in_axes: Any = None,
+    ) -> Plan:
+        """Read a plan.
+
+        Args:
+          path: a file that ``save`` wrote.
+          fun, args, in_axes: the call it is wanted for; without, that is judged when it runs.
+
+        Raises:
+          ValueError: the file is truncated, is no plan or is one of another version.
+          PlanMismatchError: it is for another function or other shapes; says what differs.
+
+        Example:
+          >>> plan = lrjax.Plan.load("vgg16.json", loss, params, images, in_axes=(None, 1))
+        """
+        plan = _parsed(Path(path).read_bytes(), os.fspath(path))
+        if fun is not None:
+            plan.check(trace(fun, in_axes, args, {}))
+        return plan
+
+    def __repr__(self) -> str:
+        segments = f"{len(self.segments)} segment" + "s" * (len(self.segments) != 1)
+        return f"Plan({self.summary}, {segments}; print it for a table)"
+
+    def __str__(self) -> str:
+        return "\n".join([self.summary, *_table(self.segments)])
+
+    @property
+    def summary(self) -> str:
+        """One line: peak, budget, operations."""
+        where = self.target or "the default device"
+        verified = self.verified_peak_bytes
+        peak = (
+            f"predicted {_mib(self.predicted_peak_bytes)}, not compiled"
+            if verified is None
+            else f"peak {_mib(verified)} (predicted {_mib(self.predicted_peak_bytes)})"
+        )
+        host = f"{_mib(self.host_bytes)} MiB of the host's, " if self.host_bytes else ""
+        return (
+            f"plan for {where}, jax {self.jax_version}: {peak} of {_mib(self.budget_bytes)} MiB, "
+            f"{host}{self.operations:.3f} x column's operations, {self.compilations} compilations"
+        )
+
+
+def _mib(count: float) -> str:
+    return f"{count / MIB:,.1f}"
+
+
+_COLUMNS = ("segment", "operations", "strategy", "blocks", "saved MiB", "forward", "backward", "")
+
+
+def _table(segments: Sequence[SegmentPlan]) -> list[str]:
+    rows = [list(_COLUMNS)]
+    for i, segment in enumerate(segments):
+        choice, blocks = segment.choice, segment.blocks
+        strategy = choice.strategy
+        if choice.micro_batches > 1:
+            strategy += f" x {choice.micro_batches} micro-batches"
+        size = f"{len(blocks)} of {blocks[0]} rows" if blocks else ""
+        numbers = (segment.saved_bytes, segment.forward_bytes, segment.backward_bytes)
+        span = f"{segment.start}-{segment.stop - 1}"
+        rows.append([str(i), span, strategy, size, *map(_mib, numbers), segment.fate])
+    return aligned(rows, left=(2, 3, 7))
+
+
+# --- Reading -------------------------------------------------------------------------------------
+
+
+def _parsed(text: str | bytes, name: str) -> Plan:
+    try:
+        data = json.loads(text)
+    except (ValueError, RecursionError) as error:  # no JSON, or no text
+        raise ValueError(
+            f"plan: {name} is truncated or is no JSON ({error}); make the plan again and save it."
+        ) from None
+    if not isinstance(data, dict) or "lrjax_plan" not in data:
+        raise ValueError(f"plan: {name} is no plan of lrjax; give a file that Plan.save wrote.")
+    if data["lrjax_plan"] != FORMAT:
+        raise ValueError(
+            f"plan: {name} has format {data['lrjax_plan']!r}, this version of lrjax reads format "
+            f"{FORMAT}; make the plan again."
+        )
+    try:
+        return _plan_of(data)
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
+        raise ValueError(
+            f"plan: {name} is damaged ({type(error).__name__}: {error}); make the plan again."
+        ) from None
+
+
+def _plan_of(data: dict[str, Any]) -> Plan:
+    segments = tuple(map(_segment_of, _list(data, "segments")))
+    stops = [0, *(segment.stop for segment in segments)]
+    if not segments or stops[:-1] != [segment.start for segment in segments]:
+        raise ValueError("its segments do not follow each other")
+    if stops != sorted(set(stops)):
+        raise ValueError("its segments are empty")
+    found = {name: _list(data["fingerprint"], name) for name in ("inputs", "operations")}
+    verified = data["verified_peak_bytes"]
+    target = data["target"]
+    return Plan(
+        fingerprint=Fingerprint(**{name: tuple(map(str, x)) for name, x in found.items()}),
+        wrt=tuple(map(int, _list(data, "wrt"))),
+        segments=segments,
+        target=None if target is None else str(target),
+        jax_version=str(data["jax_version"]),
+        verified_peak_bytes=None if verified is None else int(verified),
+        column_operations=float(data["column_operations"]),
+        **{
+            name: int(data[name])
+            for name in (
+                *("budget_bytes", "fixed_bytes", "predicted_peak_bytes"),
+                *("compilations", "host_bytes"),
+            )
+        },
+    )
+
+
+def _list(data: dict[str, Any], name: str) -> list[Any]:
+    if not isinstance(data[name], list):
+        raise TypeError(f"{name} is no list")
+    return data[name]
+
+
+def _segment_of(data: dict[str, Any]) -> SegmentPlan:
+    choice = Choice(**data["choice"])
+    if choice.strategy not in PLAN_STRATEGIES:
+        raise ValueError(f"unknown strategy {choice.strategy!r}")
+    for count in (choice.num_blocks, choice.micro_batches):
+        if isinstance(count, bool) or not isinstance(count, int) or count < 1:
+            raise ValueError(f"{count!r} blocks or micro-batches")
+    if choice.strategy in ROW_STRATEGIES and choice.num_blocks > max(int(data["height"]), 1):
+        raise ValueError(f"{choice.num_blocks} blocks of {data['height']} rows")
+    if not isinstance(choice.offload, bool):
+        raise ValueError(f"offload is {choice.offload!r}, neither true nor false")
+    numbers = (
+        *("operations", "saved_bytes", "forward_bytes"),
+        *("backward_bytes", "offloaded_bytes"),
+    )
+    return SegmentPlan(
+        start=int(data["start"]),
+        stop=int(data["stop"]),
+        choice=choice,
+        inputs=tuple(map(str, _list(data, "inputs"))),
+        height=int(data["height"]),
+        **{name: float(data[name]) for name in numbers},
+    )

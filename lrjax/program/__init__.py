@@ -1,0 +1,1 @@
+"""Functions as flat programs: tracing, inlining, constants, and what depends on JAX's version."""

@@ -1,0 +1,103 @@
+"""Comparisons of a value with what it was made of: masks of ReLUs, positions of maxima."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from jax import lax
+
+from lrjax.program.inline import Atom, FlatEquation, FlatProgram, Literal, without_dead_equations
+
+_COMPARE = (lax.eq_p, lax.ne_p, lax.ge_p, lax.gt_p, lax.le_p, lax.lt_p)
+_EXTREMES = (lax.reduce_max_p, lax.reduce_min_p)
+# What such operations give is, element for element, what they take.
+_MOVE = (
+    lax.broadcast_in_dim_p,
+    lax.convert_element_type_p,
+    lax.optimization_barrier_p,
+    lax.reshape_p,
+    lax.squeeze_p,
+    lax.transpose_p,
+)
+
+
+def is_comparison(equation: FlatEquation) -> bool:
+    return equation.primitive in _COMPARE
+
+
+def compared_extremes(program: FlatProgram) -> frozenset[int]:
+    """Results of ``reduce_max`` and ``reduce_min`` that are compared, and moved forms of them.
+
+    Such a result must come from the very numbers it is compared with: if either were computed
+    again in another program, rounded otherwise, no element might equal the maximum.
+    """
+    source: dict[int, int] = {}
+    compared: set[int] = set()
+    for equation in program.equations:
+        inputs = [v for v in equation.inputs if isinstance(v, int)]
+        if equation.primitive in _EXTREMES:
+            source.update((v, v) for v in equation.outputs)
+        elif _moves(equation) and inputs and inputs[0] in source:
+            source.update((v, source[inputs[0]]) for v in equation.outputs)
+        elif is_comparison(equation):
+            compared.update(source[v] for v in inputs if v in source)
+    return frozenset(v for v, origin in source.items() if origin in compared)
+
+
+def _moves(equation: FlatEquation) -> bool:
+    return equation.primitive in _MOVE or equation.primitive.name == "name"
+
+
+def simpler_comparisons(program: FlatProgram) -> FlatProgram:
+    """Comparisons that need fewer values, or values that one program makes.
+
+    ``x > 0`` -> ``max(x, 0) > 0`` where ``max(x, 0)`` is computed anyway. Rows of the ReLU's output
+    are kept for the weight gradients in any case; the mask, or its input, then need not be (185 of
+    578 MiB of line buffers in VGG-16 at 4096x4096).
+
+    ``x == max(x, y)`` -> ``x >= y``, as JAX's derivatives of maxima ask; see ``extremes``.
+
+    All are equal for every number, NaN included.
+    """
+    rectified: dict[int, int] = {}
+    extremes: dict[int, FlatEquation] = {}
+    equations = []
+    for equation in program.equations:
+        inputs = equation.inputs
+        if equation.primitive in _WINS:
+            extremes[equation.outputs[0]] = equation
+            is_relu = equation.primitive is lax.max_p and _is_zero(inputs[1])
+            if is_relu and isinstance(inputs[0], int):
+                rectified.setdefault(inputs[0], equation.outputs[0])
+        elif equation.primitive is lax.gt_p and _is_zero(inputs[1]) and inputs[0] in rectified:
+            operands = (rectified[inputs[0]], inputs[1])
+            equation = dataclasses.replace(equation, inputs=operands)
+        elif equation.primitive is lax.eq_p:
+            equation = _of_operands(equation, extremes)
+        equations.append(equation)
+    return without_dead_equations(dataclasses.replace(program, equations=tuple(equations)))
+
+
+_WINS = {lax.max_p: lax.ge_p, lax.min_p: lax.le_p}
+
+
+def _of_operands(equation: FlatEquation, extremes: dict[int, FlatEquation]) -> FlatEquation:
+    for one, result in (equation.inputs, equation.inputs[::-1]):
+        made = extremes.get(result) if isinstance(result, int) else None
+        if made is None:
+            continue
+        for operand, other in (made.inputs, made.inputs[::-1]):
+            if _is_same(one, operand):
+                wins = _WINS[made.primitive]
+                return dataclasses.replace(equation, primitive=wins, inputs=(one, other))
+    return equation
+
+
+def _is_same(first: Atom, second: Atom) -> bool:
+    if isinstance(first, int) or isinstance(second, int):
+        return isinstance(first, int) and isinstance(second, int) and first == second
+    return first.scalar is not None and bool(first.scalar == second.scalar)
+
+
+def _is_zero(atom: Atom) -> bool:
+    return isinstance(atom, Literal) and atom.scalar is not None and atom.scalar == 0

@@ -1,0 +1,104 @@
+"""Differences between the versions of JAX that lrjax supports, in one place."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.ad_checkpoint import checkpoint_name
+
+from lrjax.program.varying import is_in_shard_map, varying_axes, varying_over
+
+
+def bind(primitive: Any, values: Sequence[Any], params: dict[str, Any]) -> list[Any]:
+    """Apply a primitive with the parameters of an equation; results as a list.
+
+    ``get_bind_params`` turns the bodies of calls into functions. It returns the parameters in
+    jax 0.10 and later, and a pair with the functions first in earlier versions.
+    Operands need not vary over the same mesh axes, as those of a primitive must.
+    """
+    if len(values) > 1 and is_in_shard_map() and not has_body(params):
+        axes = frozenset[str]().union(*map(varying_axes, values))
+        values = [varying_over(value, axes) for value in values]
+    found = primitive.get_bind_params(params)
+    subfuns, bind_params = found if isinstance(found, tuple) else ((), found)
+    results = primitive.bind(*subfuns, *values, **bind_params)
+    return list(results) if primitive.multiple_results else [results]
+
+
+def open_jaxpr(body: Any) -> tuple[Any, list[Any]]:
+    """A jaxpr and its constants, from a closed or an open one.
+
+    jax 0.12 merged the two classes; there a jaxpr may hold constants itself.
+    """
+    consts = list(getattr(body, "consts", ()))
+    return getattr(body, "jaxpr", body), consts
+
+
+def scan_arity(eqn: Any) -> tuple[int, int]:
+    """How many of a scan's operands are constants, and how many are carried.
+
+    jax 0.10 has parameters for it, 0.12 trees. What is scanned has one axis more outside the body.
+    """
+    body, _ = open_jaxpr(eqn.params["jaxpr"])
+
+    def stays(outside: Any, inside: Any) -> bool:
+        return len(outside.aval.shape) == len(inside.aval.shape)
+
+    carried = sum(map(stays, eqn.outvars, body.outvars))
+    return sum(map(stays, eqn.invars, body.invars)) - carried, carried
+
+
+# ``jax.checkpoint`` rounds what it saves by ``reduce_precision``, which has no complex form (jax
+# 0.10 to 0.12): complex values are saved as their real and imaginary parts.
+
+
+def checkpoint(function: Callable[..., Any], policy: Any = None) -> Callable[..., Any]:
+    """``jax.checkpoint`` of a function of arrays, complex ones too."""
+
+    def call(*arrays: Any) -> Any:
+        def joined(*parts: Any) -> Any:
+            return function(*map(from_real_parts, parts))
+
+        return jax.checkpoint(joined, policy=policy)(*map(real_parts, arrays))
+
+    return call
+
+
+def real_parts(array: Any) -> Any:
+    """A complex array as the pair of its real and imaginary parts; any other array as it is."""
+    return (lax.real(array), lax.imag(array)) if jnp.iscomplexobj(array) else array
+
+
+def from_real_parts(parts: Any) -> Any:
+    """The array that ``real_parts`` took apart."""
+    return lax.complex(*parts) if isinstance(parts, tuple) else parts
+
+
+def named(array: Any, name: str) -> Any:
+    """``checkpoint_name`` of an array, a complex one too."""
+    if not jnp.iscomplexobj(array):
+        return checkpoint_name(array, name)
+    return from_real_parts(tuple(checkpoint_name(part, name) for part in real_parts(array)))
+
+
+def strongly_typed(value: Any) -> Any:
+    """A number or an array as an array whose type is not weak."""
+    array = jnp.asarray(value)
+    is_weak = getattr(array, "weak_type", False)  # random keys have none
+    return lax.convert_element_type(array, array.dtype) if is_weak else array
+
+
+def weakly_typed(value: Any) -> Any:
+    """The value with a weak type, which gives way to others' as that of a Python scalar does."""
+    dtype = jnp.result_type(value)
+    params = {"new_dtype": dtype, "weak_type": True, "sharding": None}
+    return lax.convert_element_type_p.bind(value, **params)
+
+
+def has_body(params: dict[str, Any]) -> bool:
+    """Whether these are the parameters of a call, a loop or a branch."""
+    return any("jaxpr" in name or name in ("branches", "call") for name in params)

@@ -1,0 +1,182 @@
+"""Programs within ``jax.shard_map``: where values come to vary over mesh axes.
+
+With ``check_vma=True`` the operands of an operation must vary over the same mesh axes, and JAX
+inserts casts (``pvary``) before it. The transpose of a cast is a sum over devices. jax 0.10 casts a
+parameter after it is broadcast to the shape of a map, which would make that sum one of maps; so
+casts are moved up to what is broadcast, as jax 0.12 does by itself.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import jax
+from jax.extend.core import Literal as JaxLiteral
+
+from lrjax.program.compatibility import bind, has_body, open_jaxpr
+from lrjax.program.varying import struct, varying_axes, varying_over
+
+if TYPE_CHECKING:
+    from lrjax.program.inline import Atom, FlatEquation, FlatProgram
+
+# Operations of one operand that move or repeat its elements.
+_MOVES = ("broadcast_in_dim", "convert_element_type", "reshape", "squeeze", "transpose")
+
+
+def is_cast(equation: FlatEquation) -> bool:
+    """Whether all it does is to let a value vary over further mesh axes."""
+    return equation.primitive.name == "pvary"
+
+
+def is_collective(equation: FlatEquation) -> bool:
+    """Whether it exchanges values between devices, or tells them apart."""
+    params = equation.params
+    return (
+        "axis_name" in params
+        or "axis_index_groups" in params
+        or (equation.primitive.name.startswith("psum"))
+    )
+
+
+def with_early_casts(program: FlatProgram) -> FlatProgram:
+    """The program with its casts as early as they can be.
+
+    What no input changes is read without a cast where that makes no difference, so that rules see
+    the constant.
+    """
+    if not any(map(is_cast, program.equations)):
+        return program
+    return _Mover(program).moved()
+
+
+class _Mover:
+    def __init__(self, program: FlatProgram):
+        self.program = program
+        self.avals = list(program.avals)
+        self.equations: list[FlatEquation] = []
+        self.producer: dict[int, FlatEquation] = {}
+        self.moving = set(program.inputs)  # values that depend on inputs
+        self.uncast: dict[int, Atom] = {}  # casts of what does not
+
+    def moved(self) -> FlatProgram:
+        replaced: dict[int, int] = {}
+        for equation in self.program.equations:
+            inputs = tuple(replaced.get(v, v) if isinstance(v, int) else v for v in equation.inputs)
+            if not has_body(equation.params) and not is_collective(equation):
+                inputs = tuple(self.uncast.get(v, v) if isinstance(v, int) else v for v in inputs)
+            equation = dataclasses.replace(equation, inputs=inputs)
+            if is_cast(equation) and isinstance(inputs[0], int) and inputs[0] in self.moving:
+                replaced[equation.outputs[0]] = self.cast(equation, inputs[0])
+                continue
+            if is_cast(equation):
+                self.uncast[equation.outputs[0]] = inputs[0]
+            self.add(equation)
+        outputs = tuple(
+            replaced.get(v, v) if isinstance(v, int) else v for v in self.program.outputs
+        )
+        return dataclasses.replace(
+            self.program,
+            avals=tuple(self.avals),
+            equations=tuple(self.equations),
+            outputs=outputs,
+        )
+
+    def cast(self, equation: FlatEquation, value: int) -> int:
+        """The value, cast as ``equation`` does it, or moved from a cast of what it is made of."""
+        made_by = self.producer.get(value)
+        aval = self.avals[value]
+        varying = varying_axes(aval) | frozenset(equation.params["axes"])
+        made = self.fresh(aval, varying)
+        if made_by is not None and made_by.primitive.name in _MOVES and len(made_by.inputs) == 1:
+            (operand,) = made_by.inputs
+            assert isinstance(operand, int)
+            inputs: Sequence[Atom] = (self.cast(equation, operand),)
+            self.add(dataclasses.replace(made_by, inputs=tuple(inputs), outputs=(made,)))
+        else:
+            self.add(dataclasses.replace(equation, inputs=(value,), outputs=(made,)))
+        return made
+
+    def add(self, equation: FlatEquation) -> None:
+        self.equations.append(equation)
+        self.producer.update((v, equation) for v in equation.outputs)
+        if self.moving.intersection(v for v in equation.inputs if isinstance(v, int)):
+            self.moving.update(equation.outputs)
+
+    def fresh(self, aval: Any, axes: frozenset[str]) -> int:
+        self.avals.append(struct(aval.shape, aval.dtype, axes))
+        return len(self.avals) - 1
+
+
+def with_casts_outside(
+    program: FlatProgram, inputs: Sequence[Any], axes: Sequence[int | None]
+) -> tuple[FlatProgram, tuple[Any, ...], tuple[int | None, ...]]:
+    """The program without casts of its inputs, with inputs that are cast already, and their axes.
+
+    Sums over devices of their gradients are then outside, once for each, behind all loops.
+    """
+    position = {v: i for i, v in enumerate(program.inputs)}
+    casts = {e.outputs[0]: e for e in program.equations if is_cast(e) and e.inputs[0] in position}
+    if not casts:
+        return program, tuple(inputs), tuple(axes)
+    made: dict[tuple[int, tuple[str, ...]], int] = {}  # (input, axes) -> its cast
+    replaced = {}
+    for v, equation in casts.items():
+        assert isinstance(equation.inputs[0], int)
+        replaced[v] = made.setdefault((equation.inputs[0], equation.params["axes"]), v)
+    kept = [
+        dataclasses.replace(
+            e, inputs=tuple(replaced.get(v, v) if isinstance(v, int) else v for v in e.inputs)
+        )
+        for e in program.equations
+        if e.outputs[:1] not in [(v,) for v in casts]
+    ]
+    outputs = tuple(replaced.get(v, v) if isinstance(v, int) else v for v in program.outputs)
+    used = {v for e in kept for v in e.inputs if isinstance(v, int)}.union(
+        v for v in outputs if isinstance(v, int)
+    )
+    entries = []
+    for v in program.inputs:
+        i = position[v]
+        own = [(new, names) for (old, names), new in made.items() if old == v]
+        if v in used or not own:
+            entries.append((v, inputs[i], axes[i]))
+        entries += [
+            (new, varying_over(inputs[i], varying_axes(program.avals[new])), axes[i])
+            for new, _ in own
+        ]
+    numbers, arrays, row_axes = zip(*entries, strict=True)
+    changed = dataclasses.replace(program, equations=tuple(kept), inputs=numbers, outputs=outputs)
+    return changed, arrays, row_axes
+
+
+def body_outside(jaxpr: Any) -> Any:
+    """A body as it is traced outside of ``jax.shard_map``, from one that was traced within."""
+    if " pvary[" not in str(jaxpr):
+        return jaxpr
+    body, consts = open_jaxpr(jaxpr)
+
+    def call(*arguments: Any) -> list[Any]:
+        known = dict(zip((*body.constvars, *body.invars), (*consts, *arguments), strict=True))
+
+        def read(v: Any) -> Any:
+            return v.val if isinstance(v, JaxLiteral) else known[v]
+
+        for eqn in body.eqns:
+            results = values = [read(v) for v in eqn.invars]
+            if eqn.primitive.name != "pvary":
+                params = {name: _param_outside(param) for name, param in eqn.params.items()}
+                results = bind(eqn.primitive, values, params)
+            known.update(zip(eqn.outvars, results, strict=True))
+        return [read(v) for v in body.outvars]
+
+    structs = [jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in body.invars]
+    with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), ())):
+        return jax.make_jaxpr(call)(*structs)
+
+
+def _param_outside(param: Any) -> Any:
+    if hasattr(param, "eqns"):
+        return body_outside(param)
+    return None if isinstance(param, jax.sharding.NamedSharding) else param

@@ -1,0 +1,137 @@
+"""Branches (``lax.cond``, ``lax.switch``) whose bodies are row by row: chosen in every step."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.extend.core import jaxpr_as_fun
+
+from lrjax.rowgraph.bodies import (
+    is_positional,
+    is_tame,
+    operations_per_row,
+    pointwise_graph,
+    reducing_primitive,
+    row_axis_of,
+    run_on_block,
+)
+from lrjax.rowgraph.graph import RowGraph
+from lrjax.rules.base import Array, Equation, NotRowLocal, RowOp, RowRead, Rows, rule
+from lrjax.rules.geometry import IDENTITY
+
+
+@rule("cond")
+def branches(equation: Equation) -> RowOp:
+    """Branches on a scalar whose bodies are all row by row: chosen anew in every step."""
+    index, *operands = equation.operands
+    if index.row_axis is not None:
+        raise NotRowLocal("a branch that is chosen by rows")
+    axes = [o.row_axis for o in operands]
+    bodies, out_axes = _bodies(equation)
+
+    def evaluate(windows: Sequence[Array], rows: Rows) -> Sequence[Array]:
+        values = [jnp.asarray(w, o.dtype) for w, o in zip(windows[1:], operands, strict=True)]
+        pairs = zip(equation.outputs, out_axes, strict=True)
+        kept = [jnp.ones(_with_size(out.shape, a, rows.count), np.bool_) for out, a in pairs]
+
+        def run(body: RowGraph) -> Any:
+            extra = kept if len(body.program.inputs) > len(values) else []
+            return lambda *operands: run_on_block(body, [*extra, *operands], rows, equation.height)
+
+        return jax.lax.switch(windows[0], [run(body) for body in bodies], *values)
+
+    reasons = (n.op.undifferentiable for body in bodies for n in body.nodes if n.op is not None)
+    return RowOp(
+        (None, *(None if axis is None else RowRead(IDENTITY, axis) for axis in axes)),
+        out_axes,
+        equation.height,
+        evaluate,
+        flops=max(map(operations_per_row, bodies)),
+        is_tame=all(map(is_tame, bodies)),
+        is_positional=any(map(is_positional, bodies)),
+        undifferentiable=next((reason for reason in reasons if reason is not None), None),
+    )
+
+
+def _bodies(equation: Equation) -> tuple[list[RowGraph], tuple[int, ...]]:
+    """The branches with the row axis of every output.
+
+    A branch some of whose outputs do not depend on rows takes an array of ones more for each
+    output, which gives them rows.
+    """
+    operands = equation.operands[1:]
+    structs = [o.struct for o in operands]
+    axes = [o.row_axis for o in operands]
+    functions = [jaxpr_as_fun(branch) for branch in equation.params["branches"]]
+    found = [_branch_graph(function, structs, axes) for function in functions]
+    out_axes = _out_axes(equation, found)
+    masks = [jax.ShapeDtypeStruct(out.shape, np.bool_) for out in equation.outputs]
+    bodies = [
+        graph
+        if all(row_axis_of(graph, v) is not None for v in graph.program.outputs)
+        else _branch_graph(
+            functools.partial(_with_rows, function, len(masks)),
+            [*masks, *structs],
+            [*out_axes, *axes],
+        )
+        for function, graph in zip(functions, found, strict=True)
+    ]
+    for body in bodies:
+        _check_one_row(equation, body, out_axes)
+    return bodies, out_axes
+
+
+def _check_one_row(equation: Equation, body: RowGraph, out_axes: Sequence[int]) -> None:
+    """A branch must make a row from a row; one may give a map that is whole in it."""
+    inputs = [
+        jax.ShapeDtypeStruct(
+            struct.shape if axis is None else _with_size(struct.shape, axis, 1), struct.dtype
+        )
+        for v, struct in zip(body.program.inputs, body.program.structs, strict=True)
+        for axis in [body.row_axis.get(v)]
+    ]
+    try:
+        made = jax.eval_shape(lambda *xs: run_on_block(body, xs, Rows(0, 1), 1), *inputs)
+    except TypeError as error:
+        raise NotRowLocal(f"a branch takes rows of a whole map ({error})") from None
+    if any(out.shape[axis] != 1 for out, axis in zip(made, out_axes, strict=True)):
+        raise NotRowLocal("a branch gives a map that exists whole")
+
+
+def _out_axes(equation: Equation, found: Sequence[RowGraph]) -> tuple[int, ...]:
+    out_axes: list[int] = []
+    per_output = zip(*(graph.program.outputs for graph in found), strict=True)
+    for out, outputs in zip(equation.outputs, per_output, strict=True):
+        axes = (row_axis_of(graph, v) for graph, v in zip(found, outputs, strict=True))
+        named = {axis for axis in axes if axis is not None}
+        if not named and equation.height in out.shape[equation.row_axis : equation.row_axis + 1]:
+            named = {equation.row_axis}  # the same for all rows in every branch
+        if len(named) != 1:
+            raise NotRowLocal("an output of a branch carries no rows, or on different axes")
+        out_axes.append(named.pop())
+    return tuple(out_axes)
+
+
+def _branch_graph(function: Any, structs: Sequence[Any], axes: Sequence[int | None]) -> RowGraph:
+    try:
+        graph = pointwise_graph(function, structs, axes, keep_custom_rules=True)
+    except NotRowLocal as reason:
+        raise NotRowLocal(f"a branch is not row-local: {reason}") from None
+    if reducing_primitive(graph) is not None:
+        raise NotRowLocal("a branch reduces over rows")
+    return graph
+
+
+def _with_rows(function: Any, count: int, *arrays: Array) -> list[Array]:
+    """The function's results as row values, where some do not depend on rows."""
+    pairs = zip(arrays[:count], function(*arrays[count:]), strict=True)
+    return [jax.lax.select(keep, out, jnp.zeros_like(out)) for keep, out in pairs]
+
+
+def _with_size(shape: Sequence[int], axis: int, size: int) -> tuple[int, ...]:
+    return tuple(size if a == axis else s for a, s in enumerate(shape))

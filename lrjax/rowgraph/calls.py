@@ -1,0 +1,290 @@
+"""Calls with derivatives of their own (``custom_jvp``, ``custom_vjp``) on blocks of rows.
+
+A program that is differentiated first never shows them: the traced gradient has their rules
+inside. 2PS and OverL differentiate a step instead, so a call must stay one operation there, with
+its own derivative on every block (``jax.nn.relu`` has slope 0 at 0, ``jnp.maximum`` 1/2). That is
+exact only if the rule is row by row and additive in the cotangents, which is proved from its jaxpr
+and never assumed; a call that cannot be proved runs on whole maps.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from lrjax.program import linearity
+from lrjax.program.linearity import Dependence
+from lrjax.rowgraph.bodies import (
+    is_positional,
+    is_tame,
+    masked_rows,
+    operations_per_row,
+    pointwise_graph,
+    reducing_primitive,
+    row_axis_of,
+    run_on_block,
+)
+from lrjax.rowgraph.graph import RowGraph
+from lrjax.rules.base import Array, Equation, NotRowLocal, RowOp, RowRead, Rows, rule
+from lrjax.rules.geometry import IDENTITY
+
+_MOST_KNOWN = 1024
+_KNOWN: OrderedDict[Any, tuple[Equation, RowOp]] = OrderedDict()
+
+
+@rule("custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr")
+def custom_call(equation: Equation) -> RowOp:
+    """A call whose body is row by row, operand row for output row.
+
+    Where its derivative is not, or is not proved additive, the operation says so
+    (``undifferentiable``).
+
+    A planner asks for the same calls again and again, and each answer takes several traces: they
+    are remembered, by the identity of the parameters (which an entry keeps alive).
+    """
+    key = (
+        equation.primitive,
+        tuple((name, id(value)) for name, value in sorted(equation.params.items())),
+        tuple((o.struct, o.row_axis) for o in equation.operands),
+        equation.outputs,
+    )
+    if key not in _KNOWN:
+        _KNOWN[key] = equation, _custom_call(equation)
+    _KNOWN.move_to_end(key)
+    while len(_KNOWN) > _MOST_KNOWN:
+        _KNOWN.popitem(last=False)
+    if _WATCHED is not None and _KNOWN[key][1].undifferentiable is None:
+        _WATCHED[key] = _KNOWN[key]
+    return _KNOWN[key][1]
+
+
+_WATCHED: dict[Any, tuple[Equation, RowOp]] | None = None
+
+
+@contextlib.contextmanager
+def watched() -> Iterator[dict[Any, tuple[Equation, RowOp]]]:
+    """Collects the calls that are met while it is open and whose derivatives are proved."""
+    global _WATCHED
+    outer, _WATCHED = _WATCHED, {}
+    try:
+        yield _WATCHED
+    finally:
+        _WATCHED = outer
+
+
+def _custom_call(equation: Equation) -> RowOp:
+    axes = [o.row_axis for o in equation.operands]
+    structs = _structs(equation)
+    name = _name_of(equation)
+    try:
+        body = _body(equation.bind, structs, axes)
+    except NotRowLocal as reason:
+        raise NotRowLocal(f"{name} is not row-local: {reason}") from None
+    out_axes = tuple(row_axis_of(body, v) for v in body.program.outputs)
+    if any(axis is None for axis in out_axes):
+        raise NotRowLocal(f"an output of {name} does not carry rows")
+    derivative: _Derivative | None = None
+    undifferentiable = None
+    try:
+        derivative = _derivative(equation, out_axes)
+    except NotRowLocal as reason:
+        undifferentiable = f"the derivative of {name} cannot be tiled: {reason}"
+
+    def evaluate(windows: Sequence[Array], rows: Rows) -> Sequence[Array]:
+        pairs = zip(windows, equation.operands, strict=True)
+        values = tuple(jnp.asarray(w, o.dtype) for w, o in pairs)
+        if derivative is None or not rows.is_differentiated:
+            return run_on_block(body, values, rows, equation.height)
+        return derivative.call(_StaticRows(rows.start, rows.count), values)
+
+    return RowOp(
+        reads=tuple(None if axis is None else RowRead(IDENTITY, axis) for axis in axes),
+        out_axes=out_axes,
+        height=equation.height,
+        evaluate=evaluate,
+        flops=operations_per_row(body),
+        is_tame=is_tame(body),
+        is_positional=is_positional(body),
+        undifferentiable=undifferentiable,
+    )
+
+
+def _name_of(equation: Equation) -> str:
+    """The name of the function with the rule, for messages."""
+    for name in ("call_jaxpr", "fun_jaxpr", "jvp_jaxpr_fun", "fwd_jaxpr_thunk", "bwd"):
+        info = getattr(equation.params.get(name), "debug_info", None)
+        found = getattr(info, "func_name", None)
+        if found:
+            return f"{equation.primitive.name} of {found}"
+    return equation.primitive.name
+
+
+def _structs(equation: Equation) -> list[jax.ShapeDtypeStruct]:
+    return [o.struct for o in equation.operands]
+
+
+def _body(function: Any, structs: Sequence[Any], axes: Sequence[int | None]) -> RowGraph:
+    body = pointwise_graph(function, structs, axes)
+    reduces = reducing_primitive(body)
+    if reduces is not None:
+        raise NotRowLocal(f"{reduces} over rows")
+    return body
+
+
+# --- The derivative ------------------------------------------------------------------------------
+
+
+def _derivative(equation: Equation, out_axes: Sequence[int | None]) -> _Derivative:
+    """The call's derivative on blocks.
+
+    Raises:
+      NotRowLocal: it is not proved that the cotangents of blocks add up to those of the whole.
+    """
+    if not all(jnp.issubdtype(out.dtype, jnp.inexact) for out in equation.outputs):
+        raise NotRowLocal("an output is an integer")
+    axes = [o.row_axis for o in equation.operands]
+    structs = _structs(equation)
+    wrt = [i for i, o in enumerate(equation.operands) if jnp.issubdtype(o.dtype, jnp.inexact)]
+    pull_back = functools.partial(_pull_back, equation, wrt)
+    taken = _body(functools.partial(_primal_of_rule, equation, wrt), structs, axes)
+    if [row_axis_of(taken, v) for v in taken.program.outputs] != list(out_axes):
+        raise NotRowLocal("its forward rule gives rows on other axes")
+    graph = pointwise_graph(pull_back, [*structs, *equation.outputs], [*axes, *out_axes])
+    cotangents = graph.program.inputs[len(structs) :]
+    found = linearity.dependences(graph.program, cotangents)
+    _check_reductions(graph, found)
+    given = linearity.output_dependences(graph.program, cotangents)
+    bar_axes: list[int | None] = []
+    for i, atom, dependence in zip(wrt, graph.program.outputs, given, strict=True):
+        axis = row_axis_of(graph, atom)
+        if dependence not in (Dependence.ADDITIVE, Dependence.ZERO):
+            raise NotRowLocal(f"the cotangent of operand {i} is not proved linear")
+        if dependence is Dependence.ADDITIVE and axis != axes[i]:
+            raise NotRowLocal(f"the cotangent of operand {i} carries rows on axis {axis}")
+        bar_axes.append(axis)
+    is_zero = tuple(dependence is Dependence.ZERO for dependence in given)
+    return _Derivative(equation, taken, graph, tuple(wrt), is_zero)
+
+
+def _check_reductions(graph: RowGraph, found: dict[int, Dependence]) -> None:
+    """Sums of cotangents over rows may leave the rule, and nothing else."""
+    from_reductions: set[int] = set()
+    for node in graph.nodes:
+        inputs = [v for v in node.equation.inputs if isinstance(v, int)]
+        name = node.equation.primitive.name
+        if from_reductions.intersection(inputs):
+            if node.op is not None:
+                raise NotRowLocal("a reduction over rows is fed back to rows")
+            from_reductions.update(node.equation.outputs)
+        if node.is_reduction:
+            assert node.op is not None
+            if node.op.reduction != "sum":
+                raise NotRowLocal(f"{name} over rows")
+            if any(found[v] is not Dependence.ADDITIVE for v in node.equation.outputs):
+                raise NotRowLocal(f"{name} over rows of what is not proved linear in cotangents")
+            from_reductions.update(node.equation.outputs)
+
+
+def _differentiable(equation: Equation, wrt: Sequence[int], primals: Sequence[Array]) -> Any:
+    """Outputs of the call as its forward rule gives them, and the pull-back."""
+
+    def function(*moving: Array) -> list[Array]:
+        operands = list(primals)
+        for i, value in zip(wrt, moving, strict=True):
+            operands[i] = value
+        return equation.bind(*operands)
+
+    return jax.vjp(function, *(primals[i] for i in wrt))
+
+
+def _primal_of_rule(equation: Equation, wrt: Sequence[int], *primals: Array) -> list[Array]:
+    return _differentiable(equation, wrt, primals)[0]
+
+
+def _pull_back(equation: Equation, wrt: Sequence[int], *values: Array) -> list[Array]:
+    primals, cotangents = values[: len(equation.operands)], values[len(equation.operands) :]
+    return list(_differentiable(equation, wrt, primals)[1](list(cotangents)))
+
+
+class _Derivative:
+    """A call as a differentiable function of blocks.
+
+    Attributes:
+      taken: the outputs, as the forward rule gives them.
+      graph: the cotangents of the operands ``wrt``, from operands and cotangents.
+      is_zero: which of them are zero.
+    """
+
+    def __init__(
+        self,
+        equation: Equation,
+        taken: RowGraph,
+        graph: RowGraph,
+        wrt: tuple[int, ...],
+        is_zero: tuple[bool, ...],
+    ):
+        self.equation, self.taken, self.graph = equation, taken, graph
+        self.wrt, self.is_zero = wrt, is_zero
+
+    def call(self, rows: _StaticRows, values: tuple[Array, ...]) -> Sequence[Array]:
+        height = self.equation.height
+
+        @jax.custom_vjp
+        def call(rows: Any, values: tuple[Array, ...]) -> list[Array]:
+            return run_on_block(self.taken, values, rows.rows, height)
+
+        def forward(rows: Any, values: tuple[Array, ...]) -> Any:
+            return call(rows, values), (rows, values)
+
+        def backward(residuals: Any, cotangents: Sequence[Array]) -> Any:
+            rows, values = residuals
+            return None, tuple(self.cotangents(rows.rows, values, cotangents))
+
+        call.defvjp(forward, backward)
+        return call(rows, values)
+
+    def cotangents(
+        self, rows: Rows, values: Sequence[Array], cotangents: Sequence[Array]
+    ) -> list[Array | None]:
+        """Of the operands, None for those that have none.
+
+        The cotangents of rows outside the image are zero, and so is what the rule makes of them;
+        set to zero they stay so where the rule divides by what such rows hold.
+        """
+        height = self.equation.height
+        found = run_on_block(self.graph, [*values, *cotangents], rows, height)
+        bars: list[Array | None] = [None] * len(values)
+        for i, bar, is_zero in zip(self.wrt, found, self.is_zero, strict=True):
+            axis = self.equation.operands[i].row_axis
+            if is_zero:
+                bars[i] = jnp.zeros_like(values[i])
+            elif axis is None or is_tame(self.graph):
+                bars[i] = bar
+            else:
+                bars[i] = masked_rows(bar, rows, axis, height, 0)
+        return bars
+
+
+@jax.tree_util.register_pytree_node_class
+class _StaticRows(tuple):
+    """Rows of a block as an argument of a custom_vjp: the start is a leaf, the count is not."""
+
+    def __new__(cls, start: Any, count: int) -> _StaticRows:
+        return super().__new__(cls, (start, count))
+
+    @property
+    def rows(self) -> Rows:
+        return Rows(self[0], self[1], is_differentiated=True)
+
+    def tree_flatten(self) -> tuple[tuple[Any], int]:
+        return (self[0],), self[1]
+
+    @classmethod
+    def tree_unflatten(cls, count: int, leaves: Sequence[Any]) -> _StaticRows:
+        return cls(leaves[0], count)

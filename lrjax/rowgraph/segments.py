@@ -1,0 +1,239 @@
+"""Cut a program into segments: between two of them, maps exist whole."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Sequence
+
+import numpy as np
+
+from lrjax.program.inline import FlatEquation, FlatProgram
+from lrjax.rowgraph import branches as _branches  # noqa: F401  registers its rule
+from lrjax.rowgraph import calls as _calls  # noqa: F401  registers its rules
+from lrjax.rowgraph.graph import build
+
+
+@dataclasses.dataclass(frozen=True)
+class Segment:
+    """A part of a program that runs under one strategy.
+
+    Attributes:
+      program: its equations, with the values it takes and gives as inputs and outputs.
+      axes: row axis of every input.
+      made: values of the whole program that it gives, in the order of its outputs.
+    """
+
+    program: FlatProgram
+    axes: tuple[int | None, ...]
+    made: tuple[int, ...]
+
+
+def split(
+    program: FlatProgram,
+    axes: Sequence[int | None],
+    cuts: Sequence[str] | int,
+    *,
+    in_order: bool = False,
+) -> list[Segment]:
+    """Cut at named values, or into a number of segments.
+
+    Args:
+      program: the whole program.
+      axes: row axis of every input.
+      cuts: names, or the number of segments.
+      in_order: every name must end a segment of its own, in the order given.
+
+    Raises:
+      ValueError: for a name that the program does not have, names that are not in order, or too
+        many segments.
+    """
+    row_axis = build(program, axes).row_axis if cuts else {}
+    row_axis.update({v: a for v, a in zip(program.inputs, axes, strict=True) if a is not None})
+    depends = _depends_on_rows(program, row_axis)
+    if isinstance(cuts, int):
+        part = _parts_by_width(program, depends, cuts)
+    else:
+        part = _parts_by_name(program, depends, cuts)
+        if in_order:
+            _check_order(program, part, cuts)
+    count = 1 + max(part.values(), default=0)
+    return [_segment(program, row_axis, part, index) for index in range(count)]
+
+
+def split_at(
+    program: FlatProgram, axes: Sequence[int | None], positions: Sequence[int]
+) -> list[Segment]:
+    """Cut behind these numbers of operations on rows, in rising order."""
+    whole = Cuttable.of(program, axes)
+    bounds = [0, *positions, len(whole.operations)]
+    return [whole.between(start, stop) for start, stop in itertools.pairwise(bounds)]
+
+
+@dataclasses.dataclass(frozen=True)
+class Cuttable:
+    """A program that may be cut between any two of its operations on rows.
+
+    Attributes:
+      program: the whole program.
+      row_axis: axis of every value that carries rows.
+      operations: its equations that depend on rows, in order.
+    """
+
+    program: FlatProgram
+    row_axis: dict[int, int]
+    operations: tuple[FlatEquation, ...]
+
+    @classmethod
+    def of(cls, program: FlatProgram, axes: Sequence[int | None]) -> Cuttable:
+        row_axis = dict(build(program, axes).row_axis)
+        row_axis.update({v: a for v, a in zip(program.inputs, axes, strict=True) if a is not None})
+        depends = _depends_on_rows(program, row_axis)
+        operations = tuple(e for e in program.equations if depends.intersection(e.outputs))
+        return cls(program, row_axis, operations)
+
+    def between(self, start: int, stop: int) -> Segment:
+        """The segment of operations ``start`` to ``stop`` (exclusive)."""
+        part = {e.outputs[0]: 1 + (i >= stop) - (i < start) for i, e in enumerate(self.operations)}
+        return _segment(self.program, self.row_axis, part, 1)
+
+
+def _depends_on_rows(program: FlatProgram, row_axis: dict[int, int]) -> set[int]:
+    found = {v for v in program.inputs if v in row_axis}
+    for equation in program.equations:
+        if found.intersection(v for v in equation.inputs if isinstance(v, int)):
+            found.update(equation.outputs)
+    return found
+
+
+def _is_tag(equation: FlatEquation, names: Sequence[str]) -> bool:
+    return equation.primitive.name == "name" and equation.params["name"] in names
+
+
+def _parts_by_name(program: FlatProgram, depends: set[int], names: Sequence[str]) -> dict[int, int]:
+    """Segment of every equation (by its first output) that depends on rows."""
+    found = [e.params["name"] for e in program.equations if e.primitive.name == "name"]
+    for name in names:
+        if name not in found:
+            raise ValueError(
+                f"cuts: no value is named {name!r}; names in fun are {sorted(set(found))}. Name a "
+                "value with jax.ad_checkpoint.checkpoint_name(value, name)."
+            )
+    after: dict[int, int] = {}
+    part: dict[int, int] = {}
+    for equation in program.equations:
+        if not depends.intersection(equation.outputs):
+            continue
+        inputs = (v for v in equation.inputs if isinstance(v, int))
+        own = max((after.get(v, 0) for v in inputs), default=0)
+        part[equation.outputs[0]] = own
+        after.update((v, own + _is_tag(equation, names)) for v in equation.outputs)
+    # A tag that ends the program leaves no segment behind it; the numbers stay without gaps.
+    numbers = {own: i for i, own in enumerate(sorted(set(part.values())))}
+    return {v: numbers[own] for v, own in part.items()}
+
+
+def _check_order(program: FlatProgram, part: dict[int, int], names: Sequence[str]) -> None:
+    """Every name ends the segment of its own number."""
+    ends: dict[str, set[int | None]] = {name: set() for name in names}
+    for equation in program.equations:
+        if _is_tag(equation, names):
+            ends[equation.params["name"]].add(part.get(equation.outputs[0]))
+    if [*ends.values()] != [{i} for i in range(len(names))]:
+        raise ValueError(
+            f"cuts: with groups, the names {list(names)} must follow one another in fun, each on "
+            "what was made from the one before; give them in that order, each once."
+        )
+
+
+def _parts_by_width(program: FlatProgram, depends: set[int], count: int) -> dict[int, int]:
+    """Cut where the maps that cross are smallest, with no segment under half its fair share."""
+    equations = [e for e in program.equations if depends.intersection(e.outputs)]
+    if count > len(equations):
+        raise ValueError(
+            f"cuts={count}: fun has {len(equations)} operations on rows; ask for at most that many "
+            "segments."
+        )
+    size = {
+        v: int(np.prod(program.avals[v].shape)) * program.avals[v].dtype.itemsize
+        for e in equations
+        for v in e.outputs
+    }
+    last_use = {v: len(equations) for v in program.outputs if isinstance(v, int)}
+    for i, equation in enumerate(equations):
+        for v in equation.inputs:
+            if isinstance(v, int):
+                last_use[v] = max(last_use.get(v, 0), i)
+    made_at = {v: i for i, e in enumerate(equations) for v in e.outputs}
+    width = [
+        sum(size[v] for v, made in made_at.items() if made <= i < last_use.get(v, -1))
+        for i in range(len(equations) - 1)
+    ]
+    weight = np.cumsum([sum(size[v] for v in e.outputs) for e in equations])
+    cut_after = _lightest_cuts(width, weight, count)
+    bounds = [*cut_after, len(equations) - 1]
+    return {
+        e.outputs[0]: next(p for p, bound in enumerate(bounds) if i <= bound)
+        for i, e in enumerate(equations)
+    }
+
+
+def _lightest_cuts(width: list[int], weight: np.ndarray, count: int) -> list[int]:
+    """Positions of ``count - 1`` cuts of least total width (dynamic programming)."""
+    least = weight[-1] / (2 * count)
+    best: dict[int, tuple[float, list[int]]] = {-1: (0.0, [])}
+    for _ in range(count - 1):
+        extended: dict[int, tuple[float, list[int]]] = {}
+        for last, (cost, cuts) in best.items():
+            done = weight[last] if last >= 0 else 0
+            for position in range(last + 1, len(width)):
+                if weight[position] - done < least or weight[-1] - weight[position] < least:
+                    continue
+                total = cost + width[position]
+                if position not in extended or total < extended[position][0]:
+                    extended[position] = (total, [*cuts, position])
+        best = extended
+    if not best:
+        step = (len(width) + 1) // count
+        return [step * (i + 1) - 1 for i in range(count - 1)]
+    return min(best.values())[1]
+
+
+def _segment(
+    program: FlatProgram, row_axis: dict[int, int], part: dict[int, int], index: int
+) -> Segment:
+    """Equations of one part, and what they need that no row touches (made again in each part)."""
+    own = {e.outputs[0] for e in program.equations if part.get(e.outputs[0]) == index}
+    is_last = index == max(part.values(), default=0)
+    outside = {
+        v
+        for e in program.equations
+        if part.get(e.outputs[0], -1) > index
+        for v in e.inputs
+        if isinstance(v, int)
+    }
+    outside.update(v for v in program.outputs if isinstance(v, int))
+    produced = {v: e for e in program.equations for v in e.outputs}
+    made = tuple(
+        v
+        for v, e in produced.items()
+        if v in outside
+        and (e.outputs[0] in own or (is_last and e.outputs[0] not in part and v in outside))
+    )
+    needed = set(made)
+    equations = []
+    for equation in reversed(program.equations):
+        head = equation.outputs[0] if equation.outputs else None
+        wanted = needed.intersection(equation.outputs) or (equation.has_effects and is_last)
+        if wanted and (head in own or head not in part):
+            equations.append(equation)
+            needed.update(v for v in equation.inputs if isinstance(v, int))
+    equations.reverse()
+    local = {v for e in equations for v in e.outputs} | set(program.constants)
+    inputs = tuple(sorted(v for v in needed if v not in local))
+    made = tuple(v for v in made if v in local)
+    return Segment(
+        FlatProgram(program.avals, tuple(equations), inputs, made, program.constants),
+        tuple(row_axis.get(v) for v in inputs),
+        made,
+    )

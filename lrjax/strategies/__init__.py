@@ -1,0 +1,1 @@
+"""Ways to run a segment, and to differentiate it."""

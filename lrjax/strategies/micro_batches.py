@@ -1,0 +1,229 @@
+"""A segment on a few images at a time: micro-batches around whatever runs the segment.
+
+Only where images are independent, which is not assumed but read off the program: with the batch as
+the axis of rows, every operation must be a row operation that maps examples one to one, without
+reductions. Batch statistics are refused so, and so is what merges the batch with another axis, or
+depends on an example's number (random bits, ``iota`` along the batch).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from lrjax.loop.full_after import full_after, full_like
+from lrjax.loop.offload import beside, empty_on_host, instantiated, is_on_host, on_device
+from lrjax.program.inline import Literal, flatten
+from lrjax.program.varying import struct_like
+from lrjax.rowgraph.graph import RowGraph, build
+from lrjax.rowgraph.segments import Cuttable, Segment
+from lrjax.rules.base import Array, Rows
+from lrjax.rules.geometry import IDENTITY
+
+BATCH_AXIS = 0
+Function = Callable[..., Sequence[Array]]
+
+
+@dataclasses.dataclass(frozen=True)
+class MicroBatches:
+    """A segment and the same on one part of its batch.
+
+    Attributes:
+      segment: on all images.
+      part: on ``size`` images.
+      parts: their number.
+      size: images of a part.
+      divided: inputs that are divided among the parts; all others go whole into each.
+    """
+
+    segment: Segment
+    part: Segment
+    parts: int
+    size: int
+    divided: tuple[int, ...]
+
+
+def independent_operations(whole: Cuttable, axes: Sequence[int | None]) -> list[bool]:
+    """Whether each operation on rows maps examples one to one, as far as the program tells."""
+    if BATCH_AXIS in axes:
+        return [False] * len(whole.operations)
+    graph = build(whole.program, [None if axis is None else BATCH_AXIS for axis in axes])
+    check = _is_one_to_one(graph)
+    found = {
+        v: check(node) and graph.row_axis.get(v) == BATCH_AXIS
+        for node in graph.nodes
+        for v in node.equation.outputs
+    }
+    return [found.get(equation.outputs[0], False) for equation in whole.operations]
+
+
+def batch_graph(segment: Segment) -> RowGraph | None:
+    """The segment with examples for rows; None where they are not independent."""
+    maps = [axis is not None for axis in segment.axes]
+    if BATCH_AXIS in segment.axes or not any(maps):
+        return None
+    avals = segment.program.avals
+    sizes = {
+        avals[v].shape[BATCH_AXIS]
+        for v, is_map in zip(segment.program.inputs, maps, strict=True)
+        if is_map
+    }
+    graph = build(segment.program, [BATCH_AXIS if is_map else None for is_map in maps])
+    outputs = graph.program.outputs
+    is_given = all(graph.row_axis.get(v) == BATCH_AXIS for v in outputs if isinstance(v, int))
+    sizes |= {graph.program.aval(v).shape[BATCH_AXIS] for v in outputs} if is_given else set()
+    independent = is_given and len(sizes) == 1 and all(map(_is_one_to_one(graph), graph.nodes))
+    return graph if independent else None
+
+
+def _is_one_to_one(graph: RowGraph) -> Callable[[Any], bool]:
+    def check(node: Any) -> bool:
+        if node.op is None:
+            return not any(v in graph.row_axis for v in _values(node.equation.inputs))
+        pairs = zip(node.equation.inputs, node.op.reads, strict=True)
+        is_alone = not (node.is_reduction or node.op.is_positional or node.op.undifferentiable)
+        return is_alone and all(
+            read is None or (read.row_map == IDENTITY and v in graph.row_axis) for v, read in pairs
+        )
+
+    return check
+
+
+def micro_batches(segment: Segment, parts: int) -> MicroBatches:
+    """The segment in parts of its batch.
+
+    Raises:
+      ValueError: its examples are not independent, or their number is no multiple of ``parts``.
+    """
+    graph = batch_graph(segment)
+    if graph is None:
+        raise ValueError("micro_batches: the examples of this segment depend on each other.")
+    divided = tuple(i for i, axis in enumerate(segment.axes) if axis is not None)
+    batch = segment.program.structs[divided[0]].shape[BATCH_AXIS]
+    if batch % parts:
+        raise ValueError(f"micro_batches={parts} does not divide the batch of {batch} images.")
+    size = batch // parts
+    structs = [
+        _resized(struct, size) if i in divided else struct
+        for i, struct in enumerate(segment.program.structs)
+    ]
+    closed = jax.make_jaxpr(lambda *inputs: _evaluate_part(graph, inputs, size))(*structs)
+    program = flatten(closed, keep_custom_rules=True)
+    part = Segment(program, segment.axes, tuple(v for v in program.outputs if isinstance(v, int)))
+    return MicroBatches(segment, part, parts, size, divided)
+
+
+def _resized(struct: Any, size: int) -> jax.ShapeDtypeStruct:
+    return struct_like(struct, (size, *struct.shape[1:]))
+
+
+def _evaluate_part(graph: RowGraph, inputs: Sequence[Array], size: int) -> list[Array]:
+    values: dict[int, Any] = {**graph.program.constants}
+    values.update(zip(graph.program.inputs, inputs, strict=True))
+
+    def read(atom: Any) -> Any:
+        return jnp.asarray(atom.value, atom.dtype) if isinstance(atom, Literal) else values[atom]
+
+    for node in graph.nodes:
+        operands = list(map(read, node.equation.inputs))
+        if node.op is None:
+            results: Sequence[Any] = node.equation.evaluate(operands)
+        else:
+            with node.equation.origin():
+                results = node.op.evaluate(operands, Rows(0, size))
+        values.update(zip(node.equation.outputs, results, strict=True))
+    return [read(v) for v in graph.program.outputs]
+
+
+def by_micro_batches(own: MicroBatches, function: Function) -> Function:
+    """``function``, which runs ``own.part``, on one part of the batch after the other.
+
+    The backward pass starts each part anew from the inputs; gradients of what is not divided are
+    added up in float32 or wider.
+    """
+    structs = own.segment.program.structs
+    outputs = [own.segment.program.aval(v) for v in own.segment.program.outputs]
+
+    def inputs_of(inputs: Sequence[Array], index: Array) -> list[Array]:
+        return [_part(x, own, index) if i in own.divided else x for i, x in enumerate(inputs)]
+
+    @jax.custom_vjp
+    def call(*inputs: Array) -> list[Array]:
+        def one(arrays: list[Array], index: Array) -> tuple[list[Array], None]:
+            results = function(*inputs_of(inputs, index))
+            return [_put(a, r, own, index) for a, r in zip(arrays, results, strict=True)], None
+
+        full = full_after(inputs[i] for i in own.divided)
+        empty = [full_like(full, out) for out in outputs]
+        return lax.scan(one, empty, jnp.arange(own.parts))[0]
+
+    def forward(*inputs: Any) -> Any:
+        moving = [i for i, x in enumerate(inputs) if x.perturbed and _is_inexact(structs[i])]
+        plain = [x.value for x in inputs]
+        return call(*plain), (plain, {i: None for i in moving})
+
+    def backward(residuals: Any, cotangents: Sequence[Any]) -> tuple[Any, ...]:
+        inputs, moving = residuals
+        given = [None if ct.dtype == jax.dtypes.float0 else instantiated(ct) for ct in cotangents]
+
+        def one(sums: dict[int, Array], index: Array) -> tuple[dict[int, Array], None]:
+            own_inputs = inputs_of(inputs, index)
+
+            def of_moving(values: dict[int, Array]) -> list[Array]:
+                results = function(*[values.get(i, x) for i, x in enumerate(own_inputs)])
+                return [r for r, ct in zip(results, given, strict=True) if ct is not None]
+
+            _, pull = jax.vjp(of_moving, {i: own_inputs[i] for i in moving})
+            (bars,) = pull([_part(ct, own, index) for ct in given if ct is not None])
+            added = {
+                i: _put(sums[i], bar, own, index)
+                if i in own.divided
+                else sums[i] + bar.astype(sums[i].dtype)
+                for i, bar in bars.items()
+            }
+            return added, None
+
+        full = full_after(cotangents)
+        start = {}
+        for i in moving:
+            shape, dtype = structs[i].shape, _sum_dtype(own, i)
+            is_hosted = is_on_host(inputs[i])
+            start[i] = (
+                empty_on_host(shape, dtype)
+                if is_hosted
+                else full_like(full, structs[i], dtype=dtype)
+            )
+        sums, _ = lax.scan(one, start, jnp.arange(own.parts))
+        return tuple(
+            sums[i].astype(struct.dtype) if i in sums else None for i, struct in enumerate(structs)
+        )
+
+    call.defvjp(forward, backward, symbolic_zeros=True)
+    return call
+
+
+def _sum_dtype(own: MicroBatches, index: int) -> Any:
+    dtype = own.segment.program.structs[index].dtype
+    return dtype if index in own.divided else jnp.promote_types(dtype, jnp.float32)
+
+
+def _part(array: Array, own: MicroBatches, index: Array) -> Array:
+    return on_device(lax.dynamic_slice_in_dim(array, index * own.size, own.size, BATCH_AXIS))
+
+
+def _put(array: Array, part: Array, own: MicroBatches, index: Array) -> Array:
+    part = beside(part, array)
+    return lax.dynamic_update_slice_in_dim(array, part, index * own.size, BATCH_AXIS)
+
+
+def _is_inexact(struct: Any) -> bool:
+    return bool(jnp.issubdtype(struct.dtype, jnp.inexact))
+
+
+def _values(atoms: Sequence[Any]) -> list[int]:
+    return [v for v in atoms if isinstance(v, int)]
