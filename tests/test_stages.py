@@ -178,3 +178,10 @@ def test_every_stage_can_compute_what_it_gives(depth):
             assert known.issuperset(made)
             whole |= made
             last_crossing = crossing
+
+
+def test_nothing_made_by_rows_is_used():
+    program = Program()
+    program.column(0)
+    problem = dataclasses.replace(program.problem(1), size={7: 100})  # what only dead code read
+    assert cut_into_stages(problem).made_whole == (frozenset(),)

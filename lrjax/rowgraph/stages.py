@@ -257,7 +257,8 @@ class MinimumCuts:
         self.problem = problem
         self.vertex = {v: 2 + i for i, v in enumerate(problem.size)}
         self.first_operation = 2 + len(self.vertex)
-        columns = zip(*self._edges(home), strict=True) if problem.size else ((),) * 6
+        edges = list(self._edges(home))  # none where nothing that is made by rows is used
+        columns = zip(*edges, strict=True) if edges else ((),) * 6
         self.known: dict[Any, frozenset[int]] = {}  # answers; several budgets ask the same
         self.tail, self.head, self.bytes, self.flops, self.stage, self.held = map(np.array, columns)
 
