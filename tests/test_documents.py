@@ -1,0 +1,32 @@
+"""What the documents say is what the scripts print."""
+
+import re
+import runpy
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+ARCHITECTURE = (ROOT / "docs/architecture.md").read_text()
+
+
+def test_the_worked_example(capsys):
+    runpy.run_path(str(ROOT / "scripts/worked_example.py"), run_name="__main__")
+    printed = capsys.readouterr().out.strip()
+    assert f"```\n{printed}\n```" in ARCHITECTURE
+
+
+def test_every_module_has_its_place():
+    table = ARCHITECTURE.partition("| module |")[2].partition("\n\n")[0]
+    for path in sorted((ROOT / "lrjax").rglob("*.py")):
+        folder = path.parent.name
+        is_inner = folder in ("commands", "memory", "models", "rules")
+        if path.stem == "__init__" or (is_inner and path.stem != "geometry"):
+            continue
+        assert re.search(rf"`{path.stem}`", table), path.relative_to(ROOT)
+
+
+def test_the_walk_from_the_call_to_the_loop_meets_files_that_exist():
+    walk = re.findall(r"^\d\. `([a-z_/]+\.py)`", ARCHITECTURE, re.MULTILINE)
+    assert 6 <= len(walk) <= 8
+    assert len(set(walk)) == len(walk)
+    for path in walk:
+        assert (ROOT / "lrjax" / path).is_file(), path
