@@ -2,12 +2,17 @@
 
     python -m experiments.model_exactness                      # all, in float64 and float32
     python -m experiments.model_exactness --models resnet unet --dtypes float64
+    python -m experiments.model_exactness --dtypes bfloat16 float16
 
 The small networks of ``experiments.small_models`` on images of an odd height, under every strategy
 and three block counts; compared are outputs, updated running statistics and all gradients, each
 relative to its own largest value. Arrays that are rounding error in column too (the gradient of a
 bias in front of a normalisation) are left out. In float32 the last two columns say how far rows
-and column are from column in float64. The answers go to ``results/model_exactness.json`` and
+and column are from column in float64.
+
+In bfloat16 and float16 (parameters too) every array is made of roundings, some of chance alone; a
+second table has the Euclidean distance of all outputs, and of all gradients, from float64's for the
+same arguments, by rows over column's. The answers go to ``results/model_exactness.json`` and
 ``.md``, beside those of models that were measured earlier.
 """
 
@@ -21,6 +26,7 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")  # small programs, and exactness i
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 import lrjax
 from experiments import report
@@ -30,6 +36,7 @@ from lrjax import testing
 # (strategy, block counts). 2PS and OverL divide the rows of the result, which are few.
 RUNS = (("stream", (2, 5, 9)), ("2ps", (1, 2, 3)), ("overl", (1, 2, 3)))
 IN_AXES = (None, 1, None)
+DTYPES = ("float64", "float32", "bfloat16", "float16")
 
 
 def largest_error(found: testing.Results, expected: testing.Results) -> float:
@@ -44,16 +51,38 @@ def largest_error(found: testing.Results, expected: testing.Results) -> float:
     return max(testing.max_error(rows, column) for rows, column in pairs)
 
 
+def distances(found: testing.Results, truth: testing.Results) -> dict[str, float]:
+    """Of all outputs, and of all gradients, from those in float64, relative to their size."""
+
+    def together(arrays: Any) -> np.ndarray:
+        return np.concatenate(
+            [np.ravel(np.asarray(a, np.float64)) for a in jax.tree.leaves(arrays)]
+        )
+
+    pairs = {
+        "outputs": (found.outputs, truth.outputs),
+        "gradients": (dict(found.gradients), dict(truth.gradients)),
+    }
+    return {
+        kind: testing.norm_error(together(ours), together(true))
+        for kind, (ours, true) in pairs.items()
+    }
+
+
 def measured(name: str, dtype: Any) -> list[dict[str, Any]]:
     """One row per strategy and block count."""
     call = training_call(name, dtype)
     arguments = call.arguments()
     expected = testing.results(call, arguments)
-    truth = columns_own = None
-    if dtype == jnp.float32:
+    truth = columns_own = columns_distances = None
+    is_half = jnp.dtype(dtype).name in testing.HALF_PRECISION
+    if dtype == jnp.float32 or is_half:
         wide = jax.tree.map(lambda leaf: leaf.astype(jnp.float64), arguments)
         truth = testing.results(training_call(name, jnp.float64), wide)
-        columns_own = largest_error(expected, truth)
+        if is_half:
+            columns_distances = distances(expected, truth)
+        else:
+            columns_own = largest_error(expected, truth)
     rows = []
     for strategy, counts in RUNS:
         for num_blocks in counts:
@@ -67,8 +96,12 @@ def measured(name: str, dtype: Any) -> list[dict[str, Any]]:
             try:
                 fun = lrjax.rowwise(call, in_axes=IN_AXES, num_blocks=num_blocks, strategy=strategy)
                 found = testing.results(fun, arguments)
-                row["error"] = largest_error(found, expected)
-                row["own_error"] = largest_error(found, truth) if truth else None
+                if is_half:
+                    row["columns_distances"] = columns_distances
+                    row["distances"] = distances(found, truth)
+                else:
+                    row["error"] = largest_error(found, expected)
+                    row["own_error"] = largest_error(found, truth) if truth else None
             except Exception as failure:  # a table of what works says what does not
                 row["failure"] = f"{type(failure).__name__}: {failure}".splitlines()[0]
             rows.append(row)
@@ -97,12 +130,37 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
     return report.markdown_table(header, cells)
 
 
+def half_precision_table(rows: Sequence[dict[str, Any]]) -> str:
+    header = ["model", "dtype", "strategy", "blocks"]
+    for kind in ("outputs", "gradients"):
+        header += [f"{kind}: rows", "column", "ratio"]
+    cells = []
+    for row in rows:
+        cell = [row["model"], row["dtype"], row["strategy"], row["num_blocks"]]
+        if "failure" in row:
+            cell += [row["failure"], *[""] * 5]
+        else:
+            for kind in ("outputs", "gradients"):
+                ours, own = row["distances"][kind], row["columns_distances"][kind]
+                cell += [f"{ours:.2e}", f"{own:.2e}", f"{ours / own:.2f}"]
+        cells.append(cell)
+    return report.markdown_table(header, cells)
+
+
+def document(rows: Sequence[dict[str, Any]], version: str) -> str:
+    is_half = [row["dtype"] in testing.HALF_PRECISION for row in rows]
+    half = [row for row, yes in zip(rows, is_half, strict=True) if yes]
+    other = [row for row, yes in zip(rows, is_half, strict=True) if not yes]
+    text = f"# Models by rows against column\n\nCPU, jax {version}\n\n{table(other)}\n"
+    if half:
+        text += f"\n## Half precision: distance from float64\n\n{half_precision_table(half)}\n"
+    return text
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--models", nargs="+", choices=list(MODELS), default=list(MODELS))
-    parser.add_argument(
-        "--dtypes", nargs="+", choices=["float64", "float32"], default=["float64", "float32"]
-    )
+    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=["float64", "float32"])
     options = parser.parse_args()
     jax.config.update("jax_enable_x64", True)
     rows = [
@@ -115,12 +173,12 @@ def main() -> None:
     earlier = json.loads(path.read_text())["rows"] if path.exists() else []
     measured_now = {(row["model"], row["dtype"]) for row in rows}
     rows += [row for row in earlier if (row["model"], row["dtype"]) not in measured_now]
-    rows.sort(key=lambda row: (row["dtype"] == "float32", list(MODELS).index(row["model"])))
+    rows.sort(key=lambda row: (DTYPES.index(row["dtype"]), list(MODELS).index(row["model"])))
     environment = report.environment()
     report.write_json(path, {"environment": environment, "rows": rows})
-    text = f"# Models by rows against column\n\nCPU, jax {environment['jax']}\n\n{table(rows)}\n"
+    text = document(rows, environment["jax"])
     path.with_suffix(".md").write_text(text)
-    print(table(rows))
+    print(text)
 
 
 if __name__ == "__main__":
