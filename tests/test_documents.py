@@ -2,7 +2,20 @@
 
 import re
 import runpy
+import subprocess
+import sys
 from pathlib import Path
+
+import pytest
+
+from marks import COMPILES_FOR_H200
+
+
+def compiles_for_a_gpu(test):
+    for mark in COMPILES_FOR_H200:
+        test = mark(test)
+    return test
+
 
 ROOT = Path(__file__).resolve().parents[1]
 ARCHITECTURE = (ROOT / "docs/architecture.md").read_text()
@@ -30,3 +43,16 @@ def test_the_walk_from_the_call_to_the_loop_meets_files_that_exist():
     assert len(set(walk)) == len(walk)
     for path in walk:
         assert (ROOT / "lrjax" / path).is_file(), path
+
+
+@pytest.mark.slow
+@compiles_for_a_gpu
+def test_the_snippets_of_the_readme_run_one_after_the_other(tmp_path):
+    snippets = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    assert len(snippets) == 4
+    code = "\n".join(snippets) + "\nassert profile.fits and plan.choices and updated"
+    process = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path
+    )
+    assert process.returncode == 0, process.stderr
+    assert (tmp_path / "profile.html").is_file()
