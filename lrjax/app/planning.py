@@ -49,7 +49,6 @@ def largest_by_method(
     *,
     labels_pixels: bool,
     on_progress: OnProgress,
-    on_answer: Callable[[Largest], None],
 ) -> list[Largest]:
     """The largest square image, or batch, by every method.
 
@@ -76,8 +75,4 @@ def largest_by_method(
         memory_bytes=capacity if budget is None else parse_budget(budget, target),  # type: ignore[arg-type]
         grows_rows=maximise == "image",
     )
-    answers = []
-    for method in METHODS:
-        answers.append(largest(question, method, on_progress))
-        on_answer(answers[-1])
-    return answers
+    return [largest(question, method, on_progress) for method in METHODS]

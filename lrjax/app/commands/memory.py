@@ -1,7 +1,7 @@
 """`lrjax memory`."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -44,43 +44,27 @@ def memory(
 
     Ends with status 3 where it does not fit.
     """
-    from lrjax import files, memory
+    from lrjax import memory
     from lrjax.app import profiling
     from lrjax.memory import text
-    from lrjax.models import registry
 
     wide = Console(width=max(console.width, 150))
     if list_targets:
-        table = text.new_table("target", "GiB", "device", "to install")
-        for row in memory.targets():
-            needed = "" if row.is_installed else row.install.replace("[", r"\[")
-            table.add_row(row.name, f"{row.memory_bytes / 2**30:,.1f}", row.description, needed)
-        wide.print(table)
+        wide.print(_targets())
         return
     try:
         profiling.check_target(target)
     except (ValueError, ImportError) as error:
         stop(error)
-    try:
-        for path in filter(None, (png, html, json)):
-            files.check_writable(path)
+    try:  # an ImportError from here on is the function's own
+        _check_files(png, html, json)
         if (function is None) == (model is None):
             raise ValueError("give either MODULE:FUNCTION or --model")
         if function is not None:
             program = profiling.function_program(function, args)
         else:
-            numbers = profiling.dtype_of(dtype)
-            network = options.network_of(
-                str(model), 1000, width, numbers.name, head=head, norm=norm
-            )
             chosen = options.strategy_of(strategy, num_blocks, cuts)
-            size = options.size_of(image, "image")
-            if batch < 1:
-                raise ValueError(f"batch: got {batch}; use 1 or more")
-            pixels = registry.network(str(model)).labels_pixels
-            program = profiling.gradient_program(
-                network, chosen, size, batch, numbers, labels_pixels=pixels
-            )
+            program = _gradient(str(model), chosen, image, batch, dtype, width, head, norm)
     except (ValueError, OSError) as error:
         stop(error)
     try:
@@ -89,11 +73,58 @@ def memory(
         stop(error, DOES_NOT_FIT)
     wide.print(*text.profile_tables(profile, top), sep="\n")
     wide.print(profiling.verdict(profile), soft_wrap=True, highlight=False)
+    _save(profile, png, html, json)
+    if profile.fits is False:
+        raise typer.Exit(DOES_NOT_FIT)
+
+
+def _targets() -> Any:
+    """The table of --list-targets."""
+    from lrjax import memory
+    from lrjax.memory import text
+
+    table = text.new_table("target", "GiB", "device", "to install")
+    for row in memory.targets():
+        needed = "" if row.is_installed else row.install.replace("[", r"\[")
+        table.add_row(row.name, f"{row.memory_bytes / 2**30:,.1f}", row.description, needed)
+    return table
+
+
+def _gradient(
+    model: str,
+    chosen: Any,
+    image: str,
+    batch: int,
+    dtype: str,
+    width: float,
+    head: str | None,
+    norm: str | None,
+) -> Any:
+    """Loss and gradient of a network by name."""
+    from lrjax.app import profiling
+    from lrjax.models import registry
+
+    numbers = profiling.dtype_of(dtype)
+    network = options.network_of(model, 1000, width, numbers.name, head=head, norm=norm)
+    size = options.size_of(image, "image")
+    options.check_counts(batch=batch)
+    pixels = registry.network(model).labels_pixels
+    return profiling.gradient_program(network, chosen, size, batch, numbers, labels_pixels=pixels)
+
+
+def _check_files(*paths: Path | None) -> None:
+    from lrjax import files
+
+    for path in filter(None, paths):
+        files.check_writable(path)
+
+
+def _save(profile: Any, png: Path | None, html: Path | None, json: Path | None) -> None:
+    from lrjax import files
+
     if png is not None:
         profile.save_png(png)
     if html is not None:
         profile.save_html(html)
     if json is not None:
         files.write_whole(json, profile.to_json())
-    if profile.fits is False:
-        raise typer.Exit(DOES_NOT_FIT)

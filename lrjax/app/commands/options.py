@@ -36,6 +36,12 @@ def strategy_of(name: str, num_blocks: str | None, cuts: str | None) -> Any:
     )
 
 
+def check_counts(**counts: int) -> None:
+    for name, count in counts.items():
+        if count < 1:
+            raise ValueError(f"{name}: got {count}; use 1 or more")
+
+
 def source_of(
     model: str,
     data: str,

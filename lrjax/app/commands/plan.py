@@ -1,6 +1,7 @@
 """`lrjax plan`."""
 
 import contextlib
+import functools
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -44,67 +45,22 @@ def plan(
     With --maximise, the largest square image or batch that fits by column, the best checkpoints and
     lrjax. Ends with status 3 where nothing fits.
     """
-    import lrjax
-    from lrjax import files
-    from lrjax.app import planning, profiling
     from lrjax.memory import DoesNotFitError
-    from lrjax.models import registry
 
     wide = Console(width=max(console.width, 150))
     try:
-        profiling.check_target(target)
-        for path in filter(None, (save, frontier)):
-            files.check_writable(path)
-        numbers = profiling.dtype_of(dtype)
-        network = options.network_of(model, 1000, width, numbers.name, head=head, norm=norm)
-        size = options.size_of(image, "image")
-        if timed and frontier is None:
-            raise ValueError("timed: times belong to the frontier; give --frontier FILE too")
-        if maximise is not None and (save or frontier):
-            raise ValueError(
-                "maximise: it answers with a table alone; ask for --save or --frontier without "
-                "--maximise, at the size it found"
-            )
-        if batch < 1:
-            raise ValueError(f"batch: got {batch}; use 1 or more")
+        _check(target, batch, maximise, save, frontier, timed)
+        step = _step(model, image, batch, dtype, width, head, norm)
         amount = 1.0 if budget is None else _budget(budget)
-        pixels = registry.network(model).labels_pixels
         with console.status("planning") as status:
-
-            def tell(progress: Any) -> None:
-                status.update(f"compiling {progress.compilations}: {_told(progress)}")
-                if progress.verified_bytes is not None:
-                    console.print(_told(progress), highlight=False)
-
+            tell = functools.partial(_tell, status)
             if maximise is not None:
-                _print_largest(
-                    planning.largest_by_method(
-                        network,
-                        maximise,
-                        size,
-                        batch,
-                        numbers,
-                        amount,
-                        target,
-                        labels_pixels=pixels,
-                        on_progress=tell,
-                        on_answer=lambda answer: None,
-                    ),
-                    maximise,
-                    wide,
-                )
+                _print_largest(step, maximise, amount, target, tell, wide)
                 return
-            fun, args, in_axes = planning.training_call(
-                network, size, batch, numbers, labels_pixels=pixels
-            )
-            call: dict[str, Any] = {
-                "in_axes": in_axes, "target": target, "wrt": 0, "on_progress": tell
-            }  # fmt: skip
-            if frontier is not None:
-                curve = lrjax.frontier(fun, *args, steps=steps, timed=timed, **call)
+            made, curve = _planned(step, amount, target, tell, steps if frontier else None, timed)
+            if curve is not None:
                 curve.save_png(frontier, f"{model}, {image}, batch {batch}, {dtype}")
                 wide.print(str(curve), highlight=False)
-            made = lrjax.plan(fun, *args, budget=amount, **call)
     except DoesNotFitError as error:
         stop(error, DOES_NOT_FIT)
     except (ValueError, ImportError, OSError) as error:
@@ -112,6 +68,79 @@ def plan(
     wide.print(str(made), highlight=False)
     if save is not None:
         made.save(save)
+
+
+def _check(
+    target: str | None,
+    batch: int,
+    maximise: str | None,
+    save: Path | None,
+    frontier: Path | None,
+    timed: bool,
+) -> None:
+    from lrjax import files
+    from lrjax.app import profiling
+
+    profiling.check_target(target)
+    for path in filter(None, (save, frontier)):
+        files.check_writable(path)
+    if timed and frontier is None:
+        raise ValueError("timed: times belong to the frontier; give --frontier FILE too")
+    if maximise is not None and (save or frontier):
+        raise ValueError(
+            "maximise: it answers with a table alone; ask for --save or --frontier without "
+            "--maximise, at the size it found"
+        )
+    options.check_counts(batch=batch)
+
+
+def _step(
+    model: str,
+    image: str,
+    batch: int,
+    dtype: str,
+    width: float,
+    head: str | None,
+    norm: str | None,
+) -> dict[str, Any]:
+    """What is planned: arguments of ``planning.training_call``."""
+    from lrjax.app import profiling
+    from lrjax.models import registry
+
+    numbers = profiling.dtype_of(dtype)
+    return {
+        "network": options.network_of(model, 1000, width, numbers.name, head=head, norm=norm),
+        "image": options.size_of(image, "image"),
+        "batch": batch,
+        "dtype": numbers,
+        "labels_pixels": registry.network(model).labels_pixels,
+    }
+
+
+def _planned(
+    step: dict[str, Any],
+    amount: str | float | int,
+    target: str | None,
+    tell: Any,
+    steps: int | None,
+    timed: bool,
+) -> tuple[Any, Any]:
+    """The plan, and the frontier of so many ``steps`` where there are any."""
+    import lrjax
+    from lrjax.app import planning
+
+    fun, args, in_axes = planning.training_call(**step)
+    call: dict[str, Any] = {"in_axes": in_axes, "target": target, "wrt": 0, "on_progress": tell}
+    curve = None
+    if steps is not None:
+        curve = lrjax.frontier(fun, *args, steps=steps, timed=timed, **call)
+    return lrjax.plan(fun, *args, budget=amount, **call), curve
+
+
+def _tell(status: Any, progress: Any) -> None:
+    status.update(f"compiling {progress.compilations}: {_told(progress)}")
+    if progress.verified_bytes is not None:
+        console.print(_told(progress), highlight=False)
 
 
 def _told(progress: Any) -> str:
@@ -130,9 +159,20 @@ def _budget(text: str) -> str | float | int:
     return text
 
 
-def _print_largest(answers: Any, maximise: str, wide: Console) -> None:
+def _print_largest(
+    step: dict[str, Any],
+    maximise: str,
+    amount: str | float | int,
+    target: str | None,
+    tell: Any,
+    wide: Console,
+) -> None:
+    from lrjax.app import planning
     from lrjax.memory import text
 
+    answers = planning.largest_by_method(
+        **step, maximise=maximise, budget=amount, target=target, on_progress=tell
+    )
     name = "side" if maximise == "image" else "batch"
     table = text.new_table("method", name, "peak MiB", "operations", "compilations", "segments")
     for a in answers:

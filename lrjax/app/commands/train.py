@@ -9,42 +9,43 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from lrjax.app.commands import options
 from lrjax.app.commands.console import FAILED, app, console, escaped, stop
 
+Data = Annotated[
+    str, typer.Option(help='Folder with one directory of images per class, or "digits" (built in).')
+]
+ImageSize = Annotated[
+    str | None,
+    typer.Option(help="N or HEIGHTxWIDTH. Default: 512 for digits, else the images' own."),
+]
+Fit = Annotated[
+    str, typer.Option(help="Folder images of another size: native (crop and pad) or resize.")
+]
+Digits = Annotated[str, typer.Option(help="Which digits are the classes of the built-in data.")]
+Model = Annotated[
+    str,
+    typer.Option(
+        help="Network: vgg16, resnet18, resnet34, resnet50, resnet101, convnext_tiny, "
+        "mobilenet_v2, efficientnet_b0, densenet121, or unet, which labels every pixel."
+    ),
+]
+Norm = Annotated[
+    str | None, typer.Option(help="Normalisation of the others: batch, frozen, group or none.")
+]
+Dtype = Annotated[str, typer.Option(help="Of the computation: float32 or bfloat16.")]
+
 
 @app.command()
 def train(
     out: Annotated[Path, typer.Option(help="Directory for metrics, plot and parameters.")],
-    data: Annotated[
-        str,
-        typer.Option(help='Folder with one directory of images per class, or "digits" (built in).'),
-    ] = "digits",
-    image_size: Annotated[
-        str | None,
-        typer.Option(help="N or HEIGHTxWIDTH. Default: 512 for digits, else the images' own."),
-    ] = None,
-    fit: Annotated[
-        str,
-        typer.Option(help="Folder images of another size: native (crop and pad) or resize."),
-    ] = "native",
-    digits: Annotated[
-        str, typer.Option(help="Which digits are the classes of the built-in data.")
-    ] = "0,1,2,3,4,5,6,7,8,9",
+    data: Data = "digits",
+    image_size: ImageSize = None,
+    fit: Fit = "native",
+    digits: Digits = "0,1,2,3,4,5,6,7,8,9",
     num_images: Annotated[int, typer.Option(help="Canvases of the built-in data.")] = 1024,
-    model: Annotated[
-        str,
-        typer.Option(
-            help="Network: vgg16, resnet18, resnet34, resnet50, resnet101, convnext_tiny, "
-            "mobilenet_v2, efficientnet_b0, densenet121, or unet, which labels every pixel."
-        ),
-    ] = "vgg16",
+    model: Model = "vgg16",
     width: options.Width = 1.0,
     head: Annotated[str | None, typer.Option(help="Of vgg16: gap or dense. Default: gap.")] = None,
-    norm: Annotated[
-        str | None,
-        typer.Option(help="Normalisation of the others: batch, frozen, group or none."),
-    ] = None,
-    dtype: Annotated[
-        str, typer.Option(help="Of the computation: float32 or bfloat16.")
-    ] = "float32",
+    norm: Norm = None,
+    dtype: Dtype = "float32",
     strategy: options.Strategy = "stream",
     num_blocks: options.NumBlocks = None,
     cuts: options.Cuts = None,
@@ -73,14 +74,10 @@ def train(
         report.check_writable(out)
         chosen = options.strategy_of(strategy, num_blocks, cuts)
         source = options.source_of(model, data, image_size, fit, digits, num_images, seed)
-        network = options.network_of(
-            model, len(source.class_names), width, dtype, head=head, norm=norm
-        )
+        classes = len(source.class_names)
+        network = options.network_of(model, classes, width, dtype, head=head, norm=norm)
         update = options.optimizer_of(optimizer, lr)
-        if steps < 1:
-            raise ValueError(f"steps: got {steps}; use 1 or more")
-        if batch < 1:
-            raise ValueError(f"batch: got {batch}; use 1 or more")
+        options.check_counts(steps=steps, batch=batch)
         if check:
             training.check_step(network, source, chosen, batch_size=batch)
             return
@@ -92,31 +89,35 @@ def train(
             )
     except (ValueError, TypeError) as error:
         stop(error)
-
+    run = {"batch_size": batch, "steps": steps, "seed": seed, "balanced": balanced}
     try:
-        with _progress() as progress:
-            task = progress.add_task(chosen.label, total=steps, loss="", seconds="")
-
-            def on_step(step: int, loss: float, seconds: float) -> None:
-                progress.update(
-                    task, completed=step, loss=f"loss {loss:.4f}", seconds=f"{seconds:.2f} s/step"
-                )
-
-            result = training.train(
-                compiled,
-                source,
-                batch_size=batch,
-                steps=steps,
-                seed=seed,
-                balanced=balanced,
-                on_step=on_step,
-            )
+        result = _trained(chosen.label, compiled, source, run)
     except training.DivergedError as error:
         stop(error, FAILED)
-    metrics = report.metrics_of(result, chosen, given, skipped)
-    report.write_run(out, result, metrics)
+    report.write_run(out, result, report.metrics_of(result, chosen, given, skipped))
+    _print_result(chosen.label, result, out)
+
+
+def _trained(label: str, compiled: Any, source: Any, run: dict[str, Any]) -> Any:
+    """``training.train`` beside a progress bar."""
+    from lrjax.app import training
+
+    with _progress() as progress:
+        task = progress.add_task(label, total=run["steps"], loss="", seconds="")
+
+        def on_step(step: int, loss: float, seconds: float) -> None:
+            progress.update(
+                task, completed=step, loss=f"loss {loss:.4f}", seconds=f"{seconds:.2f} s/step"
+            )
+
+        return training.train(compiled, source, on_step=on_step, **run)
+
+
+def _print_result(label: str, result: Any, out: Path) -> None:
+    from lrjax.app import report
+
     console.print(
-        f"{chosen.label}: loss {result.losses[0]:.4f} -> {result.losses[-1]:.4f}, "
+        f"{label}: loss {result.losses[0]:.4f} -> {result.losses[-1]:.4f}, "
         f"{result.seconds_per_step:.3f} s/step, compiled in {result.compile_seconds:.1f} s; "
         f"peak memory: XLA {result.memory.xla_peak / report.MIB:.0f} MiB, "
         f"RSS {result.memory.rss / report.MIB:.0f} MiB; written to {out}",
