@@ -240,15 +240,17 @@ def apply_layers(layers: Sequence[Layer], m: Map, prefix: str = "") -> Map:
     for i, layer in enumerate(layers):
         m = dataclasses.replace(apply_layer(layer, m, f"{prefix}{i}"), path=path)
         if m.net.noise is not None:
-            m = _moved(m, f"{path}/{prefix}{i}")
+            # What such a layer adds up, in cotangents too, has single precision's roundings.
+            precision = np.float32 if layer.params.get("name") == "single" else np.float64
+            m = _moved(m, f"{path}/{prefix}{i}", precision)
     return m
 
 
-def _moved(m: Map, name: str) -> Map:
-    """Every number up or down by a unit in the last place."""
+def _moved(m: Map, name: str, precision: Any) -> Map:
+    """Every number up or down by a unit in the last place of a precision."""
     generator = np.random.default_rng([m.net.noise or 0, zlib.crc32(name.encode())])
     steps = generator.integers(0, 2, m.x.shape) * 2 - 1
-    return m.of(m.x * (1 + steps * np.finfo(np.float64).eps))
+    return m.of(m.x * (1 + steps * float(np.finfo(precision).eps)))
 
 
 def nested(layers: Sequence[Layer], m: Map, prefix: str = "") -> Map:
