@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from lrjax import memory as memory
     from lrjax import models as models
     from lrjax import nnx as nnx
+    from lrjax import roofline as roofline
     from lrjax import testing as testing
 
 __version__ = "0.1.0"
@@ -36,7 +37,7 @@ __all__ = [
 ]
 
 # Imported when they are first asked for: Flax takes longer to import than all the rest.
-_SUBMODULES = ("linen", "memory", "models", "nnx", "testing")
+_SUBMODULES = ("linen", "memory", "models", "nnx", "roofline", "testing")
 
 
 def __getattr__(name: str) -> Any:

@@ -38,6 +38,9 @@ def memory(
     png: Annotated[Path | None, typer.Option(help="Draw the timeline.")] = None,
     html: Annotated[Path | None, typer.Option(help="Write the timeline as a page.")] = None,
     json: Annotated[Path | None, typer.Option(help="Write the whole profile.")] = None,
+    time: Annotated[
+        bool, typer.Option("--time", help="Step time too, by a roofline of the program.")
+    ] = False,
     top: Annotated[int, typer.Option(help="Rows of each table.")] = 12,
 ) -> None:
     """What a program needs of a device's memory, and what for; nothing runs.
@@ -68,14 +71,26 @@ def memory(
     except (ValueError, OSError) as error:
         stop(error)
     try:
+        roofline = _roofline(program, target) if time else None
         profile = memory.profile(program.fun, *program.args, target=target)
     except memory.DoesNotFitError as error:
         stop(error, DOES_NOT_FIT)
     wide.print(*text.profile_tables(profile, top), sep="\n")
+    if roofline is not None:
+        wide.print(str(roofline), soft_wrap=True, highlight=False)
     wide.print(profiling.verdict(profile), soft_wrap=True, highlight=False)
     _save(profile, png, html, json)
     if profile.fits is False:
         raise typer.Exit(DOES_NOT_FIT)
+
+
+def _roofline(program: Any, target: str | None) -> Any:
+    from lrjax import roofline
+
+    try:
+        return roofline.estimate(program.fun, *program.args, target=target)
+    except ValueError as error:
+        stop(error)
 
 
 def _targets() -> Any:

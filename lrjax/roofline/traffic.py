@@ -1,0 +1,85 @@
+"""Bytes that kernels read and write.
+
+A fusion reads of every operand what its results demand: a slice the slice, a window sum every
+element once, a broadcast its operand once. What is updated in place (``dynamic-update-slice``,
+``scatter``) is written where it is updated and read nowhere. Every read goes to the device's
+memory; caches are not modelled.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+
+from lrjax.roofline.hlo import Computation, Instruction
+
+_SLICES = frozenset(("dynamic-slice", "slice", "gather"))
+_UPDATES = frozenset(("dynamic-update-slice", "scatter"))
+_WITHOUT_READS = frozenset(("constant", "iota", "tuple", "parameter"))
+
+
+def fusion_bytes(computation: Computation) -> float:
+    """Bytes that a fused computation reads and writes."""
+    demanded, written = _of_roots(computation)
+    read = 0.0
+    for instruction in reversed(computation.values()):
+        elements = min(demanded[instruction.name], float(instruction.elements))
+        if instruction.opcode == "parameter" and elements > 0:
+            read += elements * instruction.bytes / max(instruction.elements, 1)
+        if elements <= 0 or instruction.opcode in _WITHOUT_READS:
+            continue
+        for number, name in enumerate(instruction.operands):
+            operand = computation.get(name)
+            if operand is not None:
+                wanted = demanded[name] + _operand_elements(instruction, number, operand, elements)
+                demanded[name] = min(float(operand.elements), wanted)
+    return read + written
+
+
+def _of_roots(computation: Computation) -> tuple[defaultdict[str, float], float]:
+    """Elements that are demanded of the results, and bytes written."""
+    demanded: defaultdict[str, float] = defaultdict(float)
+    written = 0.0
+    root = next(i for i in computation.values() if i.is_root)
+    roots = [computation[name] for name in root.operands] if root.opcode == "tuple" else [root]
+    for result in roots:
+        made = result
+        while made.opcode == "bitcast" and made.operands[0] in computation:
+            made = computation[made.operands[0]]
+        if made.opcode in _UPDATES:
+            update = computation[made.operands[_update_operand(made)]]
+            # A scatter reads what it adds to.
+            written += update.bytes * (2 if made.opcode == "scatter" else 1)
+            demanded[made.name] = float(update.elements)
+        else:
+            written += result.bytes
+        demanded[result.name] = max(demanded[result.name], float(result.elements))
+    return demanded, written
+
+
+def _update_operand(instruction: Instruction) -> int:
+    return 2 if instruction.opcode == "scatter" else 1
+
+
+def _operand_elements(
+    instruction: Instruction, number: int, operand: Instruction, elements: float
+) -> float:
+    """Elements of an operand that so many elements of the result need."""
+    opcode, every = instruction.opcode, float(operand.elements)
+    if opcode in _UPDATES:
+        return 0.0 if number == 0 else every
+    if opcode in _SLICES:
+        return elements if number == 0 else every
+    if opcode in ("reduce", "reduce-window"):
+        share = elements / max(instruction.elements, 1)
+        return every * share if number < len(instruction.shapes) else every
+    return elements
+
+
+def instruction_bytes(instruction: Instruction, computation: Computation) -> float:
+    """Bytes of an instruction that is a kernel of its own."""
+    if instruction.opcode == "dynamic-update-slice":
+        return 2.0 * computation[instruction.operands[1]].bytes
+    if instruction.opcode in ("dynamic-slice", "slice"):
+        return 2.0 * instruction.bytes
+    operands = (computation[name].bytes for name in instruction.operands if name in computation)
+    return float(instruction.bytes + sum(operands))
