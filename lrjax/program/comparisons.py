@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 from jax import lax
+from jax.extend.core import primitives as public
 
 from lrjax.program.inline import Atom, FlatEquation, FlatProgram, Literal, without_dead_equations
 
@@ -18,6 +19,7 @@ _MOVE = (
     lax.reshape_p,
     lax.squeeze_p,
     lax.transpose_p,
+    public.name_p,
 )
 
 
@@ -45,7 +47,7 @@ def compared_extremes(program: FlatProgram) -> frozenset[int]:
 
 
 def _moves(equation: FlatEquation) -> bool:
-    return equation.primitive in _MOVE or equation.primitive.name == "name"
+    return equation.primitive in _MOVE
 
 
 def simpler_comparisons(program: FlatProgram) -> FlatProgram:
