@@ -1,7 +1,8 @@
 """Rules: all that is known of a primitive, one file per family.
 
 A file lists its rules under ``RULES``; they are registered here. Rules whose bodies are row graphs
-of their own (branches, custom derivatives) are those of ``rowgraph``.
+of their own (branches, custom derivatives) are those of ``rowgraph``; docs/add-a-rule.md shows how
+to add one.
 """
 
 from lrjax.rules import (
