@@ -15,9 +15,9 @@ from jax.extend.core import jaxpr_as_fun
 from lrjax.program.inline import FlatEquation, flatten
 from lrjax.rowgraph.bodies import (
     is_positional,
-    is_tame,
     operations_per_row,
     pointwise_graph,
+    preserves_finiteness,
     reducing_primitive,
     row_axis_of,
     run_on_block,
@@ -56,7 +56,7 @@ def branches(equation: Equation) -> RowOp:
         equation.height,
         evaluate,
         flops=max(map(operations_per_row, bodies)),
-        is_tame=all(map(is_tame, bodies)),
+        preserves_finiteness=all(map(preserves_finiteness, bodies)),
         is_positional=any(map(is_positional, bodies)),
         undifferentiable=next((reason for reason in reasons if reason is not None), None),
     )

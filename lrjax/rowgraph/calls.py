@@ -21,10 +21,10 @@ from jax.extend.core import primitives as public
 
 from lrjax.rowgraph.bodies import (
     is_positional,
-    is_tame,
     masked_rows,
     operations_per_row,
     pointwise_graph,
+    preserves_finiteness,
     reducing_primitive,
     row_axis_of,
     run_on_block,
@@ -110,7 +110,7 @@ def _custom_call(equation: Equation) -> RowOp:
         height=equation.height,
         evaluate=evaluate,
         flops=operations_per_row(body),
-        is_tame=is_tame(body),
+        preserves_finiteness=preserves_finiteness(body),
         is_positional=is_positional(body),
         undifferentiable=undifferentiable,
     )
@@ -265,7 +265,7 @@ class _Derivative:
             axis = self.equation.operands[i].row_axis
             if is_zero:
                 bars[i] = jnp.zeros_like(values[i])
-            elif axis is None or is_tame(self.graph):
+            elif axis is None or preserves_finiteness(self.graph):
                 bars[i] = bar
             else:
                 bars[i] = masked_rows(bar, rows, axis, height, 0)

@@ -150,7 +150,7 @@ class RowOp:
       reduction: "sum", "max", "min", "prod", "and" or "or": blocks are combined over steps.
       drivers: operands of a reduction whose rows are masked to those that the step owns.
       flops: operations per output row, to judge what is cheap to run again.
-      is_tame: finite rows give finite rows and finite derivatives.
+      preserves_finiteness: finite rows give finite rows and finite derivatives.
       is_positional: a row's values depend on its number, not on what is read alone.
       undifferentiable: why blocks cannot be differentiated one by one (2PS, OverL), or None.
     """
@@ -162,7 +162,7 @@ class RowOp:
     reduction: str | None = None
     drivers: tuple[int, ...] = ()
     flops: float = 0.0
-    is_tame: bool = True
+    preserves_finiteness: bool = True
     is_positional: bool = False
     undifferentiable: str | None = None
 
@@ -254,7 +254,9 @@ def constant_along_rows(equation: Equation, axis: int) -> RowOp | None:
 
 def _with_finiteness(op: RowOp, traits: Traits) -> RowOp:
     """The operation, which keeps numbers finite only if every equation of its primitive does."""
-    return op if traits.preserves_finiteness else dataclasses.replace(op, is_tame=False)
+    if traits.preserves_finiteness:
+        return op
+    return dataclasses.replace(op, preserves_finiteness=False)
 
 
 def removed_axes(axis: int, removed: Sequence[int]) -> int:

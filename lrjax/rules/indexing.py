@@ -31,8 +31,8 @@ def gather(equation: Equation) -> RowOp:
     if pair is not None:
         # JAX keeps coordinates last, so axes of the indices and batch dimensions go in step.
         # An index outside the map gives NaN; those of rows outside the image may be anything.
-        is_tame = equation.params["mode"] != lax.GatherScatterMode.FILL_OR_DROP
-        return _picked_per_row(equation, pair, batch_dims[pair[1]], is_tame)
+        preserves_finiteness = equation.params["mode"] != lax.GatherScatterMode.FILL_OR_DROP
+        return _picked_per_row(equation, pair, batch_dims[pair[1]], preserves_finiteness)
     window_dims = _dimensions_without(
         (*numbers.collapsed_slice_dims, *numbers.operand_batching_dims), len(operand.shape)
     )
@@ -167,7 +167,7 @@ def dynamic_update_slice(equation: Equation) -> RowOp:
 
 
 def _picked_per_row(
-    equation: Equation, axes: Sequence[int | None], out_axis: int, is_tame: bool = True
+    equation: Equation, axes: Sequence[int | None], out_axis: int, preserves_finiteness: bool = True
 ) -> RowOp:
     """The equation on blocks of the operands along ``axes``, with the same parameters."""
 
@@ -179,7 +179,7 @@ def _picked_per_row(
         out_axes=(out_axis,),
         height=equation.height,
         evaluate=evaluate,
-        is_tame=is_tame,
+        preserves_finiteness=preserves_finiteness,
     )
 
 

@@ -85,7 +85,7 @@ def alike_rows(equation: Equation, axis: int) -> RowOp | None:
         out_axes=(axis,),
         height=shape[axis],
         evaluate=evaluate,
-        is_tame=operand.is_finite,
+        preserves_finiteness=operand.is_finite,
     )
 
 
@@ -219,7 +219,7 @@ def pad(equation: Equation) -> RowOp:
         out_axes=(axis,),
         height=equation.outputs[0].shape[axis],
         evaluate=evaluate,
-        is_tame=value.is_finite,
+        preserves_finiteness=value.is_finite,
     )
 
 
