@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from lrjax.program.inline import Atom, FlatEquation, FlatProgram
 
 # Operations of one operand that move or repeat its elements.
-_MOVES = (
+MOVES = (
     lax.broadcast_in_dim_p,
     lax.convert_element_type_p,
     lax.reshape_p,
@@ -94,7 +94,7 @@ class _Mover:
         aval = self.avals[value]
         varying = varying_axes(aval) | frozenset(equation.params["axes"])
         made = self.fresh(aval, varying)
-        if made_by is not None and made_by.primitive in _MOVES and len(made_by.inputs) == 1:
+        if made_by is not None and made_by.primitive in MOVES and len(made_by.inputs) == 1:
             (operand,) = made_by.inputs
             assert isinstance(operand, int)
             inputs: Sequence[Atom] = (self.cast(equation, operand),)

@@ -1,7 +1,9 @@
 """What is true of every equation of a primitive, whatever its parameters: stated by its rule.
 
 Whoever treats primitives differently asks for these: linearity proofs, the row graph, the planner's
-model of compilers. So a primitive is described in one place, and no other module lists names.
+model of compilers. So a primitive is described in one place, and no other module lists primitives
+by what they are like. What concerns one primitive alone, as part of a pattern (a ReLU, a scan that
+is unrolled), compares with the object.
 """
 
 from __future__ import annotations
@@ -51,8 +53,8 @@ class Traits:
         deny it of an equation; it cannot claim it for a primitive that has not this property.
       has_derivative: False where JAX's derivative is zero.
       linearity: which results are additive in which operands.
-      reverse_reads_operands: the cotangents of its operands are made from the operands too, not
-        from the result's cotangent alone.
+      reverse_reads_operands: False where the cotangents of its operands are made from the result's
+        cotangent alone, so that no operand is kept for them.
       operations: floating-point operations of an equation on whole maps, as column runs it.
     """
 
