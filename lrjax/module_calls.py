@@ -18,10 +18,9 @@ from lrjax.options import Options
 from lrjax.rowgraph.fallbacks import Fallback, counted, fallbacks_of, made_by
 from lrjax.rowgraph.graph import RowGraph, build
 from lrjax.rowgraph.tracing import Traced, flat_axes, is_array, is_within_rowwise, trace
+from lrjax.rules.base import traits_of
+from lrjax.rules.windows import POOLINGS
 from lrjax.transform import run
-
-# What makes a network convolutional; all else that is local in rows could run whole just as well.
-_WINDOWS = ("conv_general_dilated", "dot_general", "reduce_window")
 
 StatefulCall = Callable[..., tuple[Any, Any]]
 
@@ -80,13 +79,15 @@ def call_rowwise(
 def _check_windows(graph: RowGraph, name: str) -> None:
     """Refuse a module in which no layer that mixes channels or neighbours runs by rows."""
     reductions = []
+    # What makes a network convolutional; all else that is local in rows could run whole as well.
     for node in graph.nodes:
-        kind = node.equation.primitive.name
-        if node.op is not None and kind.startswith(_WINDOWS):
+        primitive = node.equation.primitive
+        is_layer = traits_of(primitive).is_contraction or primitive in POOLINGS
+        if node.op is not None and is_layer:
             if not node.is_reduction:
                 return
             made = made_by(graph, node.equation)
-            reductions.append(Fallback(kind, made, "sums over the rows"))
+            reductions.append(Fallback(primitive.name, made, "sums over the rows"))
     reasons = counted([*reductions, *fallbacks_of(graph)])
     touched = reasons or any(node.op is not None for node in graph.nodes)
     raise ValueError(

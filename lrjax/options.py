@@ -11,6 +11,7 @@ import numpy as np
 
 from lrjax.loop.rowloop import reference_height
 from lrjax.plan import Choice, Plan
+from lrjax.program.compatibility import tag_of
 from lrjax.rowgraph.fallbacks import counted, fallbacks_of
 from lrjax.rowgraph.graph import RowGraph, build
 from lrjax.rowgraph.segments import Segment
@@ -240,11 +241,7 @@ def _places(segments: Sequence[Segment], cuts: tuple[str, ...] | int) -> list[st
 
 def _cuts_in(segment: Segment, cuts: Sequence[str]) -> str:
     """Names of the cuts that a segment ends with."""
-    found = [
-        equation.params["name"]
-        for equation in segment.program.equations
-        if equation.primitive.name == "name" and equation.params["name"] in cuts
-    ]
+    found = [tag for tag in map(tag_of, segment.program.equations) if tag in cuts]
     return ", ".join(map(repr, dict.fromkeys(found)))
 
 

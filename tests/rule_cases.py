@@ -20,15 +20,11 @@ from jax import lax
 
 from lrjax.program.constants import Constants
 from lrjax.program.inline import Literal, flatten
-from lrjax.rules.base import Equation, Operand, RowOp, row_op
-from lrjax.rules.elementwise import ELEMENTWISE
-from lrjax.rules.shape import constant_along_rows
+from lrjax.rules.base import Equation, Operand, RowOp, constant_along_rows, registered, row_op
 
 HEIGHT = 7
-# Primitives of newer versions of JAX than the oldest that is supported.
-NEWER = {"log2", "one_minus_square", "polynomial"}
-# Calls as older versions name them; what exists within ``jax.shard_map`` alone.
-WITHOUT_CASES = {"custom_vjp_call_jaxpr", "pvary"}
+# What exists within ``jax.shard_map`` alone.
+WITHOUT_CASES = {"pvary"}
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -981,7 +977,12 @@ def _rowless_cases() -> list[Case]:
 def cases() -> dict[str, list[Case]]:
     """All cases by primitive; made under 64-bit types."""
     found = [
-        *(c for name in ELEMENTWISE if name in primitives() for c in elementwise_cases(name)),
+        *(
+            case
+            for primitive, rule in registered().items()
+            if rule.traits.is_elementwise and primitive.name not in WITHOUT_CASES
+            for case in elementwise_cases(primitive.name)
+        ),
         *_complex_cases(),
         *_convolution_cases(),
         *(c for kind in _KINDS for c in _pool_cases(kind)),

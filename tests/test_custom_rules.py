@@ -1,6 +1,8 @@
 """Functions with derivatives of their own, branches that hold them, callbacks, loops along rows:
 what can be tiled is, and what cannot runs column-wise, exactly, under its name."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,12 +12,14 @@ from jax.experimental import io_callback
 from jax.scipy.special import xlogy
 
 import lrjax
-from lrjax.program import linearity
 from lrjax.program.inline import flatten
 from lrjax.rowgraph.calls import watched
 from lrjax.rowgraph.graph import build
 from lrjax.rowgraph.proofs import assert_proofs_hold
 from lrjax.rowgraph.tracing import trace
+from lrjax.rules import linearity
+from lrjax.rules.base import _REGISTRY, registered
+from lrjax.rules.dependence import output_dependences
 from lrjax.testing import assert_same_as_column, check, results
 
 pytestmark = pytest.mark.usefixtures("x64")
@@ -240,9 +244,10 @@ class TestProofs:
             assert bool(tried) == (name not in ("xlogy", "custom_jvp with a pole"))
 
     def test_a_wrong_proof_shows(self, monkeypatch):
-        monkeypatch.setitem(linearity._MOVES, "clamp", (1,))
-        monkeypatch.setitem(linearity._MOVES, "min", (0, 1))
-        monkeypatch.setitem(linearity._MOVES, "max", (0, 1))
+        for primitive, operands in ((lax.clamp_p, (1,)), (lax.min_p, (0, 1)), (lax.max_p, (0, 1))):
+            rule = registered()[primitive]
+            wrong = dataclasses.replace(rule.traits, linearity=linearity.additive_in(*operands))
+            monkeypatch.setitem(_REGISTRY, primitive, dataclasses.replace(rule, traits=wrong))
         clip = with_vjp(scaled, lambda x, s, g: (lax.clamp(-0.3, g, 0.3), jnp.zeros_like(s)))
         network = between_convolutions(clip)
         with pytest.raises(AssertionError, match="additive cotangents differ"):
@@ -273,7 +278,7 @@ class TestProofs:
     )
     def test_table(self, function, expected):
         program = flatten(jax.make_jaxpr(function)(np.ones((3, 3)), np.ones((3, 3))))
-        found = linearity.output_dependences(program, program.inputs[:1])
+        found = output_dependences(program, program.inputs[:1])
         assert [one.name for one in found] == [expected] or (expected, found) == (
             "FIXED",
             [linearity.ZERO],

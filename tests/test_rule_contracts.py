@@ -3,7 +3,7 @@
 The cases of ``rule_cases`` cover the registry; a rule without a case fails. For each: the rows that
 the rule declares are those that the output depends on, blocks are slices of the whole output
 whatever rows outside the image hold, the gradients of blocks add up to the whole gradient, and what
-is declared tame is finite.
+is declared to preserve finiteness does.
 """
 
 from __future__ import annotations
@@ -17,22 +17,20 @@ import numpy as np
 import pytest
 
 from lrjax.loop.engine import _COMBINE
-from lrjax.rules.base import _REGISTRY, Rows, highest, lowest
+from lrjax.rules.base import Rows, highest, lowest, registered
 from lrjax.rules.geometry import IDENTITY
 from lrjax.rules.reduction import identity_of
-from lrjax.strategies import autodiff  # noqa: F401  fills the registry
-from rule_cases import NEWER, WITHOUT_CASES, cases, primitives
+from rule_cases import WITHOUT_CASES, cases
 
 pytestmark = pytest.mark.usefixtures("x64")
 
-NAMES = sorted({*_REGISTRY, "iota", "random_bits"} - WITHOUT_CASES)
+BY_ROWS = {p.name for p, rule in registered().items() if rule.on_rows or rule.without_rows}
+NAMES = sorted(BY_ROWS - WITHOUT_CASES)
 TOLERANCE = 1e-12
 EVERY_ROW = (0, 10**9)
 
 
 def cases_of(name):
-    if name in NEWER and name not in primitives():
-        pytest.skip(f"this JAX has no {name}")
     assert name in cases(), f"{name} has a rule but no case in rule_cases.py"
     return cases()[name]
 
@@ -297,7 +295,7 @@ def is_sampled_out(case, number):
 
 def finite_outside(case):
     """What rows outside the image hold in a step that is differentiated."""
-    number = 3.5 if case.op.is_tame else 1
+    number = 3.5 if case.op.preserves_finiteness else 1
     return lambda value: number if is_inexact(value) else 0
 
 
@@ -305,8 +303,8 @@ def finite_outside(case):
 def test_gradients_of_blocks_add_up(name):
     """Also those of what has no rows, which are sums over rows outside the image too.
 
-    Such rows hold 1 where the rule is not tame, as they do in a step that is differentiated, and
-    another number where it is.
+    Such rows hold 1 where finiteness is not preserved, as they do in a step that is differentiated,
+    and another number where it is.
     """
     for number, case in enumerate(cases_of(name)):
         if is_sampled_out(case, number) or case.op.reduction not in (None, "sum"):
@@ -358,11 +356,11 @@ def add_rows(total, bar, read, start, own):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_tame_rules_are_finite(name):
+def test_finiteness_is_preserved(name):
     """Large, small and equal operands give finite values and derivatives, whatever indices are."""
     for number, case in enumerate(cases_of(name)):
         moving, wanted = moving_and_wanted(case)
-        if not case.op.is_tame or not moving or not all(map(is_finite, case.outputs)):
+        if not case.op.preserves_finiteness or not moving or not all(map(is_finite, case.outputs)):
             continue
         if is_sampled_out(case, number):
             continue

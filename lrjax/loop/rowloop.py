@@ -170,7 +170,7 @@ class RowLoop:
             return source.read.fill
         node = self.nodes[source.node]
         assert node.op is not None
-        if not self.is_differentiated or node.op.is_tame:
+        if not self.is_differentiated or node.op.preserves_finiteness:
             return None
         beside_parameter = len(self.sources_of(source.node)) < sum(
             isinstance(v, int) for v in node.equation.inputs
@@ -205,7 +205,7 @@ class RowLoop:
             assert node.op is not None
             sources = self.sources_of(i)
             fills = [s.read.fill for s in sources if self.leaves_image(s)]
-            if node.op.is_tame and all(map(np.isfinite, fills)):
+            if node.op.preserves_finiteness and all(map(np.isfinite, fills)):
                 continue
             values = [*node.equation.outputs, *(s.value for s in sources)]
             found.update((v, 1) for v in values if v in self.producer)

@@ -9,15 +9,14 @@ from __future__ import annotations
 from collections.abc import Collection, MutableMapping, Sequence
 from typing import Any
 
-from lrjax.planner.liveness import Kind, Operation
+from jax.extend.core import primitives as public
 
-# The cotangents of these operations' inputs do not depend on the inputs.
-LINEAR = frozenset((
-    "add", "add_any", "sub", "neg", "convert_element_type", "copy", "name", "reduce_sum",
-    "broadcast_in_dim", "reshape", "squeeze", "expand_dims", "transpose", "rev", "slice", "pad",
-    "concatenate", "reduce_window_sum", "cumsum", "real", "imag", "tile", "split",
-    "reduce_precision", "optimization_barrier", "dynamic_slice", "window", "extend",
-))  # fmt: skip
+from lrjax.planner.compilers import EXTEND, WINDOW
+from lrjax.planner.liveness import GradientOf, Kind, Operation
+from lrjax.rules.base import traits_of
+
+# What JAX adds cotangents by.
+_SUM = public.add_jaxvals_p
 
 
 class Adjoint:
@@ -48,7 +47,7 @@ class Adjoint:
         if len(pieces) > 1:
             total = self.fresh(self.size.get(value, 0.0))
             self.operations.append(
-                Operation("add_any", tuple(pieces), (total,), Kind.FUSED, is_backward=True)
+                Operation(_SUM, tuple(pieces), (total,), Kind.FUSED, is_backward=True)
             )
             self.pieces[value] = [total]
         return self.pieces[value][0] if pieces else None
@@ -67,7 +66,7 @@ class Adjoint:
 
     def _share(self, operation: Operation, given: tuple[int, ...]) -> None:
         """The shares of an operation's inputs in the cotangents of its outputs."""
-        needed = () if operation.name in LINEAR else operation.inputs
+        needed = operation.inputs if _reads_operands(operation) else ()
         separate = operation.kind is Kind.LIBRARY and len(operation.inputs) == 2
         for v in dict.fromkeys(operation.inputs):
             if v not in self.moving:
@@ -76,8 +75,8 @@ class Adjoint:
             # Of a product, the share of one factor is made from the other.
             read = tuple(w for w in needed if w != v) if separate else needed
             kind = self._kind(operation, v)
-            name, like = f"gradient of {operation.name}", self.like.get(v)
-            self.operations.append(Operation(name, (*given, *read), (share,), kind, like, True))
+            what, like = GradientOf(operation.what), self.like.get(v)
+            self.operations.append(Operation(what, (*given, *read), (share,), kind, like, True))
             self.pieces.setdefault(v, []).append(share)
 
     def _kind(self, operation: Operation, value: int) -> Kind:
@@ -86,3 +85,9 @@ class Adjoint:
         largest = max((self.size.get(v, 0.0) for v in operation.outputs), default=0.0)
         is_sum = operation.kind is Kind.FUSED and self.size.get(value, 0.0) < largest / 8
         return Kind.ROOT if is_sum else Kind.FUSED
+
+
+def _reads_operands(operation: Operation) -> bool:
+    """The cotangents of its inputs depend on the inputs."""
+    is_move = operation.what in (WINDOW, EXTEND)
+    return not is_move and traits_of(operation.what).reverse_reads_operands

@@ -20,6 +20,7 @@ from lrjax.planner.operations import OperationCounts
 from lrjax.program.inline import FlatEquation, FlatProgram
 from lrjax.rowgraph.graph import RowGraph, build, size_bytes
 from lrjax.rowgraph.segments import Cuttable, Segment
+from lrjax.rules.windows import POOLINGS
 from lrjax.strategies.micro_batches import (
     BATCH_AXIS,
     MicroBatches,
@@ -292,7 +293,7 @@ class Candidates:
     def _weight(self, equation: FlatEquation) -> float:
         """Operations of convolutions and the like, and of windows; 0 for what is elementwise."""
         flops = self.counts.forward.get(equation.outputs[0], 0.0)
-        if equation.primitive.name.startswith("reduce_window"):
+        if equation.primitive in POOLINGS:
             return max(flops, 1.0)
         size = max(math.prod(self.whole.program.avals[v].shape) for v in equation.outputs)
         return flops if flops > 4 * size else 0.0

@@ -1,4 +1,8 @@
-"""What XLA makes of operations on its targets: what it fuses, and what it adds."""
+"""What XLA adds to operations on its targets.
+
+How it runs each of them (``kind``, ``is_kept``) the rules of the primitives say. The primitives
+that are named here are parts of patterns: a pooling's gradient, a ReLU's zeros, a normalisation.
+"""
 
 from __future__ import annotations
 
@@ -7,53 +11,27 @@ import math
 from collections.abc import Mapping, MutableMapping, Sequence
 from typing import Any
 
+from jax import lax
+from jax.extend.core import primitives as public
+
 from lrjax.memory.targets import GpuTarget, TpuTarget, find
-from lrjax.planner.liveness import Kind, Liveness, Operation
+from lrjax.planner.liveness import GradientOf, Kind, Liveness, Operation
 from lrjax.program.inline import FlatEquation, FlatProgram
 from lrjax.rowgraph.graph import size_bytes
-from lrjax.rules.elementwise import ELEMENTWISE
+from lrjax.rules.base import traits_of
+from lrjax.rules.windows import POOLINGS
 
-# What compilers fuse into readers beside elementwise operations.
-# fmt: off
-_MOVES = (
-    "broadcast_in_dim", "reshape", "squeeze", "expand_dims", "transpose", "rev", "slice", "pad",
-    "concatenate", "dynamic_slice", "gather", "iota", "tile", "split", "select_and_gather_add",
-    "custom_jvp_call", "custom_vjp_call", "random_bits", "random_wrap", "random_unwrap",
-    "random_fold_in", "random_seed", "threefry2x32",
-)
-_FUSED = frozenset((*ELEMENTWISE, *_MOVES)) - {"optimization_barrier"}
-_LIBRARY = (
-    "conv_general_dilated", "dot_general", "scatter", "sort", "scan", "while", "cond", "fft",
-    "custom_call", "pure_callback",
-)
-# fmt: on
-# What compilers do not compute a second time in the backward pass.
-_EXPENSIVE = frozenset(
-    (
-        "cbrt",
-        "cos",
-        "erf",
-        "erf_inv",
-        "erfc",
-        "exp",
-        "exp2",
-        "expm1",
-        "lgamma",
-        "log",
-        "log1p",
-        "logistic",
-        "pow",
-        "rsqrt",
-        "sin",
-        "sqrt",
-        "tan",
-        "tanh",
-    )
-)  # fmt: skip
+# What a row loop does beside its operations.
 KERNEL_GRADIENT = "kernel gradient"  # of a step
 WINDOW = "window"  # rows that a step reads
-POOL_GRADIENTS = ("select_and_scatter_add", "gradient of reduce_window_max")
-_ZEROS = ("max", "select_n", "custom_jvp_call", "gradient of custom_jvp_call")
+EXTEND = "extend"  # a line buffer's rows and a slab, as one array
+
+_SUMS = (lax.add_p, public.add_jaxvals_p)
+_POOL_GRADIENT = lax.select_and_scatter_add_p
+POOL_GRADIENTS = (_POOL_GRADIENT, GradientOf(lax.reduce_window_max_p))
+# What a ReLU and its gradient compare with zeros.
+_RELU = public.custom_jvp_call_p
+_ZEROS = (lax.max_p, lax.select_n_p, _RELU, GradientOf(_RELU))
 
 # A TPU's vectors: channels are padded to as many. Narrower maps are laid out another way.
 LANES = 128
@@ -66,15 +44,6 @@ RELAID_COPIES = 2.5
 INDEX_BYTES = 4
 # Per element of a pooled map: the value in float32 and its place.
 POOL_INDEX_BYTES = 4 + 4 * INDEX_BYTES
-
-
-def kind_of(primitive: Any) -> Kind:
-    """How XLA runs a primitive."""
-    if primitive.name in _FUSED:
-        return Kind.FUSED
-    if primitive.name.startswith(_LIBRARY):
-        return Kind.LIBRARY
-    return Kind.ROOT
 
 
 def compiled(
@@ -116,7 +85,7 @@ def convolution_scratch(program: FlatProgram, equation: FlatEquation, target: st
     XLA:TPU reads a map of few channels for its kernel gradient from shifted copies, which are in
     the vector memory if they fit there.
     """
-    if equation.primitive.name != "conv_general_dilated":
+    if equation.primitive is not lax.conv_general_dilated_p:
         return 0.0
     image, other, given = (program.aval(v) for v in (*equation.inputs, *equation.outputs))
     spec = equation.params["dimension_numbers"]
@@ -176,7 +145,7 @@ def _computed_once(operations: Sequence[Operation]) -> tuple[Operation, ...]:
         is_wanted = not wanted.isdisjoint(operation.outputs)
         if operation.is_backward or (is_wanted and operation.kind is Kind.FUSED):
             wanted.update(operation.inputs)
-        if is_wanted and not operation.is_backward and operation.name in _EXPENSIVE:
+        if is_wanted and not operation.is_backward and traits_of(operation.what).is_kept:
             operation = dataclasses.replace(operation, kind=Kind.ROOT)
         found.append(operation)
     return tuple(reversed(found))
@@ -197,14 +166,14 @@ def _with_pool_gradients(
     step that is differentiated, the ReLU's own zeros come to exist as well.
     """
     new = _Rewrite(operations, size, fresh)
-    added = {v for o in operations if o.name in ("add", "add_any") for v in o.inputs}
+    added = {v for o in operations if o.what in _SUMS for v in o.inputs}
     maker = {v: o for o in operations for v in o.outputs}
-    is_step = any(o.name == WINDOW for o in operations)  # rows outside the image are zeros too
+    is_step = any(o.what == WINDOW for o in operations)  # rows outside the image are zeros too
     shared: set[Any] = set()
     beside_skip: list[tuple[float, int]] = []
     in_step: list[tuple[float, int, int]] = []
     for i, operation in enumerate(operations):
-        if operation.name not in POOL_GRADIENTS or operation.like is None:
+        if operation.what not in POOL_GRADIENTS or operation.like is None:
             continue
         (made,) = operation.outputs
         pooled = size.get(operation.inputs[0], 0.0) / operation.like.dtype.itemsize
@@ -213,11 +182,11 @@ def _with_pool_gradients(
         users = [
             j
             for j, o in enumerate(operations)
-            if o.name in _ZEROS and _shape_of(o) == shape and (is_step or not _is_scaled(o, maker))
+            if o.what in _ZEROS and _shape_of(o) == shape and (is_step or not _is_scaled(o, maker))
         ]
-        if made in added and operation.name == "select_and_scatter_add":
+        if made in added and operation.what is _POOL_GRADIENT:
             beside_skip.append((pooled * 4 * INDEX_BYTES, i))
-        if is_step and operation.name == "select_and_scatter_add":
+        if is_step and operation.what is _POOL_GRADIENT:
             in_step.append((pooled * 4 * INDEX_BYTES, i, operation.inputs[-1]))
         if made in added or not users or users[0] > i:
             continue
@@ -225,7 +194,7 @@ def _with_pool_gradients(
         new.make(users[0], target)
         new.read(i, target)
         new.change(i, overwrites=target)
-        if operation.name == "select_and_scatter_add" and shape not in shared:
+        if operation.what is _POOL_GRADIENT and shape not in shared:
             shared.add(shape)
             zeros = new.value(size[made])
             new.make(users[0], zeros)
@@ -245,7 +214,7 @@ def _is_scaled(operation: Operation, maker: Mapping[int, Operation]) -> bool:
     behind = list(operation.inputs)
     while not operation.is_backward and behind:
         made = maker.get(behind.pop())
-        if made is not None and made.name == "mul":
+        if made is not None and made.what is lax.mul_p:
             return True
         if made is not None and made.kind is Kind.FUSED:
             behind += made.inputs
@@ -285,12 +254,12 @@ def _on_cpu(
 ) -> tuple[Operation, ...]:
     new = _Rewrite(operations, size, fresh)
     for i, operation in enumerate(operations):
-        if operation.name.startswith("reduce_window"):
+        if operation.what in POOLINGS:
             new.change(i, kind=Kind.LIBRARY)
-        if operation.name == KERNEL_GRADIENT:
+        if operation.what == KERNEL_GRADIENT:
             # In loops its operands are transposed first: see ``rules.convolution``.
             new.change(i, scratch=sum(size.get(v, 0.0) for v in operation.inputs))
-        if operation.name in POOL_GRADIENTS and operation.like is not None:
+        if operation.what in POOL_GRADIENTS and operation.like is not None:
             _find_places(new, i)
     _keep_differences(new)
     return new.result()
@@ -312,9 +281,7 @@ def _find_places(new: _Rewrite, index: int) -> None:
     new.make(0, counts)
     new.make(0, target)
     forward = (
-        i
-        for i, o in enumerate(new.operations)
-        if o.name.startswith("reduce_window") and operand in o.inputs
+        i for i, o in enumerate(new.operations) if o.what in POOLINGS and operand in o.inputs
     )
     where = next(forward, index - 1) + 1
     found = Operation(
@@ -340,7 +307,8 @@ def _keep_differences(new: _Rewrite) -> None:
         if operation.is_backward:
             last.update((v, i) for v in operation.inputs)
     for i, operation in enumerate(new.operations):
-        if operation.name == "sub" and not operation.is_backward and operation.outputs[0] in last:
+        is_difference = operation.what is lax.sub_p and not operation.is_backward
+        if is_difference and operation.outputs[0] in last:
             kept = new.value(new.size[operation.outputs[0]])
             new.insert(i + 1, dataclasses.replace(operation, outputs=(kept,), kind=Kind.ROOT))
             new.read(last[operation.outputs[0]], kept)
@@ -410,6 +378,6 @@ def _sums_for_parameters(operations: Sequence[Operation]) -> list[int]:
         is_map = operation.like is not None and math.prod(operation.like.shape[:-1]) > 1
         if is_map or not for_maps.isdisjoint(operation.outputs):
             for_maps.update(operation.inputs)
-        elif operation.is_backward and operation.name == "reduce_sum":
+        elif operation.is_backward and operation.what is lax.reduce_sum_p:
             found.append(i)
     return found[::-1]

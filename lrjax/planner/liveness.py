@@ -1,6 +1,6 @@
 """Bytes alive over a sequence of operations, as a compiler that fuses would have them.
 
-Plain numbers, without JAX. What is fused into its readers never exists as a buffer; what a library
+Plain numbers. What is fused into its readers never exists as a buffer; what a library
 reads or writes does.
 """
 
@@ -8,23 +8,20 @@ from __future__ import annotations
 
 import bisect
 import dataclasses
-import enum
 import functools
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
+from lrjax.rules.traits import Kind
 
-class Kind(enum.Enum):
-    """How a compiler runs an operation.
+__all__ = ["GradientOf", "Kind", "Liveness", "Operation", "bytes_beside"]
 
-    FUSED: it is computed again wherever its result is read, unless a library reads that.
-    ROOT: what it reads may be fused into it, but its result exists (reductions, windows).
-    LIBRARY: what it reads and what it gives exist (convolutions, matrix products, loops).
-    """
 
-    FUSED = "fused"
-    ROOT = "root"
-    LIBRARY = "library"
+@dataclasses.dataclass(frozen=True)
+class GradientOf:
+    """What gives the cotangent of an operation's operand, where that is not traced."""
+
+    what: Any
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,7 +29,7 @@ class Operation:
     """An operation on values.
 
     Attributes:
-      name: of its primitive.
+      what: the primitive, a ``GradientOf`` one, or words for what a row loop adds.
       inputs, outputs: values.
       kind: how it runs.
       like: shape and dtype of its first output.
@@ -41,7 +38,7 @@ class Operation:
       overwrites: an input whose place the result takes, if nobody reads it afterwards.
     """
 
-    name: str
+    what: Any
     inputs: tuple[int, ...]
     outputs: tuple[int, ...]
     kind: Kind

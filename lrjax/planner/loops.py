@@ -6,11 +6,12 @@ from collections.abc import Collection
 from typing import Any
 
 from lrjax.loop.rowloop import RowLoop
-from lrjax.planner.compilers import compiled, in_main_memory, is_gpu, is_tpu, kind_of
+from lrjax.planner.compilers import compiled, in_main_memory, is_gpu, is_tpu
 from lrjax.planner.liveness import Kind, Liveness, Operation
 from lrjax.planner.steps import Step, kernels_read, line_bytes, row_bytes
 from lrjax.planner.whole import values
 from lrjax.rowgraph.graph import Node, RowGraph, size_bytes
+from lrjax.rules.base import traits_of
 from lrjax.rules.block_sums import accumulator_dtype
 from lrjax.strategies.autodiff import RowProgram
 
@@ -53,10 +54,10 @@ class _Events:
         return self.next - 1
 
     def run_column(self, node: Node) -> None:
-        equation, kind = node.equation, kind_of(node.equation.primitive)
+        equation = node.equation
+        what, kind = equation.primitive, traits_of(equation.primitive).kind
         like, read = self.avals[equation.outputs[0]], values(equation.inputs)
-        name = equation.primitive.name
-        self.operations.append(Operation(name, read, equation.outputs, kind, like))
+        self.operations.append(Operation(what, read, equation.outputs, kind, like))
 
     def run_loop(self, loop: RowLoop) -> None:
         read = dict.fromkeys((*loop.arrays, *loop.wholes, *self._kernel_copies(loop)))
@@ -85,7 +86,7 @@ class _Events:
         for v in kernels:
             if v not in self.copies:
                 self.copies[v] = self.fresh(self.bytes_of(v))
-                self.operations.append(Operation("copy", (), (self.copies[v],), Kind.ROOT))
+                self.operations.append(Operation("kernel copy", (), (self.copies[v],), Kind.ROOT))
         return [self.copies[v] for v in kernels]
 
     def liveness(self) -> Liveness:

@@ -16,6 +16,7 @@ from lrjax.plan import Choice
 from lrjax.planner.cost import SegmentCost
 from lrjax.program.inline import FlatEquation, FlatProgram, flatten, function_of
 from lrjax.rowgraph.graph import RowGraph, build
+from lrjax.rules.base import traits_of
 
 
 class OperationCounts:
@@ -71,7 +72,7 @@ class OperationCounts:
 
 def _gradients(equation: FlatEquation, moving: Collection[int]) -> int:
     count = sum(isinstance(v, int) and v in moving for v in equation.inputs)
-    return count if equation.primitive.name.startswith(("conv", "dot")) else min(count, 1)
+    return count if traits_of(equation.primitive).is_contraction else min(count, 1)
 
 
 def _gradient_graph(

@@ -7,14 +7,13 @@ and cutting it into stages takes far longer than a schedule of blocks, and does 
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Callable
 from typing import Any, TypeVar
 
 from lrjax.planner.whole import Joint, joint_program
 from lrjax.program.inline import FlatEquation, FlatProgram
 from lrjax.rowgraph.segments import Segment
-from lrjax.rules.elementwise import ELEMENTWISE
+from lrjax.rules.base import Equation, Operand, traits_of
 from lrjax.strategies import autodiff
 from lrjax.strategies.autodiff import RowProgram
 
@@ -68,19 +67,13 @@ def program_operations(program: FlatProgram) -> float:
 
 
 def _equation_operations(program: FlatProgram, equation: FlatEquation) -> float:
-    given = sum(math.prod(program.avals[v].shape) for v in equation.outputs)
-    name, read = equation.primitive.name, [program.aval(v).shape for v in equation.inputs]
-    if name == "conv_general_dilated":
-        spec = equation.params["dimension_numbers"].rhs_spec
-        return 2.0 * given * math.prod(read[1][d] for d in spec[1:])
-    if name == "dot_general":
-        contracted = equation.params["dimension_numbers"][0][0]
-        return 2.0 * given * math.prod(read[0][d] for d in contracted)
-    if name.startswith("reduce_window") or name == "select_and_scatter_add":
-        return float(given * math.prod(equation.params["window_dimensions"]))
-    if name.startswith("reduce_"):
-        return float(math.prod(read[0]))
-    return float(given) if name in ELEMENTWISE else 0.0
+    described = Equation(
+        equation.primitive,
+        equation.params,
+        tuple(Operand(a.shape, a.dtype, None) for a in map(program.aval, equation.inputs)),
+        tuple(program.avals[v] for v in equation.outputs),
+    )
+    return traits_of(equation.primitive).operations(described)
 
 
 def operations_of(rows: RowProgram) -> float:

@@ -6,11 +6,13 @@ from collections.abc import Collection
 from typing import Any
 
 import jax
+from jax import lax
 
 from lrjax.loop.rowloop import Band, RowLoop, Source
-from lrjax.planner.compilers import KERNEL_GRADIENT, WINDOW, compiled, kind_of
+from lrjax.planner.compilers import EXTEND, KERNEL_GRADIENT, WINDOW, compiled
 from lrjax.planner.liveness import Kind, Liveness, Operation
 from lrjax.rowgraph.graph import RowGraph, size_bytes
+from lrjax.rules.base import traits_of
 
 
 def row_bytes(graph: RowGraph, value: int) -> float:
@@ -30,8 +32,7 @@ class Step:
     place. Windows that are not all of what is at hand are copies.
 
     Attributes:
-      operations: under the names of their primitives; "window", "extend" and "branch" are the
-        loop's own.
+      operations: of the loop's nodes, and its own: ``WINDOW``, ``EXTEND`` and "branch".
       size: bytes of every value.
       kept: values that exist when the step ends.
       older: what stands for the older rows of a value whose line buffer shifts.
@@ -94,10 +95,11 @@ class Step:
         head = node.equation.outputs[0]
         like = _rows_of(self.avals[head], self.loop.graph.row_axis.get(head), track.rows)
         made = tuple(self.slab.get(v, v) for v in node.equation.outputs)
-        name, kind = node.equation.primitive.name, kind_of(node.equation.primitive)
-        if node.is_reduction and name == "conv_general_dilated":
-            name = KERNEL_GRADIENT
-        self.operations.append(Operation(name, inputs, made, kind, like))
+        what: Any = node.equation.primitive
+        kind = traits_of(what).kind
+        if node.is_reduction and what is lax.conv_general_dilated_p:
+            what = KERNEL_GRADIENT
+        self.operations.append(Operation(what, inputs, made, kind, like))
         for v in node.equation.outputs:
             if v in self.slab:
                 self._extend(v)
@@ -123,7 +125,7 @@ class Step:
         axis = self.loop.graph.row_axis[value]
         like = _rows_of(self.avals[value], axis, self.loop.track(value).depth)
         read = self.slab[value], self.older[value]
-        self.operations.append(Operation("extend", read, (value,), Kind.FUSED, like))
+        self.operations.append(Operation(EXTEND, read, (value,), Kind.FUSED, like))
 
     def _end_branch(self, band: Band) -> None:
         """What a branch reads exists until it is done."""
@@ -147,6 +149,6 @@ def kernels_read(loop: RowLoop) -> Collection[int]:
     found = (
         node.equation.inputs[1]
         for node in loop.nodes
-        if node.equation.primitive.name == "conv_general_dilated"
+        if node.equation.primitive is lax.conv_general_dilated_p
     )
     return dict.fromkeys(v for v in found if isinstance(v, int) and v in loop.wholes)

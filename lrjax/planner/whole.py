@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lrjax.planner.compilers import buffer_bytes, compiled, convolution_scratch, kind_of
+from lrjax.planner.compilers import buffer_bytes, compiled, convolution_scratch
 from lrjax.planner.liveness import Liveness, Operation
 from lrjax.program.inline import (
     FlatEquation,
@@ -21,6 +21,7 @@ from lrjax.program.inline import (
     without_dead_equations,
 )
 from lrjax.rowgraph.graph import size_bytes
+from lrjax.rules.base import traits_of
 
 
 def values(atoms: Sequence[Any]) -> tuple[int, ...]:
@@ -85,10 +86,10 @@ def operations_of(program: FlatProgram, border: int, target: str) -> list[Operat
     """A program's equations; those from ``border`` on are the backward pass."""
     return [
         Operation(
-            e.primitive.name,
+            e.primitive,
             values(e.inputs),
             e.outputs,
-            kind_of(e.primitive),
+            traits_of(e.primitive).kind,
             program.avals[e.outputs[0]] if e.outputs else None,
             i >= border,
             convolution_scratch(program, e, target),

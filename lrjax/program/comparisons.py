@@ -5,20 +5,15 @@ from __future__ import annotations
 import dataclasses
 
 from jax import lax
+from jax.extend.core import primitives as public
 
 from lrjax.program.inline import Atom, FlatEquation, FlatProgram, Literal, without_dead_equations
+from lrjax.program.manual_axes import MOVES
 
 _COMPARE = (lax.eq_p, lax.ne_p, lax.ge_p, lax.gt_p, lax.le_p, lax.lt_p)
 _EXTREMES = (lax.reduce_max_p, lax.reduce_min_p)
 # What such operations give is, element for element, what they take.
-_MOVE = (
-    lax.broadcast_in_dim_p,
-    lax.convert_element_type_p,
-    lax.optimization_barrier_p,
-    lax.reshape_p,
-    lax.squeeze_p,
-    lax.transpose_p,
-)
+_MOVES = (*MOVES, lax.optimization_barrier_p, public.name_p)
 
 
 def is_comparison(equation: FlatEquation) -> bool:
@@ -45,7 +40,7 @@ def compared_extremes(program: FlatProgram) -> frozenset[int]:
 
 
 def _moves(equation: FlatEquation) -> bool:
-    return equation.primitive in _MOVE or equation.primitive.name == "name"
+    return equation.primitive in _MOVES
 
 
 def simpler_comparisons(program: FlatProgram) -> FlatProgram:

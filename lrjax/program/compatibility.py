@@ -2,15 +2,74 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import functools
+import itertools
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
+from jax.extend.core import Primitive
+from jax.extend.core import primitives as public
+from jax.interpreters import ad
 
 from lrjax.program.varying import is_in_shard_map, varying_axes, varying_over
+
+# Primitives that some of the supported versions lack; ``primitive`` is None for them there.
+_NOT_IN_EVERY_VERSION = frozenset(
+    (
+        "closed_call",  # until 0.11
+        "log2",  # from 0.12
+        "one_minus_square",  # from 0.12
+        "polynomial",  # from 0.12
+    )
+)
+
+
+def primitive(name: str) -> Primitive | None:
+    """The primitive of this name, None if this version of JAX lacks it and others have it.
+
+    For primitives that are no attribute of ``jax.lax`` in every version; for all others write
+    ``lax.add_p``.
+
+    Raises:
+      LookupError: if there is none and none was expected to be missing: a misspelt name, or one
+        that a new version of JAX dropped.
+
+    Example:
+      >>> primitive("pvary")
+      pvary
+    """
+    found = _primitives_by_name().get(name)
+    if found is None and name not in _NOT_IN_EVERY_VERSION:
+        raise LookupError(
+            f"jax {jax.__version__} has no primitive {name!r}; correct the name, or list it among "
+            "those that not every version has, in lrjax/program/compatibility.py."
+        )
+    return found
+
+
+def primitives(*names: str) -> tuple[Primitive, ...]:
+    """Those of the primitives that this version of JAX has; see ``primitive``."""
+    return tuple(found for found in map(primitive, names) if found is not None)
+
+
+@functools.cache
+def _primitives_by_name() -> Mapping[str, Primitive]:
+    """Public primitives; then those that have a derivative and no public name."""
+    of_modules = (getattr(module, name) for module in (lax, public) for name in dir(module))
+    found: dict[str, Primitive] = {}
+    for one in itertools.chain(of_modules, ad.primitive_jvps):
+        if isinstance(one, Primitive):
+            found.setdefault(one.name, one)
+    return found
+
+
+def tag_of(equation: Any) -> str | None:
+    """The name that an equation gives to a value (``jax.ad_checkpoint.checkpoint_name``)."""
+    return equation.params["name"] if equation.primitive is public.name_p else None
 
 
 def bind(primitive: Any, values: Sequence[Any], params: dict[str, Any]) -> list[Any]:

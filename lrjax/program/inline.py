@@ -20,12 +20,15 @@ import numpy as np
 from jax import lax
 from jax.extend import source_info_util
 from jax.extend.core import Literal as JaxLiteral
+from jax.extend.core import Primitive
+from jax.extend.core import primitives as public
 
 from lrjax.program.compatibility import (
     bind,
     from_real_parts,
     named,
     open_jaxpr,
+    primitives,
     real_parts,
     scan_arity,
 )
@@ -35,19 +38,11 @@ from lrjax.program.varying import struct_like, varying_axes, varying_over
 
 # The parameter that holds the body of a call, by primitive.
 _CALLS = {
-    "jit": "jaxpr",
-    "pjit": "jaxpr",
-    "closed_call": "call_jaxpr",
-    "core_call": "call_jaxpr",
-    "checkpoint": "jaxpr",
-    "remat": "jaxpr",
-    "remat2": "jaxpr",
+    public.jit_p: "jaxpr",
+    public.remat_p: "jaxpr",
+    **dict.fromkeys(primitives("closed_call"), "call_jaxpr"),
 }
-_CUSTOM_CALLS = {
-    "custom_jvp_call": "call_jaxpr",
-    "custom_vjp_call": "call_jaxpr",
-    "custom_vjp_call_jaxpr": "fun_jaxpr",
-}
+_CUSTOM_CALLS = {public.custom_jvp_call_p: "call_jaxpr", public.custom_vjp_call_p: "call_jaxpr"}
 
 
 # Equations that the unrolled form of one scan may have, calls in its body counted as one.
@@ -174,7 +169,7 @@ def _dtype(aval: Any) -> Any:
 
 
 class _Flattener:
-    def __init__(self, calls: dict[str, str]):
+    def __init__(self, calls: dict[Primitive, str]):
         self.calls = calls
         self.avals: list[jax.ShapeDtypeStruct] = []
         self.equations: list[FlatEquation] = []
@@ -217,7 +212,7 @@ class _Flattener:
             inputs = tuple(atom(v) for v in eqn.invars)
             stack = caller.name_stack + eqn.source_info.name_stack
             self.source = eqn.source_info.replace(name_stack=stack)
-            body = self.calls.get(eqn.primitive.name)
+            body = self.calls.get(eqn.primitive)
             if body is not None:
                 outputs = self.call(eqn.params[body], inputs)
             elif eqn.primitive is lax.optimization_barrier_p:
@@ -226,7 +221,7 @@ class _Flattener:
                     self.emit(eqn, (value,), (v,))[0]
                     for value, v in zip(inputs, eqn.outvars, strict=True)
                 ]
-            elif eqn.primitive.name == "scan" and self.is_unrolled(eqn, inputs):
+            elif eqn.primitive is lax.scan_p and self.is_unrolled(eqn, inputs):
                 outputs = self.unrolled(eqn, inputs)
             elif eqn.primitive is lax.split_p:
                 outputs = self.slices(eqn, inputs[0])

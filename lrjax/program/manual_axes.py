@@ -13,31 +13,36 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import jax
+from jax import lax
 from jax.extend.core import Literal as JaxLiteral
 
-from lrjax.program.compatibility import bind, has_body, open_jaxpr
+from lrjax.program.compatibility import bind, has_body, open_jaxpr, primitive, primitives
 from lrjax.program.varying import struct, varying_axes, varying_over
 
 if TYPE_CHECKING:
     from lrjax.program.inline import Atom, FlatEquation, FlatProgram
 
 # Operations of one operand that move or repeat its elements.
-_MOVES = ("broadcast_in_dim", "convert_element_type", "reshape", "squeeze", "transpose")
+MOVES = (
+    lax.broadcast_in_dim_p,
+    lax.convert_element_type_p,
+    lax.reshape_p,
+    lax.squeeze_p,
+    lax.transpose_p,
+)
+_PVARY = primitive("pvary")
+_SUMS = primitives("psum", "psum_invariant")
 
 
 def is_cast(equation: FlatEquation) -> bool:
     """Whether all it does is to let a value vary over further mesh axes."""
-    return equation.primitive.name == "pvary"
+    return equation.primitive is _PVARY
 
 
 def is_collective(equation: FlatEquation) -> bool:
     """Whether it exchanges values between devices, or tells them apart."""
     params = equation.params
-    return (
-        "axis_name" in params
-        or "axis_index_groups" in params
-        or (equation.primitive.name.startswith("psum"))
-    )
+    return "axis_name" in params or "axis_index_groups" in params or equation.primitive in _SUMS
 
 
 def with_early_casts(program: FlatProgram) -> FlatProgram:
@@ -89,7 +94,7 @@ class _Mover:
         aval = self.avals[value]
         varying = varying_axes(aval) | frozenset(equation.params["axes"])
         made = self.fresh(aval, varying)
-        if made_by is not None and made_by.primitive.name in _MOVES and len(made_by.inputs) == 1:
+        if made_by is not None and made_by.primitive in MOVES and len(made_by.inputs) == 1:
             (operand,) = made_by.inputs
             assert isinstance(operand, int)
             inputs: Sequence[Atom] = (self.cast(equation, operand),)
@@ -165,7 +170,7 @@ def body_outside(jaxpr: Any) -> Any:
 
         for eqn in body.eqns:
             results = values = [read(v) for v in eqn.invars]
-            if eqn.primitive.name != "pvary":
+            if eqn.primitive is not _PVARY:
                 params = {name: _param_outside(param) for name, param in eqn.params.items()}
                 results = bind(eqn.primitive, values, params)
             known.update(zip(eqn.outvars, results, strict=True))

@@ -67,8 +67,8 @@ def operations_per_row(graph: RowGraph) -> float:
     return sum(node.op.flops for node in graph.nodes if node.op is not None)
 
 
-def is_tame(graph: RowGraph) -> bool:
-    return all(node.op is None or node.op.is_tame for node in graph.nodes)
+def preserves_finiteness(graph: RowGraph) -> bool:
+    return all(node.op is None or node.op.preserves_finiteness for node in graph.nodes)
 
 
 def is_positional(graph: RowGraph) -> bool:
@@ -94,7 +94,7 @@ def run_on_block(graph: RowGraph, inputs: Sequence[Array], rows: Rows, height: i
     def read(atom: Any) -> Any:
         return jnp.asarray(atom.value, atom.dtype) if isinstance(atom, Literal) else values[atom]
 
-    has_poles = not is_tame(graph)
+    has_poles = not preserves_finiteness(graph)
     for node in graph.nodes:
         operands = [read(v) for v in node.equation.inputs]
         if node.op is None:
@@ -113,7 +113,7 @@ def run_on_block(graph: RowGraph, inputs: Sequence[Array], rows: Rows, height: i
 def _run_masked(node: Node, operands: Sequence[Array], rows: Rows, height: int) -> Sequence[Array]:
     assert node.op is not None
     reads = node.op.reads
-    has_pole = rows.is_differentiated and not node.op.is_tame
+    has_pole = rows.is_differentiated and not node.op.preserves_finiteness
     masked = []
     for operand, read in zip(operands, reads, strict=True):
         if read is not None and node.is_reduction:

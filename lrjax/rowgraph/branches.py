@@ -9,23 +9,27 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from jax.extend.core import jaxpr_as_fun
 
+from lrjax.program.inline import FlatEquation, flatten
 from lrjax.rowgraph.bodies import (
     is_positional,
-    is_tame,
     operations_per_row,
     pointwise_graph,
+    preserves_finiteness,
     reducing_primitive,
     row_axis_of,
     run_on_block,
 )
 from lrjax.rowgraph.graph import RowGraph
-from lrjax.rules.base import Array, Equation, NotRowLocal, RowOp, RowRead, Rows, rule
+from lrjax.rules.base import Array, Equation, NotRowLocal, RowOp, RowRead, Rows, Rule
+from lrjax.rules.dependence import output_dependences
 from lrjax.rules.geometry import IDENTITY
+from lrjax.rules.linearity import ADDITIVE, FIXED, UNKNOWN, ZERO, Dependence, of_sum
+from lrjax.rules.traits import Kind, Traits
 
 
-@rule("cond")
 def branches(equation: Equation) -> RowOp:
     """Branches on a scalar whose bodies are all row by row: chosen anew in every step."""
     index, *operands = equation.operands
@@ -52,7 +56,7 @@ def branches(equation: Equation) -> RowOp:
         equation.height,
         evaluate,
         flops=max(map(operations_per_row, bodies)),
-        is_tame=all(map(is_tame, bodies)),
+        preserves_finiteness=all(map(preserves_finiteness, bodies)),
         is_positional=any(map(is_positional, bodies)),
         undifferentiable=next((reason for reason in reasons if reason is not None), None),
     )
@@ -135,3 +139,25 @@ def _with_rows(function: Any, count: int, *arrays: Array) -> list[Array]:
 
 def _with_size(shape: Sequence[int], axis: int, size: int) -> tuple[int, ...]:
     return tuple(size if a == axis else s for a, s in enumerate(shape))
+
+
+def _linearity(equation: FlatEquation, given: Sequence[Dependence]) -> list[Dependence]:
+    """Additive where every branch is."""
+    index, *operands = given
+    if index not in (FIXED, ZERO) or UNKNOWN in operands:
+        return [UNKNOWN] * len(equation.outputs)
+    per_branch = []
+    for branch in equation.params["branches"]:
+        program = flatten(branch)
+        moving = [v for v, d in zip(program.inputs, operands, strict=True) if d is ADDITIVE]
+        per_branch.append(output_dependences(program, moving))
+    return [of_sum(choices, ()) for choices in zip(*per_branch, strict=True)]
+
+
+RULES = (
+    Rule(
+        (lax.cond_p,),
+        branches,
+        Traits(Kind.LIBRARY, preserves_finiteness=True, linearity=_linearity),
+    ),
+)

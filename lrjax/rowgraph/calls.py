@@ -17,28 +17,29 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.extend.core import primitives as public
 
-from lrjax.program import linearity
-from lrjax.program.linearity import Dependence
 from lrjax.rowgraph.bodies import (
     is_positional,
-    is_tame,
     masked_rows,
     operations_per_row,
     pointwise_graph,
+    preserves_finiteness,
     reducing_primitive,
     row_axis_of,
     run_on_block,
 )
 from lrjax.rowgraph.graph import RowGraph
-from lrjax.rules.base import Array, Equation, NotRowLocal, RowOp, RowRead, Rows, rule
+from lrjax.rules.base import Array, Equation, NotRowLocal, RowOp, RowRead, Rows, Rule
+from lrjax.rules.dependence import dependences, output_dependences
 from lrjax.rules.geometry import IDENTITY
+from lrjax.rules.linearity import Dependence
+from lrjax.rules.traits import Kind, Traits
 
 _MOST_KNOWN = 1024
 _KNOWN: OrderedDict[Any, tuple[Equation, RowOp]] = OrderedDict()
 
 
-@rule("custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr")
 def custom_call(equation: Equation) -> RowOp:
     """A call whose body is row by row, operand row for output row.
 
@@ -109,7 +110,7 @@ def _custom_call(equation: Equation) -> RowOp:
         height=equation.height,
         evaluate=evaluate,
         flops=operations_per_row(body),
-        is_tame=is_tame(body),
+        preserves_finiteness=preserves_finiteness(body),
         is_positional=is_positional(body),
         undifferentiable=undifferentiable,
     )
@@ -157,9 +158,9 @@ def _derivative(equation: Equation, out_axes: Sequence[int | None]) -> _Derivati
         raise NotRowLocal("its forward rule gives rows on other axes")
     graph = pointwise_graph(pull_back, [*structs, *equation.outputs], [*axes, *out_axes])
     cotangents = graph.program.inputs[len(structs) :]
-    found = linearity.dependences(graph.program, cotangents)
+    found = dependences(graph.program, cotangents)
     _check_reductions(graph, found)
-    given = linearity.output_dependences(graph.program, cotangents)
+    given = output_dependences(graph.program, cotangents)
     bar_axes: list[int | None] = []
     for i, atom, dependence in zip(wrt, graph.program.outputs, given, strict=True):
         axis = row_axis_of(graph, atom)
@@ -264,7 +265,7 @@ class _Derivative:
             axis = self.equation.operands[i].row_axis
             if is_zero:
                 bars[i] = jnp.zeros_like(values[i])
-            elif axis is None or is_tame(self.graph):
+            elif axis is None or preserves_finiteness(self.graph):
                 bars[i] = bar
             else:
                 bars[i] = masked_rows(bar, rows, axis, height, 0)
@@ -288,3 +289,12 @@ class _StaticRows(tuple):
     @classmethod
     def tree_unflatten(cls, count: int, leaves: Sequence[Any]) -> _StaticRows:
         return cls(leaves[0], count)
+
+
+RULES = (
+    Rule(
+        (public.custom_jvp_call_p, public.custom_vjp_call_p),
+        custom_call,
+        Traits(Kind.FUSED, preserves_finiteness=True),  # where their bodies do
+    ),
+)

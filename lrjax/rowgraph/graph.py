@@ -22,10 +22,16 @@ from lrjax.program.inline import Atom, FlatEquation, FlatProgram, Literal
 from lrjax.program.varying import varying_axes
 from lrjax.rowgraph.alignment import Alignment
 from lrjax.rowgraph.stages import Operation, Problem, Stages, cut_into_stages
-from lrjax.rules.base import Equation, NotRowLocal, Operand, RowOp, row_op
-from lrjax.rules.elementwise import ELEMENTWISE, WITHOUT_DERIVATIVE
+from lrjax.rules.base import (
+    Equation,
+    NotRowLocal,
+    Operand,
+    RowOp,
+    constant_along_rows,
+    row_op,
+    traits_of,
+)
 from lrjax.rules.geometry import IDENTITY
-from lrjax.rules.shape import constant_along_rows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,8 +88,8 @@ class RowGraph:
         avals = self.program.avals
         found = {v for v in self.program.inputs if jnp.issubdtype(avals[v].dtype, np.inexact)}
         for node in self.nodes:
-            name = node.equation.primitive.name
-            if name not in WITHOUT_DERIVATIVE and found.intersection(_values(node.equation.inputs)):
+            has_derivative = traits_of(node.equation.primitive).has_derivative
+            if has_derivative and found.intersection(_values(node.equation.inputs)):
                 outputs = node.equation.outputs
                 found.update(v for v in outputs if jnp.issubdtype(avals[v].dtype, np.inexact))
         return frozenset(found)
@@ -293,7 +299,7 @@ class _Typer:
         inputs: list[Atom] = list(equation.inputs)
         op = constant_along_rows(self.described(equation), axis)
         if op is None:
-            if equation.primitive.name not in ELEMENTWISE:
+            if not traits_of(equation.primitive).is_elementwise:
                 return None
             height = self.avals[value].shape[axis]
             for i, atom in enumerate(inputs):

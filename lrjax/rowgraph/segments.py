@@ -8,9 +8,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from lrjax.program.compatibility import tag_of
 from lrjax.program.inline import FlatEquation, FlatProgram
-from lrjax.rowgraph import branches as _branches  # noqa: F401  registers its rule
-from lrjax.rowgraph import calls as _calls  # noqa: F401  registers its rules
 from lrjax.rowgraph.graph import build
 
 
@@ -107,12 +106,13 @@ def _depends_on_rows(program: FlatProgram, row_axis: dict[int, int]) -> set[int]
 
 
 def _is_tag(equation: FlatEquation, names: Sequence[str]) -> bool:
-    return equation.primitive.name == "name" and equation.params["name"] in names
+    return tag_of(equation) in names
 
 
 def _parts_by_name(program: FlatProgram, depends: set[int], names: Sequence[str]) -> dict[int, int]:
     """Segment of every equation (by its first output) that depends on rows."""
-    found = [e.params["name"] for e in program.equations if e.primitive.name == "name"]
+    tags = map(tag_of, program.equations)
+    found = [tag for tag in tags if tag is not None]
     for name in names:
         if name not in found:
             raise ValueError(

@@ -2,25 +2,29 @@
 
 A rule looks at an equation whose operands carry rows along known axes and answers with a
 ``RowOp``: which rows each operand must supply, which axis of each output carries rows, and how to
-evaluate one block. Rules are registered by primitive name, like batching rules; a rule raises
-``NotRowLocal`` where an equation cannot run row by row, and the operation falls back to column.
+evaluate one block. A rule raises ``NotRowLocal`` where an equation cannot run row by row, and the
+operation falls back to column. A ``Rule`` is registered for primitives, like batching rules, with
+all else that is known of them: their ``Traits``.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.extend.core import Primitive
 
 from lrjax.program.compatibility import bind
 from lrjax.program.constants import Constant
 from lrjax.program.varying import struct
 from lrjax.rules.geometry import AnyMap
+from lrjax.rules.traits import UNKNOWN_PRIMITIVE, Traits
 
 Shape = tuple[int, ...]
 Array = jax.Array
@@ -146,7 +150,7 @@ class RowOp:
       reduction: "sum", "max", "min", "prod", "and" or "or": blocks are combined over steps.
       drivers: operands of a reduction whose rows are masked to those that the step owns.
       flops: operations per output row, to judge what is cheap to run again.
-      is_tame: finite rows give finite rows and finite derivatives.
+      preserves_finiteness: finite rows give finite rows and finite derivatives.
       is_positional: a row's values depend on its number, not on what is read alone.
       undifferentiable: why blocks cannot be differentiated one by one (2PS, OverL), or None.
     """
@@ -158,32 +162,101 @@ class RowOp:
     reduction: str | None = None
     drivers: tuple[int, ...] = ()
     flops: float = 0.0
-    is_tame: bool = True
+    preserves_finiteness: bool = True
     is_positional: bool = False
     undifferentiable: str | None = None
 
 
-Rule = Callable[[Equation], RowOp]
-_REGISTRY: dict[str, Rule] = {}
+@dataclasses.dataclass(frozen=True)
+class Rule:
+    """All that is known of a family of primitives.
+
+    Attributes:
+      primitives: the primitives themselves, not their names.
+      on_rows: an equation with an operand that carries rows -> how it runs on blocks of rows. It
+        raises ``NotRowLocal`` where the equation cannot run row by row. None: it never can.
+      traits: what is true of every equation of the primitives.
+      without_rows: an equation none of whose operands carries rows, and an axis of its result ->
+        how rows along that axis are made block by block, or None where the result must be whole.
+    """
+
+    primitives: tuple[Primitive, ...]
+    on_rows: Callable[[Equation], RowOp] | None
+    traits: Traits = UNKNOWN_PRIMITIVE
+    without_rows: Callable[[Equation, int], RowOp | None] | None = None
 
 
-def rule(*primitives: str) -> Callable[[Rule], Rule]:
-    """Register a rule for primitives, by name."""
+_REGISTRY: dict[Primitive, Rule] = {}
 
-    def register(function: Rule) -> Rule:
-        for name in primitives:
-            _REGISTRY[name] = function
-        return function
 
-    return register
+def register(*rules: Rule) -> None:
+    """Make rules known.
+
+    A primitive without a rule runs column-wise, and nothing is assumed of it
+    (``UNKNOWN_PRIMITIVE``). lrjax's own modules list theirs under ``RULES``; a rule for a primitive
+    of your own is registered where you define it, before a function is traced:
+
+      >>> scale_p = jax.extend.core.Primitive("scale")  # and its lowering, derivative, ...
+      >>> def scale(equation: Equation) -> RowOp:
+      ...     axis = equation.row_axis
+      ...     return RowOp(
+      ...         reads=(RowRead(IDENTITY, axis),),
+      ...         out_axes=(axis,),
+      ...         height=equation.height,
+      ...         evaluate=lambda windows, rows: equation.bind(*windows),
+      ...     )
+      >>> register(Rule((scale_p,), scale, Traits(Kind.FUSED, preserves_finiteness=True)))
+
+    Raises:
+      ValueError: for a primitive that has a rule.
+    """
+    for rule in rules:
+        for primitive in rule.primitives:
+            if primitive in _REGISTRY:
+                raise ValueError(
+                    f"{primitive.name} has a rule already; register one per primitive."
+                )
+            _REGISTRY[primitive] = rule
+
+
+def registered() -> Mapping[Primitive, Rule]:
+    """The rule of every primitive that has one."""
+    return MappingProxyType(_REGISTRY)
+
+
+def traits_of(primitive: Any) -> Traits:
+    """What is known of a primitive."""
+    rule = _REGISTRY.get(primitive)
+    return UNKNOWN_PRIMITIVE if rule is None else rule.traits
 
 
 def row_op(equation: Equation) -> RowOp:
-    """The row-wise form of an equation with a row operand, or ``NotRowLocal``."""
-    name = equation.primitive.name
-    if name not in _REGISTRY:
-        raise NotRowLocal(f"no rule for {name}")
-    return _REGISTRY[name](equation)
+    """The row-wise form of an equation with a row operand.
+
+    Raises:
+      NotRowLocal: if it has none.
+    """
+    rule = _REGISTRY.get(equation.primitive)
+    if rule is None or rule.on_rows is None:
+        raise NotRowLocal(f"no rule for {equation.primitive.name}")
+    return _with_finiteness(rule.on_rows(equation), rule.traits)
+
+
+def constant_along_rows(equation: Equation, axis: int) -> RowOp | None:
+    """The row form of an equation without row operands whose rows are alike, counted or random.
+
+    Returns None where the equation is neither; its output must then exist whole.
+    """
+    rule = _REGISTRY.get(equation.primitive)
+    made = None if rule is None or rule.without_rows is None else rule.without_rows(equation, axis)
+    return None if rule is None or made is None else _with_finiteness(made, rule.traits)
+
+
+def _with_finiteness(op: RowOp, traits: Traits) -> RowOp:
+    """The operation, which keeps numbers finite only if every equation of its primitive does."""
+    if traits.preserves_finiteness:
+        return op
+    return dataclasses.replace(op, preserves_finiteness=False)
 
 
 def removed_axes(axis: int, removed: Sequence[int]) -> int:

@@ -11,12 +11,13 @@ import jax
 import numpy as np
 from jax import lax
 
-from lrjax.rules.base import Array, Equation, NotRowLocal, RowOp, RowRead, Rows, rule
+from lrjax.rules.base import Array, Equation, NotRowLocal, RowOp, RowRead, Rows, Rule
 from lrjax.rules.block_sums import accumulator_dtype
 from lrjax.rules.geometry import IDENTITY, RowMap
+from lrjax.rules.linearity import product
+from lrjax.rules.traits import Kind, Traits
 
 
-@rule("conv_general_dilated")
 def convolution(equation: Equation) -> RowOp:
     lhs, rhs = equation.operands
     spec = equation.params["dimension_numbers"]
@@ -61,7 +62,7 @@ def _rows_in_image(equation: Equation, dim: int) -> RowOp:
         out_axes=(out_axis,),
         height=height,
         evaluate=evaluate,
-        flops=_flops(equation) / max(height, 1),
+        flops=operations(equation) / max(height, 1),
     )
 
 
@@ -99,7 +100,7 @@ def _rows_in_both(equation: Equation, dim: int) -> RowOp:
         evaluate=evaluate,
         reduction="sum",
         drivers=(1,),
-        flops=_flops(equation) / max(height, 1),
+        flops=operations(equation) / max(height, 1),
     )
 
 
@@ -131,7 +132,7 @@ def _rows_in_batch_or_features(equation: Equation) -> RowOp:
         evaluate=evaluate,
         reduction="sum" if is_reduction else None,
         drivers=(0, 1) if is_reduction else (),
-        flops=_flops(equation) / max(equation.height, 1),
+        flops=operations(equation) / max(equation.height, 1),
     )
 
 
@@ -142,7 +143,8 @@ def _with_padding(equation: Equation, dim: int, padding: tuple[int, int]) -> dic
     return {**equation.params, "padding": tuple(paddings)}
 
 
-def _flops(equation: Equation) -> float:
+def operations(equation: Equation) -> float:
+    """Multiplications and additions."""
     spec = equation.params["dimension_numbers"]
     weights = equation.operands[1].shape
     per_output = np.prod([weights[a] for a in spec.rhs_spec[1:]])
@@ -258,3 +260,18 @@ def _transposed(function: Any, primal: Array, cotangent: Array) -> list[Array]:
             outputs = result if eqn.primitive.multiple_results else [result]
         values.update(zip(eqn.outvars, outputs, strict=True))
     return [read(v) for v in closed.jaxpr.outvars]
+
+
+RULES = (
+    Rule(
+        (lax.conv_general_dilated_p,),
+        convolution,
+        Traits(
+            Kind.LIBRARY,
+            is_contraction=True,
+            preserves_finiteness=True,
+            linearity=product,
+            operations=operations,
+        ),
+    ),
+)

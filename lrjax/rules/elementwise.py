@@ -7,41 +7,17 @@ from collections.abc import Sequence
 
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
+from jax.extend.core import primitives as public
 
-from lrjax.rules.base import Array, Equation, NotRowLocal, RowOp, RowRead, Rows, rule
+from lrjax.program.compatibility import primitives
+from lrjax.rules.base import Array, Equation, NotRowLocal, RowOp, RowRead, Rows, Rule
 from lrjax.rules.block_sums import is_small, spread
 from lrjax.rules.geometry import IDENTITY
-
-# fmt: off
-ELEMENTWISE = (
-    "abs", "acos", "acosh", "add", "add_any", "and", "asin", "asinh", "atan", "atan2", "atanh",
-    "bessel_i0e", "bessel_i1e", "bitcast_convert_type", "cbrt", "ceil", "clamp", "clz", "complex",
-    "conj",
-    "convert_element_type", "copy", "cos", "cosh", "digamma", "div", "eq", "eq_to", "erf",
-    "erf_inv", "erfc", "exp", "exp2", "expm1", "floor", "ge", "gt", "igamma", "igamma_grad_a",
-    "igammac", "imag", "integer_pow", "is_finite", "le", "le_to", "lgamma", "log", "log1p", "log2",
-    "logistic", "lt", "lt_to", "max", "min", "mul", "mulhi", "name", "ne", "neg", "nextafter",
-    "not", "one_minus_square", "optimization_barrier", "or", "polygamma", "polynomial",
-    "population_count", "pow", "pvary", "real", "reduce_precision", "regularized_incomplete_beta",
-    "rem", "round", "rsqrt", "select_n", "shift_left", "shift_right_arithmetic",
-    "shift_right_logical", "sign", "sin", "sinh", "sqrt", "square", "stop_gradient", "sub", "tan",
-    "tanh", "xor", "zeta",
-)
-
-# Finite everywhere, with finite derivatives; what is left has poles or overflows.
-TAME = frozenset((
-    "abs", "add", "add_any", "and", "ceil", "clamp", "complex", "conj", "convert_element_type",
-    "copy", "cos", "cummax", "cummin", "cumsum", "eq", "erf", "erfc", "floor", "ge", "gt", "imag",
-    "is_finite", "le", "logistic", "lt", "max", "min", "mul", "name", "ne", "neg", "not",
-    "one_minus_square", "optimization_barrier", "or", "pvary", "real", "reduce_precision",
-    "round", "select_n", "sign", "sin", "sort", "square", "stop_gradient", "sub", "tanh", "xor",
-))
-# Derivatives that JAX knows to be zero.
-WITHOUT_DERIVATIVE = frozenset(("ceil", "floor", "is_finite", "round", "sign", "stop_gradient"))
-# fmt: on
+from lrjax.rules.linearity import additive_in, additive_in_all, choice, conversion, product
+from lrjax.rules.traits import Kind, Traits
 
 
-@rule(*ELEMENTWISE)
 def elementwise(equation: Equation) -> RowOp:
     axis = equation.row_axis
     ndim = len(equation.operands[equation.row_operand].shape)
@@ -70,7 +46,6 @@ def elementwise(equation: Equation) -> RowOp:
         height=height,
         evaluate=evaluate,
         flops=elements * len(equation.outputs),
-        is_tame=equation.primitive.name in TAME,
     )
 
 
@@ -80,7 +55,6 @@ def _spread_over(block: Sequence[int], window: Array) -> Array:
     return spread(window, block, range(len(block))) if is_smaller and is_small(block) else window
 
 
-@rule("reduce_precision")
 def reduce_precision(equation: Equation) -> RowOp:
     """Cotangents are rounded too: the sum of rounded parts is not the rounded sum."""
     params, of_dtype = equation.params, jnp.finfo(equation.outputs[0].dtype)
@@ -90,35 +64,30 @@ def reduce_precision(equation: Equation) -> RowOp:
     return dataclasses.replace(found, undifferentiable=reason)
 
 
-@rule("bitcast_convert_type")
 def bitcast(equation: Equation) -> RowOp:
     if equation.outputs[0].shape != equation.operands[0].shape:
         raise NotRowLocal("a bitcast between types of different widths")
     return elementwise(equation)
 
 
-@rule("cumsum", "cumprod", "cummax", "cummin", "cumlogsumexp")
 def cumulative(equation: Equation) -> RowOp:
     if equation.params["axis"] == equation.row_axis:
         raise NotRowLocal(f"{equation.primitive.name} along rows")
     return elementwise(equation)
 
 
-@rule("sort")
 def sort(equation: Equation) -> RowOp:
     if equation.params["dimension"] == equation.row_axis:
         raise NotRowLocal("sort along rows")
     return elementwise(equation)
 
 
-@rule("top_k")
 def top_k(equation: Equation) -> RowOp:
     if equation.params["axis"] == equation.row_axis:
         raise NotRowLocal("top_k along rows")
     return _row_for_row(equation, float(np.prod(equation.operands[0].shape)))
 
 
-@rule("fft")
 def fourier_transform(equation: Equation) -> RowOp:
     """A transform along the last axes; rows before them are examples."""
     lengths = equation.params["fft_lengths"]
@@ -141,3 +110,73 @@ def _row_for_row(equation: Equation, flops: float) -> RowOp:
         evaluate=evaluate,
         flops=flops / max(equation.height, 1),
     )
+
+
+def elements_made(equation: Equation) -> float:
+    """An operation for every element of the results."""
+    return float(sum(np.prod(out.shape) for out in equation.outputs))
+
+
+# With poles, or values that overflow.
+_UNBOUNDED = Traits(Kind.FUSED, is_elementwise=True, operations=elements_made)
+# Finite everywhere, with finite derivatives.
+_FINITE = dataclasses.replace(_UNBOUNDED, preserves_finiteness=True)
+_KEPT = dataclasses.replace(_UNBOUNDED, is_kept=True)
+_FINITE_KEPT = dataclasses.replace(_FINITE, is_kept=True)
+_CONSTANT = dataclasses.replace(_FINITE, has_derivative=False)
+_ADDITIVE = dataclasses.replace(_FINITE, linearity=additive_in_all)
+_SUM = dataclasses.replace(_ADDITIVE, reverse_reads_operands=False)
+
+# fmt: off
+RULES = (
+    Rule((
+        lax.acos_p, lax.acosh_p, lax.asin_p, lax.asinh_p, lax.atan_p, lax.atan2_p, lax.atanh_p,
+        lax.bessel_i0e_p, lax.bessel_i1e_p, lax.clz_p, lax.cosh_p, lax.digamma_p, lax.eq_to_p,
+        lax.igamma_p, lax.igamma_grad_a_p, lax.igammac_p, lax.integer_pow_p, lax.le_to_p,
+        lax.lt_to_p, lax.mulhi_p, lax.nextafter_p, lax.polygamma_p, lax.population_count_p,
+        lax.regularized_incomplete_beta_p, lax.rem_p, lax.shift_left_p,
+        lax.shift_right_arithmetic_p, lax.shift_right_logical_p, lax.sinh_p, lax.zeta_p,
+        *primitives("log2", "polynomial"),
+    ), elementwise, _UNBOUNDED),
+    Rule((
+        lax.cbrt_p, lax.erf_inv_p, lax.exp_p, lax.exp2_p, lax.expm1_p, lax.lgamma_p, lax.log_p,
+        lax.log1p_p, lax.pow_p, lax.rsqrt_p, lax.sqrt_p, lax.tan_p,
+    ), elementwise, _KEPT),
+    Rule((
+        lax.cos_p, lax.erf_p, lax.erfc_p, lax.logistic_p, lax.sin_p, lax.tanh_p,
+    ), elementwise, _FINITE_KEPT),
+    Rule((
+        lax.abs_p, lax.and_p, lax.clamp_p, lax.eq_p, lax.ge_p, lax.gt_p, lax.le_p, lax.lt_p,
+        lax.max_p, lax.min_p, lax.ne_p, lax.not_p, lax.or_p, lax.square_p, lax.xor_p,
+        *primitives("one_minus_square"),
+    ), elementwise, _FINITE),
+    Rule((
+        lax.ceil_p, lax.floor_p, lax.is_finite_p, lax.round_p, lax.sign_p, public.stop_gradient_p,
+    ), elementwise, _CONSTANT),
+    Rule((
+        lax.add_p, public.add_jaxvals_p, lax.copy_p, lax.imag_p, public.name_p, lax.neg_p,
+        lax.real_p, lax.sub_p,
+    ), elementwise, _SUM),
+    Rule((lax.complex_p, lax.conj_p, *primitives("pvary")), elementwise, _ADDITIVE),
+    Rule((lax.convert_element_type_p,), elementwise,
+         dataclasses.replace(_SUM, linearity=conversion)),
+    Rule((lax.mul_p,), elementwise, dataclasses.replace(_FINITE, linearity=product)),
+    Rule((lax.div_p,), elementwise, dataclasses.replace(_UNBOUNDED, linearity=additive_in(0))),
+    Rule((lax.select_n_p,), elementwise, dataclasses.replace(_FINITE, linearity=choice)),
+    # A barrier's result exists: that is what it is for.
+    Rule((lax.optimization_barrier_p,), elementwise, dataclasses.replace(_SUM, kind=Kind.ROOT)),
+    Rule((lax.reduce_precision_p,), reduce_precision,
+         dataclasses.replace(_FINITE, reverse_reads_operands=False)),
+    Rule((lax.bitcast_convert_type_p,), bitcast, _UNBOUNDED),
+    Rule((lax.cumprod_p, lax.cumlogsumexp_p), cumulative),
+    Rule((lax.cummax_p, lax.cummin_p), cumulative, Traits(preserves_finiteness=True)),
+    Rule((lax.cumsum_p,), cumulative, Traits(
+        preserves_finiteness=True, linearity=additive_in(0), reverse_reads_operands=False,
+    )),
+    Rule((lax.sort_p,), sort, Traits(Kind.LIBRARY, preserves_finiteness=True)),
+    Rule((lax.top_k_p,), top_k, Traits(preserves_finiteness=True)),
+    Rule((lax.fft_p,), fourier_transform, Traits(
+        Kind.LIBRARY, preserves_finiteness=True, linearity=additive_in(0),
+    )),
+)
+# fmt: on

@@ -15,11 +15,12 @@ from jax import lax
 
 from lrjax.rules import banded
 from lrjax.rules.banded import Taps, constant_rows
-from lrjax.rules.base import Array, Equation, NotRowLocal, Operand, RowOp, RowRead, Rows, rule
+from lrjax.rules.base import Array, Equation, NotRowLocal, Operand, RowOp, RowRead, Rows, Rule
 from lrjax.rules.geometry import IDENTITY
+from lrjax.rules.linearity import additive_in
+from lrjax.rules.traits import Kind, Traits
 
 
-@rule("gather")
 def gather(equation: Equation) -> RowOp:
     operand, indices = equation.operands
     numbers, sizes = equation.params["dimension_numbers"], equation.params["slice_sizes"]
@@ -30,8 +31,8 @@ def gather(equation: Equation) -> RowOp:
     if pair is not None:
         # JAX keeps coordinates last, so axes of the indices and batch dimensions go in step.
         # An index outside the map gives NaN; those of rows outside the image may be anything.
-        is_tame = equation.params["mode"] != lax.GatherScatterMode.FILL_OR_DROP
-        return _picked_per_row(equation, pair, batch_dims[pair[1]], is_tame)
+        preserves_finiteness = equation.params["mode"] != lax.GatherScatterMode.FILL_OR_DROP
+        return _picked_per_row(equation, pair, batch_dims[pair[1]], preserves_finiteness)
     window_dims = _dimensions_without(
         (*numbers.collapsed_slice_dims, *numbers.operand_batching_dims), len(operand.shape)
     )
@@ -53,7 +54,6 @@ def gather(equation: Equation) -> RowOp:
     )
 
 
-@rule("scatter-add", "scatter", "scatter-mul", "scatter-min", "scatter-max", "scatter-sub")
 def scatter(equation: Equation) -> RowOp:
     operand, _, updates = equation.operands
     numbers = equation.params["dimension_numbers"]
@@ -106,7 +106,7 @@ def _scattered_rows(equation: Equation, batch_dims: Sequence[int]) -> RowOp:
     operand, _, updates = equation.operands
     numbers = equation.params["dimension_numbers"]
     picked = tuple(numbers.scatter_dims_to_operand_dims)
-    is_sum = equation.primitive.name == "scatter-add" and len(picked) == 1
+    is_sum = equation.primitive is lax.scatter_add_p and len(picked) == 1
     if not is_sum or tuple(numbers.inserted_window_dims) != picked or len(batch_dims) != 1:
         raise NotRowLocal("rows are scattered by indices")
     (axis,), (source,) = picked, batch_dims
@@ -141,7 +141,6 @@ def _remembered(equation: Equation, indices: int, axis: int, make: Callable[[], 
     return banded.remembered(constant.key + name.encode(), make)
 
 
-@rule("dynamic_update_slice")
 def dynamic_update_slice(equation: Equation) -> RowOp:
     operand, update = equation.operands[:2]
     axis = equation.row_axis
@@ -168,7 +167,7 @@ def dynamic_update_slice(equation: Equation) -> RowOp:
 
 
 def _picked_per_row(
-    equation: Equation, axes: Sequence[int | None], out_axis: int, is_tame: bool = True
+    equation: Equation, axes: Sequence[int | None], out_axis: int, preserves_finiteness: bool = True
 ) -> RowOp:
     """The equation on blocks of the operands along ``axes``, with the same parameters."""
 
@@ -180,7 +179,7 @@ def _picked_per_row(
         out_axes=(out_axis,),
         height=equation.height,
         evaluate=evaluate,
-        is_tame=is_tame,
+        preserves_finiteness=preserves_finiteness,
     )
 
 
@@ -204,3 +203,21 @@ def _dimensions_without(dims: Sequence[int], rank: int) -> list[int]:
 
 def _with(sizes: Sequence[int], axis: int, size: int) -> tuple[int, ...]:
     return tuple(size if a == axis else s for a, s in enumerate(sizes))
+
+
+# fmt: off
+RULES = (
+    Rule((lax.gather_p,), gather, Traits(
+        Kind.FUSED, preserves_finiteness=True, linearity=additive_in(0),
+    )),
+    Rule((
+        lax.scatter_p, lax.scatter_max_p, lax.scatter_min_p, lax.scatter_mul_p, lax.scatter_sub_p,
+    ), scatter, Traits(Kind.LIBRARY, preserves_finiteness=True)),
+    Rule((lax.scatter_add_p,), scatter, Traits(
+        Kind.LIBRARY, preserves_finiteness=True, linearity=additive_in(0, 2),
+    )),
+    Rule((lax.dynamic_update_slice_p,), dynamic_update_slice, Traits(
+        preserves_finiteness=True, linearity=additive_in(0, 1),
+    )),
+)
+# fmt: on

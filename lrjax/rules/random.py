@@ -14,9 +14,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.extend.core import primitives as public
 from jax.extend.random import threefry2x32_p
 
-from lrjax.rules.base import Array, Equation, RowOp, Rows
+from lrjax.program.compatibility import primitives
+from lrjax.rules.base import Array, Equation, RowOp, Rows, Rule
+from lrjax.rules.traits import Kind, Traits
 
 # Twenty rounds of about five operations.
 _FLOPS_PER_ELEMENT = 100.0
@@ -55,3 +58,23 @@ def random_rows(equation: Equation, axis: int) -> RowOp | None:
         flops=_FLOPS_PER_ELEMENT * math.prod(shape) / max(shape[axis], 1),
         is_positional=True,
     )
+
+
+RULES = (
+    Rule(
+        (public.random_bits_p,),
+        None,
+        Traits(Kind.FUSED, preserves_finiteness=True),
+        without_rows=random_rows,
+    ),
+    Rule(
+        (
+            public.random_fold_in_p,
+            public.random_seed_p,
+            threefry2x32_p,
+            *primitives("random_wrap", "random_unwrap"),
+        ),
+        None,
+        Traits(Kind.FUSED),
+    ),
+)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 from lrjax.rules import banded
 from lrjax.rules.banded import Taps
@@ -18,21 +20,23 @@ from lrjax.rules.base import (
     RowOp,
     RowRead,
     Rows,
+    Rule,
     highest,
     lowest,
     removed_axes,
-    rule,
 )
 from lrjax.rules.block_sums import accumulator_dtype, block_sum
 from lrjax.rules.geometry import IDENTITY
+from lrjax.rules.linearity import additive_in, product
+from lrjax.rules.traits import Kind, Traits
 
 _COMBINE = {
-    "reduce_sum": "sum",
-    "reduce_max": "max",
-    "reduce_min": "min",
-    "reduce_prod": "prod",
-    "reduce_and": "and",
-    "reduce_or": "or",
+    lax.reduce_sum_p: "sum",
+    lax.reduce_max_p: "max",
+    lax.reduce_min_p: "min",
+    lax.reduce_prod_p: "prod",
+    lax.reduce_and_p: "and",
+    lax.reduce_or_p: "or",
 }
 
 
@@ -53,11 +57,10 @@ def _all_bits(dtype: Any) -> Any:
     return highest(dtype) if jnp.issubdtype(dtype, np.unsignedinteger) or dtype == np.bool_ else -1
 
 
-@rule(*_COMBINE)
 def reduce(equation: Equation) -> RowOp:
     axis, axes = equation.row_axis, equation.params["axes"]
     over_rows = axis in axes
-    combine = _COMBINE[equation.primitive.name]
+    combine = _COMBINE[equation.primitive]
     fill = identity_of(combine, equation.operands[0].dtype) if over_rows else None
     is_long_sum = over_rows and combine == "sum" and _is_rounded(equation.operands[0].dtype)
 
@@ -71,8 +74,7 @@ def reduce(equation: Equation) -> RowOp:
         evaluate=evaluate,
         reduction=combine if over_rows else None,
         drivers=(0,) if over_rows else (),
-        flops=float(np.prod(equation.operands[0].shape)) / max(equation.height, 1),
-        is_tame=combine != "prod",
+        flops=elements_read(equation) / max(equation.height, 1),
     )
 
 
@@ -80,7 +82,6 @@ def _is_rounded(dtype: Any) -> bool:
     return jnp.issubdtype(dtype, jnp.inexact)
 
 
-@rule("argmax", "argmin")
 def arg_reduce(equation: Equation) -> RowOp:
     axis, axes = equation.row_axis, equation.params["axes"]
     if axis in axes:
@@ -97,7 +98,6 @@ def arg_reduce(equation: Equation) -> RowOp:
     )
 
 
-@rule("dot_general")
 def dot_general(equation: Equation) -> RowOp:
     lhs, rhs = equation.operands
     (lhs_contract, rhs_contract), (lhs_batch, rhs_batch) = equation.params["dimension_numbers"]
@@ -108,9 +108,6 @@ def dot_general(equation: Equation) -> RowOp:
     def evaluate_sum(windows: Sequence[Array], rows: Rows) -> Sequence[Array]:
         dtype = accumulator_dtype(equation.outputs[0].dtype)
         return equation.bind(*windows, preferred_element_type=dtype)
-
-    flops = 2.0 * float(np.prod(equation.outputs[0].shape))
-    flops *= float(np.prod([lhs.shape[a] for a in lhs_contract]))
 
     def op(
         axes: tuple[int | None, int | None], out_axis: int | None, is_reduction: bool = False
@@ -123,7 +120,7 @@ def dot_general(equation: Equation) -> RowOp:
             evaluate=evaluate_sum if is_reduction else evaluate,
             reduction="sum" if is_reduction else None,
             drivers=(0, 1) if is_reduction else (),
-            flops=flops / max(equation.height, 1),
+            flops=operations_of_product(equation) / max(equation.height, 1),
         )
 
     paired = _paired_axis(lhs, rhs, lhs_contract, rhs_contract)
@@ -187,3 +184,43 @@ def _paired_axis(
                 raise NotRowLocal("a product whose operands carry rows on different axes")
             return a, b
     return None
+
+
+def elements_read(equation: Equation) -> float:
+    """An operation for every element of the operand."""
+    return float(np.prod(equation.operands[0].shape))
+
+
+def operations_of_product(equation: Equation) -> float:
+    """Multiplications and additions."""
+    (contracted, _), _ = equation.params["dimension_numbers"]
+    given = 2.0 * float(np.prod(equation.outputs[0].shape))
+    return given * float(np.prod([equation.operands[0].shape[a] for a in contracted]))
+
+
+_REDUCTION = Traits(preserves_finiteness=True, operations=elements_read)
+
+RULES = (
+    Rule(
+        (lax.reduce_max_p, lax.reduce_min_p, lax.reduce_and_p, lax.reduce_or_p), reduce, _REDUCTION
+    ),
+    Rule(
+        (lax.reduce_sum_p,),
+        reduce,
+        dataclasses.replace(_REDUCTION, linearity=additive_in(0), reverse_reads_operands=False),
+    ),
+    Rule((lax.reduce_prod_p,), reduce, Traits(operations=elements_read)),
+    Rule((lax.reduce_xor_p,), None, Traits(operations=elements_read)),
+    Rule((lax.argmax_p, lax.argmin_p), arg_reduce, Traits(preserves_finiteness=True)),
+    Rule(
+        (lax.dot_general_p,),
+        dot_general,
+        Traits(
+            Kind.LIBRARY,
+            is_contraction=True,
+            preserves_finiteness=True,
+            linearity=product,
+            operations=operations_of_product,
+        ),
+    ),
+)

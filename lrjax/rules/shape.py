@@ -18,12 +18,13 @@ from lrjax.rules.base import (
     RowOp,
     RowRead,
     Rows,
+    Rule,
     removed_axes,
-    rule,
 )
 from lrjax.rules.block_sums import spread
 from lrjax.rules.geometry import IDENTITY, RowMap
-from lrjax.rules.random import random_rows
+from lrjax.rules.linearity import additive_in, additive_in_all
+from lrjax.rules.traits import Kind, Traits
 
 
 def _row_by_row(equation: Equation, out_axis: int, **block_params: object) -> RowOp:
@@ -55,7 +56,6 @@ def _with(shape: Sequence[int], axis: int, size: int) -> tuple[int, ...]:
     return tuple(size if a == axis else s for a, s in enumerate(shape))
 
 
-@rule("broadcast_in_dim")
 def broadcast_in_dim(equation: Equation) -> RowOp:
     axis, params = equation.row_axis, equation.params
     out_axis = params["broadcast_dimensions"][axis]
@@ -64,48 +64,52 @@ def broadcast_in_dim(equation: Equation) -> RowOp:
     return _row_by_row(equation, out_axis, shape=lambda n: _with(params["shape"], out_axis, n))
 
 
-def constant_along_rows(equation: Equation, axis: int) -> RowOp | None:
-    """The row form of an equation without row operands whose rows are alike, counted or random.
-
-    Returns None where the equation is neither; its output must then exist whole.
-    """
-    name, params = equation.primitive.name, equation.params
-    if name == "random_bits":
-        return random_rows(equation, axis)
-    shape = equation.outputs[0].shape
-    if name == "broadcast_in_dim" and equation.operands and len(equation.operands) == 1:
-        operand = equation.operands[0].shape
-        for source, target in enumerate(params["broadcast_dimensions"]):
-            if target == axis and operand[source] != 1:
-                return None
-
-        def evaluate(windows: Sequence[Array], rows: Rows) -> Sequence[Array]:
-            block = _with(shape, axis, rows.count)
-            if rows.is_differentiated:
-                return [spread(windows[0], block, params["broadcast_dimensions"])]
-            return equation.bind(*windows, shape=block)
-
-    elif name == "iota" and len(equation.operands) == 0:
-
-        def evaluate(windows: Sequence[Array], rows: Rows) -> Sequence[Array]:
-            block = equation.bind(shape=_with(shape, axis, rows.count))[0]
-            if params["dimension"] == axis:
-                block = block + jax.numpy.asarray(rows.start).astype(block.dtype)
-            return [block]
-
-    else:
+def alike_rows(equation: Equation, axis: int) -> RowOp | None:
+    """A broadcast of what has one row for all, or none."""
+    params, shape = equation.params, equation.outputs[0].shape
+    if len(equation.operands) != 1:
         return None
+    operand = equation.operands[0]
+    for source, target in enumerate(params["broadcast_dimensions"]):
+        if target == axis and operand.shape[source] != 1:
+            return None
+
+    def evaluate(windows: Sequence[Array], rows: Rows) -> Sequence[Array]:
+        block = _with(shape, axis, rows.count)
+        if rows.is_differentiated:
+            return [spread(windows[0], block, params["broadcast_dimensions"])]
+        return equation.bind(*windows, shape=block)
+
     return RowOp(
-        reads=(None,) * len(equation.operands),
+        reads=(None,),
         out_axes=(axis,),
         height=shape[axis],
         evaluate=evaluate,
-        is_tame=all(operand.is_finite for operand in equation.operands),
-        is_positional=name == "iota" and params["dimension"] == axis,
+        preserves_finiteness=operand.is_finite,
     )
 
 
-@rule("reshape")
+def counted_rows(equation: Equation, axis: int) -> RowOp | None:
+    """Numbers of rows, or of elements along another axis."""
+    params, shape = equation.params, equation.outputs[0].shape
+    if equation.operands:
+        return None
+
+    def evaluate(windows: Sequence[Array], rows: Rows) -> Sequence[Array]:
+        block = equation.bind(shape=_with(shape, axis, rows.count))[0]
+        if params["dimension"] == axis:
+            block = block + jax.numpy.asarray(rows.start).astype(block.dtype)
+        return [block]
+
+    return RowOp(
+        reads=(),
+        out_axes=(axis,),
+        height=shape[axis],
+        evaluate=evaluate,
+        is_positional=params["dimension"] == axis,
+    )
+
+
 def reshape(equation: Equation) -> RowOp:
     axis, shape = equation.row_axis, equation.operands[0].shape
     new_sizes = equation.params["new_sizes"]
@@ -140,7 +144,6 @@ def _reshaped(equation: Equation, out_axis: int, row_map: RowMap) -> RowOp:
     return dataclasses.replace(kept, reads=(RowRead(row_map, equation.row_axis),))
 
 
-@rule("squeeze")
 def squeeze(equation: Equation) -> RowOp:
     dimensions = equation.params["dimensions"]
     if equation.row_axis in dimensions:
@@ -148,12 +151,10 @@ def squeeze(equation: Equation) -> RowOp:
     return _row_by_row(equation, removed_axes(equation.row_axis, dimensions))
 
 
-@rule("transpose")
 def transpose(equation: Equation) -> RowOp:
     return _row_by_row(equation, equation.params["permutation"].index(equation.row_axis))
 
 
-@rule("rev")
 def rev(equation: Equation) -> RowOp:
     axis, dimensions = equation.row_axis, equation.params["dimensions"]
     if axis not in dimensions:
@@ -167,7 +168,6 @@ def rev(equation: Equation) -> RowOp:
     return banded.sum_of_taps(equation, banded.of_reversal(equation.height), axis, axis, arrange)
 
 
-@rule("slice")
 def slice_(equation: Equation) -> RowOp:
     axis, params = equation.row_axis, equation.params
     stride = 1 if params["strides"] is None else params["strides"][axis]
@@ -189,7 +189,6 @@ def slice_(equation: Equation) -> RowOp:
     )
 
 
-@rule("pad")
 def pad(equation: Equation) -> RowOp:
     operand, value = equation.operands
     axis = operand.row_axis
@@ -220,11 +219,10 @@ def pad(equation: Equation) -> RowOp:
         out_axes=(axis,),
         height=equation.outputs[0].shape[axis],
         evaluate=evaluate,
-        is_tame=value.is_finite,
+        preserves_finiteness=value.is_finite,
     )
 
 
-@rule("concatenate")
 def concatenate(equation: Equation) -> RowOp:
     axis = equation.row_axis
     if any(operand.row_axis not in (None, axis) for operand in equation.operands):
@@ -262,7 +260,6 @@ def _rows_after_rows(equation: Equation, axis: int) -> RowOp:
     )
 
 
-@rule("stack")
 def stack(equation: Equation) -> RowOp:
     axis = equation.row_axis
     if any(operand.row_axis not in (None, axis) for operand in equation.operands):
@@ -279,21 +276,18 @@ def stack(equation: Equation) -> RowOp:
     )
 
 
-@rule("unstack")
 def unstack(equation: Equation) -> RowOp:
     if equation.params["axis"] == equation.row_axis:
         raise NotRowLocal("rows are unstacked")
     return _row_by_row(equation, removed_axes(equation.row_axis, [equation.params["axis"]]))
 
 
-@rule("tile")
 def tile(equation: Equation) -> RowOp:
     if equation.params["reps"][equation.row_axis] != 1:
         raise NotRowLocal("rows are tiled")
     return _row_by_row(equation, equation.row_axis)
 
 
-@rule("dynamic_slice")
 def dynamic_slice(equation: Equation) -> RowOp:
     operand = equation.operands[0]
     axis, sizes = operand.row_axis, equation.params["slice_sizes"]
@@ -313,3 +307,35 @@ def dynamic_slice(equation: Equation) -> RowOp:
         height=operand.shape[axis],
         evaluate=evaluate,
     )
+
+
+# Moves of the first operand's elements; what other operands there are say where to.
+_MOVE = Traits(
+    Kind.FUSED,
+    preserves_finiteness=True,
+    linearity=additive_in(0),
+    reverse_reads_operands=False,
+)
+_MOVE_OF_ALL = dataclasses.replace(_MOVE, linearity=additive_in_all)
+
+RULES = (
+    Rule((lax.broadcast_in_dim_p,), broadcast_in_dim, _MOVE, without_rows=alike_rows),
+    Rule(
+        (lax.iota_p,),
+        None,
+        Traits(Kind.FUSED, preserves_finiteness=True),
+        without_rows=counted_rows,
+    ),
+    Rule((lax.reshape_p,), reshape, _MOVE),
+    Rule((lax.squeeze_p,), squeeze, _MOVE),
+    Rule((lax.transpose_p,), transpose, _MOVE),
+    Rule((lax.rev_p,), rev, _MOVE),
+    Rule((lax.slice_p,), slice_, _MOVE),
+    Rule((lax.tile_p,), tile, _MOVE),
+    Rule((lax.dynamic_slice_p,), dynamic_slice, _MOVE),
+    Rule((lax.split_p,), None, _MOVE),  # a program has slices in its place
+    Rule((lax.pad_p,), pad, _MOVE_OF_ALL),
+    Rule((lax.concatenate_p,), concatenate, _MOVE_OF_ALL),
+    Rule((lax.stack_p,), stack, Traits(preserves_finiteness=True, linearity=additive_in_all)),
+    Rule((lax.unstack_p,), unstack, Traits(preserves_finiteness=True, linearity=additive_in(0))),
+)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,14 +17,15 @@ from lrjax.rules.base import (
     RowOp,
     RowRead,
     Rows,
+    Rule,
     highest,
     lowest,
-    rule,
 )
 from lrjax.rules.geometry import RowMap
+from lrjax.rules.linearity import additive_in
+from lrjax.rules.traits import Kind, Traits
 
 
-@rule("reduce_window_max", "reduce_window_min", "reduce_window_sum")
 def reduce_window(equation: Equation) -> RowOp:
     params, axis = equation.params, equation.row_axis
     row_map = RowMap(
@@ -45,11 +47,10 @@ def reduce_window(equation: Equation) -> RowOp:
         out_axes=(axis,),
         height=height,
         evaluate=evaluate,
-        flops=_window_flops(equation) / max(height, 1),
+        flops=operations(equation) / max(height, 1),
     )
 
 
-@rule("select_and_scatter_add")
 def select_and_scatter_add(equation: Equation) -> RowOp:
     """Max-pool gradient: a row needs, whole, every window that touches it."""
     params = equation.params
@@ -81,11 +82,10 @@ def select_and_scatter_add(equation: Equation) -> RowOp:
         out_axes=(axis,),
         height=height,
         evaluate=evaluate,
-        flops=_window_flops(equation) / max(height, 1),
+        flops=operations(equation) / max(height, 1),
     )
 
 
-@rule("select_and_gather_add")
 def select_and_gather_add(equation: Equation) -> RowOp:
     """Max-pool tangent: the tangent at every window's chosen element."""
     params, axis = equation.params, equation.row_axis
@@ -111,22 +111,54 @@ def select_and_gather_add(equation: Equation) -> RowOp:
         out_axes=(axis,),
         height=height,
         evaluate=evaluate,
-        flops=_window_flops(equation) / max(height, 1),
+        flops=operations(equation) / max(height, 1),
     )
 
 
 def _identity(equation: Equation) -> Any:
     dtype = equation.operands[0].dtype
-    name = equation.primitive.name
-    if name == "reduce_window_sum":
+    if equation.primitive is lax.reduce_window_sum_p:
         return 0
-    return lowest(dtype) if name == "reduce_window_max" else highest(dtype)
+    is_maximum = equation.primitive is lax.reduce_window_max_p
+    return lowest(dtype) if is_maximum else highest(dtype)
 
 
-def _window_flops(equation: Equation) -> float:
+def operations(equation: Equation) -> float:
+    """One for every element of every window."""
     window = float(np.prod(equation.params["window_dimensions"]))
     return window * float(np.prod(equation.outputs[0].shape))
 
 
 def _replaced(paddings: Sequence[tuple[int, int]], axis: int, padding: tuple[int, int]) -> Any:
     return tuple(padding if a == axis else p for a, p in enumerate(paddings))
+
+
+# Operations that reduce the elements of every window.
+POOLINGS = (
+    lax.reduce_window_p,
+    lax.reduce_window_max_p,
+    lax.reduce_window_min_p,
+    lax.reduce_window_sum_p,
+)
+_POOLING = Traits(preserves_finiteness=True, operations=operations)
+_ADDITIVE = additive_in(0)
+
+RULES = (
+    Rule((lax.reduce_window_max_p, lax.reduce_window_min_p), reduce_window, _POOLING),
+    Rule(
+        (lax.reduce_window_sum_p,),
+        reduce_window,
+        dataclasses.replace(_POOLING, linearity=_ADDITIVE, reverse_reads_operands=False),
+    ),
+    Rule((lax.reduce_window_p,), None, Traits(operations=operations)),
+    Rule(
+        (lax.select_and_scatter_add_p,),
+        select_and_scatter_add,
+        dataclasses.replace(_POOLING, linearity=_ADDITIVE),
+    ),
+    Rule(
+        (lax.select_and_gather_add_p,),
+        select_and_gather_add,
+        Traits(Kind.FUSED, preserves_finiteness=True, linearity=_ADDITIVE),
+    ),
+)

@@ -26,7 +26,6 @@ from lrjax.loop.full_after import full_after, full_like
 from lrjax.loop.line_buffers import Values, reader_of
 from lrjax.loop.offload import instantiated, is_on_host, scaled, to_host
 from lrjax.loop.rowloop import RowLoop, row_loop
-from lrjax.program import linearity
 from lrjax.program.comparisons import simpler_comparisons
 from lrjax.program.compatibility import checkpoint
 from lrjax.program.inline import (
@@ -36,12 +35,11 @@ from lrjax.program.inline import (
     flatten,
     function_of,
 )
-from lrjax.program.linearity import Dependence
 from lrjax.program.varying import struct_like, varying_axes, varying_over
-from lrjax.rowgraph import branches as _branches  # noqa: F401  registers its rule
-from lrjax.rowgraph import calls as _calls  # noqa: F401  registers its rules
 from lrjax.rowgraph.graph import RowGraph, build
 from lrjax.rules.base import Array, RowOp
+from lrjax.rules.dependence import has_custom_vjp, output_dependences
+from lrjax.rules.linearity import Dependence
 from lrjax.rules.masks import keep_rows
 from lrjax.strategies.late import with_late_copies
 from lrjax.strategies.residuals import residuals
@@ -319,11 +317,11 @@ def _has_linear_gradient(
 
     JAX's own derivatives are linear. A rule of a ``custom_vjp`` need not be (gradient clipping).
     """
-    if not linearity.has_custom_vjp(program):
+    if not has_custom_vjp(program):
         return True
     struct = struct_like(out)
     traced = flatten(jax.make_jaxpr(value_and_gradient)(struct, *program.structs))
-    _, *gradients = linearity.output_dependences(traced, traced.inputs[:1])
+    _, *gradients = output_dependences(traced, traced.inputs[:1])
     return all(one in (Dependence.ADDITIVE, Dependence.ZERO) for one in gradients)
 
 

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lrjax.program.comparisons import compared_extremes, simpler_comparisons
+from lrjax.program.compatibility import tag_of
 from lrjax.program.inline import FlatProgram, flatten, function_of
 from lrjax.program.varying import struct_like
 from lrjax.rowgraph.graph import RowGraph, build, stage_problem
@@ -82,9 +83,10 @@ def _worth_holding(
     joint = _joint_graph(program, axes, forward, wrt, names)
     value_of = {name: v for v, name in names.items()}
     tagged = {
-        node.equation.outputs[0]: value_of[node.equation.params["name"]]
+        node.equation.outputs[0]: value_of[tag]
         for node in joint.nodes
-        if node.equation.primitive.name == "name" and node.equation.params["name"] in value_of
+        for tag in [tag_of(node.equation)]
+        if tag in value_of
     }
     border = len(forward.stages.members) - 1
     count = sum(jnp.issubdtype(program.aval(v).dtype, jnp.inexact) for v in program.outputs)

@@ -15,24 +15,25 @@ from lrjax.planner.steps import Step
 from lrjax.planner.whole import joint_program
 from lrjax.rowgraph.segments import split
 from lrjax.rowgraph.tracing import trace
+from lrjax.rules import traits_of
 
 MAP, KERNEL, VECTOR = (1, 8, 8, 128), (3, 3, 128, 128), (128,)
 
 
-def backward(name, inputs, output, shape):
-    kind = Kind.LIBRARY if name == "conv_general_dilated" else Kind.ROOT
+def backward(primitive, inputs, output, shape):
+    kind = traits_of(primitive).kind
     like = jax.ShapeDtypeStruct(shape, jnp.float32)
-    return Operation(name, inputs, (output,), kind, like, is_backward=True)
+    return Operation(primitive, inputs, (output,), kind, like, is_backward=True)
 
 
 # Two layers of maps of one shape: a bias gradient, a kernel gradient and an input gradient each.
 LAYERS = (
-    backward("conv_general_dilated", (), 0, MAP),
-    backward("reduce_sum", (0,), 1, VECTOR),
-    backward("conv_general_dilated", (0,), 2, KERNEL),
-    backward("conv_general_dilated", (0,), 3, MAP),
-    backward("reduce_sum", (3,), 4, VECTOR),
-    backward("conv_general_dilated", (3,), 5, KERNEL),
+    backward(lax.conv_general_dilated_p, (), 0, MAP),
+    backward(lax.reduce_sum_p, (0,), 1, VECTOR),
+    backward(lax.conv_general_dilated_p, (0,), 2, KERNEL),
+    backward(lax.conv_general_dilated_p, (0,), 3, MAP),
+    backward(lax.reduce_sum_p, (3,), 4, VECTOR),
+    backward(lax.conv_general_dilated_p, (3,), 5, KERNEL),
 )
 SIZE = dict.fromkeys(range(6), 1.0)
 RESULTS = frozenset({1, 2, 4, 5})
@@ -54,13 +55,13 @@ def test_tpu_sums_maps_of_one_shape_together_and_kernel_gradients_wait():
 
 
 def test_tpu_sums_over_other_shapes_hold_nothing():
-    other = backward("conv_general_dilated", (0,), 3, (1, 4, 4, 128))
+    other = backward(lax.conv_general_dilated_p, (0,), 3, (1, 4, 4, 128))
     made, last_reader = order("tpu-v5e", (*LAYERS[:3], other, *LAYERS[4:]))
     assert (made, last_reader) == ([0, 1, 2, 3, 4, 5], 3)
 
 
 def test_tpu_sums_that_maps_are_made_from_do_not_wait():
-    normalised = backward("conv_general_dilated", (0, 1), 3, MAP)
+    normalised = backward(lax.conv_general_dilated_p, (0, 1), 3, MAP)
     made, last_reader = order("tpu-v5e", (*LAYERS[:3], normalised, *LAYERS[4:]))
     assert (made, last_reader) == ([0, 1, 2, 3, 4, 5], 3)
 
@@ -74,20 +75,20 @@ HALF = (1, 4, 8, 128)
 # A step of a row loop: rows, pooled twice; then both gradients of the pools.
 POOLS = (
     Operation(WINDOW, (), (0,), Kind.ROOT, jax.ShapeDtypeStruct(MAP, jnp.float32)),
-    backward("conv_general_dilated", (0,), 1, MAP),
-    backward("conv_general_dilated", (1,), 2, HALF),
-    backward("conv_general_dilated", (2,), 3, HALF),
-    backward("select_and_scatter_add", (3, 2), 4, HALF),
-    backward("conv_general_dilated", (4,), 5, HALF),
-    backward("select_and_scatter_add", (5, 1), 6, MAP),
+    backward(lax.conv_general_dilated_p, (0,), 1, MAP),
+    backward(lax.conv_general_dilated_p, (1,), 2, HALF),
+    backward(lax.conv_general_dilated_p, (2,), 3, HALF),
+    backward(lax.select_and_scatter_add_p, (3, 2), 4, HALF),
+    backward(lax.conv_general_dilated_p, (4,), 5, HALF),
+    backward(lax.select_and_scatter_add_p, (5, 1), 6, MAP),
 )
 
 
 def test_gpu_finds_places_when_what_makes_the_map_exists():
     """Another operation between the convolution and the pool is fused into the pool."""
     like = jax.ShapeDtypeStruct(MAP, jnp.float32)
-    relu = Operation("max", (1,), (8,), Kind.FUSED, like)
-    operations = (*POOLS[:6], relu, backward("select_and_scatter_add", (5, 8), 6, MAP))
+    relu = Operation(lax.max_p, (1,), (8,), Kind.FUSED, like)
+    operations = (*POOLS[:6], relu, backward(lax.select_and_scatter_add_p, (5, 8), 6, MAP))
     size = {v: 4.0 * (256 if v in (0, 1, 6, 8) else 128) for v in range(9)}
     found = compiled(operations, size, 9, "h200")
     values = [o.outputs[0] for o in found]
