@@ -9,7 +9,7 @@ from lrjax.program.compatibility import _primitives_by_name, primitive, primitiv
 
 ROOT = Path(__file__).parents[1] / "lrjax"
 # Rules; names of primitives without a public object; the operations of XLA's programs.
-HOME = ("rules/", "program/compatibility.py", "memory/")
+HOME = ("rules/", "program/compatibility.py", "memory/", "roofline/")
 # Names of primitives that are words for other things here: kinds of reductions, keys, options.
 WORDS = {"and", "check", "max", "min", "name", "or", "transpose"}
 
