@@ -312,7 +312,7 @@ SUMS = (
     Mutation(
         "maximum-differentiated-by-blocks",
         "every block's maximum gets the whole cotangent",
-        "lrjax/strategies/autodiff.py",
+        "lrjax/strategies/tiled.py",
         'if op.reduction in ("max", "min", "prod"):',
         'if op.reduction in ("min", "prod"):',
         ("tests/test_rules_reduction.py",),
@@ -324,7 +324,7 @@ GRADIENTS = (
     Mutation(
         "cache-cotangent-dropped",
         "2PS: cotangents of rows kept from the step above are lost",
-        "lrjax/strategies/autodiff.py",
+        "lrjax/strategies/tiled.py",
         "line_bars, window_bars, partial = pull(",
         "_, window_bars, partial = pull(",
         STRATEGIES,
@@ -333,7 +333,7 @@ GRADIENTS = (
     Mutation(
         "halo-cotangent-overwritten",
         "cotangents of rows that two blocks read are written over, not added",
-        "lrjax/strategies/autodiff.py",
+        "lrjax/strategies/tiled.py",
         'now.bounds(("window", *name)),\n                    jnp.add,',
         'now.bounds(("window", *name)),',
         STRATEGIES,
@@ -342,7 +342,7 @@ GRADIENTS = (
     Mutation(
         "last-block-only",
         "a parameter's gradient is that of the last block",
-        "lrjax/strategies/autodiff.py",
+        "lrjax/strategies/tiled.py",
         "added[v] = bar + partial[v].astype(bar.dtype)",
         "added[v] = partial[v].astype(bar.dtype)",
         STRATEGIES,
@@ -351,7 +351,7 @@ GRADIENTS = (
     Mutation(
         "rows-or-whole",
         "an array read both by rows and whole gets one of its two cotangents",
-        "lrjax/strategies/autodiff.py",
+        "lrjax/strategies/tiled.py",
         "bars[v] = bars[v] + bar if v in bars else bar",
         "bars[v] = bar",
         STRATEGIES,
@@ -360,7 +360,7 @@ GRADIENTS = (
     Mutation(
         "cotangent-given-twice",
         "rows of an output that two blocks compute get their cotangent in both",
-        "lrjax/strategies/autodiff.py",
+        "lrjax/strategies/tiled.py",
         "return keep_rows(rows, clock[name], axis, low, high, 0)",
         "return rows",
         STRATEGIES,
@@ -369,7 +369,7 @@ GRADIENTS = (
     Mutation(
         "blocks-in-forward-order",
         "2PS walks its blocks from the top in the backward pass too",
-        "lrjax/strategies/autodiff.py",
+        "lrjax/strategies/tiled.py",
         "scanned, reverse=True)",
         "scanned)",
         STRATEGIES,
@@ -378,7 +378,7 @@ GRADIENTS = (
     Mutation(
         "border-cotangent-dropped",
         "segments pass no gradient to the segments before them",
-        "lrjax/strategies/autodiff.py",
+        "lrjax/strategies/stream.py",
         "if x.perturbed and jnp.issubdtype(struct.dtype, jnp.inexact)\n        ]",
         "if x.perturbed and axes[i] is None and jnp.issubdtype(struct.dtype, jnp.inexact)\n"
         "        ]",
@@ -397,7 +397,7 @@ GRADIENTS = (
     Mutation(
         "wrong-residual",
         "2PS saves the rows that a step leaves behind instead of those it found",
-        "lrjax/strategies/autodiff.py",
+        "lrjax/strategies/tiled.py",
         "engine.add_partial(loop, sums, result.partial)), lines",
         "engine.add_partial(loop, sums, result.partial)), result.lines",
         STRATEGIES,
@@ -406,7 +406,7 @@ GRADIENTS = (
     Mutation(
         "one-pass-not-scaled",
         "the gradient of one pass is not multiplied by the cotangent",
-        "lrjax/strategies/autodiff.py",
+        "lrjax/strategies/stream.py",
         "else (g * ct.astype(g.dtype)).astype(g.dtype)",
         "else g",
         STRATEGIES,
@@ -415,7 +415,7 @@ GRADIENTS = (
     Mutation(
         "one-pass-of-any-rule",
         "a gradient that is not linear in its cotangent is scaled all the same",
-        "lrjax/strategies/autodiff.py",
+        "lrjax/strategies/stream.py",
         "return all(one in (Dependence.ADDITIVE, Dependence.ZERO) for one in gradients)",
         "return bool(gradients)",
         RULES,
@@ -442,7 +442,7 @@ GRADIENTS = (
     Mutation(
         "integer-tangents",
         "an integer output has a tangent that operations behind it cannot take",
-        "lrjax/strategies/autodiff.py",
+        "lrjax/strategies/tiled.py",
         "return lax.bitwise_or(value, value) if is_integer else",
         "return value if is_integer else",
         STRATEGIES,
@@ -492,8 +492,8 @@ OPTIONS = (
         "plan-ignored",
         "a plan is accepted and not used",
         "lrjax/options.py",
-        'return Options(None, "stream", (), plan)',
-        'return Options(None, "stream", ())',
+        "return Options(None, Stream(), (), plan)",
+        "return Options(None, Stream(), ())",
         PLANS,
     ),
     Mutation(
@@ -536,26 +536,26 @@ OPTIONS = (
         "blocks-ignored",
         "a segment runs in one block, whatever num_blocks says",
         "lrjax/transform.py",
-        "segment_function(segment, choice.strategy, choice.num_blocks, given)",
-        "segment_function(segment, choice.strategy, 1, given)",
+        "choice.runner.function(segment, choice.num_blocks, given, taken)",
+        "choice.runner.function(segment, 1, given, taken)",
         ("tests/test_transform.py",),
         "what_explain_says",
     ),
     Mutation(
         "strategy-ignored",
         "2PS runs as OverL",
-        "lrjax/transform.py",
-        "autodiff.two_phase_or_overlap(program, axes, strategy, num_blocks, hosted)",
-        'autodiff.two_phase_or_overlap(program, axes, "overl", num_blocks, hosted)',
+        "lrjax/strategies/tiled.py",
+        "rows = differentiable_program(segment.program, segment.axes, self.order, num_blocks)",
+        "rows = differentiable_program(segment.program, segment.axes, Overlap.order, num_blocks)",
         ("tests/test_transform.py",),
         "what_explain_says",
     ),
     Mutation(
         "too-many-blocks",
         "more blocks than rows are not refused",
-        "lrjax/options.py",
-        'if number > most and strategy != "column":',
-        'if number < most and strategy == "none":',
+        "lrjax/strategies/base.py",
+        "if number > most and self.order is not None:",
+        "if number < most and self.order is None:",
         ("tests/test_transform.py",),
         "bad_input",
     ),

@@ -171,7 +171,10 @@ BAD_OPTIONS = [
     ({"num_blocks": []}, "num_blocks is empty; give one number"),
     ({"num_blocks": (2, True)}, "num_blocks[1]=True must be an int"),
     ({"num_blocks": 17}, "num_blocks=17 is more than the 16 input rows"),
-    ({"strategy": None}, "strategy=None is unknown; choose one of 'stream'"),
+    (
+        {"strategy": None},
+        "strategy=None is unknown; choose one of 'column', 'checkpoint', 'stream'",
+    ),
     ({"cuts": None}, "cuts=None must be a list of names"),
     ({"cuts": ["end"]}, "no value is named 'end'; names in fun are ['middle']"),
     ({"plan": "plan.json"}, "plan='plan.json' is no plan; give what lrjax.plan or lrjax.Plan.load"),

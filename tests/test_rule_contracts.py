@@ -20,7 +20,7 @@ from lrjax.loop.engine import _COMBINE
 from lrjax.rules.base import _REGISTRY, Rows, highest, lowest
 from lrjax.rules.geometry import IDENTITY
 from lrjax.rules.reduction import identity_of
-from lrjax.strategies import autodiff  # noqa: F401  fills the registry
+from lrjax.strategies import programs  # noqa: F401  fills the registry
 from rule_cases import NEWER, WITHOUT_CASES, cases, primitives
 
 pytestmark = pytest.mark.usefixtures("x64")
