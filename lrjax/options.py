@@ -198,11 +198,12 @@ def checked_segments(options: Options, segments: Sequence[Segment]) -> list[Choi
     for segment, strategy, number, graph, place in zip(
         segments, strategies, numbers, graphs, places, strict=True
     ):
-        refusal = strategy.refusal(segment)
+        choice = Choice(strategy, offload=options.offload)
+        refusal = choice.runner.refusal(segment)
         if refusal is not None:
-            raise ValueError(f"strategy {strategy.name!r}{place}: {refusal}")
-        count = strategy.block_count(number, graph, place)
-        choices.append(Choice(strategy, count, offload=options.offload))
+            raise ValueError(f"strategy {choice.runner.name!r}{place}: {refusal}")
+        count = choice.runner.block_count(number, graph, place)
+        choices.append(dataclasses.replace(choice, num_blocks=count))
     return choices
 
 

@@ -132,6 +132,12 @@ def test_micro_batches_are_the_plans():
     assert "stream x 2 micro-batches" in str(found)
 
 
+def test_one_part_is_the_strategy_itself():
+    assert Choice(MicroBatches("overl", 1)).runner == Overlap()
+    one_part = lrjax.rowwise(normalised, in_axes=IN_AXES, strategy=MicroBatches("stream", 1))
+    jax.eval_shape(one_part, *ARGS)
+
+
 def test_equality_is_of_classes_and_settings():
     assert Stream() == Stream() != Column()
     assert MicroBatches("stream", 2) != MicroBatches("stream", 4)

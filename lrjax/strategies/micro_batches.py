@@ -42,7 +42,8 @@ class MicroBatches(Strategy):
 
     Args:
       strategy: what runs a part, by name or as an object.
-      parts: their number; it must divide the images of the batch.
+      parts: their number; it must divide the images of the batch. One part is the batch, and the
+        other strategy by itself.
 
     Example:
       >>> lrjax.rowwise(loss, in_axes=(None, 1), strategy=MicroBatches("stream", 4))
@@ -84,6 +85,9 @@ class MicroBatches(Strategy):
         except ValueError as error:
             return str(error)
         return self.strategy.refusal(segment)
+
+    def most_blocks(self, graph: RowGraph) -> int:
+        return self.strategy.most_blocks(graph)
 
     def __repr__(self) -> str:
         return f"MicroBatches({self.strategy!r}, {self.parts})"

@@ -31,6 +31,7 @@ def memory(
     strategy: options.Strategy = "column",
     num_blocks: options.NumBlocks = None,
     cuts: options.Cuts = None,
+    micro_batches: options.MicroBatches = 1,
     target: options.Target = None,
     list_targets: Annotated[
         bool, typer.Option("--list-targets", help="List the devices and what they need.")
@@ -73,7 +74,7 @@ def memory(
             network = options.network_of(
                 str(model), 1000, width, numbers.name, head=head, norm=norm
             )
-            chosen = options.strategy_of(strategy, num_blocks, cuts)
+            chosen = options.strategy_of(strategy, num_blocks, cuts, micro_batches)
             size = options.size_of(image, "image")
             if batch < 1:
                 raise ValueError(f"batch: got {batch}; use 1 or more")
