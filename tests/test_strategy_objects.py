@@ -224,6 +224,7 @@ def test_a_new_strategy_runs_everywhere(page):
     for options in (
         {"strategy": MicroBatches(strategy, 2)},
         {"strategy": [strategy.name, "stream"], "cuts": ["middle"], "num_blocks": 4},
+        {"strategy": strategy.name, "cuts": ["middle"], "offload": True},
     ):
         assert_same_as_column(network, ARGS, IN_AXES, expected=expected, **options)
     texts = {lowered(strategy=s) for s in ("column", "checkpoint", strategy)}

@@ -20,7 +20,7 @@ import gc
 import heapq
 import itertools
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 
 from lrjax.plan import Choice
 from lrjax.planner.candidates import COLUMN, Candidates, Span
@@ -56,13 +56,13 @@ class Kind:
         return self.strategy.name + (f" ({', '.join(notes)})" if notes else "")
 
 
-def kinds_of(strategies: Iterable[Strategy]) -> tuple[Kind, ...]:
-    """All ways to run a segment under some strategies.
+def every_kind() -> tuple[Kind, ...]:
+    """All ways to run a segment, under the strategies that have a name.
 
     Only what starts from a segment's inputs is divided or offloaded: all else keeps maps of all
     images, or copies of what waits on the host.
     """
-    plain = [Kind(strategy) for strategy in strategies]
+    plain = [Kind(strategy) for strategy in registered()]
     from_inputs = [kind.strategy for kind in plain if kind.strategy.starts_from_inputs]
     divided = [Kind(strategy, is_divided=True) for strategy in from_inputs]
     hosted = [
@@ -71,11 +71,6 @@ def kinds_of(strategies: Iterable[Strategy]) -> tuple[Kind, ...]:
         for strategy in from_inputs
     ]
     return (*plain, *divided, *hosted)
-
-
-def every_kind() -> tuple[Kind, ...]:
-    """All ways to run a segment."""
-    return kinds_of(registered())
 
 
 @dataclasses.dataclass(frozen=True)

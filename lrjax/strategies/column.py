@@ -32,10 +32,7 @@ class Column(Strategy):
         given: Mapping[int, int] = NOTHING_HOSTED,
         taken: Mapping[int, int] = NOTHING_HOSTED,
     ) -> Function:
-        function = evaluation(segment)
-        if taken:
-            function = offload.with_hosted_inputs(function, taken)
-        return offload.with_hosted_outputs(function, given) if given else function
+        return with_hosted_maps(evaluation(segment), given, taken)
 
     def execution(self, segment: Segment, num_blocks: int, wrt: Sequence[int]) -> WholeMaps:
         return WholeMaps(is_recomputed=False)
@@ -57,11 +54,21 @@ class Checkpoint(Strategy):
         taken: Mapping[int, int] = NOTHING_HOSTED,
     ) -> Function:
         function = evaluation(segment)
+        # The copies of what arrives from the host must not be kept for the backward pass either.
         function = offload.checkpointed(function, taken) if taken else checkpoint(function)
-        return offload.with_hosted_outputs(function, given) if given else function
+        return with_hosted_maps(function, given, NOTHING_HOSTED)
 
     def execution(self, segment: Segment, num_blocks: int, wrt: Sequence[int]) -> WholeMaps:
         return WholeMaps(is_recomputed=True)
+
+
+def with_hosted_maps(
+    function: Function, given: Mapping[int, int], taken: Mapping[int, int]
+) -> Function:
+    """A function of whole maps, some of which it gives to the host's memory or takes from there."""
+    if taken:
+        function = offload.with_hosted_inputs(function, taken)
+    return offload.with_hosted_outputs(function, given) if given else function
 
 
 def evaluation(segment: Segment) -> Function:
