@@ -33,7 +33,7 @@ class Strategy(abc.ABC):
 
     Attributes:
       name: by which ``rowwise``, plans and the command line know it.
-      label: its name in tables and pictures; by default its name.
+      label: its name in tables and pictures, where that is another.
       fate: what becomes of a segment's maps between its passes, for tables of plans.
       order: how its row loops divide rows; None where it runs whole maps, and takes no
         ``num_blocks``.
