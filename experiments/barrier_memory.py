@@ -40,7 +40,7 @@ from lrjax.models.unet import DoubleConv
 from lrjax.program.inline import flatten
 from lrjax.rowgraph.graph import RowGraph, build, size_bytes
 from lrjax.rowgraph.tracing import trace
-from lrjax.strategies import autodiff
+from lrjax.strategies.stream import stream_programs
 
 MIB = 2**20
 BLOCKS = (ResidualBlock, DoubleConv, ConvNeXtBlock)
@@ -201,7 +201,7 @@ def operations_and_floor(network: Network, num_blocks: int) -> tuple[float, floa
     structs = traced.program.structs
     moving = [i for i, axis in enumerate(traced.axes) if axis is None]
     wrt = [i for i in moving if jnp.issubdtype(structs[i].dtype, jnp.inexact)]
-    found = autodiff.stream_programs(traced.program, traced.axes, num_blocks, wrt)
+    found = stream_programs(traced.program, traced.axes, num_blocks, wrt)
     graphs = [p.graph for p in (found.forward, found.backward) if p is not None]
     axes = [*(None for _ in jax.tree.leaves(args[0])), 1]
     column = build(flatten(jax.make_jaxpr(gradient(network))(*args)), axes)

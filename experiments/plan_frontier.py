@@ -102,7 +102,7 @@ def plan_within(case: str, fraction: float, target: str) -> dict[str, Any]:
         found |= {
             "peak_mib": round(plan.verified_peak_bytes / MIB, 1),
             "operations": round(plan.operations, 4),
-            "segments": " + ".join(choice.strategy for choice in plan.choices),
+            "segments": " + ".join(choice.strategy.name for choice in plan.choices),
             "compilations": plan.compilations,
         }
     return found | {

@@ -18,11 +18,9 @@ from experiments import vgg16_stack
 from lrjax import memory, models
 from lrjax.plan import Choice
 from lrjax.planner.cost import peak_bytes, segment_cost
-from lrjax.program.inline import evaluate
 from lrjax.rowgraph.graph import size_bytes
 from lrjax.rowgraph.segments import Cuttable, Segment, split
 from lrjax.rowgraph.tracing import trace
-from lrjax.transform import segment_function
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,7 +123,7 @@ class Plan:
         barriers by which a checkpoint's forward pass is done again.
         """
         is_column = [
-            (self.target == "cpu" and c.strategy == "checkpoint") or c == Choice("column")
+            (self.target == "cpu" and c == Choice("checkpoint")) or c == Choice("column")
             for c in self.choices
         ]
         traced = trace(self.step.loss, self.step.in_axes, self.step.arguments(self.size), {})
@@ -161,14 +159,12 @@ class Plan:
 
 
 def _function(segment: Segment, choice: Choice) -> Callable[..., Sequence[Any]]:
-    if choice.strategy == "checkpoint":
-        return jax.checkpoint(lambda *inputs: evaluate(segment.program, inputs))
-    return segment_function(segment, choice.strategy, choice.num_blocks)
+    return choice.strategy.function(segment, choice.num_blocks)
 
 
 def _name(choice: Choice) -> str:
-    is_whole = choice.strategy in ("column", "checkpoint")
-    return choice.strategy if is_whole else f"{choice.strategy}-{choice.num_blocks}"
+    name = choice.strategy.name
+    return f"{name}-{choice.num_blocks}" if choice.strategy.by_rows else name
 
 
 def parse(text: str, target: str) -> Plan:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from lrjax import strategies as strategies
 from lrjax.explain import explain
 from lrjax.explanation import Explanation
 from lrjax.plan import Plan, PlanMismatchError

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -12,17 +11,14 @@ import jax.numpy as jnp
 from lrjax.explanation import Explanation, OperationRow, Pass, SegmentReport
 from lrjax.loop.rowloop import RowLoop
 from lrjax.meshes import without_explicit_axes
-from lrjax.options import Cuts, Options, check_callable, checked_options
+from lrjax.options import Cuts, Options, StrategyOption, check_callable, checked_options
 from lrjax.plan import Choice
-from lrjax.program.inline import FlatProgram
 from lrjax.rowgraph.fallbacks import fallbacks_of, made_by
 from lrjax.rowgraph.graph import RowGraph, build, size_bytes
 from lrjax.rowgraph.segments import Segment
 from lrjax.rowgraph.tracing import Traced, trace
 from lrjax.rules.geometry import AnyMap
-from lrjax.strategies import autodiff
-from lrjax.strategies.autodiff import RowProgram
-from lrjax.strategies.micro_batches import micro_batches
+from lrjax.strategies.programs import RowPass
 from lrjax.transform import hosted_values, segments_and_choices
 
 
@@ -31,7 +27,7 @@ def explain(
     *args: Any,
     in_axes: Any,
     num_blocks: int | Sequence[int] | None = None,
-    strategy: str | Sequence[str] = "stream",
+    strategy: StrategyOption = "stream",
     cuts: Cuts = (),
     plan: Any = None,
     offload: bool = False,
@@ -84,50 +80,8 @@ def explain_with(traced: Traced, options: Options) -> Explanation:
 
 
 def _passes(segment: Segment, choice: Choice) -> tuple[Pass, ...]:
-    if choice.strategy in ("column", "checkpoint"):
-        return ()
-    if choice.micro_batches > 1:
-        segment = micro_batches(segment, choice.micro_batches).part
-    program, axes = segment.program, segment.axes
-    if choice.strategy in ("2ps", "overl"):
-        return _differentiated_passes(program, axes, choice)
-    wrt = _differentiated(segment)
-    programs = autodiff.stream_programs(program, axes, choice.num_blocks, wrt)
-    first, second = autodiff.stream_graphs(program, axes, tuple(wrt))
-    if programs.backward is None or second is None:
-        return (_pass("forward and backward", programs.forward, first, 0),)
-    residuals = programs.forward.graph.program.outputs[len(program.outputs) :]
-    inputs = set(programs.forward.graph.program.inputs)
-    saved = sum(
-        size_bytes(programs.forward.graph.program.avals[v])
-        for v in residuals
-        if isinstance(v, int) and v not in inputs
-    )
-    cotangents = len(programs.backward.graph.program.inputs) - len(residuals)
-    return (
-        _pass("forward", programs.forward, first, saved),
-        _pass("backward", programs.backward, second, 0, cotangents),
-    )
-
-
-def _differentiated_passes(
-    program: FlatProgram, axes: Sequence[int | None], choice: Choice
-) -> tuple[Pass, ...]:
-    """2PS and OverL: the backward pass does every step of the forward pass again.
-
-    What runs column-wise between row loops is left to JAX, which does not do it again.
-    """
-    rows = autodiff.differentiable_program(program, axes, choice.strategy, choice.num_blocks)
-    loops = [loop for loop in rows.loops if loop is not None]
-    saved = sum(loop.steps * _line_bytes(loop, v) for loop in loops for v in loop.producer)
-    forward = _pass("forward", rows, rows.graph, saved)
-    twice = [_rows_twice(loop, i) for loop in loops for i in range(len(loop.nodes))]
-    again = tuple(
-        dataclasses.replace(o, recomputed_rows=o.rows + overlap)
-        for o, overlap in zip(forward.operations, twice, strict=True)
-    )
-    name = "backward (every step again, in reverse)"
-    return forward, Pass(name, forward.steps, again, saved_bytes=0, column=(), fallbacks=())
+    execution = choice.runner.execution(segment, choice.num_blocks, _differentiated(segment))
+    return tuple(map(_pass, execution.passes))
 
 
 def _differentiated(segment: Segment) -> list[int]:
@@ -139,42 +93,24 @@ def _differentiated(segment: Segment) -> list[int]:
     return [i for i in inexact if segment.axes[i] is None] or inexact
 
 
-def _pass(
-    name: str, rows: RowProgram, original: RowGraph, saved_bytes: int, cotangents: int = 0
-) -> Pass:
-    """Describe a program whose last ``cotangents`` inputs are cotangents.
-
-    ``original`` is its graph before operations were copied to run again late.
-    """
-    graph, loops = rows.graph, [loop for loop in rows.loops if loop is not None]
-    first = _first_time(original, cotangents)
+def _pass(one: RowPass) -> Pass:
+    graph, loops = one.rows.graph, [loop for loop in one.rows.loops if loop is not None]
+    first = set(one.first)
     operations = []
     for number, loop in enumerate(loops):
         for i, node in enumerate(loop.nodes):
             head = node.equation.outputs[0]
             operations.append(_operation(loop, number, i, is_again=head not in first))
             first.discard(head)
-    column = [node for node in graph.nodes if node.op is None]
+    column = [] if one.is_reversed else [node for node in graph.nodes if node.op is None]
     return Pass(
-        name,
+        one.name,
         tuple(loop.steps for loop in loops),
         tuple(operations),
-        saved_bytes,
+        one.saved_bytes,
         tuple(_title(graph, node.equation) for node in column),
-        tuple(fallbacks_of(graph)),
+        () if one.is_reversed else tuple(fallbacks_of(graph)),
     )
-
-
-def _first_time(original: RowGraph, cotangents: int) -> set[int]:
-    """First outputs of the operations that no pass before did: all, or what cotangents reach."""
-    if not cotangents:
-        return {node.equation.outputs[0] for node in original.nodes if node.equation.outputs}
-    inputs = original.program.inputs
-    moved = set(inputs[len(inputs) - cotangents :])
-    for node in original.nodes:
-        if moved.intersection(v for v in node.equation.inputs if isinstance(v, int)):
-            moved.update(node.equation.outputs)
-    return moved
 
 
 def _operation(loop: RowLoop, number: int, index: int, *, is_again: bool) -> OperationRow:

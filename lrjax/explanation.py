@@ -104,7 +104,7 @@ class SegmentReport:
 
     @property
     def strategy(self) -> str:
-        return self.choice.strategy
+        return self.choice.strategy.name
 
     @property
     def num_blocks(self) -> int:
@@ -126,7 +126,7 @@ class SegmentReport:
     def recomputed(self) -> float:
         """Operations done again, as a multiple of the forward pass's."""
         if not self.passes:
-            return 1.0 if self.strategy == "checkpoint" else 0.0
+            return float(self.choice.strategy.recomputes)
         # A micro-batch has its share of the operations.
         again = sum(one.recomputed_operations for one in self.passes) * self.choice.micro_batches
         return again / max(self.forward_operations, 1.0)
@@ -237,9 +237,7 @@ def _summary(index: int, segment: SegmentReport) -> list[str]:
 
 
 def _strategy(segment: SegmentReport) -> str:
-    choice = segment.choice
-    parts = f" x {choice.micro_batches} micro-batches" if choice.micro_batches > 1 else ""
-    return choice.strategy + parts + (", offload" if segment.hosted_bytes else "")
+    return segment.choice.text + (", offload" if segment.hosted_bytes else "")
 
 
 def _steps(one: Pass) -> str:

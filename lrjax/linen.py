@@ -14,7 +14,7 @@ from flax.core import lift
 from flax.linen.transforms import lift_transform
 
 from lrjax.module_calls import call_rowwise
-from lrjax.options import Cuts, Options, checked_options
+from lrjax.options import Cuts, Options, StrategyOption, checked_options
 
 
 def rowwise(
@@ -22,7 +22,7 @@ def rowwise(
     *,
     in_axes: Any,
     num_blocks: int | Sequence[int] | None = None,
-    strategy: str | Sequence[str] = "stream",
+    strategy: StrategyOption = "stream",
     cuts: Cuts = (),
     plan: Any = None,
     offload: bool = False,

@@ -11,7 +11,7 @@ import jax
 from flax import nnx
 
 from lrjax.module_calls import call_rowwise
-from lrjax.options import Cuts, check_callable, checked_options
+from lrjax.options import Cuts, StrategyOption, check_callable, checked_options
 
 _GRAPH_NODES = (nnx.Module, nnx.Rngs, nnx.RngStream, nnx.Variable)
 
@@ -21,7 +21,7 @@ def rowwise(
     *,
     in_axes: Any,
     num_blocks: int | Sequence[int] | None = None,
-    strategy: str | Sequence[str] = "stream",
+    strategy: StrategyOption = "stream",
     cuts: Cuts = (),
     plan: Any = None,
     offload: bool = False,

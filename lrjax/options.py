@@ -9,17 +9,14 @@ from typing import Any
 
 import numpy as np
 
-from lrjax.loop.rowloop import reference_height
 from lrjax.plan import Choice, Plan
 from lrjax.program.compatibility import tag_of
 from lrjax.rowgraph.fallbacks import counted, fallbacks_of
 from lrjax.rowgraph.graph import RowGraph, build
 from lrjax.rowgraph.segments import Segment
+from lrjax.strategies import Strategy, Stream, named
 
-STRATEGIES = ("stream", "2ps", "overl", "column")
-DEFAULT_ROWS_PER_STEP = 64
-
-
+StrategyOption = str | Strategy | Sequence[str | Strategy]
 Cuts = Sequence[str | Sequence[str]] | int
 
 
@@ -31,7 +28,7 @@ class Options:
     """
 
     num_blocks: int | tuple[int | None, ...] | None
-    strategy: str | tuple[str, ...]
+    strategy: Strategy | tuple[Strategy, ...]
     cuts: tuple[str | tuple[str, ...], ...] | int
     plan: Plan | None = None
     offload: bool = False
@@ -77,7 +74,7 @@ def checked_options(
                 f"plan={plan!r:.80} is no plan; give what lrjax.plan or lrjax.Plan.load returned."
             )
         _check_alone(num_blocks=num_blocks, strategy=strategy, cuts=cuts, offload=offload)
-        return Options(None, "stream", (), plan)
+        return Options(None, Stream(), (), plan)
     cuts = _checked_cuts(cuts)
     if offload:
         _check_offload(cuts)
@@ -134,15 +131,12 @@ def _checked_number(name: str, value: Any) -> int | None:
     return int(value)
 
 
-def _checked_strategy(value: Any) -> str | tuple[str, ...]:
-    names = {f"strategy[{i}]": v for i, v in enumerate(value)} if _is_list(value) else {}
-    for name, chosen in (names or {"strategy": value}).items():
-        if not isinstance(chosen, str) or chosen not in STRATEGIES:
-            raise ValueError(
-                f"{name}={chosen!r:.80} is unknown; choose one of "
-                f"{', '.join(map(repr, STRATEGIES))}, or one per segment."
-            )
-    return tuple(names.values()) if names else value
+def _checked_strategy(value: Any) -> Strategy | tuple[Strategy, ...]:
+    if not _is_list(value):
+        return named(value)
+    if len(value) == 0:
+        raise ValueError("strategy is empty; give one, or one per segment.")
+    return tuple(named(chosen, f"strategy[{i}]") for i, chosen in enumerate(value))
 
 
 def _checked_cuts(cuts: Any) -> tuple[str | tuple[str, ...], ...] | int:
@@ -201,10 +195,17 @@ def checked_segments(options: Options, segments: Sequence[Segment]) -> list[Choi
     graphs = [build(segment.program, segment.axes) for segment in segments]
     _check_rows(graphs)
     places = _places(segments, options.flat_cuts)
-    return [
-        Choice(strategy, _block_count(strategy, number, graph, place), offload=options.offload)
-        for strategy, number, graph, place in zip(strategies, numbers, graphs, places, strict=True)
-    ]
+    choices = []
+    for segment, strategy, number, graph, place in zip(
+        segments, strategies, numbers, graphs, places, strict=True
+    ):
+        choice = Choice(strategy, offload=options.offload)
+        refusal = choice.runner.refusal(segment)
+        if refusal is not None:
+            raise ValueError(f"strategy {choice.runner.name!r}{place}: {refusal}")
+        count = choice.runner.block_count(number, graph, place)
+        choices.append(dataclasses.replace(choice, num_blocks=count))
+    return choices
 
 
 def _check_rows(graphs: Sequence[RowGraph]) -> None:
@@ -254,30 +255,3 @@ def _per_segment(name: str, value: Any, count: int) -> tuple[Any, ...]:
             "per segment."
         )
     return value
-
-
-def _block_count(strategy: str, number: int | None, graph: RowGraph, place: str) -> int:
-    order = strategy if strategy in ("2ps", "overl") else "stream"
-    if not graph.loops:
-        return 1
-    most = most_blocks(order, graph)
-    if number is None:
-        tallest = max((graph.height(v) for v in graph.row_axis), default=most)
-        return max(1, min(most, tallest // DEFAULT_ROWS_PER_STEP))
-    if number > most and strategy != "column":
-        where = "input" if order == "stream" else "output"
-        raise ValueError(
-            f"num_blocks={number} is more than the {most} {where} rows that strategy "
-            f"{strategy!r} divides{place}; the largest allowed is {most}"
-            + (" there: give one number per segment, or at most that." if place else ".")
-        )
-    return min(number, most)
-
-
-def most_blocks(order: str, graph: RowGraph) -> int:
-    """Rows that ``num_blocks`` divides: the tallest input's, or for 2PS and OverL the output's."""
-    heights = [reference_height(graph, stage, order) for stage in graph.loops]
-    if order != "stream":
-        return max(heights, default=1)
-    inputs = [graph.height(v) for v in graph.program.inputs if v in graph.row_axis]
-    return max(inputs, default=max(heights, default=1))

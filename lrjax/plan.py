@@ -23,31 +23,57 @@ from lrjax.program.manual_axes import body_outside
 from lrjax.rowgraph.segments import Cuttable
 from lrjax.rowgraph.tracing import Traced, trace
 from lrjax.rules.geometry import ceil_div
+from lrjax.strategies import MicroBatches, Strategy, named
 from lrjax.text import MIB, aligned
 
 FORMAT = 3
-ROW_STRATEGIES = ("stream", "2ps", "overl")
-PLAN_STRATEGIES = ("column", "checkpoint", *ROW_STRATEGIES)
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, init=False)
 class Choice:
     """How one segment runs.
 
     Attributes:
-      strategy: "column", "checkpoint" (whole maps, the forward pass done again), "stream", "2ps"
-        or "overl".
-      num_blocks: steps of its row loops, for the last three.
+      strategy: one of ``lrjax.strategies``; made from its name, too. Of a ``MicroBatches`` the
+        strategy within.
+      num_blocks: steps of its row loops, where it has any.
       micro_batches: parts of the batch that run one after the other.
       offload: the maps that the segment gives wait for their reader's backward pass in the host's
         memory, where they are written and read by blocks of rows, and so do their gradients.
         Maps that several segments read, or the caller gets, stay on the device.
     """
 
-    strategy: str
+    strategy: Strategy
     num_blocks: int = 1
     micro_batches: int = 1
     offload: bool = False
+
+    def __init__(
+        self,
+        strategy: Strategy | str,
+        num_blocks: int = 1,
+        micro_batches: int = 1,
+        offload: bool = False,
+    ):
+        found = named(strategy)
+        if isinstance(found, MicroBatches):
+            micro_batches *= found.parts
+            found = found.strategy
+        values = (found, num_blocks, micro_batches, offload)
+        for field, value in zip(dataclasses.fields(self), values, strict=True):
+            object.__setattr__(self, field.name, value)
+
+    @property
+    def runner(self) -> Strategy:
+        """The strategy, around micro-batches where there are several."""
+        if self.micro_batches == 1:
+            return self.strategy
+        return MicroBatches(self.strategy, self.micro_batches)
+
+    @property
+    def text(self) -> str:
+        """Strategy and micro-batches, for tables."""
+        return self.runner.name
 
 
 class PlanMismatchError(ValueError):
@@ -179,7 +205,7 @@ class SegmentPlan:
     @property
     def blocks(self) -> tuple[int, ...]:
         """Where the blocks of rows end; the last may be smaller than the others."""
-        if not self.height or self.choice.strategy not in ROW_STRATEGIES:
+        if not self.height or not self.choice.strategy.by_rows:
             return ()
         rows = ceil_div(self.height, self.choice.num_blocks)
         return (*range(rows, self.height, rows), self.height)
@@ -187,13 +213,7 @@ class SegmentPlan:
     @property
     def fate(self) -> str:
         """What becomes of the segment's maps between its passes."""
-        kept = {
-            "column": "all maps kept",
-            "checkpoint": "inputs kept, whole maps computed again",
-            "stream": "inputs kept, rows computed again in step with their gradients",
-            "2ps": "inputs and rows between blocks kept, blocks computed again",
-            "overl": "inputs kept, blocks computed again with their halos",
-        }[self.choice.strategy]
+        kept = self.choice.strategy.fate
         given = f"; {_mib(self.offloaded_bytes)} MiB that it gives wait on the host"
         return kept + given if self.choice.offload else kept
 
@@ -272,7 +292,8 @@ class Plan:
 
     def to_json(self) -> str:
         """The plan as JSON text."""
-        return json.dumps({"lrjax_plan": FORMAT, **dataclasses.asdict(self)}, indent=1) + "\n"
+        data = {"lrjax_plan": FORMAT, **dataclasses.asdict(self)}
+        return json.dumps(data, indent=1, default=lambda strategy: strategy.name) + "\n"
 
     @classmethod
     def from_json(cls, text: str) -> Plan:
@@ -348,13 +369,10 @@ def _table(segments: Sequence[SegmentPlan]) -> list[str]:
     rows = [list(_COLUMNS)]
     for i, segment in enumerate(segments):
         choice, blocks = segment.choice, segment.blocks
-        strategy = choice.strategy
-        if choice.micro_batches > 1:
-            strategy += f" x {choice.micro_batches} micro-batches"
         size = f"{len(blocks)} of {blocks[0]} rows" if blocks else ""
         numbers = (segment.saved_bytes, segment.forward_bytes, segment.backward_bytes)
         span = f"{segment.start}-{segment.stop - 1}"
-        rows.append([str(i), span, strategy, size, *map(_mib, numbers), segment.fate])
+        rows.append([str(i), span, choice.text, size, *map(_mib, numbers), segment.fate])
     return aligned(rows, left=(2, 3, 7))
 
 
@@ -419,12 +437,10 @@ def _list(data: dict[str, Any], name: str) -> list[Any]:
 
 def _segment_of(data: dict[str, Any]) -> SegmentPlan:
     choice = Choice(**data["choice"])
-    if choice.strategy not in PLAN_STRATEGIES:
-        raise ValueError(f"unknown strategy {choice.strategy!r}")
     for count in (choice.num_blocks, choice.micro_batches):
         if isinstance(count, bool) or not isinstance(count, int) or count < 1:
             raise ValueError(f"{count!r} blocks or micro-batches")
-    if choice.strategy in ROW_STRATEGIES and choice.num_blocks > max(int(data["height"]), 1):
+    if choice.strategy.by_rows and choice.num_blocks > max(int(data["height"]), 1):
         raise ValueError(f"{choice.num_blocks} blocks of {data['height']} rows")
     if not isinstance(choice.offload, bool):
         raise ValueError(f"offload is {choice.offload!r}, neither true nor false")

@@ -34,7 +34,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lrjax.gradient_program import HALF_PRECISION, GradientProgram, is_inexact, leaves_of, wide
-from lrjax.options import Cuts, checked_options
+from lrjax.options import Cuts, StrategyOption, checked_options
 from lrjax.rowgraph.calls import watched
 from lrjax.rowgraph.proofs import assert_proofs_hold
 from lrjax.transform import rowwise_with
@@ -110,7 +110,7 @@ def assert_same_as_column(
     in_axes: Any,
     *,
     num_blocks: int | Sequence[int] | None = None,
-    strategy: str | Sequence[str] = "stream",
+    strategy: StrategyOption = "stream",
     cuts: Cuts = (),
     plan: Any = None,
     offload: bool = False,

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
-import types
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -12,16 +10,21 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lrjax.loop import offload
 from lrjax.meshes import on_auto_axes
-from lrjax.options import Cuts, Options, check_callable, checked_options, checked_segments
-from lrjax.plan import ROW_STRATEGIES, Choice
+from lrjax.options import (
+    Cuts,
+    Options,
+    StrategyOption,
+    check_callable,
+    checked_options,
+    checked_segments,
+)
+from lrjax.plan import Choice
 from lrjax.program.compatibility import checkpoint, strongly_typed, weakly_typed
-from lrjax.program.inline import Atom, evaluate
+from lrjax.program.inline import Atom
 from lrjax.rowgraph.segments import Segment, split, split_at
 from lrjax.rowgraph.tracing import Traced, is_within_rowwise, trace
-from lrjax.strategies import autodiff, derivatives
-from lrjax.strategies.micro_batches import by_micro_batches, micro_batches
+from lrjax.strategies import derivatives
 
 
 def rowwise(
@@ -29,7 +32,7 @@ def rowwise(
     *,
     in_axes: Any,
     num_blocks: int | Sequence[int] | None = None,
-    strategy: str | Sequence[str] = "stream",
+    strategy: StrategyOption = "stream",
     cuts: Cuts = (),
     plan: Any = None,
     offload: bool = False,
@@ -48,7 +51,9 @@ def rowwise(
         may be at most as many blocks as rows; what has fewer rows than that beside them takes
         fewer steps. One number, or one per segment. Default: steps of about 64 rows.
       strategy: "stream" (differentiate first, then tile; least memory), "2ps" or "overl" (LR-CNN,
-        arXiv 2401.11471), or "column" (whole maps, the baseline); one, or one per segment.
+        arXiv 2401.11471), "checkpoint" (whole maps, the forward pass done again) or "column" (whole
+        maps, the baseline), or an object of ``lrjax.strategies``, such as ``MicroBatches("stream",
+        4)``; one, or one per segment.
       cuts: where to keep a whole map and start a new segment: names given by
         ``jax.ad_checkpoint.checkpoint_name`` in ``fun``, or a number of segments. A tuple of names
         is a group: in ``[("a", "b"), "c"]`` only ``c`` is kept from forward to backward, and ``a``
@@ -150,14 +155,14 @@ def _run_group(
 def _with_derivatives(
     segment: Segment, choice: Choice, hosted: Mapping[int, int]
 ) -> Callable[..., Sequence[Any]]:
-    """A segment as chosen, with its derivatives."""
-    function = chosen_function(segment, choice, hosted)
+    """A segment as chosen, with its derivatives of every order."""
     given = {i: hosted[v] for i, v in enumerate(segment.made) if v in hosted}
     taken = {i: hosted[v] for i, v in enumerate(segment.program.inputs) if v in hosted}
-    if choice.strategy in ROW_STRATEGIES or choice.micro_batches > 1 or given or taken:
-        program, axes = segment.program, segment.axes
-        return derivatives.by_rows(function, program, axes, choice.num_blocks, given, taken)
-    return function
+    function = choice.runner.function(segment, choice.num_blocks, given, taken)
+    if choice.runner.has_every_derivative and not given and not taken:
+        return function
+    program, axes = segment.program, segment.axes
+    return derivatives.by_rows(function, program, axes, choice.num_blocks, given, taken)
 
 
 def segments_and_choices(
@@ -202,46 +207,3 @@ def hosted_values(
         and readers[v] == 1
         and jnp.issubdtype(traced.program.avals[v].dtype, jnp.inexact)
     }
-
-
-def chosen_function(
-    segment: Segment, choice: Choice, hosted: Mapping[int, int] = types.MappingProxyType({})
-) -> Callable[..., Sequence[Any]]:
-    """A segment as a differentiable function of its inputs, run as chosen.
-
-    Args:
-      segment: the segment.
-      choice: how it runs.
-      hosted: values that are in the host's memory, with their row axes.
-    """
-    given = {i: hosted[v] for i, v in enumerate(segment.made) if v in hosted}
-    taken = {i: hosted[v] for i, v in enumerate(segment.program.inputs) if v in hosted}
-    function: Callable[..., Sequence[Any]]
-    if choice.micro_batches > 1:
-        own = micro_batches(segment, choice.micro_batches)
-        once = dataclasses.replace(choice, micro_batches=1)
-        function = by_micro_batches(own, chosen_function(own.part, once))
-    elif choice.strategy in ROW_STRATEGIES:
-        return segment_function(segment, choice.strategy, choice.num_blocks, given)
-    else:
-        function = segment_function(segment, "column", 1)
-        if choice.strategy == "checkpoint":
-            function = offload.checkpointed(function, taken) if taken else checkpoint(function)
-        elif taken:
-            function = offload.with_hosted_inputs(function, taken)
-    return offload.with_hosted_outputs(function, given) if given else function
-
-
-def segment_function(
-    segment: Segment,
-    strategy: str,
-    num_blocks: int,
-    hosted: Mapping[int, int] | None = None,
-) -> Callable[..., Sequence[Any]]:
-    """A segment as a differentiable function of its inputs."""
-    program, axes = segment.program, segment.axes
-    if strategy == "column":
-        return lambda *inputs: evaluate(program, inputs)
-    if strategy == "stream":
-        return autodiff.stream(program, axes, num_blocks, hosted)
-    return autodiff.two_phase_or_overlap(program, axes, strategy, num_blocks, hosted)

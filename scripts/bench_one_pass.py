@@ -34,7 +34,9 @@ from lrjax.models import UNet
 from lrjax.program.inline import evaluate
 from lrjax.rowgraph.graph import build
 from lrjax.rowgraph.tracing import trace
-from lrjax.strategies.autodiff import row_program, stream_programs, traced_graph
+from lrjax.strategies.base import TOP_DOWN
+from lrjax.strategies.programs import row_program, traced_graph
+from lrjax.strategies.stream import stream_programs
 
 IN_AXES = (None, 1, 1)
 CLASSES = 3
@@ -78,7 +80,7 @@ def operations(method: str, loss: Callable[..., jax.Array], args: Any) -> float:
         assert found.backward is None, "two passes"
         return found.forward.graph.operations()
     graph = traced_graph(lambda *xs: evaluate(flat, xs), flat.structs, traced.axes)
-    return row_program(graph, "stream", int(blocks)).graph.operations()
+    return row_program(graph, TOP_DOWN, int(blocks)).graph.operations()
 
 
 def arguments(model: UNet, size: int) -> tuple[Any, jax.Array, jax.Array]:

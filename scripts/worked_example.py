@@ -10,6 +10,7 @@ from lrjax.loop.rowloop import row_loop
 from lrjax.rowgraph.graph import build
 from lrjax.rowgraph.segments import split
 from lrjax.rowgraph.tracing import trace
+from lrjax.strategies.base import TOP_DOWN
 
 NUM_BLOCKS = 4
 
@@ -35,7 +36,7 @@ def main() -> None:
     (segment,) = split(traced.program, traced.axes, ())
     graph = build(segment.program, segment.axes)
     (stage,) = graph.loops
-    loop = row_loop(graph, stage, order="stream", num_blocks=NUM_BLOCKS, is_differentiated=False)
+    loop = row_loop(graph, stage, order=TOP_DOWN, num_blocks=NUM_BLOCKS, is_differentiated=False)
     print(f"{NUM_BLOCKS} blocks: {loop.steps} steps, line buffers of {loop.line_bytes:,} bytes")
     for i, node in enumerate(loop.nodes):
         value = node.equation.outputs[0]

@@ -14,7 +14,7 @@ import pytest
 import lrjax
 from lrjax.rowgraph.graph import RowGraph
 from lrjax.rowgraph.tracing import trace
-from lrjax.strategies.autodiff import stream_programs
+from lrjax.strategies.stream import stream_programs
 from lrjax.testing import assert_same_as_column
 
 

@@ -182,7 +182,7 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
 def fake_metrics(losses):
     return {
         "label": "fake",
-        "strategy": {"name": "stream", "num_blocks": None, "cuts": []},
+        "strategy": {"name": "stream", "num_blocks": None, "cuts": [], "micro_batches": 1},
         "losses": losses,
         "median_step_seconds": 1.0,
         "xla_peak_bytes": 1,

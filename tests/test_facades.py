@@ -130,15 +130,49 @@ def plan_of(facade):
 # --- One value for all options -------------------------------------------------------------------
 
 
-def test_every_facade_takes_every_option_with_the_same_default():
-    names = [field.name for field in dataclasses.fields(Options)]
-    assert list(inspect.signature(checked_options).parameters) == names
-    expected = {n: inspect.signature(lrjax.rowwise).parameters[n].default for n in names}
-    for facade in FACADES:
-        parameters = inspect.signature(facade).parameters
-        found = {name: parameters[name].default for name in names if name in parameters}
-        assert found == expected, f"{facade.__module__}.{facade.__name__}"
-        assert all(parameters[name].kind is inspect.Parameter.KEYWORD_ONLY for name in names)
+OPTIONS = [field.name for field in dataclasses.fields(Options)]
+
+
+def facades():
+    """All public functions that take any of the options."""
+    for module in (lrjax, lrjax.linen, lrjax.nnx, lrjax.testing):
+        for name, function in vars(module).items():
+            if inspect.isfunction(function) and not name.startswith("_"):
+                is_own = module is lrjax or function.__module__ == module.__name__
+                if is_own and not {*OPTIONS}.isdisjoint(inspect.signature(function).parameters):
+                    yield function
+
+
+def test_the_facades_are_known():
+    assert set(facades()) == set(FACADES)
+    assert list(inspect.signature(checked_options).parameters) == OPTIONS
+
+
+@pytest.mark.parametrize("facade", FACADES, ids=lambda f: f"{f.__module__}.{f.__name__}")
+def test_every_facade_takes_every_option_with_the_same_type_and_default(facade):
+    parameters = inspect.signature(facade).parameters
+    assert [name for name in parameters if name in OPTIONS] == OPTIONS
+    for name in OPTIONS:
+        expected = inspect.signature(lrjax.rowwise).parameters[name]
+        assert parameters[name] == expected
+        assert expected.kind is inspect.Parameter.KEYWORD_ONLY
+
+
+class GivenError(Exception):
+    """Carries the options that a façade has handed on."""
+
+
+@pytest.mark.parametrize("facade", FACADES, ids=lambda f: f"{f.__module__}.{f.__name__}")
+def test_every_facade_hands_every_option_on_as_it_is(facade, monkeypatch):
+    def refuse(**options):
+        raise GivenError(options)
+
+    options = {name: object() for name in OPTIONS}
+    monkeypatch.setattr(sys.modules[facade.__module__], "checked_options", refuse)
+    args = [(variables(), IMAGES)] if facade is lrjax.testing.assert_same_as_column else []
+    with pytest.raises(GivenError) as found:
+        facade(Net().apply, *args, in_axes=(None, 1), **options)
+    assert found.value.args == (options,)
 
 
 @pytest.mark.parametrize("facade", CALLS)
@@ -171,7 +205,10 @@ BAD_OPTIONS = [
     ({"num_blocks": []}, "num_blocks is empty; give one number"),
     ({"num_blocks": (2, True)}, "num_blocks[1]=True must be an int"),
     ({"num_blocks": 17}, "num_blocks=17 is more than the 16 input rows"),
-    ({"strategy": None}, "strategy=None is unknown; choose one of 'stream'"),
+    (
+        {"strategy": None},
+        "strategy=None is unknown; choose one of 'column', 'checkpoint', 'stream'",
+    ),
     ({"cuts": None}, "cuts=None must be a list of names"),
     ({"cuts": ["end"]}, "no value is named 'end'; names in fun are ['middle']"),
     ({"plan": "plan.json"}, "plan='plan.json' is no plan; give what lrjax.plan or lrjax.Plan.load"),

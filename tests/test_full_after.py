@@ -14,7 +14,7 @@ from lrjax import memory
 from lrjax.loop import engine
 from lrjax.loop.full_after import full_after
 from lrjax.rules.reduction import identity_of
-from lrjax.strategies import autodiff, micro_batches
+from lrjax.strategies import micro_batches, tiled
 from lrjax.testing import assert_same_as_column
 from marks import COMPILES_FOR_H200 as H200
 
@@ -118,7 +118,7 @@ def peaks(monkeypatch, fun, channels, size, dtype, target, **options):
         return memory.peak_bytes(memory.compile_for(gradient, kernels, image, target=target))
 
     late = peak()
-    for module in (engine, autodiff, micro_batches):
+    for module in (engine, tiled, micro_batches):
         monkeypatch.setattr(module, "full_after", lambda arrays: jnp.full)
     return late, peak()
 

@@ -9,7 +9,7 @@ from jax import lax
 from experiments import vgg16_stack
 from lrjax.rowgraph.tracing import trace
 from lrjax.strategies import late
-from lrjax.strategies.autodiff import stream_programs
+from lrjax.strategies.stream import stream_programs
 from lrjax.testing import assert_same_as_column
 
 

@@ -6,7 +6,7 @@ import pytest
 from jax import lax
 
 from lrjax.rowgraph.tracing import trace
-from lrjax.strategies.autodiff import stream_programs
+from lrjax.strategies.stream import stream_programs
 from lrjax.testing import assert_same_as_column
 
 pytestmark = pytest.mark.usefixtures("x64")

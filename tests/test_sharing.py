@@ -9,7 +9,8 @@ from jax import lax
 from lrjax.program.comparisons import simpler_comparisons
 from lrjax.program.inline import flatten
 from lrjax.rowgraph import graph as row_graph
-from lrjax.strategies.autodiff import RowProgram, row_program
+from lrjax.strategies.base import TOP_DOWN
+from lrjax.strategies.programs import RowProgram, row_program
 from lrjax.testing import Results, check
 
 pytestmark = pytest.mark.usefixtures("x64")
@@ -45,7 +46,7 @@ def program_with(kernels, images, share: str, num_blocks: int) -> RowProgram:
     graph = row_graph.build(program, [None] * len(kernels) + [1])
     streamed = sorted(graph.streamed)
     again = {"all": [], "none": streamed, "every other": streamed[::2]}[share]
-    return row_program(graph, "stream", num_blocks, frozenset(again))
+    return row_program(graph, TOP_DOWN, num_blocks, frozenset(again))
 
 
 @pytest.mark.parametrize("num_blocks", [2, 5, HEIGHT])

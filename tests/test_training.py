@@ -119,6 +119,8 @@ def test_first_loss_is_that_of_the_untrained_model():
         Strategy("2ps", 2),
         Strategy("overl", 2),
         Strategy("2ps", 2, ("pool1",)),
+        Strategy("checkpoint", None, ("pool1",)),
+        Strategy("stream", 4, micro_batches=2),
     ],
     ids=lambda strategy: strategy.label,
 )
@@ -231,6 +233,8 @@ def test_step_time_leaves_the_first_step_out():
         ("stream:16", Strategy("stream", 16), "stream"),
         ("overl@pool3", Strategy("overl", None, ("pool3",)), "OverL-H"),
         ("2ps:8,4,2@pool2,pool4", Strategy("2ps", (8, 4, 2), ("pool2", "pool4")), "2PS-H"),
+        ("checkpoint@pool2", Strategy("checkpoint", None, ("pool2",)), "checkpoint-H"),
+        ("stream:8/2@pool2", Strategy("stream", 8, ("pool2",), 2), "stream-H /2"),
     ],
 )
 def test_strategy_is_read_from_its_spec(spec, expected, label):
@@ -241,10 +245,14 @@ def test_strategy_is_read_from_its_spec(spec, expected, label):
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
-        ("rows", "strategy: got 'rows'; use one of column, stream, 2ps, overl"),
+        ("rows", "strategy: got 'rows'; use one of column, checkpoint, stream, 2ps, overl"),
         ("stream:many", "num_blocks: got 'many'"),
         ("2ps:8,4", "got 2 numbers for 1 segments"),
         ("column:4", "column runs whole maps"),
+        ("checkpoint:4", "checkpoint runs whole maps"),
+        ("column@pool1", "column keeps all maps"),
+        ("stream/many", "micro_batches: got 'many'"),
+        ("stream/0", "micro_batches: got 0"),
     ],
 )
 def test_bad_strategy_says_what_to_do(spec, message):

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Literal, get_args
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -25,9 +25,8 @@ import lrjax.linen
 from lrjax.app.data import ImageSource, batches
 from lrjax.memory import peak_bytes, temp_bytes
 from lrjax.memory.rss import return_freed_memory
+from lrjax.strategies import Column, MicroBatches, named, registered
 
-StrategyName = Literal["column", "stream", "2ps", "overl"]
-_LABELS = {"column": "column", "stream": "stream", "2ps": "2PS", "overl": "OverL"}
 LossFunction = Callable[..., tuple[jax.Array, Any]]
 
 
@@ -36,25 +35,33 @@ class Strategy:
     """How the loss is run: the arguments of `lrjax.rowwise` that a training run chooses.
 
     Attributes:
-      name: `"column"`, `"stream"`, `"2ps"` or `"overl"`.
+      name: of a strategy, such as `"stream"`; all that lrjax knows by name.
       num_blocks: steps the rows are admitted in, or one number per segment; default: lrjax chooses.
       cuts: names of the values between segments; for VGG-16 `"pool1"` to `"pool5"`.
+      micro_batches: parts of the batch that run one after the other.
     """
 
-    name: StrategyName = "stream"
+    name: str = "stream"
     num_blocks: int | tuple[int, ...] | None = None
     cuts: tuple[str, ...] = ()
+    micro_batches: int = 1
 
     def __post_init__(self) -> None:
-        if self.name not in get_args(StrategyName):
+        names = [strategy.name for strategy in registered()]
+        if self.name not in names:
+            raise ValueError(f"strategy: got {self.name!r}; use one of {', '.join(names)}")
+        if self.num_blocks is not None and not named(self.name).by_rows:
             raise ValueError(
-                f"strategy: got {self.name!r}; use one of {', '.join(get_args(StrategyName))}"
+                f"strategy: {self.name} runs whole maps and takes no num_blocks; leave them out "
+                "or choose another strategy"
             )
-        if self.name == "column" and (self.num_blocks is not None or self.cuts):
+        if self.is_ordinary and self.cuts:
             raise ValueError(
-                "strategy: column runs whole maps and takes neither num_blocks nor cuts; "
-                "leave them out or choose another strategy"
+                f"strategy: {self.name} keeps all maps and takes no cuts; leave them out or choose "
+                "another strategy"
             )
+        if self.micro_batches < 1:
+            raise ValueError(f"micro_batches: got {self.micro_batches}; use 1 or more")
         segments = len(self.cuts) + 1
         if isinstance(self.num_blocks, tuple) and len(self.num_blocks) != segments:
             raise ValueError(
@@ -64,19 +71,32 @@ class Strategy:
 
     @classmethod
     def parse(cls, spec: str) -> "Strategy":
-        """Reads `name[:blocks[,...]][@cut[,...]]`, such as `stream:16` or `2ps:8,2@pool2`."""
+        """Reads `name[:blocks[,...]][/parts][@cut[,...]]`, such as `stream:16` or `2ps:8,2@pool2`.
+
+        With `/4` the batch runs in 4 parts, as in `checkpoint/4`.
+        """
         head, _, cuts = spec.partition("@")
+        head, _, parts = head.partition("/")
         name, _, blocks = head.partition(":")
+        if parts and not parts.isdecimal():
+            raise ValueError(f"micro_batches: got {parts!r}; use a whole number, as in {name}/4")
         return cls(
-            name,  # type: ignore[arg-type]  # checked when built
+            name,
             parse_num_blocks(blocks) if blocks else None,
             tuple(cuts.split(",")) if cuts else (),
+            int(parts or 1),
         )
+
+    @property
+    def is_ordinary(self) -> bool:
+        """Nothing is lrjax's: the network runs as Flax runs it."""
+        return named(self.name) == Column() and self.micro_batches == 1
 
     @property
     def label(self) -> str:
         """The name used in tables and plots; hybrids (with cuts) end in `-H`."""
-        return _LABELS[self.name] + ("-H" if self.cuts else "")
+        parts = f" /{self.micro_batches}" if self.micro_batches > 1 else ""
+        return (named(self.name).label or self.name) + ("-H" if self.cuts else "") + parts
 
     def loss(self, model: nn.Module, *, labels_pixels: bool) -> LossFunction:
         """`classification_loss` of the model under this strategy; under column it is plain Flax.
@@ -84,11 +104,11 @@ class Strategy:
         Where every pixel has a label the loss is a sum over rows, and runs by rows with the model:
         forward and backward are one pass. Where an image has one, the model alone runs by rows.
         """
-        if self.name == "column":
+        if self.is_ordinary:
             return classification_loss(model)
         rows: dict[str, Any] = {
             "num_blocks": self.num_blocks,
-            "strategy": self.name,
+            "strategy": MicroBatches(self.name, self.micro_batches),
             "cuts": self.cuts,
         }
         if labels_pixels:

@@ -370,7 +370,7 @@ def run_graph(
       graph: the row graph.
       loops: one row loop per stage, None for a stage without row operations.
       inputs: the program's inputs.
-      run: how a row loop is run (``autodiff`` gives a differentiable one).
+      run: how a row loop is run (``strategies.tiled`` gives a differentiable one).
       hosted: numbers of the outputs that are put in the host's memory, with their row axes.
     """
     hosted = hosted or {}

@@ -18,7 +18,18 @@ from lrjax.rowgraph.graph import Node, RowGraph, size_bytes
 from lrjax.rules.base import RowRead
 from lrjax.rules.geometry import Frontier, ceil_div, round_up
 
-ORDERS = ("stream", "2ps", "overl")
+
+@dataclasses.dataclass(frozen=True)
+class Order:
+    """How the rows of a loop are divided into steps.
+
+    Attributes:
+      divides_output: blocks are blocks of the main output's rows, not of the tallest map's.
+      recomputes_halos: a step computes all the rows it reads; none is kept from the step before.
+    """
+
+    divides_output: bool
+    recomputes_halos: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -302,15 +313,15 @@ def row_loop(
     graph: RowGraph,
     stage: int,
     *,
-    order: str,
+    order: Order,
     num_blocks: int,
     is_differentiated: bool,
     recomputed: frozenset[int] = frozenset(),
 ) -> RowLoop:
-    """Schedule one stage in one of the ``ORDERS``.
+    """Schedule one stage.
 
-    Halo rows of the values in ``recomputed`` are computed again in every step instead of kept;
-    OverL does so for all.
+    Halo rows of the values in ``recomputed`` are computed again in every step instead of kept; an
+    order that ``recomputes_halos`` does so for all.
     """
     nodes = graph.stage_nodes(stage)
     producer = {
@@ -322,7 +333,8 @@ def row_loop(
     }
     row_outputs = tuple(v for v in producer if v in graph.stages.made_whole[stage])
     if num_blocks == 1:
-        order = "overl"  # one step that computes everything; the same rows in every order
+        # One step that computes everything; the same rows in every order.
+        order = Order(divides_output=True, recomputes_halos=True)
     speeds = _speeds(graph, nodes, producer, row_outputs, order, num_blocks)
     tasks = []
     for i, node in enumerate(nodes):
@@ -335,7 +347,7 @@ def row_loop(
         is_sink = node.is_reduction or any(v in row_outputs for v in node.equation.outputs)
         again = not recomputed.isdisjoint(node.equation.outputs)
         tasks.append(Task(reads, node.op.height, speeds[i], is_sink, again))
-    make = overlap_schedule if order == "overl" else shared_schedule
+    make = overlap_schedule if order.recomputes_halos else shared_schedule
     return RowLoop(graph, tuple(nodes), make(tasks), row_outputs, producer, is_differentiated)
 
 
@@ -347,8 +359,8 @@ PIECE = Fraction(1, 2)
 SHRUNK = Fraction(1, 4)
 
 
-def reference_height(graph: RowGraph, stage: int, order: str) -> int:
-    """Rows that ``num_blocks`` divides: the tallest map's for stream, else the main output's.
+def reference_height(graph: RowGraph, stage: int, order: Order) -> int:
+    """Rows that ``num_blocks`` divides: the tallest map's, or the main output's.
 
     The main output is the lowest of the maps and reductions that leave the loop, pieces left
     out. What has fewer rows than blocks takes fewer steps.
@@ -377,11 +389,11 @@ def _sinks(graph: RowGraph, nodes: Sequence[Node], stage: int) -> list[Node]:
 
 
 def _references(
-    graph: RowGraph, nodes: Sequence[Node], order: str, sinks: Sequence[Node]
+    graph: RowGraph, nodes: Sequence[Node], order: Order, sinks: Sequence[Node]
 ) -> dict[int, tuple[int, Fraction]]:
     """Per component's root: height and rate of the value whose rows are divided into blocks."""
     maps = _by_root(graph, nodes)
-    if order != "stream":
+    if order.divides_output:
         leaving = _by_root(graph, sinks)
         return {root: _main_output(leaving[root], maps[root]) for root in leaving}
     for node in nodes:
@@ -417,7 +429,7 @@ def _speeds(
     nodes: Sequence[Node],
     producer: dict[int, int],
     row_outputs: Iterable[int],
-    order: str,
+    order: Order,
     num_blocks: int,
 ) -> list[Fraction]:
     """Rows that every node gives per step."""

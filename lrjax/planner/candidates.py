@@ -13,7 +13,6 @@ import numpy as np
 
 from lrjax.memory.compile import target_name
 from lrjax.memory.targets import TARGETS, GpuTarget, TpuTarget
-from lrjax.options import most_blocks
 from lrjax.plan import Choice
 from lrjax.planner.cost import SegmentCost, segment_cost
 from lrjax.planner.operations import OperationCounts
@@ -21,14 +20,16 @@ from lrjax.program.inline import FlatEquation, FlatProgram
 from lrjax.rowgraph.graph import RowGraph, build, size_bytes
 from lrjax.rowgraph.segments import Cuttable, Segment
 from lrjax.rules.windows import POOLINGS
+from lrjax.strategies import Strategy
 from lrjax.strategies.micro_batches import (
     BATCH_AXIS,
-    MicroBatches,
+    DividedSegment,
     batch_graph,
     independent_operations,
     micro_batches,
 )
 
+COLUMN = Choice("column")
 MOST_CUTS = 18
 # Rows of a step, at the least: below, launching kernels costs more than what they compute.
 LEAST_ROWS = 8
@@ -82,25 +83,24 @@ class Span:
             return 1
         return count
 
-    def parts(self, count: int) -> MicroBatches:
+    def parts(self, count: int) -> DividedSegment:
         """The span in parts of its batch."""
         if count not in self._parts:
             self._parts[count] = micro_batches(self.segment, count)
         return self._parts[count]
 
     @functools.cached_property
-    def _parts(self) -> dict[int, MicroBatches]:
+    def _parts(self) -> dict[int, DividedSegment]:
         return {}
 
-    def block_counts(self, strategy: str) -> list[int]:
+    def block_counts(self, strategy: Strategy) -> list[int]:
         """Numbers of blocks to choose from, rising; few rows a step come last."""
         if not self.has_rows:
             return []
-        most = most_blocks(strategy, self.graph)
-        if strategy == "stream":
-            most //= LEAST_ROWS
+        most, first = strategy.most_blocks(self.graph), 2
+        if strategy.streams:
+            most, first = most // LEAST_ROWS, FEWEST_BLOCKS
         most = min(most, MOST_BLOCKS)
-        first = FEWEST_BLOCKS if strategy == "stream" else 2
         ladder = sorted(m * 2**k for k in range(20) for m in (2, 3))
         return [count for count in ladder if first <= count <= most]
 
@@ -197,7 +197,7 @@ class Candidates:
         """A row loop writes maps to the host and reads gradients there; else both exist whole."""
         found = self.cost(start, stop, dataclasses.replace(choice, offload=False))
         given = self.offloadable_bytes(start, stop)
-        by_rows = given if choice.strategy == "stream" and choice.micro_batches == 1 else 0.0
+        by_rows = given if choice.strategy.streams and choice.micro_batches == 1 else 0.0
         return SegmentCost(
             found.operations + self.transfer_operations(start, stop),
             found.saved_bytes - given,
@@ -210,7 +210,7 @@ class Candidates:
         span = self.span(start, stop)
         if choice.micro_batches > 1:
             return self._by_micro_batches(span, choice)
-        if stop - start > 1 and choice.strategy in ("column", "checkpoint"):
+        if stop - start > 1 and not choice.strategy.by_rows:
             return self._by_whole_maps(start, stop, choice)
         return segment_cost(span.segment, choice, span.wrt, self.target)
 
@@ -218,12 +218,12 @@ class Candidates:
         """From the spans between neighbouring bounds: their passes follow each other."""
         saved = forward = backward = 0.0
         for k in range(start, stop):
-            kept = self.cost(k, k + 1, Choice("column"))
+            kept = self.cost(k, k + 1, COLUMN)
             forward = max(forward, saved + kept.forward_bytes)
             backward = max(backward, saved + kept.backward_bytes)
             saved += kept.saved_bytes + (self._saved_between(k) if k > start else 0.0)
         # XLA:CPU keeps what should be done again (see ``cost``).
-        if choice.strategy == "column" or self.target == "cpu":
+        if not choice.strategy.recomputes or self.target == "cpu":
             return SegmentCost(0.0, saved, forward, backward)
         again = [self.cost(k, k + 1, choice) for k in range(start, stop)]
         pairs = itertools.pairwise(again)
@@ -238,10 +238,9 @@ class Candidates:
     def _saved_between(self, bound: int) -> float:
         """What two neighbouring spans hold together beyond what each holds by itself."""
         if bound not in self._between:
-            column = Choice("column")
             before, both = self.span(bound - 1, bound), self.span(bound - 1, bound + 1)
-            joint = segment_cost(both.segment, column, both.wrt, self.target)
-            single = [self.cost(k, k + 1, column).saved_bytes for k in (bound - 1, bound)]
+            joint = segment_cost(both.segment, COLUMN, both.wrt, self.target)
+            single = [self.cost(k, k + 1, COLUMN).saved_bytes for k in (bound - 1, bound)]
             # A map that only the second reads is given by the first; joined, it may not exist.
             least = -float(before.output_bytes)
             self._between[bound] = max(joint.saved_bytes - sum(single), least)

@@ -7,14 +7,13 @@ libraries read and write does.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from lrjax.plan import Choice
 from lrjax.planner.loops import program_liveness
 from lrjax.planner.reverse import differentiated_bytes
 from lrjax.planner.segment_programs import (
     column_operations,
-    differentiable_of,
     joint_of,
     operations_of,
     program_operations,
@@ -22,7 +21,7 @@ from lrjax.planner.segment_programs import (
 )
 from lrjax.planner.whole import column_liveness, forward_liveness, values, without_outputs
 from lrjax.rowgraph.segments import Segment
-from lrjax.strategies.autodiff import stream_programs
+from lrjax.strategies.programs import DifferentiatedRows, RowPrograms, WholeMaps
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,23 +72,23 @@ def segment_cost(segment: Segment, choice: Choice, wrt: Sequence[int], target: s
       wrt: inputs of the segment that are differentiated.
       target: a name in ``lrjax.memory.TARGETS``.
 
-    Raises:
-      ValueError: for a strategy that does not exist.
-
     Example:
       >>> segments = split(traced.program, traced.axes, 2)
       >>> costs = [segment_cost(s, Choice("stream", 64), wrt, "h200") for s in segments]
       >>> peak_bytes(costs, fixed_bytes)
     """
-    if choice.strategy not in _COSTS:
-        known = ", ".join(map(repr, _COSTS))
-        raise ValueError(f"strategy={choice.strategy!r} is unknown; choose one of {known}.")
-    return _COSTS[choice.strategy](segment, choice, tuple(wrt), target)
+    execution = choice.strategy.execution(segment, choice.num_blocks, wrt)
+    return _COSTS[type(execution)](segment, execution, tuple(wrt), target)
 
 
-def _column_cost(
-    segment: Segment, choice: Choice, wrt: tuple[int, ...], target: str
+def _whole_maps_cost(
+    segment: Segment, execution: WholeMaps, wrt: tuple[int, ...], target: str
 ) -> SegmentCost:
+    cost = _recomputed_cost if execution.is_recomputed else _kept_cost
+    return cost(segment, wrt, target)
+
+
+def _kept_cost(segment: Segment, wrt: tuple[int, ...], target: str) -> SegmentCost:
     joint = joint_of(segment, wrt)
     lives = column_liveness(joint, segment.axes, wrt, target)
     border = lives.border
@@ -104,16 +103,12 @@ def _column_cost(
     )
 
 
-def _checkpoint_cost(
-    segment: Segment, choice: Choice, wrt: tuple[int, ...], target: str
-) -> SegmentCost:
+def _recomputed_cost(segment: Segment, wrt: tuple[int, ...], target: str) -> SegmentCost:
     """What a segment gives is all it saves; its backward pass begins with its forward pass."""
     operations = column_operations(segment, wrt) + program_operations(segment.program)
     if target == "cpu":
         # XLA:CPU sees that what is done again has been done before, and keeps that instead.
-        return dataclasses.replace(
-            _column_cost(segment, choice, wrt, target), operations=operations
-        )
+        return dataclasses.replace(_kept_cost(segment, wrt, target), operations=operations)
     forward = forward_liveness(segment.program, target)
     joint = without_outputs(joint_of(segment, wrt))
     lives = column_liveness(joint, segment.axes, wrt, target)
@@ -121,13 +116,11 @@ def _checkpoint_cost(
     return SegmentCost(operations, saved, forward.peak(), lives.peak())
 
 
-def _stream_cost(
-    segment: Segment, choice: Choice, wrt: tuple[int, ...], target: str
+def _row_programs_cost(
+    segment: Segment, found: RowPrograms, wrt: tuple[int, ...], target: str
 ) -> SegmentCost:
-    """Two row programs. Arguments and parameter gradients take nothing, residuals do."""
-    found = stream_programs(segment.program, segment.axes, choice.num_blocks, wrt)
-    first = found.forward.graph.program
-    count = len(segment.program.outputs)
+    """Arguments and parameter gradients take nothing, residuals do."""
+    first, count = found.forward.graph.program, found.outputs
     own = set(first.inputs)
     if found.backward is None:
         gradients = set(values(first.outputs[count:]))
@@ -147,19 +140,18 @@ def _stream_cost(
 
 
 def _differentiated_cost(
-    segment: Segment, choice: Choice, wrt: tuple[int, ...], target: str
+    segment: Segment, execution: DifferentiatedRows, wrt: tuple[int, ...], target: str
 ) -> SegmentCost:
-    """2PS and OverL: the forward loops, then each step again and differentiated, in reverse."""
-    rows = differentiable_of(segment, choice.strategy, choice.num_blocks)
+    """The forward loops, then each step again and differentiated, in reverse."""
+    rows = execution.rows
     found = differentiated_bytes(rows, segment.axes, wrt, target)
     operations = column_operations(segment, wrt) + program_operations(segment.program)
     return SegmentCost(operations * repetition(rows), found.saved, found.forward, found.backward)
 
 
-_COSTS = {
-    "column": _column_cost,
-    "checkpoint": _checkpoint_cost,
-    "stream": _stream_cost,
-    "2ps": _differentiated_cost,
-    "overl": _differentiated_cost,
+# By the kind of execution; whatever strategy it is.
+_COSTS: dict[type, Callable[..., SegmentCost]] = {
+    WholeMaps: _whole_maps_cost,
+    RowPrograms: _row_programs_cost,
+    DifferentiatedRows: _differentiated_cost,
 }

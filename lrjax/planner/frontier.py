@@ -19,13 +19,13 @@ from lrjax.memory.compile import device_of
 from lrjax.plan import MIB, Plan
 from lrjax.planner.problem import Problem, problem_of
 from lrjax.planner.proof import OnProgress, Prover, planned, prover_of
-from lrjax.planner.search import Limits
+from lrjax.planner.search import Kind, Limits
 from lrjax.planner.timing import median_seconds
+from lrjax.strategies import Checkpoint, Column
 from lrjax.text import aligned, shortened
 
 MOST_COMPILATIONS = 5
-_EVERYTHING = Limits(math.inf, math.inf)
-_WHOLE_MAPS = ("column", "checkpoint")
+_WHOLE_MAPS = (Kind(Column()), Kind(Checkpoint()))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -169,10 +169,11 @@ def frontier(
     problem = problem_of(fun, args, in_axes, target, wrt)
     prover, tell = prover_of(problem), on_progress or (lambda progress: None)
     column = prover.verify(prover.column, tell)
-    own = _curve(prover, _EVERYTHING, column, steps, "lrjax", tell)
+    everything = Limits(math.inf, math.inf)
+    own = _curve(prover, everything, column, steps, "lrjax", tell)
     if not own:
         raise prover.too_small(prover.column, column)
-    whole = dataclasses.replace(_EVERYTHING, strategies=_WHOLE_MAPS)
+    whole = dataclasses.replace(everything, kinds=_WHOLE_MAPS)
     checkpoint = _curve(prover, whole, column, max(2, steps // 3), "checkpoint", tell)
     note = "no room; predicted" if prover.column.steps in prover.refused else ""
     first = Point("column", None, column, 1.0, note, prover.plan(prover.column, column))
@@ -223,7 +224,7 @@ def _curve(
         found, budget = prover.best_known(own), int(own.budget)
         assert found is not None
         made = prover.plan(found, budget)
-        detail = " + ".join(step.strategy for step in found.steps)
+        detail = " + ".join(str(step.kind) for step in found.steps)
         assert made.verified_peak_bytes is not None
         points.append(
             Point(method, budget, made.verified_peak_bytes, made.operations, detail, made)

@@ -14,16 +14,17 @@ import numpy as np
 
 from lrjax.planner.problem import Problem
 from lrjax.planner.proof import MIB, OnProgress, Prover
-from lrjax.planner.search import STRATEGIES, Found, Limits, Step
+from lrjax.planner.search import Found, Kind, Limits, Step, every_kind
+from lrjax.strategies import Checkpoint, Column
 
 MOST_COMPILATIONS = 5
 # Sizes at which the curve is known, as multiples of the one that plans were compared at.
 _SAMPLES = (0.5, 1, 2)
 _MOST_STEPS = 4096
-METHODS = {
-    "column": ("column",),
-    "best checkpoint": ("column", "checkpoint"),
-    "lrjax": STRATEGIES,
+METHODS: dict[str, Callable[[], tuple[Kind, ...]]] = {
+    "column": lambda: (Kind(Column()),),
+    "best checkpoint": lambda: (Kind(Column()), Kind(Checkpoint())),
+    "lrjax": every_kind,
 }
 
 
@@ -80,7 +81,7 @@ class _Largest:
     def __init__(self, question: Question, method: str, on_progress: OnProgress):
         self.question, self.method, self.on_progress = question, method, on_progress
         self.provers: dict[int, Prover] = {}
-        self.limits = Limits(math.inf, math.inf, strategies=METHODS[method])
+        self.limits = Limits(math.inf, math.inf, kinds=METHODS[method]())
         self.least: dict[int, Found] = {}
         self.fitting: dict[int, tuple[Prover, Found]] = {}
         self.too_large = (_MOST_STEPS + 1) * question.step
@@ -121,7 +122,7 @@ class _Largest:
             prover.verified[found.steps],
             prover.operations(found),
             compilations,
-            " + ".join(step.strategy for step in found.steps),
+            " + ".join(str(step.kind) for step in found.steps),
         )
 
     def tried(self, reference: int, size: int) -> int:

@@ -13,7 +13,7 @@ from lrjax.planner.whole import values
 from lrjax.rowgraph.graph import Node, RowGraph, size_bytes
 from lrjax.rules.base import traits_of
 from lrjax.rules.block_sums import accumulator_dtype
-from lrjax.strategies.autodiff import RowProgram
+from lrjax.strategies.programs import RowProgram
 
 
 def program_liveness(rows: RowProgram, free: Collection[int], target: str) -> Liveness:

@@ -11,7 +11,7 @@ from collections.abc import Collection, Sequence
 import jax
 import jax.numpy as jnp
 
-from lrjax.loop.rowloop import row_loop
+from lrjax.loop.rowloop import Order, row_loop
 from lrjax.plan import Choice
 from lrjax.planner.cost import SegmentCost
 from lrjax.program.inline import FlatEquation, FlatProgram, flatten, function_of
@@ -55,18 +55,21 @@ class OperationCounts:
         Args:
           equations: its operations on rows.
           choice: how it runs.
-          cost: the cost model's answer; it counts stream's from its passes.
+          cost: the cost model's answer; it counts those of row programs from their passes.
           graph: the segment's forward pass.
         """
         heads = [e.outputs[0] for e in equations]
         once = sum(self.column[v] for v in heads)
         again = sum(self.forward.get(v, 0.0) for v in heads)
-        if choice.strategy == "column":
+        strategy = choice.strategy
+        if not strategy.recomputes:
             return once
-        if choice.strategy == "stream":
+        if strategy.order is None:
+            return once + again
+        if strategy.streams:
             return max(cost.operations, once)
-        if choice.strategy == "overl":
-            return (once + again) * _overlap(graph, choice.num_blocks)
+        if strategy.order.recomputes_halos:
+            return (once + again) * _overlap(graph, strategy.order, choice.num_blocks)
         return once + again
 
 
@@ -94,11 +97,11 @@ def _graph_operations(graph: RowGraph) -> float:
     return sum(node.op.flops * node.op.height for node in graph.nodes if node.op is not None)
 
 
-def _overlap(graph: RowGraph, num_blocks: int) -> float:
+def _overlap(graph: RowGraph, order: Order, num_blocks: int) -> float:
     """Rows computed in blocks that each compute their halos, over rows."""
     done = once = 0.0
     for stage in graph.loops:
-        loop = row_loop(graph, stage, order="overl", num_blocks=num_blocks, is_differentiated=True)
+        loop = row_loop(graph, stage, order=order, num_blocks=num_blocks, is_differentiated=True)
         for node, track in zip(loop.nodes, loop.schedule.tracks, strict=True):
             assert node.op is not None
             done += node.op.flops * max(track.rows * loop.steps, node.op.height)

@@ -12,11 +12,10 @@ from typing import Any
 import jax
 
 from lrjax import memory
-from lrjax.options import most_blocks
 from lrjax.plan import Plan, SegmentPlan
-from lrjax.planner.candidates import Candidates
+from lrjax.planner.candidates import COLUMN, Candidates
 from lrjax.planner.problem import Problem
-from lrjax.planner.search import COLUMN, Found, Limits, Model, Step, search
+from lrjax.planner.search import Found, Limits, Model, Step, search
 from lrjax.transform import rowwise
 
 MIB = 2**20
@@ -139,7 +138,7 @@ class Prover:
     def progress(self, found: Found) -> Progress:
         return Progress(
             compilations=self.compilations,
-            strategies=tuple(step.strategy for step in found.steps),
+            strategies=tuple(str(step.kind) for step in found.steps),
             operations=self.operations(found),
             predicted_bytes=self.predicted[found.steps],
             verified_bytes=self.verified.get(found.steps),
@@ -220,7 +219,7 @@ class Prover:
         return [
             Found(steps, self.model.score(steps))
             for steps in self.verified
-            if all(step.strategy in limits.strategies for step in steps)
+            if all(step.kind in limits.kinds for step in steps)
         ]
 
     # --- Without a budget ------------------------------------------------------------------------
@@ -268,7 +267,7 @@ class Prover:
         return BudgetTooSmallError(
             f"budget={budget / MIB:,.1f} MiB: no plan fits. The smallest budget that works "
             f"is {peak / MIB:,.1f} MiB ({peak:,} bytes). There the peak is in the {name} pass of "
-            f"segment {segment} of {len(found.steps)} ({step.choice.strategy}), which takes "
+            f"segment {segment} of {len(found.steps)} ({step.choice.strategy.name}), which takes "
             f"{own / MIB:,.1f} MiB; arguments and gradients are {fixed / MIB:,.1f} MiB, and what "
             f"earlier segments hold {(held - fixed) / MIB:,.1f} MiB. Give that budget, smaller "
             "images or a smaller batch.",
@@ -302,7 +301,7 @@ class Prover:
         span = candidates.span(step.start, step.stop)
         program, axes = span.segment.program, span.segment.axes
         forward, backward = self.model.own_bytes(step)
-        by_rows = step.choice.strategy not in ("column", "checkpoint")
+        strategy = step.choice.strategy
         return SegmentPlan(
             start=candidates.bounds[step.start],
             stop=candidates.bounds[step.stop],
@@ -312,7 +311,7 @@ class Prover:
                 for aval, axis in zip(program.structs, axes, strict=True)
                 if axis is not None
             ),
-            height=most_blocks(step.choice.strategy, span.graph) if by_rows else 0,
+            height=strategy.most_blocks(span.graph) if strategy.by_rows else 0,
             operations=cost.operations,
             saved_bytes=cost.saved_bytes,
             forward_bytes=forward,

@@ -13,7 +13,7 @@ from lrjax.planner.loops import accumulator_bytes, program_liveness
 from lrjax.planner.steps import Step, kernels_read, line_bytes, row_bytes
 from lrjax.planner.whole import values
 from lrjax.rowgraph.graph import size_bytes
-from lrjax.strategies.autodiff import RowProgram
+from lrjax.strategies.programs import RowProgram
 
 
 @dataclasses.dataclass(frozen=True)

@@ -23,21 +23,54 @@ import math
 from collections.abc import Iterator
 
 from lrjax.plan import Choice
-from lrjax.planner.candidates import Candidates, Span
+from lrjax.planner.candidates import COLUMN, Candidates, Span
+from lrjax.strategies import Strategy, registered
 
 # Of equal operations, the simpler: fractions of a segment's operations, for a row loop, for every
 # doubling of its blocks, and for doing operations again. Too small to outweigh real operations.
 _LOOP, _DOUBLING, _AGAIN = 2e-4, 1e-4, 1e-4
 # Labels that hold about as much for about as many operations are one.
 _ALIKE_BYTES, _ALIKE_SCORE = 1.002, 1.0005
-COLUMN = Choice("column")
-# Strategies whose maps may wait in the host's memory, with the mark of it.
-OFFLOADING = ("stream", "checkpoint", "stream*", "checkpoint*")
-ON_HOST = "@host"
-STRATEGIES = (
-    *("column", "checkpoint", "stream", "2ps", "overl", "checkpoint*", "stream*"),
-    *(name + ON_HOST for name in OFFLOADING),
-)
+
+
+@dataclasses.dataclass(frozen=True)
+class Kind:
+    """How a segment may run, whatever the number of its blocks and micro-batches.
+
+    Attributes:
+      strategy: that runs it, or one part of its batch after the other.
+      is_divided: in micro-batches.
+      offload: what it gives waits in the host's memory.
+    """
+
+    strategy: Strategy
+    is_divided: bool = False
+    offload: bool = False
+
+    @classmethod
+    def of(cls, choice: Choice) -> Kind:
+        return cls(choice.strategy, choice.micro_batches > 1, choice.offload)
+
+    def __str__(self) -> str:
+        notes = ["micro-batches"] * self.is_divided + ["offload"] * self.offload
+        return self.strategy.name + (f" ({', '.join(notes)})" if notes else "")
+
+
+def every_kind() -> tuple[Kind, ...]:
+    """All ways to run a segment, under the strategies that have a name.
+
+    Only what starts from a segment's inputs is divided or offloaded: all else keeps maps of all
+    images, or copies of what waits on the host.
+    """
+    plain = [Kind(strategy) for strategy in registered()]
+    from_inputs = [kind.strategy for kind in plain if kind.strategy.starts_from_inputs]
+    divided = [Kind(strategy, is_divided=True) for strategy in from_inputs]
+    hosted = [
+        Kind(strategy, is_divided, offload=True)
+        for is_divided in (False, True)
+        for strategy in from_inputs
+    ]
+    return (*plain, *divided, *hosted)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,15 +86,16 @@ class Step:
     arriving_bytes: float = 0.0
 
     @property
-    def strategy(self) -> str:
-        """As ``STRATEGIES`` names it."""
-        divided = "*" if self.choice.micro_batches > 1 else ""
-        return self.choice.strategy + divided + (ON_HOST if self.choice.offload else "")
+    def kind(self) -> Kind:
+        return Kind.of(self.choice)
 
     @property
-    def shape(self) -> tuple[int, int, str]:
-        """What corrections are kept by: the span and its strategy, whatever the blocks."""
-        return self.start, self.stop, self.strategy
+    def shape(self) -> Shape:
+        """What corrections are kept by: the span and how it runs, whatever the blocks."""
+        return self.start, self.stop, self.kind
+
+
+Shape = tuple[int, int, Kind]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,7 +119,7 @@ class Model:
     def __init__(self, candidates: Candidates, fixed_bytes: float):
         self.candidates = candidates
         self.fixed_bytes = fixed_bytes
-        self.factors: dict[tuple[int, int, str], tuple[float, float]] = {}
+        self.factors: dict[Shape, tuple[float, float]] = {}
         self.tried: set[Step] = set()
 
     def own_bytes(self, step: Step) -> tuple[float, float]:
@@ -93,7 +127,7 @@ class Model:
         cost = self.candidates.cost(step.start, step.stop, step.choice)
         forward, backward = self.factors.get(step.shape, (1.0, 1.0))
         forward, backward = cost.forward_bytes * forward, cost.backward_bytes * backward
-        if step.choice.strategy == "stream" or step.choice.micro_batches > 1:
+        if step.choice.strategy.streams or step.choice.micro_batches > 1:
             # Gradients of what is read from the host go there too.
             return forward, max(backward - step.arriving_bytes, 0.0)
         return forward + step.arriving_bytes, backward + step.arriving_bytes
@@ -150,26 +184,26 @@ class Model:
         )
         return list(itertools.accumulate(saved, initial=0.0))
 
-    def least_operations(self, start: int, stop: int, strategy: str) -> float:
+    def least_operations(self, start: int, stop: int, kind: Kind) -> float:
         """Operations of a span that no cost lies below, without asking for the cost."""
         once = self.column_ahead[start] - self.column_ahead[stop]
-        if strategy.endswith(ON_HOST):
+        if kind.offload:
             moved = self.candidates.transfer_operations(start, stop)
-            return moved + self.least_operations(start, stop, strategy.removesuffix(ON_HOST))
-        span = self.candidates.span(start, stop)
-        if strategy == "column" or (strategy == "stream" and span.is_scalar):
+            kept = dataclasses.replace(kind, offload=False)
+            return moved + self.least_operations(start, stop, kept)
+        span, streams = self.candidates.span(start, stop), kind.strategy.streams
+        is_one_pass = streams and span.is_scalar and not kind.is_divided
+        if not kind.strategy.recomputes or is_one_pass:
             return once
         # What stream holds between stages need not be done again.
-        return once + (0.9 if strategy.startswith("stream") else 1.0) * span.flops
+        return once + (0.9 if streams else 1.0) * span.flops
 
-    def least_bytes(self, start: int, stop: int, strategy: str) -> float:
+    def least_bytes(self, start: int, stop: int, kind: Kind) -> float:
         """Own bytes of a span that no cost lies far below, without asking for the cost."""
-        if strategy.endswith(ON_HOST):
+        if kind.offload:
             return 0.0
         span = self.candidates.span(start, stop)
-        if strategy == "checkpoint*":
-            return span.output_bytes + span.moving_bytes
-        if strategy in ("column", "checkpoint"):
+        if not kind.strategy.by_rows and not kind.is_divided:
             kept = self.column_held[stop] - self.column_held[start]
             return max(span.output_bytes, 0.9 * kept)
         return span.output_bytes + span.moving_bytes
@@ -177,10 +211,8 @@ class Model:
 
 def penalty(choice: Choice) -> float:
     """What a choice costs beyond its operations, as a fraction of them."""
-    if choice.strategy == "column":
-        return 0.0
-    if choice.strategy == "checkpoint":
-        return _AGAIN
+    if not choice.strategy.by_rows:
+        return _AGAIN if choice.strategy.recomputes else 0.0
     return _LOOP + _DOUBLING * math.log2(choice.num_blocks * choice.micro_batches)
 
 
@@ -193,13 +225,13 @@ class Limits:
       hoped: bytes, for steps whose prediction has not been tried. Where it is less than the budget,
         predictions are thought to be too low; those of a shape that was corrected are not.
       below: scores of interest are lower than this.
-      strategies: to choose from; those with a star run a part of the batch at a time.
+      kinds: to choose from.
     """
 
     budget: float
     hoped: float
     below: float = math.inf
-    strategies: tuple[str, ...] = STRATEGIES
+    kinds: tuple[Kind, ...] = dataclasses.field(default_factory=every_kind)
 
     @property
     def most(self) -> float:
@@ -237,9 +269,9 @@ class _Search:
     def run(self) -> Found | None:
         self.push(0, 0.0, 0.0, (), None)
         while self.queue:
-            _, _, node, held, score, steps, strategy = heapq.heappop(self.queue)
-            if strategy is not None:
-                self.try_step(node, held, score, steps, strategy)
+            _, _, node, held, score, steps, move = heapq.heappop(self.queue)
+            if move is not None:
+                self.try_step(node, held, score, steps, move)
                 continue
             if self.is_dominated(node, held, score):
                 continue
@@ -255,17 +287,17 @@ class _Search:
         held: float,
         score: float,
         steps: tuple[Step, ...],
-        strategy: tuple[int, str] | None,
+        move: tuple[int, Kind] | None,
     ) -> None:
-        """Queue a label, or with ``strategy`` a step from it to another bound."""
-        if strategy is None:
+        """Queue a label, or with ``move`` a step from it to another bound."""
+        if move is None:
             promise = score + self.model.column_ahead[node]
         else:
-            stop, name = strategy
-            promise = score + self.model.least_operations(node, stop, name)
+            stop, kind = move
+            promise = score + self.model.least_operations(node, stop, kind)
             promise += self.model.column_ahead[stop]
         if promise < self.limits.below:
-            entry = (promise, next(self.count), node, held, score, steps, strategy)
+            entry = (promise, next(self.count), node, held, score, steps, move)
             heapq.heappush(self.queue, entry)
 
     def is_dominated(self, node: int, held: float, score: float) -> bool:
@@ -274,21 +306,21 @@ class _Search:
         )
 
     def extend(self, node: int, held: float, score: float, steps: tuple[Step, ...]) -> None:
-        before = steps[-1].choice.strategy if steps else None
+        before = steps[-1].kind if steps else None
         arrives = bool(steps) and steps[-1].choice.offload
         for stop in reversed(range(node + 1, self.candidates.last + 1)):
-            for strategy in self.limits.strategies:
-                # Two segments by whole maps behind each other are one.
-                if strategy == before == "column":
+            for kind in self.limits.kinds:
+                # Two segments that keep all their maps, behind each other, are one.
+                if kind == before and not kind.strategy.recomputes:
                     continue
-                # Column and the paper's orders would keep a copy of what arrives from the host.
-                if arrives and strategy in ("column", "2ps", "overl"):
+                # What does not start from its inputs keeps a copy of what arrives from the host.
+                if arrives and not kind.strategy.starts_from_inputs:
                     continue
-                if strategy.endswith(ON_HOST) and not self.candidates.offloadable_bytes(node, stop):
+                if kind.offload and not self.candidates.offloadable_bytes(node, stop):
                     continue
-                least = self.model.least_bytes(node, stop, strategy)
+                least = self.model.least_bytes(node, stop, kind)
                 if self.model.fixed_bytes + held + least <= self.limits.most:
-                    self.push(node, held, score, steps, (stop, strategy))
+                    self.push(node, held, score, steps, (stop, kind))
 
     def try_step(
         self,
@@ -296,11 +328,11 @@ class _Search:
         held: float,
         score: float,
         steps: tuple[Step, ...],
-        strategy: tuple[int, str],
+        move: tuple[int, Kind],
     ) -> None:
         """Take a step from a label, in as few blocks as fit."""
-        stop, name = strategy
-        step = self.fewest_blocks(node, stop, name, held, steps)
+        stop, kind = move
+        step = self.fewest_blocks(node, stop, kind, held, steps)
         if step is None:
             return
         cost = self.candidates.cost(node, stop, step.choice)
@@ -310,14 +342,17 @@ class _Search:
             self.push(stop, held, score, (*steps, step), None)
 
     def fewest_blocks(
-        self, start: int, stop: int, name: str, held: float, before: tuple[Step, ...]
+        self, start: int, stop: int, kind: Kind, held: float, before: tuple[Step, ...]
     ) -> Step | None:
+        span = self.candidates.span(start, stop)
         # The paper's orders do the same operations again; they are asked where stream is too large.
-        if name in ("2ps", "overl") and "stream" in self.limits.strategies:
-            streamed = step_choices(self.candidates.span(start, stop), "stream")
-            if streamed and self.fits(Step(start, stop, streamed[-1]), held):
-                return None
-        choices = step_choices(self.candidates.span(start, stop), name)
+        if kind.strategy.by_rows and not kind.strategy.streams:
+            for other in self.limits.kinds:
+                if other.strategy.streams and other == Kind(other.strategy):
+                    streamed = step_choices(span, other)
+                    if streamed and self.fits(Step(start, stop, streamed[-1]), held):
+                        return None
+        choices = step_choices(span, kind)
         arriving = self.arriving_bytes(before)
         steps = [Step(start, stop, choice, arriving) for choice in choices]
         # More blocks take less memory, up to some number: the most are judged first.
@@ -344,18 +379,13 @@ class _Search:
         return self.model.fixed_bytes + held + max(self.model.own_bytes(step)) <= limit
 
 
-def step_choices(span: Span, strategy: str) -> list[Choice]:
-    """The choices of one strategy for a span, from much memory to little."""
-    if strategy.endswith(ON_HOST):
-        kept = step_choices(span, strategy.removesuffix(ON_HOST))
-        return [dataclasses.replace(choice, offload=True) for choice in kept]
-    if strategy in ("column", "checkpoint"):
-        return [Choice(strategy)]
-    if not strategy.endswith("*"):
-        return [Choice(strategy, count) for count in span.block_counts(strategy)]
-    if span.batch == 1:
-        return []
-    if strategy == "checkpoint*":
+def step_choices(span: Span, kind: Kind) -> list[Choice]:
+    """The choices of one kind for a span, from much memory to little."""
+    parts = [1]
+    if kind.is_divided:
         parts = [n for n in range(2, span.batch + 1) if span.batch % n == 0]
-        return [Choice("checkpoint", 1, n) for n in parts]
-    return [Choice("stream", count, span.batch) for count in span.block_counts("stream")]
+    if not kind.strategy.by_rows:
+        return [Choice(kind.strategy, 1, n, kind.offload) for n in parts]
+    # Row loops make a part as small as blocks are many: images one by one, if at all.
+    counts = span.block_counts(kind.strategy) if parts else []
+    return [Choice(kind.strategy, count, parts[-1], kind.offload) for count in counts]

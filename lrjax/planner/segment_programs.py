@@ -14,8 +14,7 @@ from lrjax.planner.whole import Joint, joint_program
 from lrjax.program.inline import FlatEquation, FlatProgram
 from lrjax.rowgraph.segments import Segment
 from lrjax.rules.base import Equation, Operand, traits_of
-from lrjax.strategies import autodiff
-from lrjax.strategies.autodiff import RowProgram
+from lrjax.strategies.programs import RowProgram
 
 # Segments whose programs are kept. A search that cuts at a hundred places has no use for old ones.
 KEPT = 64
@@ -49,10 +48,6 @@ def _once(make: Callable[..., Result]) -> Callable[..., Result]:
 @_once
 def joint_of(segment: Segment, wrt: tuple[int, ...]) -> Joint:
     return joint_program(segment.program, wrt)
-
-
-def differentiable_of(segment: Segment, strategy: str, num_blocks: int) -> RowProgram:
-    return autodiff.differentiable_program(segment.program, segment.axes, strategy, num_blocks)
 
 
 @_once

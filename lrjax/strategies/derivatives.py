@@ -24,7 +24,7 @@ from lrjax.program.inline import FlatProgram, flatten, function_of
 from lrjax.program.varying import struct, struct_like, varying_axes
 from lrjax.rowgraph.graph import build
 from lrjax.rules.base import Array
-from lrjax.strategies import autodiff
+from lrjax.strategies.stream import stream_function
 
 Function = Callable[..., Sequence[Array]]
 
@@ -75,7 +75,7 @@ def by_rows(
     def streamed(
         derivative: FlatProgram, own_axes: Any, own_given: Any, own_taken: Any
     ) -> Function:
-        function = autodiff.stream(derivative, own_axes, num_blocks, own_given)
+        function = stream_function(derivative, own_axes, num_blocks, own_given)
         return by_rows(function, derivative, own_axes, num_blocks, own_given, own_taken)
 
     @functools.cache

@@ -9,7 +9,7 @@ depends on an example's number (random bits, ``iota`` along the batch).
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -17,20 +17,84 @@ import jax.numpy as jnp
 from jax import lax
 
 from lrjax.loop.full_after import full_after, full_like
-from lrjax.loop.offload import beside, empty_on_host, instantiated, is_on_host, on_device
+from lrjax.loop.offload import (
+    beside,
+    empty_on_host,
+    instantiated,
+    is_on_host,
+    on_device,
+    with_hosted_outputs,
+)
 from lrjax.program.inline import Literal, flatten
 from lrjax.program.varying import struct_like
 from lrjax.rowgraph.graph import RowGraph, build
 from lrjax.rowgraph.segments import Cuttable, Segment
 from lrjax.rules.base import Array, Rows
 from lrjax.rules.geometry import IDENTITY
+from lrjax.strategies.base import NOTHING_HOSTED, Function, Strategy, named
+from lrjax.strategies.programs import Execution
 
 BATCH_AXIS = 0
-Function = Callable[..., Sequence[Array]]
+
+
+class MicroBatches(Strategy):
+    """Another strategy on one part of the batch after the other.
+
+    Args:
+      strategy: what runs a part, by name or as an object.
+      parts: their number; it must divide the images of the batch. One part is the batch, and the
+        other strategy by itself.
+
+    Example:
+      >>> lrjax.rowwise(loss, in_axes=(None, 1), strategy=MicroBatches("stream", 4))
+    """
+
+    strategy: Strategy
+    parts: int
+
+    def __init__(self, strategy: Strategy | str, parts: int):
+        found = named(strategy)
+        if isinstance(parts, bool) or not isinstance(parts, int) or parts < 1:
+            raise ValueError(f"parts={parts!r:.80} must be an int of at least 1.")
+        if isinstance(found, MicroBatches):
+            parts *= found.parts
+            found = found.strategy
+        self.strategy, self.parts = found, parts
+        self.name = f"{found.name} x {parts} micro-batches"
+        self.fate, self.order = found.fate, found.order
+
+    def function(
+        self,
+        segment: Segment,
+        num_blocks: int,
+        given: Mapping[int, int] = NOTHING_HOSTED,
+        taken: Mapping[int, int] = NOTHING_HOSTED,
+    ) -> Function:
+        own = micro_batches(segment, self.parts)
+        function = by_micro_batches(own, self.strategy.function(own.part, num_blocks))
+        return with_hosted_outputs(function, given) if given else function
+
+    def execution(self, segment: Segment, num_blocks: int, wrt: Sequence[int]) -> Execution:
+        part = micro_batches(segment, self.parts).part
+        return self.strategy.execution(part, num_blocks, wrt)
+
+    def refusal(self, segment: Segment) -> str | None:
+        """Its examples must not depend on each other, and be a multiple of ``parts``."""
+        try:
+            _divisible_batch(segment, self.parts)
+        except ValueError as error:
+            return str(error)
+        return self.strategy.refusal(segment)
+
+    def most_blocks(self, graph: RowGraph) -> int:
+        return self.strategy.most_blocks(graph)
+
+    def __repr__(self) -> str:
+        return f"MicroBatches({self.strategy!r}, {self.parts})"
 
 
 @dataclasses.dataclass(frozen=True)
-class MicroBatches:
+class DividedSegment:
     """A segment and the same on one part of its batch.
 
     Attributes:
@@ -94,20 +158,15 @@ def _is_one_to_one(graph: RowGraph) -> Callable[[Any], bool]:
     return check
 
 
-def micro_batches(segment: Segment, parts: int) -> MicroBatches:
+def micro_batches(segment: Segment, parts: int) -> DividedSegment:
     """The segment in parts of its batch.
 
     Raises:
       ValueError: its examples are not independent, or their number is no multiple of ``parts``.
     """
-    graph = batch_graph(segment)
-    if graph is None:
-        raise ValueError("micro_batches: the examples of this segment depend on each other.")
-    divided = tuple(i for i, axis in enumerate(segment.axes) if axis is not None)
-    batch = segment.program.structs[divided[0]].shape[BATCH_AXIS]
-    if batch % parts:
-        raise ValueError(f"micro_batches={parts} does not divide the batch of {batch} images.")
+    graph, batch = _divisible_batch(segment, parts)
     size = batch // parts
+    divided = tuple(i for i, axis in enumerate(segment.axes) if axis is not None)
     structs = [
         _resized(struct, size) if i in divided else struct
         for i, struct in enumerate(segment.program.structs)
@@ -115,7 +174,22 @@ def micro_batches(segment: Segment, parts: int) -> MicroBatches:
     closed = jax.make_jaxpr(lambda *inputs: _evaluate_part(graph, inputs, size))(*structs)
     program = flatten(closed, keep_custom_rules=True)
     part = Segment(program, segment.axes, tuple(v for v in program.outputs if isinstance(v, int)))
-    return MicroBatches(segment, part, parts, size, divided)
+    return DividedSegment(segment, part, parts, size, divided)
+
+
+def _divisible_batch(segment: Segment, parts: int) -> tuple[RowGraph, int]:
+    """The segment with examples for rows, and their number, which ``parts`` divides."""
+    graph = batch_graph(segment)
+    if graph is None:
+        raise ValueError(
+            "micro_batches: the examples of this segment depend on each other, as under batch "
+            "statistics, or do not all leave it; cut it off from what mixes them, or run it on "
+            "the whole batch."
+        )
+    batch = next(graph.height(v) for v in graph.program.inputs if v in graph.row_axis)
+    if batch % parts:
+        raise ValueError(f"micro_batches={parts} does not divide the batch of {batch} images.")
+    return graph, batch
 
 
 def _resized(struct: Any, size: int) -> jax.ShapeDtypeStruct:
@@ -140,7 +214,7 @@ def _evaluate_part(graph: RowGraph, inputs: Sequence[Array], size: int) -> list[
     return [read(v) for v in graph.program.outputs]
 
 
-def by_micro_batches(own: MicroBatches, function: Function) -> Function:
+def by_micro_batches(own: DividedSegment, function: Function) -> Function:
     """``function``, which runs ``own.part``, on one part of the batch after the other.
 
     The backward pass starts each part anew from the inputs; gradients of what is not divided are
@@ -207,16 +281,16 @@ def by_micro_batches(own: MicroBatches, function: Function) -> Function:
     return call
 
 
-def _sum_dtype(own: MicroBatches, index: int) -> Any:
+def _sum_dtype(own: DividedSegment, index: int) -> Any:
     dtype = own.segment.program.structs[index].dtype
     return dtype if index in own.divided else jnp.promote_types(dtype, jnp.float32)
 
 
-def _part(array: Array, own: MicroBatches, index: Array) -> Array:
+def _part(array: Array, own: DividedSegment, index: Array) -> Array:
     return on_device(lax.dynamic_slice_in_dim(array, index * own.size, own.size, BATCH_AXIS))
 
 
-def _put(array: Array, part: Array, own: MicroBatches, index: Array) -> Array:
+def _put(array: Array, part: Array, own: DividedSegment, index: Array) -> Array:
     part = beside(part, array)
     return lax.dynamic_update_slice_in_dim(array, part, index * own.size, BATCH_AXIS)
 

@@ -10,12 +10,12 @@ from lrjax.planner.adjoint import Adjoint
 from lrjax.planner.compilers import WINDOW, compiled, convolution_scratch
 from lrjax.planner.liveness import Kind, Liveness, Operation
 from lrjax.planner.reverse import with_residuals
-from lrjax.planner.segment_programs import differentiable_of
 from lrjax.planner.steps import Step
 from lrjax.planner.whole import joint_program
 from lrjax.rowgraph.segments import split
 from lrjax.rowgraph.tracing import trace
 from lrjax.rules import traits_of
+from lrjax.strategies import TwoPhase
 
 MAP, KERNEL, VECTOR = (1, 8, 8, 128), (3, 3, 128, 128), (128,)
 
@@ -130,7 +130,7 @@ def segment_of(convolutions, height, width=32, channels=16):
 
 @pytest.mark.parametrize(("height", "has_branches"), [(32, True), (256, False)])
 def test_what_the_reverse_of_a_branch_reads_exists(height, has_branches):
-    (loop,) = filter(None, differentiable_of(segment_of(12, height), "2ps", 8).loops)
+    (loop,) = filter(None, TwoPhase().execution(segment_of(12, height), 8, ()).rows.loops)
     step = Step(loop)
     adjoint = Adjoint(step.size, {*loop.wholes, *step.older.values()}, step.next)
     for node in loop.nodes:
@@ -160,8 +160,8 @@ def test_tpu_copies_for_a_kernel_gradient_fit_its_vector_memory_or_exist():
 
 def test_neighbours_that_xla_keeps_no_border_between_are_one_segment():
     plan = "vgg16/64/checkpoint+checkpoint+column+stream-2"
-    joined = [choice.strategy for _, choice in parse(plan, "cpu").as_compiled()]
-    apart = [choice.strategy for _, choice in parse(plan, "h200").as_compiled()]
+    joined = [choice.strategy.name for _, choice in parse(plan, "cpu").as_compiled()]
+    apart = [choice.strategy.name for _, choice in parse(plan, "h200").as_compiled()]
     assert joined == ["column", "stream"]
     assert apart == ["checkpoint", "checkpoint", "column", "stream"]
     whole = parse("vgg16/64/column", "cpu").segments()[0]

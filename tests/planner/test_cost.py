@@ -16,7 +16,7 @@ from lrjax.planner.liveness import Kind, Liveness, Operation, bytes_beside
 from lrjax.rowgraph.graph import size_bytes
 from lrjax.rowgraph.segments import Segment, split
 from lrjax.rowgraph.tracing import trace
-from lrjax.transform import rowwise, segment_function
+from lrjax.transform import rowwise
 from marks import COMPILES_FOR_H200
 
 pytestmark = pytest.mark.users_compiler
@@ -73,7 +73,7 @@ def compiled(height: int, choices: Sequence[Choice]) -> int:
     def planned(params, images):
         values = dict(enumerate([*params, images]))
         for segment, choice in zip(segments, choices, strict=True):
-            call = segment_function(segment, choice.strategy, choice.num_blocks)
+            call = choice.strategy.function(segment, choice.num_blocks)
             outputs = call(*(values[v] for v in segment.program.inputs))
             values.update(zip(segment.made, outputs, strict=True))
         (out,) = outputs
@@ -93,7 +93,7 @@ def compiled(height: int, choices: Sequence[Choice]) -> int:
         (Choice("overl", 4),),
         (Choice("stream", 16), Choice("column")),
     ],
-    ids=lambda choices: "+".join(choice.strategy for choice in choices),
+    ids=lambda choices: "+".join(choice.strategy.name for choice in choices),
 )
 def test_prediction_is_near_xla(choices):
     ratio = predicted(512, choices) / compiled(512, choices)

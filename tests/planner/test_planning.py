@@ -17,7 +17,8 @@ from lrjax.planner.budget import parse_budget
 from lrjax.planner.candidates import MOST_CUTS, Candidates
 from lrjax.planner.problem import problem_of
 from lrjax.planner.proof import Prover
-from lrjax.planner.search import Limits, Step, search
+from lrjax.planner.search import Kind, Limits, Step, search
+from lrjax.strategies import Checkpoint, Column
 from lrjax.testing import assert_same_as_column
 
 pytestmark = pytest.mark.users_compiler
@@ -204,7 +205,7 @@ def test_the_search_is_exact_for_two_strategies():
     """
     prover = Prover(problem_of(logits, ARGS, (None, 1), "h200", None))
     model, last = prover.model, prover.model.candidates.last
-    strategies = ("column", "checkpoint")
+    strategies = (Column(), Checkpoint())
     every = [()]
     complete = []
     while every:
@@ -215,12 +216,12 @@ def test_the_search_is_exact_for_two_strategies():
             continue
         for stop in range(at + 1, last + 1):
             for strategy in strategies:
-                if not (steps and strategy == steps[-1].choice.strategy == "column"):
+                if not (steps and strategy == steps[-1].choice.strategy == Column()):
                     every.append((*steps, _step(at, stop, strategy)))
     column = model.peak_bytes(prover.column)
     for part in (0.6, 0.75, 0.9):
         fitting = [s for s in complete if _peak(model, s) <= part * column]
-        found = found_by(prover, part * column, strategies=strategies)
+        found = found_by(prover, part * column, kinds=tuple(map(Kind, strategies)))
         best = min(map(model.score, fitting), default=None)
         assert (found and found.score) == (best and pytest.approx(best, rel=2e-3))
     assert fitting

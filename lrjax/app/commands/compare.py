@@ -22,7 +22,9 @@ def compare_strategies(
     out: Annotated[Path, typer.Option(help="Directory for the runs, the comparison and its plot.")],
     strategy: Annotated[
         list[str],
-        typer.Option(help="name[:blocks][@cuts], such as 2ps:8,4@pool2; repeat for each run."),
+        typer.Option(
+            help="name[:blocks][/parts][@cuts], such as 2ps:8,4@pool2; repeat for each run."
+        ),
     ],
     tolerance: Annotated[
         float,
@@ -42,8 +44,9 @@ def compare_strategies(
         chosen = [training.Strategy.parse(spec) for spec in strategy]
     except ValueError as error:
         stop(error)
-    if any(option.split("=")[0] in ("--num-blocks", "--cuts") for option in context.args):
-        stop("give blocks and cuts within --strategy, as name[:blocks][@cuts]")
+    within = ("--num-blocks", "--cuts", "--micro-batches")
+    if any(option.split("=")[0] in within for option in context.args):
+        stop("give these within --strategy, as name[:blocks][/parts][@cuts]")
 
     arguments = {
         spec: [*context.args, "--out", str(_directory(out, spec)), *_strategy_options(parsed)]
@@ -98,4 +101,6 @@ def _strategy_options(strategy: Any) -> list[str]:
         options += ["--num-blocks", ",".join(map(str, listed))]
     if strategy.cuts:
         options += ["--cuts", ",".join(strategy.cuts)]
+    if strategy.micro_batches > 1:
+        options += ["--micro-batches", str(strategy.micro_batches)]
     return options

@@ -31,6 +31,7 @@ def memory(
     strategy: options.Strategy = "column",
     num_blocks: options.NumBlocks = None,
     cuts: options.Cuts = None,
+    micro_batches: options.MicroBatches = 1,
     target: options.Target = None,
     list_targets: Annotated[
         bool, typer.Option("--list-targets", help="List the devices and what they need.")
@@ -66,7 +67,7 @@ def memory(
         if function is not None:
             program = profiling.function_program(function, args)
         else:
-            chosen = options.strategy_of(strategy, num_blocks, cuts)
+            chosen = options.strategy_of(strategy, num_blocks, cuts, micro_batches)
             program = _gradient(str(model), chosen, image, batch, dtype, width, head, norm)
     except (ValueError, OSError) as error:
         stop(error)

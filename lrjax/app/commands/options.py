@@ -14,7 +14,11 @@ Head = Annotated[str | None, typer.Option(help="VGG-16's: gap or dense.")]
 Norm = Annotated[
     str | None, typer.Option(help="Normalisation: batch, block, frozen, group or none.")
 ]
-Strategy = Annotated[str, typer.Option(help="column, stream, 2ps or overl.")]
+# Names are lrjax's, which is imported, with JAX, no earlier than a command runs.
+Strategy = Annotated[
+    str, typer.Option(help="A strategy of lrjax's, such as stream; an unknown name lists them all.")
+]
+MicroBatches = Annotated[int, typer.Option(help="Parts of the batch that run one after the other.")]
 NumBlocks = Annotated[
     str | None, typer.Option(help="Row blocks: a number, or one per segment, such as 8,4.")
 ]
@@ -26,13 +30,14 @@ Target = Annotated[
 ]
 
 
-def strategy_of(name: str, num_blocks: str | None, cuts: str | None) -> Any:
+def strategy_of(name: str, num_blocks: str | None, cuts: str | None, micro_batches: int) -> Any:
     from lrjax.app import training
 
     return training.Strategy(
-        name,  # type: ignore[arg-type]  # checked when built
+        name,
         training.parse_num_blocks(num_blocks) if num_blocks else None,
         tuple(cuts.split(",")) if cuts else (),
+        micro_batches,
     )
 
 

@@ -49,6 +49,7 @@ def train(
     strategy: options.Strategy = "stream",
     num_blocks: options.NumBlocks = None,
     cuts: options.Cuts = None,
+    micro_batches: options.MicroBatches = 1,
     batch: Annotated[int, typer.Option(help="Images per step.")] = 2,
     balanced: Annotated[
         bool, typer.Option("--balanced", help="Let the classes take turns within a batch.")
@@ -72,7 +73,7 @@ def train(
 
     try:
         report.check_writable(out)
-        chosen = options.strategy_of(strategy, num_blocks, cuts)
+        chosen = options.strategy_of(strategy, num_blocks, cuts, micro_batches)
         source = options.source_of(model, data, image_size, fit, digits, num_images, seed)
         classes = len(source.class_names)
         network = options.network_of(model, classes, width, dtype, head=head, norm=norm)

@@ -1,0 +1,76 @@
+"""Whole maps, layer by layer: kept for the backward pass (column), or computed again (checkpoint).
+
+Column is what JAX does with a function anyway, and what all else is measured against. Checkpoint is
+``jax.checkpoint`` around a segment (Chen et al., arXiv 1604.06174): with cuts it keeps the maps at
+them alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from lrjax.loop import offload
+from lrjax.program.compatibility import checkpoint
+from lrjax.program.inline import evaluate
+from lrjax.rowgraph.segments import Segment
+from lrjax.strategies.base import NOTHING_HOSTED, Function, Strategy
+from lrjax.strategies.programs import WholeMaps
+
+
+class Column(Strategy):
+    """Whole maps, every one kept that a gradient reads: the baseline."""
+
+    name = "column"
+    fate = "all maps kept"
+    recomputes = False
+    has_every_derivative = True
+
+    def function(
+        self,
+        segment: Segment,
+        num_blocks: int,
+        given: Mapping[int, int] = NOTHING_HOSTED,
+        taken: Mapping[int, int] = NOTHING_HOSTED,
+    ) -> Function:
+        return with_hosted_maps(evaluation(segment), given, taken)
+
+    def execution(self, segment: Segment, num_blocks: int, wrt: Sequence[int]) -> WholeMaps:
+        return WholeMaps(is_recomputed=False)
+
+
+class Checkpoint(Strategy):
+    """Whole maps; only the segment's inputs are kept, and the forward pass is done again."""
+
+    name = "checkpoint"
+    fate = "inputs kept, whole maps computed again"
+    starts_from_inputs = True
+    has_every_derivative = True
+
+    def function(
+        self,
+        segment: Segment,
+        num_blocks: int,
+        given: Mapping[int, int] = NOTHING_HOSTED,
+        taken: Mapping[int, int] = NOTHING_HOSTED,
+    ) -> Function:
+        function = evaluation(segment)
+        # The copies of what arrives from the host must not be kept for the backward pass either.
+        function = offload.checkpointed(function, taken) if taken else checkpoint(function)
+        return with_hosted_maps(function, given, NOTHING_HOSTED)
+
+    def execution(self, segment: Segment, num_blocks: int, wrt: Sequence[int]) -> WholeMaps:
+        return WholeMaps(is_recomputed=True)
+
+
+def with_hosted_maps(
+    function: Function, given: Mapping[int, int], taken: Mapping[int, int]
+) -> Function:
+    """A function of whole maps, some of which it gives to the host's memory or takes from there."""
+    if taken:
+        function = offload.with_hosted_inputs(function, taken)
+    return offload.with_hosted_outputs(function, given) if given else function
+
+
+def evaluation(segment: Segment) -> Function:
+    """The segment's operations, one after the other."""
+    return lambda *inputs: evaluate(segment.program, inputs)

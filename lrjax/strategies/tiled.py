@@ -1,0 +1,234 @@
+"""2PS and OverL: run by rows first, then differentiate every step (LR-CNN, arXiv 2401.11471).
+
+One forward row graph, whose step is differentiated by ``jax.vjp`` in a reverse loop. Under 2PS
+neighbouring blocks share their boundary rows, and the cotangents of those flow to the step above;
+under OverL every block computes its halo itself. The line buffers that a step starts with are
+saved for all steps, so 2PS holds more the more blocks there are.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from lrjax.loop import engine
+from lrjax.loop.blocks import read_rows, write_rows
+from lrjax.loop.clock import Clock, clock_of
+from lrjax.loop.full_after import full_after, full_like
+from lrjax.loop.line_buffers import Values, reader_of
+from lrjax.loop.offload import instantiated, is_on_host, to_host
+from lrjax.loop.rowloop import Order, RowLoop
+from lrjax.program.inline import FlatEquation, FlatProgram
+from lrjax.rowgraph.graph import build
+from lrjax.rowgraph.segments import Segment
+from lrjax.rules.base import Array, RowOp
+from lrjax.rules.masks import keep_rows
+from lrjax.strategies.base import NOTHING_HOSTED, Function, Strategy
+from lrjax.strategies.programs import Axes, DifferentiatedRows, Residuals, RowProgram, row_program
+
+
+class _Tiled(Strategy):
+    """Row loops that are differentiated step by step, in reverse."""
+
+    order: Order
+
+    def function(
+        self,
+        segment: Segment,
+        num_blocks: int,
+        given: Mapping[int, int] = NOTHING_HOSTED,
+        taken: Mapping[int, int] = NOTHING_HOSTED,
+    ) -> Function:
+        rows = differentiable_program(segment.program, segment.axes, self.order, num_blocks)
+
+        def call(*inputs: Array) -> list[Array]:
+            return engine.run_graph(
+                rows.graph, rows.loops, inputs, run=_differentiable_loop, hosted=given
+            )
+
+        return call
+
+    def execution(
+        self, segment: Segment, num_blocks: int, wrt: Sequence[int]
+    ) -> DifferentiatedRows:
+        del wrt
+        program, axes = segment.program, segment.axes
+        return DifferentiatedRows(differentiable_program(program, axes, self.order, num_blocks))
+
+
+class TwoPhase(_Tiled):
+    """The paper's 2PS: neighbouring blocks share their boundary rows."""
+
+    name = "2ps"
+    label = "2PS"
+    fate = "inputs and rows between blocks kept, blocks computed again"
+    order = Order(divides_output=True)
+
+
+class Overlap(_Tiled):
+    """The paper's OverL: independent blocks, each of which computes its halo."""
+
+    name = "overl"
+    label = "OverL"
+    fate = "inputs kept, blocks computed again with their halos"
+    order = Order(divides_output=True, recomputes_halos=True)
+
+
+def _differentiable_in_blocks(equation: FlatEquation, op: RowOp) -> str | None:
+    if op.reduction in ("max", "min", "prod"):
+        return f"{equation.primitive.name} over rows has no gradient block by block"
+    return op.undifferentiable
+
+
+def differentiable_program(
+    program: FlatProgram, axes: Axes, order: Order, num_blocks: int
+) -> RowProgram:
+    """The forward program as row loops whose steps can be differentiated one by one."""
+    graph = build(program, axes, _differentiable_in_blocks)
+    return row_program(graph, order, num_blocks, is_differentiated=True)
+
+
+def _differentiable_loop(loop: RowLoop, values: Values, hosted: Collection[int] = ()) -> Values:
+    """A row loop whose row outputs exist whole on the device, whatever is ``hosted`` later."""
+    del hosted
+    names = tuple(dict.fromkeys((*loop.arrays, *loop.wholes)))
+
+    @jax.custom_vjp
+    def call(inputs: Values) -> Values:
+        return engine.run_loop(dataclasses.replace(loop, is_differentiated=False), inputs)
+
+    def forward(inputs: dict[int, Any]) -> Any:
+        perturbed = frozenset(v for v in names if inputs[v].perturbed)
+        plain = {v: inputs[v].value for v in names}
+        outputs, lines = _run_and_save_lines(loop, plain)
+        return outputs, Residuals((plain, lines), perturbed)
+
+    def backward(residuals: Residuals, cotangents: Values) -> tuple[dict[int, Any]]:
+        inputs, lines = residuals.arrays
+        bars = _reverse_loop(loop, inputs, lines, cotangents, residuals.static)
+        return ({v: bars.get(v) for v in names},)
+
+    call.defvjp(forward, backward, symbolic_zeros=True)
+    found, moving = call({v: values[v] for v in names}), loop.graph.moving
+    return {v: x if v in moving else _without_tangent(x) for v, x in found.items()}
+
+
+def _without_tangent(value: Array) -> Array:
+    """Give a value the symbolic zero tangent that it has in column.
+
+    A ``custom_vjp`` gives its outputs tangents (integers a float0 array), on which a primitive
+    without a differentiation rule fails. ``x | x`` has a rule, and XLA removes it.
+    """
+    is_integer = jnp.issubdtype(value.dtype, np.integer) or value.dtype == np.bool_
+    return lax.bitwise_or(value, value) if is_integer else lax.stop_gradient(value)
+
+
+def _run_and_save_lines(loop: RowLoop, values: Values) -> tuple[Values, Values]:
+    """The forward loop, keeping the line buffers that every step starts with."""
+    clock = clock_of(loop)
+
+    def step(carry: Any, row: Any) -> Any:
+        lines, outputs, sums = carry
+        now = clock.at(row)
+        windows = engine.slice_windows(loop, now, values)
+        result = engine.run_step(loop, now, lines, windows, values)
+        outputs = engine.write_outputs(loop, now, outputs, result.rows)
+        return (result.lines, outputs, engine.add_partial(loop, sums, result.partial)), lines
+
+    start = engine.start_of(loop, values)
+    (_, outputs, sums), saved = lax.scan(step, start, clock.table())
+    return {**outputs, **engine.finished_sums(loop, sums)}, saved
+
+
+def _inexact(values: dict[Any, Any]) -> dict[Any, Any]:
+    return {k: v for k, v in values.items() if jnp.issubdtype(v.dtype, jnp.inexact)}
+
+
+def _reverse_loop(
+    loop: RowLoop, values: Values, saved: Values, cotangents: Values, perturbed: frozenset[int]
+) -> Values:
+    """Walk the steps in reverse: halo gradients flow to the step above through the line buffers."""
+    clock = clock_of(loop)
+    avals = loop.graph.program.avals
+    moving_arrays = [v for v in _inexact(values) if v in loop.arrays and v in perturbed]
+    full = full_after(cotangents.values())
+    cotangents = {v: instantiated(ct) for v, ct in cotangents.items()}
+    array_bars = {v: full_like(full, values[v]) for v in moving_arrays}
+    wholes = {v: values[v] for v in loop.wholes}
+    moving_wholes = {v: a for v, a in _inexact(wholes).items() if v in perturbed}
+    readers = {v: reader_of(loop, v) for v in moving_wholes}
+    whole_bars = {}
+    for v, a in moving_wholes.items():
+        with readers[v].origin():
+            whole_bars[v] = full_like(full, a, dtype=engine.accumulator_dtype(a.dtype))
+    moving_windows = {(s.node, s.operand): s for s in loop.sliced if s.value in array_bars}
+
+    def step(carry: Any, row_and_lines: Any) -> Any:
+        line_bars, array_bars, whole_bars = carry
+        row, lines = row_and_lines
+        now = clock.at(row)
+        windows = engine.slice_windows(loop, now, values)
+
+        def function(lines_in: Values, windows_in: Any, wholes_in: Values) -> Any:
+            result = engine.run_step(
+                loop, now, {**lines, **lines_in}, {**windows, **windows_in}, {**wholes, **wholes_in}
+            )
+            return _inexact(result.lines), _inexact(result.rows), _inexact(result.partial)
+
+        moving = {name: windows[name] for name in moving_windows}
+        outputs, pull = jax.vjp(function, _inexact(lines), moving, moving_wholes)
+        row_bars = {v: _owned_rows(loop, now, v, cotangents[v]) for v in outputs[1]}
+        sum_bars = {v: cotangents[v].astype(x.dtype) for v, x in outputs[2].items()}
+        line_bars, window_bars, partial = pull((line_bars, row_bars, sum_bars))
+        for name, source in moving_windows.items():
+            array_bars = {
+                **array_bars,
+                source.value: write_rows(
+                    array_bars[source.value],
+                    window_bars[name],
+                    now["window", *name],
+                    source.read.axis,
+                    now.bounds(("window", *name)),
+                    jnp.add,
+                ),
+            }
+        added = {}
+        for v, bar in whole_bars.items():
+            with readers[v].origin():
+                added[v] = bar + partial[v].astype(bar.dtype)
+        return (line_bars, array_bars, added), None
+
+    start = (
+        {v: full_like(full, x, shape=x.shape[1:]) for v, x in _inexact(saved).items()},
+        array_bars,
+        whole_bars,
+    )
+    scanned = (clock.table(), saved)
+    (_, array_bars, whole_bars), _ = lax.scan(step, start, scanned, reverse=True)
+    bars = {}
+    for v, bar in whole_bars.items():
+        with readers[v].origin():
+            bars[v] = bar.astype(avals[v].dtype)
+    for v, bar in array_bars.items():
+        bars[v] = bars[v] + bar if v in bars else bar
+        if is_on_host(values[v]):
+            bars[v] = to_host(bars[v], loop.graph.row_axis[v])
+    return bars
+
+
+def _owned_rows(loop: RowLoop, clock: Clock, value: int, cotangent: Array) -> Array:
+    """The cotangent of the rows that this step gives; rows given again elsewhere get none."""
+    producer, axis = loop.producer[value], loop.graph.row_axis[value]
+    track = loop.schedule.tracks[producer]
+    name = ("start", producer)
+    rows = read_rows(cotangent, clock[name], track.rows, axis, 0, clock.bounds(name))
+    if track.is_steady:
+        return rows
+    low, high = clock["owned", producer], clock["stop", producer]
+    return keep_rows(rows, clock[name], axis, low, high, 0)
