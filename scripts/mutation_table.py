@@ -463,8 +463,8 @@ STAGES = (
         "cut-drops-a-value",
         "one of the values that must cross a barrier is not held",
         "lrjax/rowgraph/stages.py",
-        "return frozenset(map(int, self.held[crosses]))",
-        "return frozenset(map(int, self.held[crosses][1:]))",
+        "return self.held[crosses].tolist()",
+        "return self.held[crosses][1:].tolist()",
         ("tests/test_stages.py",),
     ),
     Mutation(
