@@ -192,7 +192,7 @@ MASKS = (
         "mask-as-made-missing",
         "rows outside the image are read as they were computed",
         "lrjax/loop/engine.py",
-        "return keep_rows(slab, start, loop.graph.row_axis[value], 0, height, fill)",
+        "return keep(slab, kept, axis, fill)",
         "return slab",
         STRATEGIES,
         STREAM,

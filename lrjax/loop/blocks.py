@@ -17,7 +17,19 @@ def slice_rows(array: Array, start: Any, size: int, axis: int) -> Array:
     """``size`` rows of an array that holds all of them, static where the start is."""
     if isinstance(start, int | np.integer):
         return on_device(lax.slice_in_dim(array, int(start), int(start) + size, axis=axis))
-    return on_device(lax.dynamic_slice_in_dim(array, start, size, axis=axis))
+    return on_device(_dynamic_slice(array, start, size, axis))
+
+
+def _dynamic_slice(array: Array, start: Any, size: int, axis: int) -> Array:
+    """Rows from a start that is never negative: as Python's indices, XLA's would be shifted."""
+    return lax.dynamic_slice_in_dim(array, start, size, axis, allow_negative_indices=False)
+
+
+def _clamped(start: Any, most: int) -> Any:
+    """A start within ``0`` and ``most``."""
+    if isinstance(start, int | np.integer):
+        return min(max(int(start), 0), most)
+    return lax.clamp(start.dtype.type(0), start, start.dtype.type(most))
 
 
 def _shifted(rows: Array, start: Any, size: int, axis: int, fill: Any) -> Array:
@@ -27,7 +39,7 @@ def _shifted(rows: Array, start: Any, size: int, axis: int, fill: Any) -> Array:
     shape[axis] = size
     edge = jnp.full(shape, fill, rows.dtype)
     padded = lax.concatenate([edge, rows, edge], axis)
-    return slice_rows(padded, jnp.clip(start + size, 0, count + size), size, axis)
+    return slice_rows(padded, _clamped(start + size, count + size), size, axis)
 
 
 def read_rows(
@@ -38,8 +50,8 @@ def read_rows(
     if bounds[0] >= 0 and bounds[1] + size <= height:
         return slice_rows(array, start, size, axis)
     count = min(size, height)
-    inside = jnp.clip(start, 0, height - count)
-    rows = on_device(lax.dynamic_slice_in_dim(array, inside, count, axis=axis))
+    inside = _clamped(start, height - count)
+    rows = slice_rows(array, inside, count, axis)
     return _shifted(rows, start - inside, size, axis, fill)
 
 
@@ -57,16 +69,18 @@ def write_rows(
     if bounds[0] >= 0 and bounds[1] + size <= height:
         old = slice_rows(array, start, size, axis)
         new = beside(combine(old, rows), array)
-        return lax.dynamic_update_slice_in_dim(array, new, start, axis)
+        return put_rows(array, new, start, axis)
     count = min(size, height)
-    inside = jnp.clip(start, 0, height - count)
-    old = on_device(lax.dynamic_slice_in_dim(array, inside, count, axis=axis))
+    inside = _clamped(start, height - count)
+    old = slice_rows(array, inside, count, axis)
     new = _shifted(rows, inside - start, count, axis, 0)
-    position = inside + jnp.arange(count)
-    kept = _along(axis, array.ndim, (position >= start) & (position < start + size))
-    new = beside(jnp.where(kept, combine(old, new), old), array)
-    return lax.dynamic_update_slice_in_dim(array, new, inside, axis)
+    position = lax.iota(np.int32, count) + inside
+    kept = (position >= start) & (position < start + size)
+    mask = lax.broadcast_in_dim(kept, new.shape, (axis,))
+    new = beside(lax.select(mask, combine(old, new), old), array)
+    return put_rows(array, new, inside, axis)
 
 
-def _along(axis: int, ndim: int, mask: Array) -> Array:
-    return mask.reshape([-1 if a == axis else 1 for a in range(ndim)])
+def put_rows(array: Array, rows: Array, start: Any, axis: int) -> Array:
+    """The array with rows from ``start`` on replaced, all of them inside."""
+    return lax.dynamic_update_slice_in_dim(array, rows, start, axis, allow_negative_indices=False)

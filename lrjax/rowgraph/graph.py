@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+import weakref
 from collections.abc import Callable, Collection, Iterable, Sequence
 from fractions import Fraction
 from typing import Any
@@ -115,14 +116,23 @@ class RowGraph:
         return self.program.avals[value].shape[self.row_axis[value]]
 
 
+Accepts = Callable[[FlatEquation, RowOp], str | None]
+
+
+def accept_all(equation: FlatEquation, op: RowOp) -> str | None:
+    """Every row operation runs by rows."""
+    del equation, op
+    return None
+
+
 def build(
     program: FlatProgram,
     in_axes: Sequence[int | None],
-    accepts: Callable[[FlatEquation, RowOp], str | None] = lambda equation, op: None,
+    accepts: Accepts = accept_all,
     *,
     budget: float = math.inf,
 ) -> RowGraph:
-    """Type the program and cut it into stages.
+    """Type the program and cut it into stages; done once for as long as the program lives.
 
     Args:
       program: the flat program.
@@ -130,6 +140,20 @@ def build(
       accepts: names a reason to run a row operation column-wise all the same, or None.
       budget: bytes that may exist whole while a row loop runs; see ``cut_into_stages``.
     """
+    known = _BUILT.setdefault(program, {})
+    key = tuple(in_axes), accepts, budget
+    if key not in known:
+        known[key] = _built(program, *key)
+    return known[key]
+
+
+# A graph does not refer to the program that it was built from.
+_BUILT: weakref.WeakKeyDictionary[FlatProgram, dict[Any, RowGraph]] = weakref.WeakKeyDictionary()
+
+
+def _built(
+    program: FlatProgram, in_axes: Sequence[int | None], accepts: Accepts, budget: float
+) -> RowGraph:
     typer = _Typer(program, in_axes, accepts)
     for equation in program.equations:
         typer.add(equation)
@@ -191,7 +215,7 @@ class _Typer:
         self,
         program: FlatProgram,
         in_axes: Sequence[int | None],
-        accepts: Callable[[FlatEquation, RowOp], str | None],
+        accepts: Accepts,
     ):
         self.program = program
         self.accepts = accepts

@@ -22,7 +22,7 @@ from jax import lax
 from lrjax.loop import engine
 from lrjax.loop.blocks import read_rows, write_rows
 from lrjax.loop.clock import Clock, clock_of
-from lrjax.loop.full_after import full_after, full_like
+from lrjax.loop.full_after import full_after, full_like, latest_of
 from lrjax.loop.line_buffers import Values, reader_of
 from lrjax.loop.offload import instantiated, is_on_host, scaled, to_host
 from lrjax.loop.rowloop import RowLoop, row_loop
@@ -66,7 +66,7 @@ class RowProgram:
 
         Nothing that loops start with exists before the arrays ``after``.
         """
-        run = functools.partial(engine.run_loop, after=after)
+        run = functools.partial(engine.run_loop, after=latest_of(after))
         return engine.run_graph(self.graph, self.loops, inputs, run, hosted)
 
 
