@@ -32,14 +32,27 @@ def _clamped(start: Any, most: int) -> Any:
     return lax.clamp(start.dtype.type(0), start, start.dtype.type(most))
 
 
-def _shifted(rows: Array, start: Any, size: int, axis: int, fill: Any) -> Array:
-    """``size`` rows from ``start`` on, where rows outside are ``fill``; any start is allowed."""
+def _shifted(
+    rows: Array, start: Any, size: int, axis: int, fill: Any, bounds: tuple[int, int]
+) -> Array:
+    """``size`` rows from ``start`` on, where rows outside are ``fill``.
+
+    ``bounds`` are the extremes of the start: no more rows are filled than they ask for.
+    """
     count = rows.shape[axis]
-    shape = list(rows.shape)
-    shape[axis] = size
-    edge = jnp.full(shape, fill, rows.dtype)
-    padded = lax.concatenate([edge, rows, edge], axis)
-    return slice_rows(padded, _clamped(start + size, count + size), size, axis)
+    above, below = max(-bounds[0], 0), max(bounds[1] + size - count, 0)
+    low, high = min(above, size), min(below, size)
+
+    def edge(height: int) -> list[Array]:
+        shape = (*rows.shape[:axis], height, *rows.shape[axis + 1 :])
+        return [jnp.full(shape, fill, rows.dtype)] if height else []
+
+    pieces = [*edge(low), rows, *edge(high)]
+    padded = pieces[0] if len(pieces) == 1 else lax.concatenate(pieces, axis)
+    start = start + low
+    if (low, high) != (above, below):
+        start = _clamped(start, low + count + high - size)
+    return slice_rows(padded, start, size, axis)
 
 
 def read_rows(
@@ -50,9 +63,11 @@ def read_rows(
     if bounds[0] >= 0 and bounds[1] + size <= height:
         return slice_rows(array, start, size, axis)
     count = min(size, height)
-    inside = _clamped(start, height - count)
+    last = height - count
+    inside = _clamped(start, last)
     rows = slice_rows(array, inside, count, axis)
-    return _shifted(rows, start - inside, size, axis, fill)
+    within = min(bounds[0], 0), max(bounds[1] - last, 0)
+    return _shifted(rows, start - inside, size, axis, fill, within)
 
 
 def write_rows(
@@ -61,24 +76,27 @@ def write_rows(
     start: Any,
     axis: int,
     bounds: tuple[int, int],
-    combine: Callable[[Array, Array], Array] = lambda old, new: new,
+    combine: Callable[[Array, Array], Array] | None = None,
 ) -> Array:
-    """Put rows into a whole array in place; rows outside it are dropped."""
+    """Put rows into a whole array in place, or combine them with those there; rows outside it
+    are dropped."""
     height, size = array.shape[axis], rows.shape[axis]
     rows = rows.astype(array.dtype)
     if bounds[0] >= 0 and bounds[1] + size <= height:
-        old = slice_rows(array, start, size, axis)
-        new = beside(combine(old, rows), array)
-        return put_rows(array, new, start, axis)
+        if combine is not None:
+            rows = combine(slice_rows(array, start, size, axis), rows)
+        return put_rows(array, beside(rows, array), start, axis)
     count = min(size, height)
-    inside = _clamped(start, height - count)
+    last = height - count
+    inside = _clamped(start, last)
     old = slice_rows(array, inside, count, axis)
-    new = _shifted(rows, inside - start, count, axis, 0)
+    within = min(last - bounds[1], 0), max(-bounds[0], 0)
+    new = _shifted(rows, inside - start, count, axis, 0, within)
     position = lax.iota(np.int32, count) + inside
     kept = (position >= start) & (position < start + size)
     mask = lax.broadcast_in_dim(kept, new.shape, (axis,))
-    new = beside(lax.select(mask, combine(old, new), old), array)
-    return put_rows(array, new, inside, axis)
+    new = new if combine is None else combine(old, new)
+    return put_rows(array, beside(lax.select(mask, new, old), array), inside, axis)
 
 
 def put_rows(array: Array, rows: Array, start: Any, axis: int) -> Array:

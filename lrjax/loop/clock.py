@@ -51,7 +51,7 @@ class Clock:
         return self.at(self.row)
 
     def __getitem__(self, name: Any) -> Any:
-        column, first = self.column.get(name), int(self.series[name][0])
+        column, first = self.key(name)
         if column is None:
             return first
         if (column, first) not in self.known:
@@ -74,15 +74,15 @@ class Clock:
 
         The bounds are numbers, or names of such.
         """
-        own = (self._key(name), count, self._key(low), self._key(high))
+        keys = [self.key(x) if isinstance(x, tuple) else x for x in (low, high)]
+        own = self.key(name), count, *keys
         if own not in self.known:
             bounds = [self[x] if isinstance(x, tuple) else x for x in (low, high)]
             self.known[own] = rows_inside(self[name], count, *bounds)
         return self.known[own]
 
-    def _key(self, name: Any) -> Any:
-        if not isinstance(name, tuple):
-            return name
+    def key(self, name: Any) -> tuple[int | None, int]:
+        """Equal for equal series."""
         return self.column.get(name), int(self.series[name][0])
 
 

@@ -100,8 +100,21 @@ class RowGraph:
 
     def column_nodes(self, stage: int) -> list[Node]:
         """Operations on whole values before a stage's row loop."""
+        return self._column_nodes.get(stage, [])
+
+    @functools.cached_property
+    def _column_nodes(self) -> dict[int, list[Node]]:
+        found: dict[int, list[Node]] = {}
+        for node, home in zip(self.nodes, self.stages.home, strict=True):
+            if node.op is None:
+                found.setdefault(home, []).append(node)
+        return found
+
+    @functools.cached_property
+    def made_at(self) -> dict[int, int]:
+        """The stage in which every value is made first."""
         homes = zip(self.nodes, self.stages.home, strict=True)
-        return [node for node, home in homes if node.op is None and home == stage]
+        return {v: home for node, home in homes for v in node.equation.outputs}
 
     @property
     def fallbacks(self) -> list[Node]:

@@ -136,6 +136,25 @@ def cut_into_stages(problem: Problem, budget: float = math.inf) -> Stages:
     return Stages(problem.home, tuple(members), tuple(crossing), tuple(made_whole))
 
 
+@dataclasses.dataclass(frozen=True)
+class _Demand:
+    """What a boundary must offer whatever is held behind it.
+
+    Attributes:
+      whole: values that column operations behind it take.
+      wanted: values that the stage behind it reads.
+      free: values that exist whole in any case.
+      outputs: outputs of the program that are made up to the stage behind it.
+      input_bytes: bytes of the inputs that are read behind it.
+    """
+
+    whole: frozenset[int]
+    wanted: frozenset[int]
+    free: frozenset[int]
+    outputs: frozenset[int]
+    input_bytes: int
+
+
 class _Boundaries:
     """What every boundary between stages must offer, and what it holds under a budget."""
 
@@ -171,24 +190,38 @@ class _Boundaries:
         made_in, later = self.made_in, self.count
         return {v for v in values if made_in.get(v, later) <= stage}
 
+    @functools.cached_property
+    def demands(self) -> list[_Demand]:
+        """Per boundary, what it must offer whatever is held behind it."""
+        found = []
+        for stage in range(self.count - 1):
+            whole = self._made_by(self.read_whole[stage + 1], stage)
+            inputs = [v for v, last in self.last_use.items() if last > stage]
+            found.append(
+                _Demand(
+                    whole=frozenset(whole),
+                    wanted=frozenset(self._made_by(self.read[stage + 1], stage) | whole),
+                    free=frozenset(self._made_by(self.problem.outputs, stage) | whole),
+                    outputs=frozenset(self._made_by(self.problem.outputs, stage + 1)),
+                    input_bytes=sum(self.problem.input_size[v] for v in inputs),
+                )
+            )
+        return found
+
     def crossing(self, stage: int, after: frozenset[int], budget: float) -> frozenset[int]:
         """Values to hold between ``stage`` and the next, behind which ``after`` are held."""
-        whole = self._made_by(self.read_whole[stage + 1], stage)
-        wanted = self._made_by(self.read[stage + 1] | after, stage) | whole
-        free = self._made_by(self.problem.outputs, stage) | whole
-        outputs = self._made_by(self.problem.outputs, stage + 1)
-        inputs = [v for v, last in self.last_use.items() if last > stage]
-        others = sum(self.problem.input_size[v] for v in inputs)
-        question = stage, frozenset(wanted), frozenset(free)
+        demand = self.demands[stage]
+        wanted = demand.wanted | self._made_by(after, stage)
 
         def at(rate: int) -> frozenset[int]:
-            return self.cuts.cheapest(*question, EXCHANGE_RATES[rate]) | whole
+            found = self.cuts.cheapest(stage, wanted, demand.free, EXCHANGE_RATES[rate])
+            return found | demand.whole
 
-        def needs(rate: int) -> int:
-            return self.problem.bytes_of(at(rate) | after | outputs) + others
+        def fits(rate: int) -> bool:
+            held = self.problem.bytes_of(at(rate) | after | demand.outputs)
+            return held + demand.input_bytes <= budget
 
-        last = len(EXCHANGE_RATES) - 1
-        return at(_first(lambda rate: needs(rate) <= budget, last))
+        return at(_first(fits, len(EXCHANGE_RATES) - 1))
 
     def members(
         self, stage: int, targets: frozenset[int], whole: frozenset[int]
