@@ -15,6 +15,7 @@ from __future__ import annotations
 import bisect
 import dataclasses
 import functools
+import itertools
 import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
@@ -310,22 +311,32 @@ class MinimumCuts:
 
     def __init__(self, problem: Problem, home: Sequence[int]):
         self.problem = problem
-        self.vertex = {v: 2 + i for i, v in enumerate(problem.size)}
-        self.first_operation = 2 + len(self.vertex)
-        columns = zip(*self._edges(home), strict=True) if problem.size else ((),) * 6
+        # Vertices are numbered by stages, so that a boundary's network is the first of them.
+        self.vertex: dict[int, int] = {}
+        self.again: dict[int, int] = {}
+        self.vertices: list[int] = []  # how many there are up to each stage
+        operations: list[list[int]] = [[] for _ in range(1 + max(home, default=0))]
+        for i, stage in enumerate(home):
+            operations[stage].append(i)
+        number = itertools.count(2)
+        for own in operations:
+            for i in own:
+                self.again[i] = next(number)
+                made = problem.operations[i].outputs
+                self.vertex.update((v, next(number)) for v in made if v in problem.size)
+            self.vertices.append(2 + len(self.again) + len(self.vertex))
+        edges = np.array([*self._edges(home)]).reshape(-1, 6)
+        order = np.lexsort((edges[:, 1], edges[:, 0]))
+        tail, head, self.bytes, self.flops, stage, held = edges[order].T
+        self.tail, self.head = tail.astype(np.int32), head.astype(np.int32)
+        self.stage, self.held = stage.astype(int), held.astype(int)
         self.known: dict[Any, frozenset[int]] = {}  # answers; several budgets ask the same
         self.network: tuple[Any, _Network | None] = ((), None)  # of the last question
-        kinds = (np.int32, np.int32, float, float, int, int)
-        edges = [np.array(column, kind) for column, kind in zip(columns, kinds, strict=True)]
-        order = np.lexsort((edges[1], edges[0]))
-        self.tail, self.head, self.bytes, self.flops, self.stage, self.held = (
-            column[order] for column in edges
-        )
 
     def _edges(self, home: Sequence[int]) -> Iterator[tuple[int, int, float, float, int, int]]:
         """Tail, head, cost in bytes and in operations, stage, and the value held."""
         for i, operation in enumerate(self.problem.operations):
-            again = self.first_operation + i
+            again = self.again[i]
             made = [v for v in operation.outputs if v in self.vertex]
             if not made:
                 continue
@@ -370,7 +381,7 @@ class MinimumCuts:
             return np.concatenate([np.full(len(demand), demanded, others.dtype), others[kept]])
 
         return _Network(
-            self.first_operation + len(self.problem.operations),
+            self.vertices[stage],
             tail=edges(SOURCE, self.tail),
             head=np.concatenate([np.array(demand, self.head.dtype), self.head[kept]]),
             in_bytes=edges(math.inf, in_bytes),

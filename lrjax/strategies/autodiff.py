@@ -44,6 +44,7 @@ from lrjax.rowgraph.graph import RowGraph, build
 from lrjax.rules.base import Array, RowOp
 from lrjax.rules.masks import keep_rows
 from lrjax.strategies.late import with_late_copies
+from lrjax.strategies.one_pass import gradient_waits
 from lrjax.strategies.residuals import residuals
 
 Axes = Sequence[int | None]
@@ -299,6 +300,8 @@ def _value_and_gradient(program: FlatProgram, axes: Axes, wrt: Sequence[int]) ->
         return None
     if not all(varying_axes(out) <= varying_axes(program.structs[i]) for i in wrt):
         return None  # the gradient is a sum over devices, of products with a cotangent of each
+    if gradient_waits(build(program, axes), wrt):
+        return None
 
     def both(cotangent: Any, *inputs: Any) -> Any:
         function, moving = function_of(program, wrt, inputs)
