@@ -17,17 +17,42 @@ def slice_rows(array: Array, start: Any, size: int, axis: int) -> Array:
     """``size`` rows of an array that holds all of them, static where the start is."""
     if isinstance(start, int | np.integer):
         return on_device(lax.slice_in_dim(array, int(start), int(start) + size, axis=axis))
-    return on_device(lax.dynamic_slice_in_dim(array, start, size, axis=axis))
+    return on_device(_dynamic_slice(array, start, size, axis))
 
 
-def _shifted(rows: Array, start: Any, size: int, axis: int, fill: Any) -> Array:
-    """``size`` rows from ``start`` on, where rows outside are ``fill``; any start is allowed."""
+def _dynamic_slice(array: Array, start: Any, size: int, axis: int) -> Array:
+    """Rows from a start that is never negative: as Python's indices, XLA's would be shifted."""
+    return lax.dynamic_slice_in_dim(array, start, size, axis, allow_negative_indices=False)
+
+
+def _clamped(start: Any, most: int) -> Any:
+    """A start within ``0`` and ``most``."""
+    if isinstance(start, int | np.integer):
+        return min(max(int(start), 0), most)
+    return lax.clamp(start.dtype.type(0), start, start.dtype.type(most))
+
+
+def _shifted(
+    rows: Array, start: Any, size: int, axis: int, fill: Any, bounds: tuple[int, int]
+) -> Array:
+    """``size`` rows from ``start`` on, where rows outside are ``fill``.
+
+    ``bounds`` are the extremes of the start: no more rows are filled than they ask for.
+    """
     count = rows.shape[axis]
-    shape = list(rows.shape)
-    shape[axis] = size
-    edge = jnp.full(shape, fill, rows.dtype)
-    padded = lax.concatenate([edge, rows, edge], axis)
-    return slice_rows(padded, jnp.clip(start + size, 0, count + size), size, axis)
+    above, below = max(-bounds[0], 0), max(bounds[1] + size - count, 0)
+    low, high = min(above, size), min(below, size)
+
+    def edge(height: int) -> list[Array]:
+        shape = (*rows.shape[:axis], height, *rows.shape[axis + 1 :])
+        return [jnp.full(shape, fill, rows.dtype)] if height else []
+
+    pieces = [*edge(low), rows, *edge(high)]
+    padded = pieces[0] if len(pieces) == 1 else lax.concatenate(pieces, axis)
+    start = start + low
+    if (low, high) != (above, below):
+        start = _clamped(start, low + count + high - size)
+    return slice_rows(padded, start, size, axis)
 
 
 def read_rows(
@@ -38,9 +63,11 @@ def read_rows(
     if bounds[0] >= 0 and bounds[1] + size <= height:
         return slice_rows(array, start, size, axis)
     count = min(size, height)
-    inside = jnp.clip(start, 0, height - count)
-    rows = on_device(lax.dynamic_slice_in_dim(array, inside, count, axis=axis))
-    return _shifted(rows, start - inside, size, axis, fill)
+    last = height - count
+    inside = _clamped(start, last)
+    rows = slice_rows(array, inside, count, axis)
+    within = min(bounds[0], 0), max(bounds[1] - last, 0)
+    return _shifted(rows, start - inside, size, axis, fill, within)
 
 
 def write_rows(
@@ -49,24 +76,29 @@ def write_rows(
     start: Any,
     axis: int,
     bounds: tuple[int, int],
-    combine: Callable[[Array, Array], Array] = lambda old, new: new,
+    combine: Callable[[Array, Array], Array] | None = None,
 ) -> Array:
-    """Put rows into a whole array in place; rows outside it are dropped."""
+    """Put rows into a whole array in place, or combine them with those there; rows outside it
+    are dropped."""
     height, size = array.shape[axis], rows.shape[axis]
     rows = rows.astype(array.dtype)
     if bounds[0] >= 0 and bounds[1] + size <= height:
-        old = slice_rows(array, start, size, axis)
-        new = beside(combine(old, rows), array)
-        return lax.dynamic_update_slice_in_dim(array, new, start, axis)
+        if combine is not None:
+            rows = combine(slice_rows(array, start, size, axis), rows)
+        return put_rows(array, beside(rows, array), start, axis)
     count = min(size, height)
-    inside = jnp.clip(start, 0, height - count)
-    old = on_device(lax.dynamic_slice_in_dim(array, inside, count, axis=axis))
-    new = _shifted(rows, inside - start, count, axis, 0)
-    position = inside + jnp.arange(count)
-    kept = _along(axis, array.ndim, (position >= start) & (position < start + size))
-    new = beside(jnp.where(kept, combine(old, new), old), array)
-    return lax.dynamic_update_slice_in_dim(array, new, inside, axis)
+    last = height - count
+    inside = _clamped(start, last)
+    old = slice_rows(array, inside, count, axis)
+    within = min(last - bounds[1], 0), max(-bounds[0], 0)
+    new = _shifted(rows, inside - start, count, axis, 0, within)
+    position = lax.iota(np.int32, count) + inside
+    kept = (position >= start) & (position < start + size)
+    mask = lax.broadcast_in_dim(kept, new.shape, (axis,))
+    new = new if combine is None else combine(old, new)
+    return put_rows(array, beside(lax.select(mask, new, old), array), inside, axis)
 
 
-def _along(axis: int, ndim: int, mask: Array) -> Array:
-    return mask.reshape([-1 if a == axis else 1 for a in range(ndim)])
+def put_rows(array: Array, rows: Array, start: Any, axis: int) -> Array:
+    """The array with rows from ``start`` on replaced, all of them inside."""
+    return lax.dynamic_update_slice_in_dim(array, rows, start, axis, allow_negative_indices=False)

@@ -2,41 +2,88 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import jax
 import numpy as np
+from jax import lax
 
 from lrjax.loop.rowloop import RowLoop
+from lrjax.rules.masks import rows_inside
 
 
 class Clock:
     """Integers that depend on the step, by name: constants stay Python integers.
 
-    Call ``table()`` for the scanned rows and ``at(row)`` inside the loop.
+    Call ``table()`` for the scanned rows and ``at(row)`` inside the loop. Series that differ by a
+    constant share a column of the table, and what is made of a row is made once for all who ask:
+    most operations of a loop advance alike.
     """
 
-    def __init__(self, series: Mapping[Any, Sequence[int]], row: Any = None):
+    def __init__(self, series: Mapping[Any, Sequence[int]]):
         self.series = series
-        varying = [name for name, values in series.items() if len(set(values)) > 1]
-        self.column = {name: i for i, name in enumerate(varying)}
-        self.row = row
+        self.columns: dict[tuple[int, ...], int] = {}
+        self.column: dict[Any, int] = {}
+        for name, values in series.items():
+            moved = tuple(value - values[0] for value in values)
+            if any(moved):
+                self.column[name] = self.columns.setdefault(moved, len(self.columns))
+        self.row: jax.Array | None = None
+        self.known: dict[Any, jax.Array] = {}
 
     def table(self) -> np.ndarray:
         steps = len(next(iter(self.series.values())))
-        columns = [self.series[name] for name in self.column]
-        return np.array(columns, dtype=np.int32).reshape(len(columns), steps).T
+        return np.array([*self.columns], np.int32).reshape(len(self.columns), steps).T
 
     def at(self, row: Any) -> Clock:
-        return Clock(self.series, row)
+        """The clock in one step."""
+        clock = copy.copy(self)
+        clock.row, clock.known = row, {}
+        return clock
+
+    def afresh(self) -> Clock:
+        """This step's clock for a function of its own (a branch, or what is differentiated).
+
+        What is made of the row within such a function does not exist outside.
+        """
+        return self.at(self.row)
 
     def __getitem__(self, name: Any) -> Any:
-        column = self.column.get(name)
-        return self.series[name][0] if column is None else self.row[column]
+        column, first = self.key(name)
+        if column is None:
+            return first
+        if (column, first) not in self.known:
+            self.known[column, first] = self._moved(column) + np.int32(first)
+        return self.known[column, first]
+
+    def _moved(self, column: int) -> jax.Array:
+        """How far the series of a column have come since the first step."""
+        if (column, 0) not in self.known:
+            assert self.row is not None
+            self.known[column, 0] = lax.index_in_dim(self.row, column, keepdims=False)
+        return self.known[column, 0]
 
     def bounds(self, name: Any) -> tuple[int, int]:
         values = self.series[name]
         return min(values), max(values)
+
+    def inside(self, name: Any, count: int, low: Any, high: Any) -> jax.Array:
+        """Which of ``count`` rows, the first of them named, are in ``[low, high)``.
+
+        The bounds are numbers, or names of such.
+        """
+        keys = [self.key(x) if isinstance(x, tuple) else x for x in (low, high)]
+        own = self.key(name), count, *keys
+        if own not in self.known:
+            bounds = [self[x] if isinstance(x, tuple) else x for x in (low, high)]
+            self.known[own] = rows_inside(self[name], count, *bounds)
+        return self.known[own]
+
+    def key(self, name: Any) -> tuple[int | None, int]:
+        """Equal for equal series."""
+        return self.column.get(name), int(self.series[name][0])
 
 
 def clock_of(loop: RowLoop) -> Clock:

@@ -36,7 +36,7 @@ from lrjax.program.varying import varying_axes, varying_over
 from lrjax.rowgraph.graph import RowGraph
 from lrjax.rules.base import Array, Rows
 from lrjax.rules.block_sums import accumulator_dtype
-from lrjax.rules.masks import keep_rows
+from lrjax.rules.masks import keep
 from lrjax.rules.reduction import identity_of
 
 # --- One step ------------------------------------------------------------------------------------
@@ -111,16 +111,17 @@ def run_step(
     Bands of operations that have no row of the image in many steps sit under a ``cond``.
     """
     done = _Progress({}, {}, {}, {})
+    clock = clock.afresh()
     for band in loop.bands:
 
         def compute(done: _Progress = done, band: Band = band) -> _Progress:
-            return _run_band(loop, clock, band, done, lines, windows, wholes)
+            return _run_band(loop, clock.afresh(), band, done, lines, windows, wholes)
 
         def skip(band: Band = band) -> _Progress:
-            return _skip_band(loop, clock, band, lines)
+            return _skip_band(loop, clock.afresh(), band, lines)
 
         if band.first == 0 and band.last == loop.steps - 1:
-            made = compute()
+            made = _run_band(loop, clock, band, done, lines, windows, wholes)
         else:
             is_active = (clock["step"] >= band.first) & (clock["step"] <= band.last)
             made = lax.cond(is_active, compute, skip)
@@ -220,15 +221,16 @@ def _window(
         window = at_hand[source.value].window(back, stop - start)
         if loop.masked_at_read(source):
             fill = loop.fill_of(source)
-            window = keep_rows(window, clock[name], axis, 0, height, fill)
+            window = keep(window, clock.inside(name, window.shape[axis], 0, height), axis, fill)
     else:
         window = windows[source.node, source.operand]
     assert node.op is not None
     is_driver = source.operand in node.op.drivers
     if is_driver and not loop.schedule.tracks[source.node].is_steady:
         # Rows computed again belong to an earlier step's contribution.
-        low, high = clock["owned", source.node], clock["stop", source.node]
-        window = keep_rows(window, clock[name], axis, low, high, source.read.fill)
+        low, high = ("owned", source.node), ("stop", source.node)
+        kept = clock.inside(name, window.shape[axis], low, high)
+        window = keep(window, kept, axis, source.read.fill)
     return window
 
 
@@ -240,8 +242,9 @@ def _filled(loop: RowLoop, clock: Clock, value: int, slab: Array) -> Array:
     if clock.bounds(("start", producer))[0] >= 0 and clock.bounds(("stop", producer))[1] <= height:
         return slab
     fill = loop.production_fill[value]
-    start = clock["start", producer]
-    return keep_rows(slab, start, loop.graph.row_axis[value], 0, height, fill)
+    axis = loop.graph.row_axis[value]
+    kept = clock.inside(("start", producer), slab.shape[axis], 0, height)
+    return keep(slab, kept, axis, fill)
 
 
 # --- The loop ------------------------------------------------------------------------------------

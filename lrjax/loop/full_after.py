@@ -24,21 +24,29 @@ from lrjax.rules.base import Array
 Full = Callable[[tuple[int, ...], Any, Any], Array]  # shape, fill, dtype
 
 
-def full_after(arrays: Iterable[Any]) -> Full:
-    """``jnp.full``, of arrays that do not exist before all of these do.
+def latest_of(arrays: Iterable[Any]) -> list[Array]:
+    """A number that does not exist before all of these arrays do; nothing where there are none.
 
-    What has no elements to wait for is passed over: symbolic zeros, random keys, empty arrays. With
-    nothing left, and of random keys, it is ``jnp.full``.
+    What has no elements to wait for is passed over: symbolic zeros, random keys, empty arrays.
     """
     elements = [
         jnp.real(first_element(lax.stop_gradient(array))).astype(np.float32)
         for array in arrays
         if _has_numbers(array)
     ]
-    if not elements:
+    return [jnp.stack(elements).min()] if elements else []
+
+
+def full_after(arrays: Iterable[Any]) -> Full:
+    """``jnp.full``, of arrays that do not exist before all of these do.
+
+    With nothing to wait for (see ``latest_of``), and of random keys, it is ``jnp.full``.
+    """
+    latest = latest_of(arrays)
+    if not latest:
         return jnp.full
     # No number lies below minus infinity.
-    never = lax.lt(jnp.stack(elements).min(), np.float32(-np.inf))
+    never = lax.lt(latest[0], np.float32(-np.inf))
     fillings: dict[Any, Array] = {}
 
     def full(shape: tuple[int, ...], fill: Any, dtype: Any) -> Array:

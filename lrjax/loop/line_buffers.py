@@ -11,7 +11,7 @@ from typing import Any
 import jax
 from jax import lax
 
-from lrjax.loop.blocks import slice_rows
+from lrjax.loop.blocks import put_rows, slice_rows
 from lrjax.loop.clock import Clock
 from lrjax.loop.full_after import Full, full_like
 from lrjax.loop.rowloop import RowLoop
@@ -63,11 +63,7 @@ class Ring:
                 pieces.append(slice_rows(self.slab, offset, far - near, self.axis))
             else:
                 slot = (self.step + count - age) % count
-                pieces.append(
-                    lax.dynamic_slice_in_dim(
-                        self.slots, slot * rows + offset, far - near, axis=self.axis
-                    )
-                )
+                pieces.append(slice_rows(self.slots, slot * rows + offset, far - near, self.axis))
         return pieces[0] if len(pieces) == 1 else lax.concatenate(pieces, self.axis)
 
 
@@ -120,7 +116,7 @@ def extend(
     if loop.is_ring(value):
         count = lines[value].shape[axis] // track.rows
         slot = (clock["step"] % count) * track.rows
-        slots = lax.dynamic_update_slice_in_dim(lines[value], slab, slot, axis)
+        slots = put_rows(lines[value], slab, slot, axis)
         return Ring(slots, slab, axis, clock["step"]), slots
     shift = clock["shift", loop.producer[value]]
     older = slice_rows(lines[value], shift, track.depth - track.rows, axis)

@@ -137,8 +137,7 @@ class RowLoop:
 
         Inputs that are taken whole are parameters more often than not, and exist from the start.
         """
-        homes = zip(self.graph.nodes, self.graph.stages.home, strict=True)
-        made = {v: home for node, home in homes for v in node.equation.outputs}
+        made = self.graph.made_at
         maps = [v for v in self.arrays if v not in self.graph.program.constants]
         wholes = [v for v in self.wholes if made.get(v, 0) > 0]
         return max((*maps, *wholes), key=lambda v: made.get(v, -1), default=None)

@@ -95,11 +95,12 @@ class FlatEquation:
             return bind(self.primitive, values, self.params) if made is None else made
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class FlatProgram:
     """Equations in topological order; ``avals[v]`` is the type of value ``v``.
 
-    ``constants`` are arrays that the program closes over, by value.
+    ``constants`` are arrays that the program closes over, by value. Programs are compared by
+    identity, so that what is found out of one is kept with it.
     """
 
     avals: tuple[jax.ShapeDtypeStruct, ...]

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 from fractions import Fraction
 
-from lrjax.rules.geometry import AnyMap
+from lrjax.rules.geometry import IDENTITY, AnyMap
 
 # Rows that meet may be this far apart, or half the map; a line buffer must hold what is between.
 NEAR = 16
+_ONE, _ZERO = Fraction(1), Fraction(0)
 
 
 class Alignment:
@@ -27,10 +28,13 @@ class Alignment:
         return root, rate
 
     def _find(self, value: int) -> tuple[int, Fraction, Fraction]:
-        parent, rate, offset = self.parent.get(value, (value, Fraction(1), Fraction(0)))
-        if parent == value:
-            return value, rate, offset
+        known = self.parent.get(value)
+        if known is None:
+            return value, _ONE, _ZERO
+        parent, rate, offset = known
         root, parent_rate, parent_offset = self._find(parent)
+        if root == parent:
+            return known
         found = root, rate * parent_rate, offset / parent_rate + parent_offset
         self.parent[value] = found
         return found
@@ -41,11 +45,12 @@ class Alignment:
         Returns:
           Why that contradicts what is known of the two, if it does.
         """
-        rate = 1 / row_map.rate
-        offset = Fraction(row_map.first(0) + row_map.end(1) - 1, 2)
-        root, known_rate, known_offset = self._find(value)
         other_root, other_rate, other_offset = self._find(operand)
-        rate, offset = rate * other_rate, offset / other_rate + other_offset
+        rate, offset = other_rate, other_offset
+        if row_map != IDENTITY:
+            rate = other_rate / row_map.rate
+            offset += Fraction(row_map.first(0) + row_map.end(1) - 1, 2) / other_rate
+        root, known_rate, known_offset = self._find(value)
         if root == other_root:
             apart = abs(offset - known_offset) * other_rate
             if known_rate != rate:

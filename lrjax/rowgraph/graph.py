@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+import weakref
 from collections.abc import Callable, Collection, Iterable, Sequence
 from fractions import Fraction
 from typing import Any
@@ -105,8 +106,21 @@ class RowGraph:
 
     def column_nodes(self, stage: int) -> list[Node]:
         """Operations on whole values before a stage's row loop."""
+        return self._column_nodes.get(stage, [])
+
+    @functools.cached_property
+    def _column_nodes(self) -> dict[int, list[Node]]:
+        found: dict[int, list[Node]] = {}
+        for node, home in zip(self.nodes, self.stages.home, strict=True):
+            if node.op is None:
+                found.setdefault(home, []).append(node)
+        return found
+
+    @functools.cached_property
+    def made_at(self) -> dict[int, int]:
+        """The stage in which every value is made first."""
         homes = zip(self.nodes, self.stages.home, strict=True)
-        return [node for node, home in homes if node.op is None and home == stage]
+        return {v: home for node, home in homes for v in node.equation.outputs}
 
     @property
     def fallbacks(self) -> list[Node]:
@@ -121,14 +135,23 @@ class RowGraph:
         return self.program.avals[value].shape[self.row_axis[value]]
 
 
+Accepts = Callable[[FlatEquation, RowOp], str | None]
+
+
+def accept_all(equation: FlatEquation, op: RowOp) -> str | None:
+    """Every row operation runs by rows."""
+    del equation, op
+    return None
+
+
 def build(
     program: FlatProgram,
     in_axes: Sequence[int | None],
-    accepts: Callable[[FlatEquation, RowOp], str | None] = lambda equation, op: None,
+    accepts: Accepts = accept_all,
     *,
     budget: float = math.inf,
 ) -> RowGraph:
-    """Type the program and cut it into stages.
+    """Type the program and cut it into stages; done once for as long as the program lives.
 
     Args:
       program: the flat program.
@@ -136,6 +159,20 @@ def build(
       accepts: names a reason to run a row operation column-wise all the same, or None.
       budget: bytes that may exist whole while a row loop runs; see ``cut_into_stages``.
     """
+    known = _BUILT.setdefault(program, {})
+    key = tuple(in_axes), accepts, budget
+    if key not in known:
+        known[key] = _built(program, *key)
+    return known[key]
+
+
+# A graph does not refer to the program that it was built from.
+_BUILT: weakref.WeakKeyDictionary[FlatProgram, dict[Any, RowGraph]] = weakref.WeakKeyDictionary()
+
+
+def _built(
+    program: FlatProgram, in_axes: Sequence[int | None], accepts: Accepts, budget: float
+) -> RowGraph:
     typer = _Typer(program, in_axes, accepts)
     for equation in program.equations:
         typer.add(equation)
@@ -197,7 +234,7 @@ class _Typer:
         self,
         program: FlatProgram,
         in_axes: Sequence[int | None],
-        accepts: Callable[[FlatEquation, RowOp], str | None],
+        accepts: Accepts,
     ):
         self.program = program
         self.accepts = accepts

@@ -47,7 +47,7 @@ def split(
       ValueError: for a name that the program does not have, names that are not in order, or too
         many segments.
     """
-    row_axis = build(program, axes).row_axis if cuts else {}
+    row_axis = dict(build(program, axes).row_axis) if cuts else {}
     row_axis.update({v: a for v, a in zip(program.inputs, axes, strict=True) if a is not None})
     depends = _depends_on_rows(program, row_axis)
     if isinstance(cuts, int):

@@ -15,8 +15,9 @@ from __future__ import annotations
 import bisect
 import dataclasses
 import functools
+import itertools
 import math
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -105,8 +106,9 @@ class Problem:
         return _latest_stages(self, _earliest_stages(self))
 
     @functools.cached_property
-    def cuts(self) -> MinimumCuts:
-        return MinimumCuts(self, self.home)
+    def boundaries(self) -> _Boundaries:
+        """What is known of the boundaries between stages, shared by all budgets."""
+        return _Boundaries(self)
 
     def bytes_of(self, values: Collection[int]) -> int:
         """Bytes of row values."""
@@ -121,80 +123,137 @@ def cut_into_stages(problem: Problem, budget: float = math.inf) -> Stages:
       budget: bytes that may exist whole while a row loop runs: what it reads, what it gives and
         what later ones read. More is held only where no exchange rate helps.
     """
-    home = problem.home
-    boundaries = _Boundaries(problem, home, budget)
-    count = 1 + max(home, default=0)
+    boundaries = problem.boundaries
+    count = boundaries.count
     crossing: list[frozenset[int]] = [frozenset()] * count
     for stage in reversed(range(count - 1)):
-        crossing[stage] = boundaries.crossing(stage, crossing[stage + 1])
+        crossing[stage] = boundaries.crossing(stage, crossing[stage + 1], budget)
     members, made_whole = [], []
     for stage in range(count):
         before = crossing[stage - 1] if stage else frozenset()
-        targets = (crossing[stage] - before) | boundaries.outputs_at(stage)
-        members.append(_members(problem.operations, home, stage, targets, before))
+        targets = (crossing[stage] - before) | boundaries.outputs_at[stage]
+        members.append(boundaries.members(stage, targets, before))
         made_whole.append(targets)
-    return Stages(home, tuple(members), tuple(crossing), tuple(made_whole))
+    return Stages(problem.home, tuple(members), tuple(crossing), tuple(made_whole))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Demand:
+    """What a boundary must offer whatever is held behind it.
+
+    Attributes:
+      whole: values that column operations behind it take.
+      wanted: values that the stage behind it reads.
+      free: values that exist whole in any case.
+      outputs: outputs of the program that are made up to the stage behind it.
+      input_bytes: bytes of the inputs that are read behind it.
+    """
+
+    whole: frozenset[int]
+    wanted: frozenset[int]
+    free: frozenset[int]
+    outputs: frozenset[int]
+    input_bytes: int
 
 
 class _Boundaries:
-    """What every boundary must offer, and what it holds."""
+    """What every boundary between stages must offer, and what it holds under a budget."""
 
-    def __init__(self, problem: Problem, home: Sequence[int], budget: float):
-        self.problem, self.budget = problem, budget
-        self.cuts = problem.cuts
+    def __init__(self, problem: Problem):
+        self.problem, self.home = problem, problem.home
+        self.count = count = 1 + max(self.home, default=0)
         size = problem.size
-        count = 1 + max(home, default=0)
-        located = list(zip(home, problem.operations, strict=True))
+        located = list(zip(self.home, problem.operations, strict=True))
         self.made_in = {v: stage for stage, o in located for v in o.outputs if v in size}
         self.read: list[set[int]] = [set() for _ in range(count)]
         self.read_whole: list[set[int]] = [set() for _ in range(count)]
         self.last_use = dict.fromkeys(problem.input_size, 0)
-        for stage, operation in located:
+        self.producer: dict[int, int] = {}  # of what row operations make, reductions excluded
+        self.reductions: list[list[int]] = [[] for _ in range(count)]
+        for i, (stage, operation) in enumerate(located):
             (self.read if operation.by_rows else self.read_whole)[stage].update(operation.inputs)
             self.last_use.update((v, stage) for v in operation.inputs if v in self.last_use)
+            if operation.by_rows and operation.is_reduction:
+                self.reductions[stage].append(i)
+            elif operation.by_rows:
+                self.producer.update(dict.fromkeys(operation.outputs, i))
+        outputs: list[set[int]] = [set() for _ in range(count)]
+        for v in problem.outputs & self.made_in.keys():
+            outputs[self.made_in[v]].add(v)
+        self.outputs_at = tuple(map(frozenset, outputs))
+        self.known_members: dict[Any, tuple[int, ...]] = {}  # answers; several budgets ask the same
+
+    @functools.cached_property
+    def cuts(self) -> MinimumCuts:
+        return MinimumCuts(self.problem, self.home)
 
     def _made_by(self, values: Collection[int], stage: int) -> set[int]:
-        return {v for v in values if v in self.made_in and self.made_in[v] <= stage}
+        made_in, later = self.made_in, self.count
+        return {v for v in values if made_in.get(v, later) <= stage}
 
-    def outputs_at(self, stage: int) -> frozenset[int]:
-        return frozenset(v for v in self.problem.outputs if self.made_in.get(v) == stage)
+    @functools.cached_property
+    def demands(self) -> list[_Demand]:
+        """Per boundary, what it must offer whatever is held behind it."""
+        found = []
+        for stage in range(self.count - 1):
+            whole = self._made_by(self.read_whole[stage + 1], stage)
+            inputs = [v for v, last in self.last_use.items() if last > stage]
+            found.append(
+                _Demand(
+                    whole=frozenset(whole),
+                    wanted=frozenset(self._made_by(self.read[stage + 1], stage) | whole),
+                    free=frozenset(self._made_by(self.problem.outputs, stage) | whole),
+                    outputs=frozenset(self._made_by(self.problem.outputs, stage + 1)),
+                    input_bytes=sum(self.problem.input_size[v] for v in inputs),
+                )
+            )
+        return found
 
-    def crossing(self, stage: int, after: frozenset[int]) -> frozenset[int]:
+    def crossing(self, stage: int, after: frozenset[int], budget: float) -> frozenset[int]:
         """Values to hold between ``stage`` and the next, behind which ``after`` are held."""
-        whole = self._made_by(self.read_whole[stage + 1], stage)
-        wanted = self._made_by(self.read[stage + 1] | after, stage) | whole
-        free = self._made_by(self.problem.outputs, stage) | whole
-        outputs = self._made_by(self.problem.outputs, stage + 1)
-        inputs = [v for v, last in self.last_use.items() if last > stage]
-        others = sum(self.problem.input_size[v] for v in inputs)
+        demand = self.demands[stage]
+        wanted = demand.wanted | self._made_by(after, stage)
 
-        def at(rate: float) -> frozenset[int]:
-            return self.cuts.cheapest(stage, wanted, free, rate) | whole
+        def at(rate: int) -> frozenset[int]:
+            found = self.cuts.cheapest(stage, wanted, demand.free, EXCHANGE_RATES[rate])
+            return found | demand.whole
 
-        def fits(rate: float) -> bool:
-            return self.problem.bytes_of(at(rate) | after | outputs) + others <= self.budget
+        def fits(rate: int) -> bool:
+            held = self.problem.bytes_of(at(rate) | after | demand.outputs)
+            return held + demand.input_bytes <= budget
 
-        return at(EXCHANGE_RATES[bisect.bisect_left(EXCHANGE_RATES[:-1], True, key=fits)])
+        return at(_first(fits, len(EXCHANGE_RATES) - 1))
+
+    def members(
+        self, stage: int, targets: frozenset[int], whole: frozenset[int]
+    ) -> tuple[int, ...]:
+        """Row operations that give the own reductions and ``targets`` from what is ``whole``."""
+        question = stage, targets, whole
+        if question not in self.known_members:
+            self.known_members[question] = self._members(*question)
+        return self.known_members[question]
+
+    def _members(
+        self, stage: int, targets: frozenset[int], whole: frozenset[int]
+    ) -> tuple[int, ...]:
+        found = set(self.reductions[stage])
+        stack = [*found]
+        stack += {self.producer[v] for v in targets if v in self.producer}
+        found.update(stack)
+        while stack:
+            for v in self.problem.operations[stack.pop()].inputs:
+                if v not in whole and v in self.producer and self.producer[v] not in found:
+                    found.add(self.producer[v])
+                    stack.append(self.producer[v])
+        return tuple(sorted(found))
 
 
-def _members(
-    operations: Sequence[Operation],
-    home: Sequence[int],
-    stage: int,
-    targets: Collection[int],
-    whole: Collection[int],
-) -> tuple[int, ...]:
-    """Row operations that give the stage's reductions and ``targets`` from what is ``whole``."""
-    needed, found = set(targets), []
-    for i in reversed(range(len(operations))):
-        operation = operations[i]
-        if not operation.by_rows:
-            continue
-        own_reduction = operation.is_reduction and home[i] == stage
-        if own_reduction or (not operation.is_reduction and needed.intersection(operation.outputs)):
-            found.append(i)
-            needed.update(v for v in operation.inputs if v not in whole)
-    return tuple(reversed(found))
+def _first(is_enough: Callable[[int], bool], last: int) -> int:
+    """The first number that is enough, or ``last``; low ones are tried first, as most often do."""
+    low, high = 0, 0  # all below ``low`` are not enough
+    while high < last and not is_enough(high):
+        low, high = high + 1, min(2 * high + 1, last)
+    return low + bisect.bisect_left(range(low, high), True, key=is_enough)
 
 
 def _earliest_stages(problem: Problem) -> list[int]:
@@ -250,75 +309,143 @@ class MinimumCuts:
     again wants its inputs (never violated) and costs its price.
     """
 
-    INFINITE = 2**30
-    SOURCE, SINK = 0, 1
-
     def __init__(self, problem: Problem, home: Sequence[int]):
         self.problem = problem
-        self.vertex = {v: 2 + i for i, v in enumerate(problem.size)}
-        self.first_operation = 2 + len(self.vertex)
-        edges = list(self._edges(home))  # none where nothing that is made by rows is used
-        columns = zip(*edges, strict=True) if edges else ((),) * 6
+        # Vertices are numbered by stages, so that a boundary's network is the first of them.
+        self.vertex: dict[int, int] = {}
+        self.again: dict[int, int] = {}
+        self.vertices: list[int] = []  # how many there are up to each stage
+        operations: list[list[int]] = [[] for _ in range(1 + max(home, default=0))]
+        for i, stage in enumerate(home):
+            operations[stage].append(i)
+        number = itertools.count(2)
+        for own in operations:
+            for i in own:
+                self.again[i] = next(number)
+                made = problem.operations[i].outputs
+                self.vertex.update((v, next(number)) for v in made if v in problem.size)
+            self.vertices.append(2 + len(self.again) + len(self.vertex))
+        edges = np.array([*self._edges(home)]).reshape(-1, 6)
+        order = np.lexsort((edges[:, 1], edges[:, 0]))
+        tail, head, self.bytes, self.flops, stage, held = edges[order].T
+        self.tail, self.head = tail.astype(np.int32), head.astype(np.int32)
+        self.stage, self.held = stage.astype(int), held.astype(int)
         self.known: dict[Any, frozenset[int]] = {}  # answers; several budgets ask the same
-        self.tail, self.head, self.bytes, self.flops, self.stage, self.held = map(np.array, columns)
+        self.network: tuple[Any, _Network | None] = ((), None)  # of the last question
 
     def _edges(self, home: Sequence[int]) -> Iterator[tuple[int, int, float, float, int, int]]:
         """Tail, head, cost in bytes and in operations, stage, and the value held."""
         for i, operation in enumerate(self.problem.operations):
-            again = self.first_operation + i
+            again = self.again[i]
             made = [v for v in operation.outputs if v in self.vertex]
             if not made:
                 continue
-            # Something for every operation, so that nothing is done again for nothing.
+            # A unit cost breaks ties against recomputation.
             never = math.inf if self.problem.kept.intersection(made) else 0.0
-            yield again, self.SINK, never, 1.0 + operation.flops, home[i], -1
+            yield again, SINK, never, 1.0 + operation.flops, home[i], -1
             for v in made:
                 yield self.vertex[v], again, float(self.problem.size[v]), 0.0, home[i], v
-            for v in operation.inputs:
+            for v in dict.fromkeys(operation.inputs):
                 if v in self.vertex:
                     yield again, self.vertex[v], math.inf, 0.0, home[i], -1
 
     def cheapest(
-        self, stage: int, wanted: set[int], free: set[int], operations_per_byte: float
+        self,
+        stage: int,
+        wanted: frozenset[int],
+        free: frozenset[int],
+        operations_per_byte: float,
     ) -> frozenset[int]:
         """Values to hold across the boundary behind ``stage``; those in ``free`` cost nothing."""
-        question = stage, frozenset(wanted), frozenset(free), operations_per_byte
-        if question not in self.known:
-            self.known[question] = self._cheapest(stage, wanted, free, operations_per_byte)
-        return self.known[question]
-
-    def _cheapest(
-        self, stage: int, wanted: set[int], free: set[int], operations_per_byte: float
-    ) -> frozenset[int]:
         if not wanted:
             return frozenset()
-        cost = self.bytes + self.flops / operations_per_byte
-        pinned = self.problem.never_held.union(self.problem.pinned.get(stage, ()))
-        cost[np.isin(self.held, list(pinned))] = math.inf
-        cost[np.isin(self.held, list(free))] = 0.0
-        kept = (self.stage <= stage) & (cost > 0)
-        demand = np.array([self.vertex[v] for v in wanted])
-        tails = np.concatenate([self.tail[kept], np.full(len(demand), self.SOURCE)])
-        heads = np.concatenate([self.head[kept], demand])
-        costs = np.concatenate([cost[kept], np.full(len(demand), math.inf)])
-        reached = self._behind_minimum_cut(tails, heads, costs)
-        is_value = (self.held >= 0) & (self.stage <= stage)
-        crosses = is_value & reached[self.tail] & ~reached[self.head]
-        return frozenset(map(int, self.held[crosses]))
+        boundary = stage, wanted, free
+        question = boundary, operations_per_byte
+        if question not in self.known:
+            if self.network[0] != boundary:
+                self.network = boundary, self._network(stage, wanted, free)
+            network = self.network[1]
+            assert network is not None
+            self.known[question] = frozenset(network.cut(operations_per_byte))
+        return self.known[question]
 
-    def _behind_minimum_cut(
-        self, tails: np.ndarray, heads: np.ndarray, costs: np.ndarray
-    ) -> np.ndarray:
-        """Vertices on the source's side of the minimum cut."""
-        finite = np.isfinite(costs)
-        scale = self.INFINITE / 4 / max(float(np.sum(costs[finite])), 1.0)
-        scaled = np.maximum(np.where(finite, costs, 0.0) * scale, 1)
-        capacity = np.where(finite, scaled, self.INFINITE).astype(np.int32)
-        vertices = self.first_operation + len(self.problem.operations)
-        network = csr_array((capacity, (tails, heads)), shape=(vertices, vertices))
-        residual = network - maximum_flow(network, self.SOURCE, self.SINK).flow
+    def _network(self, stage: int, wanted: Collection[int], free: Collection[int]) -> _Network:
+        """The flow network of a boundary, for all exchange rates."""
+        pinned = self.problem.never_held.union(self.problem.pinned.get(stage, ()))
+        in_bytes = np.where(self._is_one_of(pinned), math.inf, self.bytes)
+        in_bytes[self._is_one_of(free)] = 0.0
+        kept = self.stage <= stage
+        demand = sorted(self.vertex[v] for v in wanted)
+
+        def edges(demanded: float, others: np.ndarray) -> np.ndarray:
+            return np.concatenate([np.full(len(demand), demanded, others.dtype), others[kept]])
+
+        return _Network(
+            self.vertices[stage],
+            tail=edges(SOURCE, self.tail),
+            head=np.concatenate([np.array(demand, self.head.dtype), self.head[kept]]),
+            in_bytes=edges(math.inf, in_bytes),
+            in_operations=edges(0.0, self.flops),
+            held=edges(-1, self.held),
+        )
+
+    def _is_one_of(self, values: Collection[int]) -> np.ndarray:
+        """Whether the value held at each edge (-1 for none) is among ``values``."""
+        found = np.zeros(self.largest + 2, bool)
+        found[[v for v in values if v in self.vertex]] = True
+        return found[self.held]
+
+    @functools.cached_property
+    def largest(self) -> int:
+        """The largest number of a value."""
+        return max(self.vertex, default=0)
+
+
+INFINITE = 2**30
+SOURCE, SINK = 0, 1
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Network:
+    """A flow network whose edges cost bytes and operations: a minimum cut for every exchange rate.
+
+    Attributes:
+      vertices: how many.
+      tail, head: of every edge, in this order.
+      in_bytes, in_operations: what it costs.
+      held: the value that is held where the cut crosses it, or -1.
+    """
+
+    vertices: int
+    tail: np.ndarray
+    head: np.ndarray
+    in_bytes: np.ndarray
+    in_operations: np.ndarray
+    held: np.ndarray
+
+    @functools.cached_property
+    def is_finite(self) -> np.ndarray:
+        return np.isfinite(self.in_bytes + self.in_operations)
+
+    @functools.cached_property
+    def starts(self) -> np.ndarray:
+        """Number of the first edge of every vertex."""
+        return np.searchsorted(self.tail, np.arange(self.vertices + 1)).astype(np.int32)
+
+    def cut(self, operations_per_byte: float) -> list[int]:
+        """The values held on the minimum cut nearest to the source."""
+        costs = np.where(
+            self.is_finite, self.in_bytes + self.in_operations / operations_per_byte, 0
+        )
+        scale = INFINITE / 4 / max(float(np.sum(costs)), 1.0)
+        least = np.minimum(np.ceil(costs), 1)  # what costs something costs a unit
+        capacity = np.where(self.is_finite, np.maximum(costs * scale, least), INFINITE)
+        structure = self.head, self.starts
+        network = csr_array((capacity.astype(np.int32), *structure), shape=(self.vertices,) * 2)
+        residual = network - maximum_flow(network, SOURCE, SINK).flow
         residual.data[residual.data < 0] = 0
         residual.eliminate_zeros()
-        reached = np.zeros(vertices, bool)
-        reached[breadth_first_order(residual, self.SOURCE, return_predecessors=False)] = True
-        return reached
+        reached = np.zeros(self.vertices, bool)
+        reached[breadth_first_order(residual, SOURCE, return_predecessors=False)] = True
+        crosses = (self.held >= 0) & reached[self.tail] & ~reached[self.head]
+        return self.held[crosses].tolist()

@@ -104,13 +104,14 @@ def _must_not_copy(loop: RowLoop, index: int) -> bool:
 
 def _worth_copying(loop: RowLoop, late: set[tuple[int, int]], allowed: float) -> set[int]:
     """Nodes to do again late, with ``allowed`` operations."""
-    wanted = {loop.nodes[n].equation.inputs[operand] for n, operand in late}
+    read = {loop.nodes[n].equation.inputs[operand] for n, operand in late}
+    wanted = frozenset(v for v in read if isinstance(v, int))
     problem = _problem(loop, late)
     cuts = MinimumCuts(problem, [0] * len(loop.nodes))
 
     def copies(rate: float) -> set[int]:
-        held = cuts.cheapest(0, {v for v in wanted if isinstance(v, int)}, set(), rate)
-        needed = {v for v in wanted if v not in held}
+        held = cuts.cheapest(0, wanted, frozenset(), rate)
+        needed = set(wanted - held)
         found: set[int] = set()
         for i in reversed(range(len(loop.nodes))):
             if needed.intersection(loop.nodes[i].equation.outputs):

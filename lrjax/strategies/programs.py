@@ -15,6 +15,7 @@ from typing import Any
 import jax
 
 from lrjax.loop import engine
+from lrjax.loop.full_after import latest_of
 from lrjax.loop.rowloop import Order, RowLoop, row_loop
 from lrjax.program.comparisons import simpler_comparisons
 from lrjax.program.inline import flatten
@@ -42,7 +43,7 @@ class RowProgram:
 
         Nothing that loops start with exists before the arrays ``after``.
         """
-        run = functools.partial(engine.run_loop, after=after)
+        run = functools.partial(engine.run_loop, after=latest_of(after))
         return engine.run_graph(self.graph, self.loops, inputs, run, hosted)
 
 

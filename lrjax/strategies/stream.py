@@ -20,12 +20,13 @@ from lrjax.loop.offload import instantiated, is_on_host, scaled
 from lrjax.program.compatibility import checkpoint
 from lrjax.program.inline import FlatProgram, evaluate, flatten, function_of
 from lrjax.program.varying import struct_like, varying_axes, varying_over
-from lrjax.rowgraph.graph import RowGraph
+from lrjax.rowgraph.graph import RowGraph, build
 from lrjax.rowgraph.segments import Segment
 from lrjax.rules.base import Array
 from lrjax.rules.dependence import has_custom_vjp, output_dependences
 from lrjax.rules.linearity import Dependence
 from lrjax.strategies.base import NOTHING_HOSTED, TOP_DOWN, Function, Strategy
+from lrjax.strategies.one_pass import gradient_waits
 from lrjax.strategies.programs import Axes, Residuals, RowPrograms, row_program, traced_graph
 from lrjax.strategies.residuals import residuals
 
@@ -211,6 +212,8 @@ def _value_and_gradient(program: FlatProgram, axes: Axes, wrt: Sequence[int]) ->
         return None
     if not all(varying_axes(out) <= varying_axes(program.structs[i]) for i in wrt):
         return None  # the gradient is a sum over devices, of products with a cotangent of each
+    if gradient_waits(build(program, axes), wrt):
+        return None
 
     def both(cotangent: Any, *inputs: Any) -> Any:
         function, moving = function_of(program, wrt, inputs)
