@@ -32,27 +32,18 @@ def _clamped(start: Any, most: int) -> Any:
     return lax.clamp(start.dtype.type(0), start, start.dtype.type(most))
 
 
-def _shifted(
-    rows: Array, start: Any, size: int, axis: int, fill: Any, bounds: tuple[int, int]
-) -> Array:
-    """``size`` rows from ``start`` on, where rows outside are ``fill``.
+def _shifted(rows: Array, start: Any, size: int, axis: int, fill: Any) -> Array:
+    """``size`` rows from ``start`` on, where rows outside are ``fill``; any start is allowed.
 
-    ``bounds`` are the extremes of the start: no more rows are filled than they ask for.
+    Filling no more rows than the starts ask for takes XLA:GPU no less memory, and once took more
+    (U-Net with batch statistics, 2 x 512 x 512, 16 blocks: 635 MiB against 627).
     """
     count = rows.shape[axis]
-    above, below = max(-bounds[0], 0), max(bounds[1] + size - count, 0)
-    low, high = min(above, size), min(below, size)
-
-    def edge(height: int) -> list[Array]:
-        shape = (*rows.shape[:axis], height, *rows.shape[axis + 1 :])
-        return [jnp.full(shape, fill, rows.dtype)] if height else []
-
-    pieces = [*edge(low), rows, *edge(high)]
-    padded = pieces[0] if len(pieces) == 1 else lax.concatenate(pieces, axis)
-    start = start + low
-    if (low, high) != (above, below):
-        start = _clamped(start, low + count + high - size)
-    return slice_rows(padded, start, size, axis)
+    shape = list(rows.shape)
+    shape[axis] = size
+    edge = jnp.full(shape, fill, rows.dtype)
+    padded = lax.concatenate([edge, rows, edge], axis)
+    return slice_rows(padded, _clamped(start + size, count + size), size, axis)
 
 
 def read_rows(
@@ -63,11 +54,9 @@ def read_rows(
     if bounds[0] >= 0 and bounds[1] + size <= height:
         return slice_rows(array, start, size, axis)
     count = min(size, height)
-    last = height - count
-    inside = _clamped(start, last)
+    inside = _clamped(start, height - count)
     rows = slice_rows(array, inside, count, axis)
-    within = min(bounds[0], 0), max(bounds[1] - last, 0)
-    return _shifted(rows, start - inside, size, axis, fill, within)
+    return _shifted(rows, start - inside, size, axis, fill)
 
 
 def write_rows(
@@ -87,11 +76,9 @@ def write_rows(
             rows = combine(slice_rows(array, start, size, axis), rows)
         return put_rows(array, beside(rows, array), start, axis)
     count = min(size, height)
-    last = height - count
-    inside = _clamped(start, last)
+    inside = _clamped(start, height - count)
     old = slice_rows(array, inside, count, axis)
-    within = min(last - bounds[1], 0), max(-bounds[0], 0)
-    new = _shifted(rows, inside - start, count, axis, 0, within)
+    new = _shifted(rows, inside - start, count, axis, 0)
     position = lax.iota(np.int32, count) + inside
     kept = (position >= start) & (position < start + size)
     mask = lax.broadcast_in_dim(kept, new.shape, (axis,))
