@@ -68,6 +68,11 @@ class TrainingCall:
         return params, images, {k: v for k, v in variables.items() if k != "params"}
 
 
-def training_call(name: str, dtype: Any = jnp.float64) -> TrainingCall:
+def training_call(
+    name: str, dtype: Any = jnp.float64, *, num_classes: int | None = None
+) -> TrainingCall:
+    """A model's call; a number of classes of its own for one that classifies images."""
     model = MODELS[name].clone(dtype=dtype, param_dtype=dtype)
+    if num_classes is not None and not name.startswith("unet"):
+        model = model.clone(num_classes=num_classes)
     return TrainingCall(model, SHAPES.get(name, IMAGES))
