@@ -10,7 +10,7 @@ bfloat16, batch 1, gradient of mean(y**2) with respect to the parameters. Three 
 - ``compile``: what the row loops cost in compile time.
 
 The answers, per version of jax, go to ``results/vgg16_memory.json`` and, as tables, ``.md``;
-``tests/test_memory_claims.py`` asserts the limits given here.
+``tests/memory/test_claims.py`` asserts the limits given here.
 """
 
 import argparse

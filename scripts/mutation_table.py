@@ -28,13 +28,13 @@ class Mutation:
     select: str = ""
 
 
-GEOMETRY = ("tests/test_geometry.py",)
-SCHEDULE = ("tests/test_schedule.py",)
-STRATEGIES = ("tests/test_strategies.py",)
-RULES = ("tests/test_custom_rules.py",)
+GEOMETRY = ("tests/rules/test_geometry.py",)
+SCHEDULE = ("tests/loop/test_schedule.py",)
+STRATEGIES = ("tests/strategies/test_strategies.py",)
+RULES = ("tests/rowgraph/test_custom_rules.py",)
 FACADES = ("tests/test_facades.py",)
 CHECKER = ("tests/test_checker.py",)
-CONTRACTS = ("tests/test_rule_contracts.py",)
+CONTRACTS = ("tests/rules/test_rule_contracts.py",)
 PLANS = ("tests/planner/test_plan_value.py",)
 # Of the named geometries, in order of what they cost.
 STREAM = "same_as_column and stream and resnet"
@@ -74,7 +74,7 @@ ROW_MAPS = (
         "lrjax/rules/banded.py",
         "low, high - low + 1)",
         "low, max(high - low, 1))",
-        ("tests/test_rules_banded.py",),
+        ("tests/rules/test_banded.py",),
         "resize",
     ),
 )
@@ -119,7 +119,7 @@ SCHEDULES = (
         "return self.copy_of[value]\n\n    def fresh",
         "like = [c for c in self.copy_of.values() if self.avals[c] == self.avals[value]]\n"
         "        return max(like)\n\n    def fresh",
-        ("tests/test_late.py",),
+        ("tests/strategies/test_late.py",),
         "same_as_column",
     ),
 )
@@ -149,7 +149,7 @@ LINE_BUFFERS = (
         "lrjax/loop/line_buffers.py",
         "(self.step + count - age) % count",
         "(self.step + count - age - 1) % count",
-        ("tests/test_line_buffers.py",),
+        ("tests/loop/test_line_buffers.py",),
     ),
     Mutation(
         "ring-order",
@@ -157,7 +157,7 @@ LINE_BUFFERS = (
         "lrjax/loop/line_buffers.py",
         "range(ceil_div(back, rows) - 1, (back - size) // rows - 1, -1)",
         "range((back - size) // rows, ceil_div(back, rows))",
-        ("tests/test_line_buffers.py",),
+        ("tests/loop/test_line_buffers.py",),
     ),
     Mutation(
         "fill-of-empty-lines",
@@ -174,7 +174,7 @@ LINE_BUFFERS = (
         "lrjax/loop/full_after.py",
         "lax.select(never, other, usual)",
         "lax.select(never, usual, other)",
-        ("tests/test_full_after.py",),
+        ("tests/loop/test_full_after.py",),
     ),
 )
 
@@ -185,7 +185,7 @@ MASKS = (
         "lrjax/loop/rowloop.py",
         "return fill is not None and fill != self.production_fill.get(source.value)",
         "return False",
-        ("tests/test_rules_windows.py", *STRATEGIES),
+        ("tests/rules/test_windows.py", *STRATEGIES),
         "pooling_of_pooling or (same_as_column and stream and (resnet or skip))",
     ),
     Mutation(
@@ -212,7 +212,7 @@ MASKS = (
         "lrjax/rules/windows.py",
         "return lowest(dtype) if is_maximum",
         "return 0 if is_maximum",
-        ("tests/test_rules_windows.py",),
+        ("tests/rules/test_windows.py",),
         "test_padding",
     ),
     Mutation(
@@ -221,7 +221,7 @@ MASKS = (
         "lrjax/rules/convolution.py",
         "reads=(RowRead(row_map, spec.lhs_spec[2 + dim], fill=0), None)",
         "reads=(RowRead(row_map, spec.lhs_spec[2 + dim], fill=1), None)",
-        ("tests/test_rules_convolution.py",),
+        ("tests/rules/test_convolution.py",),
         "test_padding",
     ),
     Mutation(
@@ -230,7 +230,7 @@ MASKS = (
         "lrjax/rules/reduction.py",
         '"max": lowest(dtype),',
         '"max": 0,',
-        ("tests/test_rules_reduction.py",),
+        ("tests/rules/test_reduction.py",),
         "one_side_of_zero",
     ),
     Mutation(
@@ -239,7 +239,7 @@ MASKS = (
         "lrjax/rules/windows.py",
         "reads=(RowRead(windows_of, axis, fill=0)",
         "reads=(RowRead(windows_of, axis)",
-        ("tests/test_rules_windows.py",),
+        ("tests/rules/test_windows.py",),
         "before_a_convolution",
     ),
     Mutation(
@@ -297,7 +297,7 @@ SUMS = (
         "return jnp.promote_types(dtype, jnp.float32) if jnp.issubdtype(dtype, jnp.inexact) "
         "else dtype",
         "return dtype",
-        ("tests/test_rules_reduction.py",),
+        ("tests/rules/test_reduction.py",),
         "accumulated_in_float32",
     ),
     Mutation(
@@ -306,7 +306,7 @@ SUMS = (
         "lrjax/loop/engine.py",
         '"max": jnp.maximum,',
         '"max": jnp.add,',
-        ("tests/test_rules_reduction.py",),
+        ("tests/rules/test_reduction.py",),
         "over_rows",
     ),
     Mutation(
@@ -315,7 +315,7 @@ SUMS = (
         "lrjax/strategies/tiled.py",
         'if op.reduction in ("max", "min", "prod"):',
         'if op.reduction in ("min", "prod"):',
-        ("tests/test_rules_reduction.py",),
+        ("tests/rules/test_reduction.py",),
         "over_rows",
     ),
 )
@@ -391,7 +391,7 @@ GRADIENTS = (
         "lrjax/loop/engine.py",
         "finished[v] = sums[v].astype(loop.graph.program.avals[v].dtype)",
         "finished[v] = sums[v]",
-        ("tests/test_rules_reduction.py",),
+        ("tests/rules/test_reduction.py",),
         "accumulated_in_float32",
     ),
     Mutation(
@@ -457,7 +457,7 @@ STAGES = (
         "lrjax/rowgraph/stages.py",
         "whole_from[v] = stage + 1 if operation.by_rows else stage",
         "whole_from[v] = stage",
-        ("tests/test_stages.py",),
+        ("tests/rowgraph/test_stages.py",),
     ),
     Mutation(
         "cut-drops-a-value",
@@ -465,7 +465,7 @@ STAGES = (
         "lrjax/rowgraph/stages.py",
         "return self.held[crosses].tolist()",
         "return self.held[crosses][1:].tolist()",
-        ("tests/test_stages.py",),
+        ("tests/rowgraph/test_stages.py",),
     ),
     Mutation(
         "cut-ignored",
@@ -473,7 +473,7 @@ STAGES = (
         "lrjax/rowgraph/segments.py",
         "own + _is_tag(equation, names)) for v",
         "own) for v",
-        ("tests/test_nested_cuts.py",),
+        ("tests/strategies/test_nested_cuts.py",),
         "not_kept",
     ),
     Mutation(
@@ -482,7 +482,7 @@ STAGES = (
         "lrjax/transform.py",
         "if len(parts) > 1:",
         "if len(parts) > 9:",
-        ("tests/test_nested_cuts.py",),
+        ("tests/strategies/test_nested_cuts.py",),
         "not_kept",
     ),
 )
@@ -565,7 +565,7 @@ OPTIONS = (
         "lrjax/plan.py",
         "micro_batches *= found.parts",
         "micro_batches *= 1",
-        ("tests/test_strategy_objects.py",),
+        ("tests/strategies/test_strategy_objects.py",),
         "disguise or plans",
     ),
     Mutation(
@@ -574,7 +574,7 @@ OPTIONS = (
         "lrjax/strategies/column.py",
         "if taken else checkpoint(function)",
         "if taken else function",
-        ("tests/test_strategy_objects.py",),
+        ("tests/strategies/test_strategy_objects.py",),
         "disguise",
     ),
     Mutation(
@@ -583,7 +583,7 @@ OPTIONS = (
         "lrjax/options.py",
         "if refusal is not None:",
         'if refusal == "":',
-        ("tests/test_strategy_objects.py",),
+        ("tests/strategies/test_strategy_objects.py",),
         "refused",
     ),
     Mutation(
@@ -639,7 +639,7 @@ RULES_OF_PRIMITIVES = (
         "lrjax/rules/random.py",
         "coordinate + jnp.asarray(rows.start).astype(np.uint32)",
         "coordinate + jnp.asarray(rows.start).astype(np.uint32) * np.uint32(0)",
-        ("tests/test_rules_random.py",),
+        ("tests/rules/test_random.py",),
     ),
     Mutation(
         "iota-of-the-block",
@@ -647,7 +647,7 @@ RULES_OF_PRIMITIVES = (
         "lrjax/rules/shape.py",
         'if params["dimension"] == axis:\n            block = block',
         'if params["dimension"] == axis + 9:\n            block = block',
-        ("tests/test_rules_shape.py",),
+        ("tests/rules/test_shape.py",),
         "test_row_local",
     ),
     Mutation(
@@ -656,7 +656,7 @@ RULES_OF_PRIMITIVES = (
         "lrjax/rules/shape.py",
         "(position >= start).reshape(along)",
         "(position > start).reshape(along)",
-        ("tests/test_rules_banded.py",),
+        ("tests/rules/test_banded.py",),
         "rows_above or edges",
     ),
     Mutation(
@@ -674,7 +674,7 @@ RULES_OF_PRIMITIVES = (
         "lrjax/rules/shape.py",
         "RowMap(stride=stride, pad=-start)",
         "RowMap(stride=stride)",
-        ("tests/test_rules_shape.py",),
+        ("tests/rules/test_shape.py",),
         "test_along_rows",
     ),
     Mutation(
@@ -683,7 +683,7 @@ RULES_OF_PRIMITIVES = (
         "lrjax/rules/shape.py",
         "if math.prod(new_sizes[:out_axis]) == before",
         "if math.prod(new_sizes[:out_axis]) >= before",
-        ("tests/test_rules_shape.py",),
+        ("tests/rules/test_shape.py",),
         "not_row_local",
     ),
     Mutation(
@@ -692,7 +692,7 @@ RULES_OF_PRIMITIVES = (
         "lrjax/rules/shape.py",
         "if target == axis and operand.shape[source] != 1:",
         "if target == axis and operand.shape[source] < 1:",
-        ("tests/test_rules_shape.py", "tests/test_rules_elementwise.py"),
+        ("tests/rules/test_shape.py", "tests/rules/test_elementwise.py"),
         "coordinates or broadcasting",
     ),
     Mutation(
@@ -701,7 +701,7 @@ RULES_OF_PRIMITIVES = (
         "lrjax/rules/convolution.py",
         'extent=(kernel - 1) * params["rhs_dilation"][dim] + 1',
         "extent=kernel",
-        ("tests/test_rules_convolution.py",),
+        ("tests/rules/test_convolution.py",),
         "test_kernel_dilation",
     ),
     Mutation(
@@ -710,7 +710,7 @@ RULES_OF_PRIMITIVES = (
         "lrjax/rules/convolution.py",
         'extent = (outputs - 1) * params["window_strides"][dim] + 1',
         "extent = outputs",
-        ("tests/test_rules_convolution.py",),
+        ("tests/rules/test_convolution.py",),
         "test_kernel_dilation",
     ),
     Mutation(
@@ -719,7 +719,7 @@ RULES_OF_PRIMITIVES = (
         "lrjax/rules/windows.py",
         "low, high = operand_map.first(0), rows.count - operand_map.end(rows.count)",
         "low, high = operand_map.first(0) + 1, rows.count - operand_map.end(rows.count) - 1",
-        ("tests/test_rules_windows.py",),
+        ("tests/rules/test_windows.py",),
         "size_and_stride or test_padding",
     ),
     Mutation(
@@ -728,7 +728,7 @@ RULES_OF_PRIMITIVES = (
         "lrjax/rules/banded.py",
         "return np.clip(rows, 0, height - 1)",
         "return np.clip(rows, 0, height - 2)",
-        ("tests/test_rules_banded.py",),
+        ("tests/rules/test_banded.py",),
         "constant_indices",
     ),
     Mutation(
@@ -737,7 +737,7 @@ RULES_OF_PRIMITIVES = (
         "lrjax/rules/banded.py",
         "scaled[outputs, tap] = weights[order]",
         "scaled[outputs, tap] = weights[order[::-1]]",
-        ("tests/test_rules_banded.py",),
+        ("tests/rules/test_banded.py",),
         "resize",
     ),
     Mutation(
@@ -746,7 +746,7 @@ RULES_OF_PRIMITIVES = (
         "lrjax/program/constants.py",
         'return _digest("array", array.shape, array.dtype, np.asarray(array).tobytes())',
         'return _digest("array", array.shape, array.dtype)',
-        ("tests/test_rules_banded.py",),
+        ("tests/rules/test_banded.py",),
         "two_sets",
     ),
     Mutation(
@@ -757,7 +757,7 @@ RULES_OF_PRIMITIVES = (
         '        raise NotRowLocal(f"{equation.primitive.name} along rows")',
         'if equation.params["axis"] < 0:\n'
         '        raise NotRowLocal(f"{equation.primitive.name} along rows")',
-        ("tests/test_rules_elementwise.py",),
+        ("tests/rules/test_elementwise.py",),
         "along_rows",
     ),
 )
@@ -841,7 +841,7 @@ CALLS = (
         "lrjax/rowgraph/branches.py",
         "[run(body) for body in bodies]",
         "[run(body) for body in bodies[::-1]]",
-        ("tests/test_rules_control.py",),
+        ("tests/rules/test_control.py",),
         "branches_row_by_row",
     ),
 )
@@ -871,7 +871,7 @@ PROGRAMS = (
         "lrjax/program/inline.py",
         'for step in reversed(range(length)) if params["reverse"] else range(length):',
         "for step in range(length):",
-        ("tests/test_rules_control.py",),
+        ("tests/rules/test_control.py",),
         "scan_over_layers",
     ),
     Mutation(
@@ -889,7 +889,7 @@ PROGRAMS = (
         "lrjax/program/comparisons.py",
         "elif equation.primitive is lax.gt_p and",
         "elif equation.primitive in (lax.gt_p, lax.ge_p) and",
-        ("tests/test_rules_elementwise.py",),
+        ("tests/rules/test_elementwise.py",),
         "test_unary and (signs or masks)",
     ),
     Mutation(
@@ -898,7 +898,7 @@ PROGRAMS = (
         "lrjax/program/extremes.py",
         "wins = lax.ge if primitive is lax.max_p",
         "wins = lax.gt if primitive is lax.max_p",
-        ("tests/test_extremes.py",),
+        ("tests/program/test_extremes.py",),
         "same_as_column and ties",
     ),
 )

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Format, lint, layers, types and the whole test suite, slow tests included, in this checkout's own .venv.
-# Arguments go to pytest: `bash scripts/test.sh tests/test_vgg.py -k gap`.
+# Arguments go to pytest: `bash scripts/test.sh tests/models/test_vgg.py -k gap`.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source scripts/venv.sh

@@ -15,12 +15,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from rule_cases import WITHOUT_CASES, cases
 
 from lrjax.loop.engine import _COMBINE
 from lrjax.rules.base import Rows, highest, lowest, registered
 from lrjax.rules.geometry import IDENTITY
 from lrjax.rules.reduction import identity_of
-from rule_cases import WITHOUT_CASES, cases
 
 pytestmark = pytest.mark.usefixtures("x64")
 

@@ -7,7 +7,7 @@ import pytest
 
 from lrjax.program.compatibility import _primitives_by_name, primitive, primitives
 
-ROOT = Path(__file__).parents[1] / "lrjax"
+ROOT = Path(__file__).parents[2] / "lrjax"
 # Rules; names of primitives without a public object; the operations of XLA's programs.
 HOME = ("rules/", "program/compatibility.py", "memory/", "roofline/")
 # Names of primitives that are words for other things here: kinds of reductions, keys, options.

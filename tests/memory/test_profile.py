@@ -134,7 +134,7 @@ class TestRowLoops:
     def test_source_lines_are_the_functions_own(self):
         way = lrjax.rowwise(two_convolutions, in_axes=(None, 1), num_blocks=8)
         profile = memory.profile(jax.grad(way), *CONVOLUTIONS, target="cpu")
-        here = [b for b in profile.at_peak() if "test_memory_profile.py:" in b.source]
+        here = [b for b in profile.at_peak() if "test_profile.py:" in b.source]
         assert sum(b.bytes for b in here) >= 0.5 * (profile.peak_bytes - profile.argument_bytes)
 
 

@@ -30,7 +30,7 @@ from lrjax.strategies import (
 )
 from lrjax.testing import assert_same_as_column
 
-PAGE = Path(__file__).parents[1] / "docs" / "add-a-strategy.md"
+PAGE = Path(__file__).parents[2] / "docs" / "add-a-strategy.md"
 IN_AXES = (None, 1)
 
 

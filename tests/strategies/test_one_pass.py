@@ -5,12 +5,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import lax
-from lrjax.strategies.programs import traced_graph
 
 from lrjax.program.inline import function_of
 from lrjax.rowgraph.graph import build
 from lrjax.rowgraph.tracing import trace
 from lrjax.strategies.one_pass import gradient_waits
+from lrjax.strategies.programs import traced_graph
 
 IMAGES = jnp.ones((2, 16, 8, 3))
 KERNEL = jnp.ones((3, 3, 3, 4))

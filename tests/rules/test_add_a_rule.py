@@ -17,7 +17,7 @@ from lrjax.rules import register, registered
 from lrjax.rules.dependence import output_dependences
 from lrjax.rules.linearity import ADDITIVE
 
-PAGE = Path(__file__).parents[1] / "docs" / "add-a-rule.md"
+PAGE = Path(__file__).parents[2] / "docs" / "add-a-rule.md"
 
 pytestmark = pytest.mark.usefixtures("x64")
 
