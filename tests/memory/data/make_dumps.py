@@ -1,6 +1,6 @@
 """Write the samples that the tests of the dump reader read: one small gradient, three compilers.
 
-    python tests/memory/data/make_dumps.py  # with jax[cuda13] and libtpu, under every version of JAX
+    python tests/memory/data/make_dumps.py  # jax[cuda13] and libtpu, under every version of JAX
 
 A sample is XLA's ``HloProto`` after optimisation, gzipped: ``<target>-jax<version>.hlo.pb.gz``.
 """
