@@ -9,6 +9,7 @@ saved for all steps, so 2PS holds more the more blocks there are.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
@@ -111,7 +112,7 @@ def _differentiable_loop(loop: RowLoop, values: Values, hosted: Collection[int] 
 
     def backward(residuals: Residuals, cotangents: Values) -> tuple[dict[int, Any]]:
         inputs, lines = residuals.arrays
-        bars = _reverse_loop(loop, inputs, lines, cotangents, residuals.static)
+        bars = _ReverseLoop(loop, inputs, cotangents, residuals.static).run(lines)
         return ({v: bars.get(v) for v in names},)
 
     call.defvjp(forward, backward, symbolic_zeros=True)
@@ -150,76 +151,110 @@ def _inexact(values: dict[Any, Any]) -> dict[Any, Any]:
     return {k: v for k, v in values.items() if jnp.issubdtype(v.dtype, jnp.inexact)}
 
 
-def _reverse_loop(
-    loop: RowLoop, values: Values, saved: Values, cotangents: Values, perturbed: frozenset[int]
-) -> Values:
-    """Walk the steps in reverse: halo gradients flow to the step above through the line buffers."""
-    clock = clock_of(loop)
-    avals = loop.graph.program.avals
-    moving_arrays = [v for v in _inexact(values) if v in loop.arrays and v in perturbed]
-    full = full_after(cotangents.values())
-    cotangents = {v: instantiated(ct) for v, ct in cotangents.items()}
-    array_bars = {v: full_like(full, values[v]) for v in moving_arrays}
-    wholes = {v: values[v] for v in loop.wholes}
-    moving_wholes = {v: a for v, a in _inexact(wholes).items() if v in perturbed}
-    readers = {v: reader_of(loop, v) for v in moving_wholes}
-    whole_bars = {}
-    for v, a in moving_wholes.items():
-        with readers[v].origin():
-            whole_bars[v] = full_like(full, a, dtype=engine.accumulator_dtype(a.dtype))
-    moving_windows = {(s.node, s.operand): s for s in loop.sliced if s.value in array_bars}
+@functools.partial(
+    jax.tree_util.register_dataclass, data_fields=["lines", "arrays", "wholes"], meta_fields=[]
+)
+@dataclasses.dataclass(frozen=True)
+class Cotangents:
+    """What a reverse loop has when a step is done, and gives to the step above.
 
-    def step(carry: Any, row_and_lines: Any) -> Any:
-        line_bars, array_bars, whole_bars = carry
-        row, lines = row_and_lines
-        now = clock.at(row)
-        windows = engine.slice_windows(loop, now, values)
+    Attributes:
+      lines: of rows that this step found in line buffers.
+      arrays: of arrays that are read by rows, as far as steps have read them.
+      wholes: of values that every step reads whole, summed over steps.
+    """
+
+    lines: Values
+    arrays: Values
+    wholes: Values
+
+
+class _ReverseLoop:
+    """Walks the steps in reverse: halo gradients flow to the step above through the line buffers.
+
+    Args:
+      loop: whose steps are differentiated.
+      values: the arrays it reads.
+      cotangents: of its outputs.
+      perturbed: the arrays whose cotangents are wanted.
+    """
+
+    def __init__(
+        self, loop: RowLoop, values: Values, cotangents: Values, perturbed: frozenset[int]
+    ):
+        self.loop, self.values, self.clock = loop, values, clock_of(loop)
+        self.full = full_after(cotangents.values())
+        self.cotangents = {v: instantiated(ct) for v, ct in cotangents.items()}
+        self.moving_arrays = [v for v in _inexact(values) if v in loop.arrays and v in perturbed]
+        self.wholes = {v: values[v] for v in loop.wholes}
+        self.moving_wholes = {v: a for v, a in _inexact(self.wholes).items() if v in perturbed}
+        self.readers = {v: reader_of(loop, v) for v in self.moving_wholes}
+        read = [s for s in loop.sliced if s.value in self.moving_arrays]
+        self.moving_windows = {(s.node, s.operand): s for s in read}
+
+    def run(self, saved: Values) -> Values:
+        """Cotangents of the arrays, from the line buffers that every step started with."""
+        scanned = (self.clock.table(), saved)
+        found, _ = lax.scan(self.step, self.start(saved), scanned, reverse=True)
+        return self.finished(found)
+
+    def start(self, saved: Values) -> Cotangents:
+        arrays = {v: full_like(self.full, self.values[v]) for v in self.moving_arrays}
+        wholes = {}
+        for v, a in self.moving_wholes.items():
+            with self.readers[v].origin():
+                wholes[v] = full_like(self.full, a, dtype=engine.accumulator_dtype(a.dtype))
+        lines = {v: full_like(self.full, x, shape=x.shape[1:]) for v, x in _inexact(saved).items()}
+        return Cotangents(lines, arrays, wholes)
+
+    def step(self, below: Cotangents, row_and_lines: Any) -> tuple[Cotangents, None]:
+        loop, (row, lines) = self.loop, row_and_lines
+        now = self.clock.at(row)
+        windows = engine.slice_windows(loop, now, self.values)
 
         def function(lines_in: Values, windows_in: Any, wholes_in: Values) -> Any:
-            result = engine.run_step(
-                loop, now, {**lines, **lines_in}, {**windows, **windows_in}, {**wholes, **wholes_in}
-            )
+            inputs = {**lines, **lines_in}, {**windows, **windows_in}, {**self.wholes, **wholes_in}
+            result = engine.run_step(loop, now, *inputs)
             return _inexact(result.lines), _inexact(result.rows), _inexact(result.partial)
 
-        moving = {name: windows[name] for name in moving_windows}
-        outputs, pull = jax.vjp(function, _inexact(lines), moving, moving_wholes)
-        row_bars = {v: _owned_rows(loop, now, v, cotangents[v]) for v in outputs[1]}
-        sum_bars = {v: cotangents[v].astype(x.dtype) for v, x in outputs[2].items()}
-        line_bars, window_bars, partial = pull((line_bars, row_bars, sum_bars))
-        for name, source in moving_windows.items():
-            array_bars = {
-                **array_bars,
-                source.value: write_rows(
-                    array_bars[source.value],
-                    window_bars[name],
-                    now["window", *name],
-                    source.read.axis,
-                    now.bounds(("window", *name)),
-                    jnp.add,
-                ),
-            }
+        moving = {name: windows[name] for name in self.moving_windows}
+        outputs, pull = jax.vjp(function, _inexact(lines), moving, self.moving_wholes)
+        row_bars = {v: _owned_rows(loop, now, v, self.cotangents[v]) for v in outputs[1]}
+        sum_bars = {v: self.cotangents[v].astype(x.dtype) for v, x in outputs[2].items()}
+        line_bars, window_bars, partial = pull((below.lines, row_bars, sum_bars))
+        arrays = self.with_windows(below.arrays, window_bars, now)
         added = {}
-        for v, bar in whole_bars.items():
-            with readers[v].origin():
+        for v, bar in below.wholes.items():
+            with self.readers[v].origin():
                 added[v] = bar + partial[v].astype(bar.dtype)
-        return (line_bars, array_bars, added), None
+        return Cotangents(line_bars, arrays, added), None
 
-    start = (
-        {v: full_like(full, x, shape=x.shape[1:]) for v, x in _inexact(saved).items()},
-        array_bars,
-        whole_bars,
-    )
-    scanned = (clock.table(), saved)
-    (_, array_bars, whole_bars), _ = lax.scan(step, start, scanned, reverse=True)
-    bars = {}
-    for v, bar in whole_bars.items():
-        with readers[v].origin():
-            bars[v] = bar.astype(avals[v].dtype)
-    for v, bar in array_bars.items():
-        bars[v] = bars[v] + bar if v in bars else bar
-        if is_on_host(values[v]):
-            bars[v] = to_host(bars[v], loop.graph.row_axis[v])
-    return bars
+    def with_windows(self, arrays: Values, window_bars: Any, now: Clock) -> Values:
+        """The cotangents of whole arrays with those of a step's windows added."""
+        found = {**arrays}
+        for name, source in self.moving_windows.items():
+            found[source.value] = write_rows(
+                found[source.value],
+                window_bars[name],
+                now["window", *name],
+                source.read.axis,
+                now.bounds(("window", *name)),
+                jnp.add,
+            )
+        return found
+
+    def finished(self, found: Cotangents) -> Values:
+        """In the values' own precision, and memory."""
+        avals = self.loop.graph.program.avals
+        bars = {}
+        for v, bar in found.wholes.items():
+            with self.readers[v].origin():
+                bars[v] = bar.astype(avals[v].dtype)
+        for v, bar in found.arrays.items():
+            bars[v] = bars[v] + bar if v in bars else bar
+            if is_on_host(self.values[v]):
+                bars[v] = to_host(bars[v], self.loop.graph.row_axis[v])
+        return bars
 
 
 def _owned_rows(loop: RowLoop, clock: Clock, value: int, cotangent: Array) -> Array:

@@ -9,19 +9,26 @@ from rich.console import Console
 from lrjax.app.commands import options
 from lrjax.app.commands.console import DOES_NOT_FIT, app, console, stop
 
+Function = Annotated[
+    str | None, typer.Argument(metavar="[MODULE:FUNCTION]", help="What to profile.")
+]
+Arguments = Annotated[
+    str, typer.Option(help='Its arguments, "f32[8,128] bf16[3]", or JSON for pytrees of such.')
+]
+Model = Annotated[
+    str | None, typer.Option(help="Instead: loss and gradient of a network, such as vgg16.")
+]
+ListTargets = Annotated[
+    bool, typer.Option("--list-targets", help="List the devices and what they need.")
+]
+Time = Annotated[bool, typer.Option("--time", help="Step time too, by a roofline of the program.")]
+
 
 @app.command()
 def memory(
-    function: Annotated[
-        str | None, typer.Argument(metavar="[MODULE:FUNCTION]", help="What to profile.")
-    ] = None,
-    args: Annotated[
-        str,
-        typer.Option(help='Its arguments, "f32[8,128] bf16[3]", or JSON for pytrees of such.'),
-    ] = "",
-    model: Annotated[
-        str | None, typer.Option(help="Instead: loss and gradient of a network, such as vgg16.")
-    ] = None,
+    function: Function = None,
+    args: Arguments = "",
+    model: Model = None,
     image: options.Image = "1024",
     batch: options.Batch = 1,
     dtype: options.Dtype = "f32",
@@ -33,15 +40,11 @@ def memory(
     cuts: options.Cuts = None,
     micro_batches: options.MicroBatches = 1,
     target: options.Target = None,
-    list_targets: Annotated[
-        bool, typer.Option("--list-targets", help="List the devices and what they need.")
-    ] = False,
+    list_targets: ListTargets = False,
     png: Annotated[Path | None, typer.Option(help="Draw the timeline.")] = None,
     html: Annotated[Path | None, typer.Option(help="Write the timeline as a page.")] = None,
     json: Annotated[Path | None, typer.Option(help="Write the whole profile.")] = None,
-    time: Annotated[
-        bool, typer.Option("--time", help="Step time too, by a roofline of the program.")
-    ] = False,
+    time: Time = False,
     top: Annotated[int, typer.Option(help="Rows of each table.")] = 12,
 ) -> None:
     """What a program needs of a device's memory, and what for; nothing runs.
