@@ -115,11 +115,11 @@ SCHEDULES = (
     Mutation(
         "wrong-copy",
         "a late reader gets the copy of another value of the same type",
-        "lrjax/strategies/late.py",
+        "lrjax/strategies/rematerialisation.py",
         "return self.copy_of[value]\n\n    def fresh",
         "like = [c for c in self.copy_of.values() if self.avals[c] == self.avals[value]]\n"
         "        return max(like)\n\n    def fresh",
-        ("tests/strategies/test_late.py",),
+        ("tests/strategies/test_rematerialisation.py",),
         "same_as_column",
     ),
 )
@@ -171,10 +171,10 @@ LINE_BUFFERS = (
     Mutation(
         "loops-start-with-other",
         "sums and line buffers begin with the value that no number should give",
-        "lrjax/loop/full_after.py",
+        "lrjax/loop/dependent_fill.py",
         "lax.select(never, other, usual)",
         "lax.select(never, usual, other)",
-        ("tests/loop/test_full_after.py",),
+        ("tests/loop/test_dependent_fill.py",),
     ),
 )
 

@@ -1,5 +1,6 @@
 """What the documents say is what the scripts print."""
 
+import ast
 import re
 import runpy
 import subprocess
@@ -43,6 +44,19 @@ def test_the_walk_from_the_call_to_the_loop_meets_files_that_exist():
     assert len(set(walk)) == len(walk)
     for path in walk:
         assert (ROOT / "lrjax" / path).is_file(), path
+
+
+def test_functions_fit_a_screen_and_files_a_reader():
+    for path in sorted((ROOT / "lrjax").rglob("*.py")):
+        source = path.read_text()
+        assert source.count("\n") <= 500, path
+        for node in ast.walk(ast.parse(source)):
+            if isinstance(node, ast.FunctionDef):
+                documented = ast.get_docstring(node) is not None
+                start = node.body[0].end_lineno if documented else node.lineno
+                signature = node.body[0].lineno - node.lineno if documented else 0
+                length = node.end_lineno - start + signature
+                assert length <= 60, f"{path}: {node.name} has {length} lines"
 
 
 @pytest.mark.slow

@@ -18,7 +18,7 @@ from jax import lax
 
 from lrjax.loop.blocks import read_rows, write_rows
 from lrjax.loop.clock import Clock, clock_of
-from lrjax.loop.full_after import Full, full_after, full_like
+from lrjax.loop.dependent_fill import Full, full_depending_on, full_like
 from lrjax.loop.line_buffers import (
     AtHand,
     Ring,
@@ -316,7 +316,7 @@ def start_of(
 ) -> tuple[Values, Values, Values]:
     """Line buffers, row outputs and sums before the first step."""
     latest = () if loop.latest_input is None else (values[loop.latest_input],)
-    full = full_after((*latest, *after))
+    full = full_depending_on((*latest, *after))
     return empty_lines(loop, full), empty_outputs(loop, full, hosted), empty_sums(loop, full)
 
 

@@ -13,7 +13,7 @@ from jax import lax
 
 from lrjax.loop.blocks import put_rows, slice_rows
 from lrjax.loop.clock import Clock
-from lrjax.loop.full_after import Full, full_like
+from lrjax.loop.dependent_fill import Full, full_like
 from lrjax.loop.rowloop import RowLoop
 from lrjax.program.inline import FlatEquation
 from lrjax.program.varying import varying_axes, varying_over

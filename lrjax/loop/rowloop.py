@@ -201,10 +201,12 @@ class RowLoop:
         chosen = {v: next(iter(fills)) for v, fills in wanted.items() if len(fills) == 1}
         if not self.is_differentiated:
             return chosen
-        return self.wild | {v: fill for v, fill in chosen.items() if np.isfinite(fill)}
+        return self.possibly_not_finite | {
+            v: fill for v, fill in chosen.items() if np.isfinite(fill)
+        }
 
     @functools.cached_property
-    def wild(self) -> dict[int, int]:
+    def possibly_not_finite(self) -> dict[int, int]:
         """Values whose rows outside the image could turn a cotangent of zero into NaN.
 
         They are set to 1 as they are made, which also stops cotangents there: what operations with

@@ -22,11 +22,11 @@ MIB = 2**20
 # A plan that uses this much of the budget is not improved further.
 WELL_USED = 0.85
 # How far above a plan's peak its prediction may lie, for the plan to be tried all the same.
-HOPE = 1.4
-_HOPE_STEP = 1.04
+MOST_OVERPREDICTED = 1.4
+_OVERPREDICTION_STEP = 1.04
 # Compilations that may fail while a plan that fits is improved, but for plans that are much faster
 # than one that leaves much of the budget.
-_VAIN = 2
+_MOST_FAILURES = 2
 # Operations that a faster plan must save, as a fraction.
 _WORTHWHILE = 2e-3
 # Where the budget is well used, plans are tried that save this fraction of all operations; last,
@@ -162,7 +162,7 @@ class Prover:
           BudgetTooSmallError: there is none.
         """
         budget = min(limits.budget, self.room)
-        is_close = self.model.peak_bytes(self.column) <= HOPE * budget
+        is_close = self.model.peak_bytes(self.column) <= MOST_OVERPREDICTED * budget
         if is_close:
             self.verify(self.column, on_progress)
             if self.fits(self.column, budget):
@@ -171,9 +171,9 @@ class Prover:
         best = self.best_known(limits)
         # A plan that another budget left here may be more frugal than it must.
         worthwhile = 0.0
-        hoped, vain, last = budget, 0, self.compilations + most_compilations
+        hoped, failures, last = budget, 0, self.compilations + most_compilations
         is_bold = False
-        while self.compilations < last and vain < _VAIN:
+        while self.compilations < last and failures < _MOST_FAILURES:
             budget = min(budget, self.room)
             limits = dataclasses.replace(limits, budget=budget)
             is_well_used = best is not None and self.verified[best.steps] >= WELL_USED * budget
@@ -187,13 +187,13 @@ class Prover:
                 if is_well_used and is_bold:
                     break
                 is_bold = is_well_used
-                hoped = _BOLD * budget if is_well_used else hoped * _HOPE_STEP
-                if hoped > HOPE * budget:
+                hoped = _BOLD * budget if is_well_used else hoped * _OVERPREDICTION_STEP
+                if hoped > MOST_OVERPREDICTED * budget:
                     break
                 continue
             peak = self.verify(found, on_progress)
             if self.fits(found, budget):
-                best, hoped, vain, is_bold = found, budget, 0, False
+                best, hoped, failures, is_bold = found, budget, 0, False
             elif is_bold:
                 break
             else:
@@ -202,7 +202,7 @@ class Prover:
                     # Until something as fast fits, what has not been tried is believed to be as
                     # far off.
                     hoped = min(hoped, budget * max(self.predicted[found.steps] / peak, 0.5))
-                vain += is_well_used or not is_much_faster
+                failures += is_well_used or not is_much_faster
         if best is None:
             best = self.smallest(limits, on_progress)
             if not self.fits(best, budget):

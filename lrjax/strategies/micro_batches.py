@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from lrjax.loop.full_after import full_after, full_like
+from lrjax.loop.dependent_fill import full_depending_on, full_like
 from lrjax.loop.offload import (
     beside,
     empty_on_host,
@@ -232,7 +232,7 @@ def by_micro_batches(own: DividedSegment, function: Function) -> Function:
             results = function(*inputs_of(inputs, index))
             return [_put(a, r, own, index) for a, r in zip(arrays, results, strict=True)], None
 
-        full = full_after(inputs[i] for i in own.divided)
+        full = full_depending_on(inputs[i] for i in own.divided)
         empty = [full_like(full, out) for out in outputs]
         return lax.scan(one, empty, jnp.arange(own.parts))[0]
 
@@ -262,7 +262,7 @@ def by_micro_batches(own: DividedSegment, function: Function) -> Function:
             }
             return added, None
 
-        full = full_after(cotangents)
+        full = full_depending_on(cotangents)
         start = {}
         for i in moving:
             shape, dtype = structs[i].shape, _sum_dtype(own, i)

@@ -15,13 +15,13 @@ from typing import Any
 import jax
 
 from lrjax.loop import engine
-from lrjax.loop.full_after import latest_of
+from lrjax.loop.dependent_fill import dependency_on
 from lrjax.loop.rowloop import Order, RowLoop, row_loop
 from lrjax.program.comparisons import simpler_comparisons
 from lrjax.program.inline import flatten
 from lrjax.rowgraph.graph import RowGraph, build, size_bytes
 from lrjax.rules.base import Array
-from lrjax.strategies.late import with_late_copies
+from lrjax.strategies.rematerialisation import with_rematerialised_reads
 
 Axes = Sequence[int | None]
 
@@ -43,7 +43,7 @@ class RowProgram:
 
         Nothing that loops start with exists before the arrays ``after``.
         """
-        run = functools.partial(engine.run_loop, after=latest_of(after))
+        run = functools.partial(engine.run_loop, after=dependency_on(after))
         return engine.run_graph(self.graph, self.loops, inputs, run, hosted)
 
 
@@ -82,7 +82,7 @@ def row_program(
     # What a step that is differentiated reads again, it recomputes anyway.
     if not is_differentiated and num_blocks > 1:
         for stage in graph.loops:
-            graph = with_late_copies(graph, stage, loop_of)
+            graph = with_rematerialised_reads(graph, stage, loop_of)
     loops = [
         loop_of(graph, stage) if members else None
         for stage, members in enumerate(graph.stages.members)

@@ -21,7 +21,7 @@ from jax import lax
 from lrjax.loop import engine
 from lrjax.loop.blocks import read_rows, write_rows
 from lrjax.loop.clock import Clock, clock_of
-from lrjax.loop.full_after import full_after, full_like
+from lrjax.loop.dependent_fill import full_depending_on, full_like
 from lrjax.loop.line_buffers import Values, reader_of
 from lrjax.loop.offload import instantiated, is_on_host, to_host
 from lrjax.loop.rowloop import Order, RowLoop
@@ -183,7 +183,7 @@ class _ReverseLoop:
         self, loop: RowLoop, values: Values, cotangents: Values, perturbed: frozenset[int]
     ):
         self.loop, self.values, self.clock = loop, values, clock_of(loop)
-        self.full = full_after(cotangents.values())
+        self.full = full_depending_on(cotangents.values())
         self.cotangents = {v: instantiated(ct) for v, ct in cotangents.items()}
         self.moving_arrays = [v for v in _inexact(values) if v in loop.arrays and v in perturbed]
         self.wholes = {v: values[v] for v in loop.wholes}

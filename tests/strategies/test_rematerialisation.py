@@ -8,7 +8,7 @@ from jax import lax
 
 from experiments import vgg16_stack
 from lrjax.rowgraph.tracing import trace
-from lrjax.strategies import late
+from lrjax.strategies import rematerialisation
 from lrjax.strategies.stream import stream_programs
 from lrjax.testing import assert_same_as_column
 
@@ -55,7 +55,7 @@ def operations(loop):
 def test_wide_values_are_done_again_from_the_image(monkeypatch):
     args = arguments()
     with_copies = only_loop(deep, args, 15)
-    monkeypatch.setattr(late, "LATE_OPERATIONS", (0,))
+    monkeypatch.setattr(rematerialisation, "EXTRA_OPERATIONS", (0,))
     without = only_loop(deep, args, 15)
     assert with_copies.line_bytes < 0.75 * without.line_bytes
     assert operations(without) < operations(with_copies) <= 1.1 * operations(without)
@@ -65,7 +65,7 @@ def test_wide_values_are_done_again_from_the_image(monkeypatch):
 @pytest.mark.parametrize("share", [0.02, 0.1, 1.0])
 @pytest.mark.parametrize("num_blocks", [2, 15, 61])
 def test_same_as_column(share, num_blocks, monkeypatch):
-    monkeypatch.setattr(late, "LATE_OPERATIONS", (share,))
+    monkeypatch.setattr(rematerialisation, "EXTRA_OPERATIONS", (share,))
     args = arguments()
     assert len(only_loop(deep, args, 61).nodes) > 80
     assert_same_as_column(deep, args, (None, 1), num_blocks=num_blocks)
@@ -74,9 +74,9 @@ def test_same_as_column(share, num_blocks, monkeypatch):
 @pytest.mark.parametrize("share", [0.02, 0.1, 0.3])
 def test_operations_stay_within_the_share(share, monkeypatch):
     args = vgg16_stack.structs(512, 512, jnp.bfloat16)
-    monkeypatch.setattr(late, "LATE_OPERATIONS", (0,))
+    monkeypatch.setattr(rematerialisation, "EXTRA_OPERATIONS", (0,))
     without = operations(only_loop(vgg16_stack.loss, args, 64))
-    monkeypatch.setattr(late, "LATE_OPERATIONS", (share,))
-    monkeypatch.setattr(late, "WORTH_OPERATIONS", 0)
+    monkeypatch.setattr(rematerialisation, "EXTRA_OPERATIONS", (share,))
+    monkeypatch.setattr(rematerialisation, "WORTH_OPERATIONS", 0)
     found = operations(only_loop(vgg16_stack.loss, args, 64))
     assert without < found <= (1 + share) * without

@@ -24,7 +24,7 @@ from lrjax.rules.base import Array
 Full = Callable[[tuple[int, ...], Any, Any], Array]  # shape, fill, dtype
 
 
-def latest_of(arrays: Iterable[Any]) -> list[Array]:
+def dependency_on(arrays: Iterable[Any]) -> list[Array]:
     """A number that does not exist before all of these arrays do; nothing where there are none.
 
     What has no elements to wait for is passed over: symbolic zeros, random keys, empty arrays.
@@ -37,12 +37,12 @@ def latest_of(arrays: Iterable[Any]) -> list[Array]:
     return [jnp.stack(elements).min()] if elements else []
 
 
-def full_after(arrays: Iterable[Any]) -> Full:
-    """``jnp.full``, of arrays that do not exist before all of these do.
+def full_depending_on(arrays: Iterable[Any]) -> Full:
+    """``jnp.full`` with a data dependency on ``arrays``, so that XLA cannot make it earlier.
 
-    With nothing to wait for (see ``latest_of``), and of random keys, it is ``jnp.full``.
+    With nothing to wait for (see ``dependency_on``), and of random keys, it is ``jnp.full``.
     """
-    latest = latest_of(arrays)
+    latest = dependency_on(arrays)
     if not latest:
         return jnp.full
     # No number lies below minus infinity.

@@ -12,7 +12,7 @@ from jax.ad_checkpoint import checkpoint_name
 import lrjax
 from lrjax import memory
 from lrjax.loop import engine
-from lrjax.loop.full_after import full_after
+from lrjax.loop.dependent_fill import full_depending_on
 from lrjax.rules.reduction import identity_of
 from lrjax.strategies import micro_batches, tiled
 from lrjax.testing import assert_same_as_column
@@ -44,7 +44,9 @@ ARRAYS = {
     ],
 )
 def test_the_values_are_those_of_full(name, fill, dtype):
-    made = jax.jit(lambda array: full_after([ARRAYS["ordinary"], array])((2, 3), fill, dtype))
+    made = jax.jit(
+        lambda array: full_depending_on([ARRAYS["ordinary"], array])((2, 3), fill, dtype)
+    )
     found = made(ARRAYS[name])
     assert found.dtype == dtype
     np.testing.assert_array_equal(found, np.full((2, 3), fill, dtype))
@@ -53,7 +55,7 @@ def test_the_values_are_those_of_full(name, fill, dtype):
 @pytest.mark.parametrize("dtype", [np.uint8, np.uint32])
 def test_unsigned_all_ones(dtype):
     fill = identity_of("and", np.dtype(dtype))
-    found = full_after([ARRAYS["ordinary"]])((2,), fill, dtype)
+    found = full_depending_on([ARRAYS["ordinary"]])((2,), fill, dtype)
     np.testing.assert_array_equal(found, np.full(2, np.iinfo(dtype).max, dtype))
 
 
@@ -61,9 +63,9 @@ def test_what_has_no_numbers_is_passed_over():
     keys = jax.random.split(jax.random.key(0), 2)
     nothing = [keys, np.zeros((0, 3), np.float32), np.zeros(2, jax.dtypes.float0)]
     for arrays in (nothing, [*nothing, ARRAYS["nan"]]):
-        found = full_after(arrays)((2,), 1, np.float32)
+        found = full_depending_on(arrays)((2,), 1, np.float32)
         np.testing.assert_array_equal(found, np.ones(2, np.float32))
-        assert full_after(arrays)((2,), 0, keys.dtype).dtype == keys.dtype
+        assert full_depending_on(arrays)((2,), 0, keys.dtype).dtype == keys.dtype
 
 
 IMAGE = np.random.default_rng(0).random((2, 17, 4, 3), np.float32)
@@ -119,7 +121,7 @@ def peaks(monkeypatch, fun, channels, size, dtype, target, **options):
 
     late = peak()
     for module in (engine, tiled, micro_batches):
-        monkeypatch.setattr(module, "full_after", lambda arrays: jnp.full)
+        monkeypatch.setattr(module, "full_depending_on", lambda arrays: jnp.full)
     return late, peak()
 
 

@@ -1,4 +1,4 @@
-"""Rows done again late, instead of waiting in a line buffer.
+"""Rows recomputed just before a second reader, instead of waiting in a line buffer.
 
 In a gradient, a forward value has readers at two times: the next layer at once, the layer's own
 gradient when the cotangents have come back, a round trip later. Until then its rows wait in a line
@@ -23,7 +23,7 @@ from lrjax.rowgraph.stages import MinimumCuts, Operation, Problem
 
 # Shares of a loop's operations that may be done again, and how many percent the line buffers must
 # shrink for every percent of operations.
-LATE_OPERATIONS = (0.02, 0.1)
+EXTRA_OPERATIONS = (0.02, 0.1)
 WORTH_OPERATIONS = 8
 # Copies wait for their own readers; what part of the share is for copies of copies. Little is
 # enough: in a gradient, a map and what an elementwise operation made of it often wait side by side.
@@ -35,7 +35,7 @@ _LATE_ROWS = 8
 _RATES = tuple(2.0 ** (k / 4) for k in range(160, 0, -1))
 
 
-def with_late_copies(
+def with_rematerialised_reads(
     graph: RowGraph, stage: int, loop_of: Callable[[RowGraph, int], RowLoop]
 ) -> RowGraph:
     """The graph, with copies of operations in a stage that run just before late readers.
@@ -49,7 +49,7 @@ def with_late_copies(
     if not _late_sources(first):
         return graph
     found = [first]
-    for share in LATE_OPERATIONS:
+    for share in EXTRA_OPERATIONS:
         loop = first
         for part in (1 - COPIES_OF_COPIES, COPIES_OF_COPIES):
             made = _copied(loop, stage, part * share * _operations(first))
