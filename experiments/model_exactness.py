@@ -14,14 +14,16 @@ In bfloat16 and float16 (parameters too) every array is made of roundings, which
 three classes the distance of the logits from float64's is that of six roundings, by rows 0.7 to 1.5
 times column's from image to image. So there are 256 classes there, and a second table has the
 Euclidean distance of all outputs, and of all gradients, from float64's for the same arguments, by
-rows over column's. The answers go to ``results/model_exactness.json`` and
-``.md``, beside those of models that were measured earlier.
+rows over column's; with ``--draws N`` the root mean square over N draws of the images.
+
+The answers go to ``results/model_exactness.json`` and ``.md``, beside those of models that were
+measured earlier.
 """
 
 import argparse
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")  # small programs, and exactness is not a device's
@@ -72,45 +74,65 @@ def distances(found: testing.Results, truth: testing.Results) -> dict[str, float
     }
 
 
-def measured(name: str, dtype: Any) -> list[dict[str, Any]]:
+def measured(name: str, dtype: Any, draws: int = 1) -> list[dict[str, Any]]:
     """One row per strategy and block count."""
-    is_half = jnp.dtype(dtype).name in testing.HALF_PRECISION
-    num_classes = MANY_CLASSES if is_half else None
-    call = training_call(name, dtype, num_classes=num_classes)
+    if jnp.dtype(dtype).name in testing.HALF_PRECISION:
+        return measured_in_half_precision(name, dtype, draws)
+    call = training_call(name, dtype)
     arguments = call.arguments()
     expected = testing.results(call, arguments)
-    truth = columns_own = columns_distances = None
-    if dtype == jnp.float32 or is_half:
-        wide = jax.tree.map(lambda leaf: leaf.astype(jnp.float64), arguments)
-        truth = testing.results(training_call(name, jnp.float64, num_classes=num_classes), wide)
-        if is_half:
-            columns_distances = distances(expected, truth)
-        else:
-            columns_own = largest_error(expected, truth)
+    truth = columns_own = None
+    if dtype == jnp.float32:
+        truth = testing.results(training_call(name, jnp.float64), widened(arguments))
+        columns_own = largest_error(expected, truth)
+
+    def errors(fun: Any) -> dict[str, Any]:
+        found = testing.results(fun, arguments)
+        own = largest_error(found, truth) if truth else None
+        return {"error": largest_error(found, expected), "own_error": own}
+
+    rows = each_run(call, {"model": name, "dtype": jnp.dtype(dtype).name}, errors)
+    return [{**row, "columns_own_error": columns_own} for row in rows]
+
+
+def measured_in_half_precision(name: str, dtype: Any, draws: int) -> list[dict[str, Any]]:
+    """One row per strategy and block count; distances from float64."""
+    call = training_call(name, dtype, num_classes=MANY_CLASSES)
+    precise = training_call(name, jnp.float64, num_classes=MANY_CLASSES)
+    arguments = [call.arguments(seed) for seed in range(1, 1 + draws)]
+    truths = [testing.results(precise, widened(own)) for own in arguments]
+
+    def away(fun: Any) -> dict[str, float]:
+        pairs = zip(arguments, truths, strict=True)
+        found = [distances(testing.results(fun, own), truth) for own, truth in pairs]
+        return {kind: float(np.sqrt(np.mean([d[kind] ** 2 for d in found]))) for kind in found[0]}
+
+    described = {"model": name, "dtype": jnp.dtype(dtype).name, "draws": draws}
+    rows = each_run(call, described, lambda fun: {"distances": away(fun)})
+    columns = away(call)
+    return [{**row, "columns_distances": columns} for row in rows]
+
+
+def each_run(
+    call: Any, described: dict[str, Any], measure: Callable[[Any], dict[str, Any]]
+) -> list[dict[str, Any]]:
+    """What is measured of a call under every strategy and block count."""
     rows = []
     for strategy, counts in RUNS:
         for num_blocks in counts:
-            row = {
-                "model": name,
-                "dtype": jnp.dtype(dtype).name,
-                "strategy": strategy,
-                "num_blocks": num_blocks,
-                "columns_own_error": columns_own,
-            }
+            row = {**described, "strategy": strategy, "num_blocks": num_blocks}
+            fun = lrjax.rowwise(call, in_axes=IN_AXES, num_blocks=num_blocks, strategy=strategy)
             try:
-                fun = lrjax.rowwise(call, in_axes=IN_AXES, num_blocks=num_blocks, strategy=strategy)
-                found = testing.results(fun, arguments)
-                if is_half:
-                    row["columns_distances"] = columns_distances
-                    row["distances"] = distances(found, truth)
-                else:
-                    row["error"] = largest_error(found, expected)
-                    row["own_error"] = largest_error(found, truth) if truth else None
+                row |= measure(fun)
             except Exception as failure:  # a table of what works says what does not
                 row["failure"] = f"{type(failure).__name__}: {failure}".splitlines()[0]
             rows.append(row)
             print(row, flush=True)
     return rows
+
+
+def widened(arguments: Any) -> Any:
+    return jax.tree.map(lambda leaf: leaf.astype(jnp.float64), arguments)
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
@@ -135,12 +157,12 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def half_precision_table(rows: Sequence[dict[str, Any]]) -> str:
-    header = ["model", "dtype", "strategy", "blocks"]
+    header = ["model", "dtype", "strategy", "blocks", "draws"]
     for kind in ("outputs", "gradients"):
         header += [f"{kind}: rows", "column", "ratio"]
     cells = []
     for row in rows:
-        cell = [row["model"], row["dtype"], row["strategy"], row["num_blocks"]]
+        cell = [row["model"], row["dtype"], row["strategy"], row["num_blocks"], row.get("draws", 1)]
         if "failure" in row:
             cell += [row["failure"], *[""] * 5]
         else:
@@ -165,13 +187,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--models", nargs="+", choices=list(MODELS), default=list(MODELS))
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=["float64", "float32"])
+    parser.add_argument("--draws", type=int, default=1, help="draws of images, in half precision")
     options = parser.parse_args()
     jax.config.update("jax_enable_x64", True)
     rows = [
         row
         for dtype in options.dtypes
         for name in options.models
-        for row in measured(name, jnp.dtype(dtype).type)
+        for row in measured(name, jnp.dtype(dtype).type, options.draws)
     ]
     path = report.RESULTS / "model_exactness.json"
     earlier = json.loads(path.read_text())["rows"] if path.exists() else []

@@ -57,9 +57,9 @@ class TrainingCall:
             rngs={"dropout": jax.random.key(5)},
         )
 
-    def arguments(self) -> tuple[Any, jax.Array, Any]:
-        """Parameters (none of them zero or one), images and running statistics."""
-        images = jax.random.normal(jax.random.key(1), self.shape, self.model.dtype)
+    def arguments(self, seed: int = 1) -> tuple[Any, jax.Array, Any]:
+        """Parameters (none of them zero or one), images of a seed, and running statistics."""
+        images = jax.random.normal(jax.random.key(seed), self.shape, self.model.dtype)
         variables = jax.jit(self.model.init)(jax.random.key(0), images)
         params = jax.tree.map(
             lambda leaf: leaf + 0.05 * jax.random.normal(jax.random.key(3), leaf.shape, leaf.dtype),
