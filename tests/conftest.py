@@ -41,14 +41,21 @@ def pytest_runtest_setup(item):
     compiler.get_compile_options = _default_options if as_users_do else _quick_options
 
 
+def _options_without_fusions(*args: Any, env_options_overrides: Any = None, **others: Any):
+    env_options_overrides = {"xla_disable_hlo_passes": "fusion", **(env_options_overrides or {})}
+    return _default_options(*args, env_options_overrides=env_options_overrides, **others)
+
+
 @pytest.fixture
 def users_compiler():
     """A context in which programs are compiled as users' are, those compiled before too."""
 
     @contextlib.contextmanager
-    def as_users_do():
+    def as_users_do(*, without_fusions: bool = False):
         options = compiler.get_compile_options
-        compiler.get_compile_options = _default_options
+        compiler.get_compile_options = (
+            _options_without_fusions if without_fusions else _default_options
+        )
         jax.clear_caches()
         try:
             yield
