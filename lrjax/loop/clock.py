@@ -17,25 +17,23 @@ from lrjax.rules.masks import rows_inside
 class Clock:
     """Integers that depend on the step, by name: constants stay Python integers.
 
-    Call ``table()`` for the scanned rows and ``at(row)`` inside the loop. Series that differ by a
-    constant share a column of the table, and what is made of a row is made once for all who ask:
-    most operations of a loop advance alike.
+    Call ``table()`` for the scanned rows and ``at(row)`` inside the loop. What is made of a number
+    is made once in a step. Names do not share columns, though many of them advance alike: XLA then
+    merges fusions that read the same numbers, whose results wait for each other (U-Net at 4096x4096
+    in 128 blocks: 1,716 MiB for 1,693).
     """
 
     def __init__(self, series: Mapping[Any, Sequence[int]]):
         self.series = series
-        self.columns: dict[tuple[int, ...], int] = {}
-        self.column: dict[Any, int] = {}
-        for name, values in series.items():
-            moved = tuple(value - values[0] for value in values)
-            if any(moved):
-                self.column[name] = self.columns.setdefault(moved, len(self.columns))
+        varying = [name for name, values in series.items() if len(set(values)) > 1]
+        self.column = {name: i for i, name in enumerate(varying)}
         self.row: jax.Array | None = None
         self.known: dict[Any, jax.Array] = {}
 
     def table(self) -> np.ndarray:
         steps = len(next(iter(self.series.values())))
-        return np.array([*self.columns], np.int32).reshape(len(self.columns), steps).T
+        columns = [self.series[name] for name in self.column]
+        return np.array(columns, np.int32).reshape(len(columns), steps).T
 
     def at(self, row: Any) -> Clock:
         """The clock in one step."""
@@ -51,19 +49,13 @@ class Clock:
         return self.at(self.row)
 
     def __getitem__(self, name: Any) -> Any:
-        column, first = self.key(name)
+        column = self.column.get(name)
         if column is None:
-            return first
-        if (column, first) not in self.known:
-            self.known[column, first] = self._moved(column) + np.int32(first)
-        return self.known[column, first]
-
-    def _moved(self, column: int) -> jax.Array:
-        """How far the series of a column have come since the first step."""
-        if (column, 0) not in self.known:
+            return int(self.series[name][0])
+        if column not in self.known:
             assert self.row is not None
-            self.known[column, 0] = lax.index_in_dim(self.row, column, keepdims=False)
-        return self.known[column, 0]
+            self.known[column] = lax.index_in_dim(self.row, column, keepdims=False)
+        return self.known[column]
 
     def bounds(self, name: Any) -> tuple[int, int]:
         values = self.series[name]
