@@ -4,7 +4,9 @@ import jax
 import jax.numpy as jnp
 import pytest
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 
+import lrjax
 from lrjax import roofline
 from lrjax.roofline import Rates, rates_of, roofline_of
 from lrjax.roofline.hlo import parse
@@ -129,6 +131,39 @@ def test_a_copy_to_the_host_takes_the_links_time():
     assert found.kernels[0].seconds == 6 * 4.0
 
 
+# As XLA:GPU writes rows to a map in the host's memory, and reads some: fusions that run beside.
+OFFLOADED = """
+%put (a: f32[100], b: f32[5]) -> f32[100] {
+  %map = f32[100]{0:S(5)} parameter(0)
+  %rows = f32[5]{0} parameter(1)
+  %at = s32[] parameter(2)
+  ROOT %r = f32[100]{0:S(5)} dynamic-update-slice(%map, %rows, %at)
+}
+%get (a: f32[100]) -> f32[7] {
+  %map2 = f32[100]{0:S(5)} parameter(0)
+  %at2 = s32[] parameter(1)
+  ROOT %r2 = f32[7]{0} dynamic-slice(%map2, %at2), dynamic_slice_sizes={7}
+}
+ENTRY %main (a: f32[5]) -> f32[7] {
+  %new = f32[5]{0} parameter(0)
+  %i = s32[] parameter(1)
+  %e = f32[100]{0:S(5)} custom-call(), custom_call_target="AllocateBuffer"
+  %p = ((f32[100]{0:S(5)}, f32[5]{0}, s32[]), f32[100]{0:S(5)}, u32[]) fusion-start(%e, %new, %i), kind=kLoop, calls=%put
+  %pd = f32[100]{0:S(5)} fusion-done(%p)
+  %g = ((f32[100]{0:S(5)}, s32[]), f32[7]{0}, u32[]) fusion-start(%pd, %i), kind=kLoop, calls=%get
+  ROOT %gd = f32[7]{0} fusion-done(%g)
+}
+"""  # noqa: E501
+
+
+def test_only_the_rows_that_are_put_or_read_cross_to_the_host():
+    found = roofline_of(OFFLOADED, SIMPLE)
+    assert [(k.name, k.kind, k.bytes) for k in found.kernels] == [
+        ("p", "host copy", 20),
+        ("g", "host copy", 28),
+    ]
+
+
 def test_bad_input():
     with pytest.raises(ValueError, match="no ENTRY computation"):
         parse("nothing")
@@ -166,3 +201,23 @@ class TestCompiled:
         b = jax.ShapeDtypeStruct((1024, 256), jnp.bfloat16)
         found = roofline.estimate(lambda a, b: a @ b, a, b, target="h200")
         assert found.operations == 2 * 512 * 1024 * 256
+
+    def test_maps_that_wait_on_the_host_cross_there_and_back(self):
+        def loss(kernels, image):
+            for i, kernel in enumerate(kernels):
+                image = lax.conv_general_dilated(
+                    image, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+                )
+                image = checkpoint_name(jnp.tanh(image), f"map{i}")
+            return jnp.mean(image.astype(jnp.float32) ** 2)
+
+        by_rows = lrjax.rowwise(
+            loss, in_axes=(None, 1), strategy="column", cuts=("map0",), offload=True
+        )
+        kernels = [jax.ShapeDtypeStruct((3, 3, c, 16), jnp.bfloat16) for c in (3, 16)]
+        image = jax.ShapeDtypeStruct((1, 256, 256, 3), jnp.bfloat16)
+        found = roofline.estimate(jax.grad(by_rows), kernels, image, target="h200")
+        one = 256 * 256 * 16 * 2
+        crossing = sum(k.bytes * k.launches for k in found.kernels if k.kind == "host copy")
+        assert crossing == pytest.approx(4 * one, rel=1e-3)  # the map and its gradient, out and in
+        assert not {"fusion-start", "AllocateBuffer"} & set(found.by_kind())

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from lrjax.memory.attribution import layer_of
 from lrjax.roofline.hlo import Computation, Instruction, Program, parse
 from lrjax.roofline.rates import Rates
-from lrjax.roofline.traffic import fusion_bytes, instruction_bytes
+from lrjax.roofline.traffic import fusion_bytes, instruction_bytes, written_bytes
 from lrjax.roofline.work import Work, work_of
 from lrjax.scopes import LINE_BUFFERS
 from lrjax.text import aligned, shortened
@@ -169,7 +169,7 @@ class _Walk:
         computation = self.program.computations[name]
         for instruction in computation.values():
             opcode = instruction.opcode
-            if opcode in _FREE or opcode.endswith("-done"):
+            if opcode in _FREE or opcode.endswith("-done") or _allocates(instruction):
                 continue
             if opcode == "while":
                 (body,) = instruction.called("body")
@@ -209,9 +209,10 @@ class _Walk:
     def kernel(self, instruction: Instruction, computation: Computation, times: int) -> Kernel:
         works = list(self.works(instruction, computation))
         operations = sum(work.operations for work in works)
-        is_copied = _is_host_copy(instruction, computation)
+        is_copied = _is_on_host(instruction, computation)
         if is_copied:
-            moved, bandwidth = float(instruction.shapes[0].bytes), self.rates.host_bytes_per_s
+            moved = self.copied_bytes(instruction, computation)
+            bandwidth = self.rates.host_bytes_per_s
         else:
             moved, bandwidth = self.bytes_of(instruction, computation), self.rates.bytes_per_s
         bounds = {
@@ -236,6 +237,14 @@ class _Walk:
         if instruction.opcode == "fusion":
             return fusion_bytes(self.fused(instruction))
         return instruction_bytes(instruction, computation)
+
+    def copied_bytes(self, instruction: Instruction, computation: Computation) -> float:
+        """Bytes that cross between the host and the device: of rows that are put, the rows."""
+        if instruction.opcode in ("fusion", "fusion-start"):
+            return written_bytes(self.fused(instruction))
+        if instruction.opcode == "dynamic-update-slice":
+            return float(computation[instruction.operands[1]].bytes)
+        return float(instruction.shapes[0].bytes)
 
     def fused(self, instruction: Instruction) -> Computation:
         (called,) = instruction.called("calls")
@@ -266,13 +275,11 @@ class _Walk:
         )
 
 
-def _is_host_copy(instruction: Instruction, computation: Computation) -> bool:
-    """Whether an instruction moves an array between the host's memory and the device's."""
-    if not instruction.opcode.startswith("copy") and instruction.opcode not in (
-        "dynamic-slice-start", "dynamic-update-slice", "dynamic-slice",
-    ):  # fmt: skip
-        return False
-    places = {shape.is_on_host for shape in instruction.shapes[:1]}
+def _allocates(instruction: Instruction) -> bool:
+    return instruction.attribute("custom_call_target") == "AllocateBuffer"
+
+
+def _is_on_host(instruction: Instruction, computation: Computation) -> bool:
+    """Whether an instruction reads or writes an array in the host's memory."""
     operands = [computation[name] for name in instruction.operands if name in computation]
-    places |= {shape.is_on_host for operand in operands for shape in operand.shapes[:1]}
-    return len(places) == 2
+    return any(shape.is_on_host for one in (instruction, *operands) for shape in one.shapes)

@@ -35,6 +35,11 @@ def fusion_bytes(computation: Computation) -> float:
     return read + written
 
 
+def written_bytes(computation: Computation) -> float:
+    """Bytes that a fused computation writes; of an update in place, the update."""
+    return _of_roots(computation)[1]
+
+
 def _of_roots(computation: Computation) -> tuple[defaultdict[str, float], float]:
     """Elements that are demanded of the results, and bytes written."""
     demanded: defaultdict[str, float] = defaultdict(float)
