@@ -69,16 +69,17 @@ def stream_graphs(
     program: FlatProgram, axes: Axes, wrt: tuple[int, ...]
 ) -> tuple[RowGraph, RowGraph | None]:
     """The passes before they are divided into blocks; the same for every number of blocks."""
-    key = id(program), tuple(axes), wrt
-    if key not in _GRAPHS:
+    known, key = _GRAPHS.setdefault(program, {}), (tuple(axes), wrt)
+    if key not in known:
         one_pass = _value_and_gradient(program, axes, wrt)
-        _GRAPHS[key] = _two_passes(program, axes, wrt) if one_pass is None else (one_pass, None)
-        weakref.finalize(program, _GRAPHS.pop, key, None)
-    return _GRAPHS[key]
+        known[key] = _two_passes(program, axes, wrt) if one_pass is None else (one_pass, None)
+    return known[key]
 
 
-# By the identity of a program, for as long as it lives.
-_GRAPHS: dict[Any, tuple[RowGraph, RowGraph | None]] = {}
+# For as long as the program lives, which is compared by identity.
+_GRAPHS: weakref.WeakKeyDictionary[FlatProgram, dict[Any, tuple[RowGraph, RowGraph | None]]] = (
+    weakref.WeakKeyDictionary()
+)
 
 
 def stream_function(
