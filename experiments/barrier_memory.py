@@ -117,10 +117,10 @@ class Row:
     def apply(self) -> Callable[..., Any]:
         network = NETWORKS[self.network]
         if self.method == "remat":
-            return functools.partial(_with_remat, network)
+            return functools.partial(with_remat, network)
         if self.method == "remat-stages":
-            policy = jax.checkpoint_policies.save_only_these_names(*_stage_ends(network.model))
-            return jax.checkpoint(functools.partial(_with_remat, network), policy=policy)
+            policy = jax.checkpoint_policies.save_only_these_names(*stage_ends(network.model))
+            return jax.checkpoint(functools.partial(with_remat, network), policy=policy)
         if self.num_blocks is not None:
             cuts = CUTS.get(f"{self.network}/{self.method}", ())
             return lrjax.rowwise(network, in_axes=(None, 1), num_blocks=self.num_blocks, cuts=cuts)
@@ -157,12 +157,12 @@ ROWS = (
 )
 
 
-def _stage_ends(model: nn.Module) -> list[str]:
+def stage_ends(model: nn.Module) -> list[str]:
     """Names of the last block of every stage (ResNet and ConvNeXt)."""
     return [f"stage{stage}_block{blocks}" for stage, blocks in enumerate(model.blocks, start=1)]
 
 
-def _with_remat(network: Network, variables: Any, images: jax.Array) -> Any:
+def with_remat(network: Network, variables: Any, images: jax.Array) -> Any:
     """The network with ``nn.remat`` around every block."""
     inside: set[tuple[str, ...]] = set()
 

@@ -25,14 +25,15 @@ class Clock:
 
     def __init__(self, series: Mapping[Any, Sequence[int]]):
         self.series = series
-        varying = [name for name, values in series.items() if len(set(values)) > 1]
-        self.column = {name: i for i, name in enumerate(varying)}
+        varying = {name: tuple(v) for name, v in series.items() if len(set(v)) > 1}
+        number = {values: i for i, values in enumerate(dict.fromkeys(varying.values()))}
+        self.column = {name: number[values] for name, values in varying.items()}
         self.row: jax.Array | None = None
         self.known: dict[Any, jax.Array] = {}
 
     def table(self) -> np.ndarray:
         steps = len(next(iter(self.series.values())))
-        columns = [self.series[name] for name in self.column]
+        columns = [*dict.fromkeys(tuple(self.series[name]) for name in self.column)]
         return np.array(columns, np.int32).reshape(len(columns), steps).T
 
     def at(self, row: Any) -> Clock:

@@ -8,6 +8,7 @@ filled with is made to depend on what the loop waits for, in a way that XLA does
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -30,11 +31,11 @@ def dependency_on(arrays: Iterable[Any]) -> list[Array]:
     What has no elements to wait for is passed over: symbolic zeros, random keys, empty arrays.
     """
     elements = [
-        jnp.real(first_element(lax.stop_gradient(array))).astype(np.float32)
+        lax.convert_element_type(jnp.real(first_element(array)), np.float32)
         for array in arrays
         if _has_numbers(array)
     ]
-    return [jnp.stack(elements).min()] if elements else []
+    return [lax.stop_gradient(functools.reduce(lax.min, elements))] if elements else []
 
 
 def full_depending_on(arrays: Iterable[Any]) -> Full:

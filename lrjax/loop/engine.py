@@ -31,6 +31,7 @@ from lrjax.loop.line_buffers import (
 )
 from lrjax.loop.offload import empty_on_host, from_host, is_on_host, to_host
 from lrjax.loop.rowloop import Band, RowLoop, Source
+from lrjax.loop.small_sums import SmallSums
 from lrjax.program.inline import Atom, FlatEquation, Literal
 from lrjax.program.varying import varying_axes, varying_over
 from lrjax.rowgraph.graph import RowGraph
@@ -259,6 +260,14 @@ _COMBINE: dict[str, Callable[[Array, Array], Array]] = {
 }
 
 
+def small_sums(loop: RowLoop) -> SmallSums:
+    """Which of the loop's sums over rows are added up together."""
+    avals = loop.graph.program.avals
+    added = (n for n in loop.nodes if n.op is not None and n.op.reduction == "sum")
+    values = (v for node in added for v in node.equation.outputs)
+    return SmallSums((v, avals[v], accumulator_dtype(avals[v].dtype)) for v in values)
+
+
 def empty_sums(loop: RowLoop, full: Full) -> Values:
     """Accumulators at their identities."""
     sums = {}
@@ -272,23 +281,24 @@ def empty_sums(loop: RowLoop, full: Full) -> Values:
                 with node.equation.origin():
                     identity = identity_of(node.op.reduction, dtype)
                     sums[v] = full_like(full, aval, identity, dtype=dtype)
-    return sums
+    return small_sums(loop).packed(sums)
 
 
 def add_partial(loop: RowLoop, sums: Values, partial: Values) -> Values:
-    combined = {}
+    partial = small_sums(loop).packed(partial)
+    combined = {v: sums[v] + partial[v] for v in sums if v < 0}  # vectors of small sums
     for node in loop.nodes:
         if node.is_reduction:
             assert node.op is not None
             assert node.op.reduction is not None
-            for v in node.equation.outputs:
+            for v in sums.keys() & node.equation.outputs:
                 with node.equation.origin():
                     combined[v] = _COMBINE[node.op.reduction](sums[v], partial[v])
     return combined
 
 
 def finished_sums(loop: RowLoop, sums: Values) -> Values:
-    finished = {}
+    sums, finished = small_sums(loop).unpacked(sums), {}
     for node in loop.nodes:
         if node.is_reduction:
             for v in node.equation.outputs:

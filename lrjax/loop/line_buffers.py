@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -24,19 +24,40 @@ from lrjax.scopes import LINE_BUFFERS
 Values = dict[int, Array]
 
 
-@functools.partial(jax.tree_util.register_dataclass, data_fields=["rows"], meta_fields=["axis"])
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["pieces"], meta_fields=["axis"])
 @dataclasses.dataclass(frozen=True)
 class AtHand:
-    """Rows of a value within a step: contiguous rows that end at its frontier."""
+    """Rows of a value within a step: contiguous rows that end at its frontier.
 
-    rows: Array
+    They are in pieces, older rows and the newest slab, and windows are cut from the pieces: joined
+    first, all rows would be copied once more (VGG-16 at 4096x4096 in 16 blocks: 2,238 MiB and 22 ms
+    by a roofline for an H200, in pieces 1,411 MiB and 8 ms).
+    """
+
+    pieces: tuple[Array, ...]
     axis: int
 
     def window(self, back: Any, size: int) -> Array:
         """``size`` rows, the first of them ``back`` rows before the frontier."""
-        if isinstance(back, int) and back == size == self.rows.shape[self.axis]:
-            return self.rows
-        return slice_rows(self.rows, self.rows.shape[self.axis] - back, size, self.axis)
+        total = sum(piece.shape[self.axis] for piece in self.pieces)
+        if isinstance(back, int):
+            return _cut(self.pieces, total - back, size, self.axis)
+        joined = lax.concatenate(self.pieces, self.axis)
+        return slice_rows(joined, total - back, size, self.axis)
+
+
+def _cut(pieces: Sequence[Array], start: int, size: int, axis: int) -> Array:
+    """``size`` rows from ``start`` on of arrays one behind the other."""
+    found, first = [], 0
+    for piece in pieces:
+        rows = piece.shape[axis]
+        low, high = max(start, first), min(start + size, first + rows)
+        if high - low == rows:
+            found.append(piece)
+        elif high > low:
+            found.append(slice_rows(piece, low - first, high - low, axis))
+        first += rows
+    return found[0] if len(found) == 1 else lax.concatenate(found, axis)
 
 
 @functools.partial(
@@ -112,7 +133,7 @@ def extend(
     """Add a step's rows to what is kept of a value: what can be read now, and what is kept."""
     track, axis = loop.track(value), loop.graph.row_axis[value]
     if value not in lines:
-        return AtHand(slab, axis), None
+        return AtHand((slab,), axis), None
     if loop.is_ring(value):
         count = lines[value].shape[axis] // track.rows
         slot = (clock["step"] % count) * track.rows
@@ -120,6 +141,6 @@ def extend(
         return Ring(slots, slab, axis, clock["step"]), slots
     shift = clock["shift", loop.producer[value]]
     older = slice_rows(lines[value], shift, track.depth - track.rows, axis)
-    rows = lax.concatenate([older, slab], axis)
-    kept = slice_rows(rows, track.depth - track.carried, track.carried, axis)
-    return AtHand(rows, axis), kept
+    pieces = older, slab
+    kept = _cut(pieces, track.depth - track.carried, track.carried, axis)
+    return AtHand(pieces, axis), kept

@@ -6,7 +6,8 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
-from collections.abc import Iterable, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from fractions import Fraction
 from typing import Any
 
@@ -336,20 +337,57 @@ def row_loop(
     if num_blocks == 1:
         # One step that computes everything; the same rows in every order.
         order = Order(divides_output=True, recomputes_halos=True)
-    speeds = _speeds(graph, nodes, producer, row_outputs, order, num_blocks)
-    tasks = []
-    for i, node in enumerate(nodes):
-        assert node.op is not None
-        reads = tuple(
-            Read(producer.get(v), read.row_map)
-            for v, read in zip(node.equation.inputs, node.op.reads, strict=True)
-            if read is not None and isinstance(v, int)
-        )
-        is_sink = node.is_reduction or any(v in row_outputs for v in node.equation.outputs)
-        again = not recomputed.isdisjoint(node.equation.outputs)
-        tasks.append(Task(reads, node.op.height, speeds[i], is_sink, again))
-    make = overlap_schedule if order.recomputes_halos else shared_schedule
-    return RowLoop(graph, tuple(nodes), make(tasks), row_outputs, producer, is_differentiated)
+    references = _references(graph, nodes, order, _sinks(graph, nodes, stage))
+
+    def schedule(blocks: Fraction) -> Schedule:
+        speeds = _speeds(graph, nodes, references, blocks)
+        tasks = []
+        for node, speed in zip(nodes, speeds, strict=True):
+            assert node.op is not None
+            reads = tuple(
+                Read(producer.get(v), read.row_map)
+                for v, read in zip(node.equation.inputs, node.op.reads, strict=True)
+                if read is not None and isinstance(v, int)
+            )
+            is_sink = node.is_reduction or any(v in row_outputs for v in node.equation.outputs)
+            again = not recomputed.isdisjoint(node.equation.outputs)
+            tasks.append(Task(reads, node.op.height, speed, is_sink, again))
+        return overlap_schedule(tasks) if order.recomputes_halos else shared_schedule(tasks)
+
+    found = _shortest_blocks(graph, nodes, references, num_blocks, schedule)
+    return RowLoop(graph, tuple(nodes), found, row_outputs, producer, is_differentiated)
+
+
+def _shortest_blocks(
+    graph: RowGraph,
+    nodes: Sequence[Node],
+    references: Mapping[int, tuple[int, Fraction]],
+    num_blocks: int,
+    schedule: Callable[[Fraction], Schedule],
+) -> Schedule:
+    """The schedule of ``num_blocks``, with the fewest rows a step that take no more steps.
+
+    Operations behind others lag by a few rows, for which there is one step more or several. Blocks
+    of a share of the height would make rows beyond the image there: 4 blocks were 5 full steps.
+    """
+    found = schedule(Fraction(num_blocks))
+    if found.steps <= num_blocks or not references:
+        return found
+    root, (height, rate) = max(references.items(), key=lambda item: item[1][0] / item[1][1])
+    rows = ceil_div(height, num_blocks)
+    own = [own for node in nodes for at, own in [_root(graph, node)] if at == root]
+    unit = math.lcm(*((own_rate / rate).denominator for own_rate in own))
+    unit = unit if rows % unit == 0 else 1
+    # In units of rows: too few for so many steps, and enough.
+    low, high = ceil_div(ceil_div(height, found.steps), unit) - 1, rows // unit
+    while high - low > 1:
+        middle = (low + high) // 2
+        tried = schedule(Fraction(height, middle * unit))
+        if tried.steps <= found.steps:
+            found, high = tried, middle
+        else:
+            low = middle
+    return found
 
 
 # A map of fewer rows than this share of the tallest beside it, counted at one rate, is a piece of a
@@ -428,17 +466,13 @@ def _main_output(
 def _speeds(
     graph: RowGraph,
     nodes: Sequence[Node],
-    producer: dict[int, int],
-    row_outputs: Iterable[int],
-    order: Order,
-    num_blocks: int,
+    references: Mapping[int, tuple[int, Fraction]],
+    blocks: Fraction,
 ) -> list[Fraction]:
-    """Rows that every node gives per step."""
-    outputs = set(row_outputs)
-    sinks = [n for n in nodes if n.is_reduction or outputs.intersection(n.equation.outputs)]
+    """Rows that every node gives per step, of as many as make so many blocks (or a few more)."""
     per_root: dict[int, Fraction] = {}
-    for root, (height, rate) in _references(graph, nodes, order, sinks).items():
-        rows = ceil_div(max(height, 1), min(num_blocks, max(height, 1)))
+    for root, (height, rate) in references.items():
+        rows = math.ceil(Fraction(max(height, 1)) / min(blocks, Fraction(max(height, 1))))
         per_root[root] = rows / rate
     speeds = []
     for node in nodes:

@@ -10,7 +10,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.ad_checkpoint import checkpoint_name
 from jax.extend.core import Primitive
 from jax.extend.core import primitives as public
 from jax.interpreters import ad
@@ -115,14 +114,14 @@ def scan_arity(eqn: Any) -> tuple[int, int]:
 # 0.10 to 0.12): complex values are saved as their real and imaginary parts.
 
 
-def checkpoint(function: Callable[..., Any], policy: Any = None) -> Callable[..., Any]:
+def checkpoint(function: Callable[..., Any]) -> Callable[..., Any]:
     """``jax.checkpoint`` of a function of arrays, complex ones too."""
 
     def call(*arrays: Any) -> Any:
         def joined(*parts: Any) -> Any:
             return function(*map(from_real_parts, parts))
 
-        return jax.checkpoint(joined, policy=policy)(*map(real_parts, arrays))
+        return jax.checkpoint(joined)(*map(real_parts, arrays))
 
     return call
 
@@ -135,13 +134,6 @@ def real_parts(array: Any) -> Any:
 def from_real_parts(parts: Any) -> Any:
     """The array that ``real_parts`` took apart."""
     return lax.complex(*parts) if isinstance(parts, tuple) else parts
-
-
-def named(array: Any, name: str) -> Any:
-    """``checkpoint_name`` of an array, a complex one too."""
-    if not jnp.iscomplexobj(array):
-        return checkpoint_name(array, name)
-    return from_real_parts(tuple(checkpoint_name(part, name) for part in real_parts(array)))
 
 
 def strongly_typed(value: Any) -> Any:

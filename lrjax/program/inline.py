@@ -25,11 +25,8 @@ from jax.extend.core import primitives as public
 
 from lrjax.program.compatibility import (
     bind,
-    from_real_parts,
-    named,
     open_jaxpr,
     primitives,
-    real_parts,
     scan_arity,
 )
 from lrjax.program.extremes import evaluate_differentiably
@@ -440,7 +437,6 @@ def lifted_effects(program: FlatProgram) -> tuple[FlatProgram, tuple[FlatEquatio
 def evaluate(
     program: FlatProgram,
     inputs: Sequence[Any],
-    tags: Mapping[int, str] | None = None,
     *,
     is_tiled_later: bool = False,
 ) -> list[Any]:
@@ -449,10 +445,8 @@ def evaluate(
     Args:
       program: the program.
       inputs: its inputs.
-      tags: values that are named, for checkpoint policies.
       is_tiled_later: it is differentiated here and the gradient is tiled: see ``extremes``.
     """
-    tags = tags or {}
     values: dict[int, Any] = dict(program.constants)
     values.update(zip(program.inputs, inputs, strict=True))
 
@@ -463,8 +457,7 @@ def evaluate(
         operands = [read(v) for v in equation.inputs]
         results = equation.evaluate(operands, is_tiled_later)
         for v, result in zip(equation.outputs, results, strict=True):
-            result = varying_over(result, varying_axes(program.avals[v]))
-            values[v] = named(result, tags[v]) if v in tags else result
+            values[v] = varying_over(result, varying_axes(program.avals[v]))
     return [read(v) for v in program.outputs]
 
 
@@ -472,15 +465,13 @@ def function_of(
     program: FlatProgram,
     wrt: Sequence[int],
     inputs: Sequence[Any],
-    tags: Mapping[int, str] | None = None,
 ) -> tuple[Callable[..., list[Any]], list[Any]]:
     """The program as a function of the inputs that are differentiated, and those inputs."""
-    held = [real_parts(x) for x in inputs]
 
     def function(*moving: Any) -> list[Any]:
-        values = [from_real_parts(x) for x in held]
+        values = list(inputs)
         for i, value in zip(wrt, moving, strict=True):
             values[i] = value
-        return evaluate(program, values, tags, is_tiled_later=True)
+        return evaluate(program, values, is_tiled_later=True)
 
     return function, [inputs[i] for i in wrt]

@@ -49,7 +49,11 @@ def branches(equation: Equation) -> RowOp:
 
         return jax.lax.switch(windows[0], [run(body) for body in bodies], *values)
 
-    reasons = (n.op.undifferentiable for body in bodies for n in body.nodes if n.op is not None)
+    def undifferentiable() -> str | None:
+        ops = (node.op for body in bodies for node in body.nodes)
+        reasons = (op.undifferentiable() for op in ops if op is not None)
+        return next((reason for reason in reasons if reason is not None), None)
+
     return RowOp(
         (None, *(None if axis is None else RowRead(IDENTITY, axis) for axis in axes)),
         out_axes,
@@ -58,7 +62,7 @@ def branches(equation: Equation) -> RowOp:
         flops=max(map(operations_per_row, bodies)),
         preserves_finiteness=all(map(preserves_finiteness, bodies)),
         is_positional=any(map(is_positional, bodies)),
-        undifferentiable=next((reason for reason in reasons if reason is not None), None),
+        undifferentiable=undifferentiable,
     )
 
 

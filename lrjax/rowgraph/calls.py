@@ -43,8 +43,8 @@ _KNOWN: OrderedDict[Any, tuple[Equation, RowOp]] = OrderedDict()
 def custom_call(equation: Equation) -> RowOp:
     """A call whose body is row by row, operand row for output row.
 
-    Where its derivative is not, or is not proved additive, the operation says so
-    (``undifferentiable``).
+    Where its derivative is not, or is not proved additive, the operation says so when it is asked
+    (``undifferentiable``): 2PS and OverL differentiate blocks, stream does not.
 
     A planner asks for the same calls again and again, and each answer takes several traces: they
     are remembered, by the identity of the parameters (which an entry keeps alive).
@@ -60,7 +60,7 @@ def custom_call(equation: Equation) -> RowOp:
     _KNOWN.move_to_end(key)
     while len(_KNOWN) > _MOST_KNOWN:
         _KNOWN.popitem(last=False)
-    if _WATCHED is not None and _KNOWN[key][1].undifferentiable is None:
+    if _WATCHED is not None and _KNOWN[key][1].undifferentiable() is None:
         _WATCHED[key] = _KNOWN[key]
     return _KNOWN[key][1]
 
@@ -90,19 +90,27 @@ def _custom_call(equation: Equation) -> RowOp:
     out_axes = tuple(row_axis_of(body, v) for v in body.program.outputs)
     if any(axis is None for axis in out_axes):
         raise NotRowLocal(f"an output of {name} does not carry rows")
-    derivative: _Derivative | None = None
-    undifferentiable = None
-    try:
-        derivative = _derivative(equation, out_axes)
-    except NotRowLocal as reason:
-        undifferentiable = f"the derivative of {name} cannot be tiled: {reason}"
+
+    @functools.cache
+    def derivative() -> _Derivative | NotRowLocal:
+        try:
+            return _derivative(equation, out_axes)
+        except NotRowLocal as reason:
+            return reason
+
+    def undifferentiable() -> str | None:
+        found = derivative()
+        if isinstance(found, _Derivative):
+            return None
+        return f"the derivative of {name} cannot be tiled: {found}"
 
     def evaluate(windows: Sequence[Array], rows: Rows) -> Sequence[Array]:
         pairs = zip(windows, equation.operands, strict=True)
         values = tuple(jnp.asarray(w, o.dtype) for w, o in pairs)
-        if derivative is None or not rows.is_differentiated:
+        found = derivative() if rows.is_differentiated else None
+        if not isinstance(found, _Derivative):
             return run_on_block(body, values, rows, equation.height)
-        return derivative.call(_StaticRows(rows.start, rows.count), values)
+        return found.call(_StaticRows(rows.start, rows.count), values)
 
     return RowOp(
         reads=tuple(None if axis is None else RowRead(IDENTITY, axis) for axis in axes),

@@ -152,7 +152,8 @@ class RowOp:
       flops: operations per output row, to judge what is cheap to run again.
       preserves_finiteness: finite rows give finite rows and finite derivatives.
       is_positional: a row's values depend on its number, not on what is read alone.
-      undifferentiable: why blocks cannot be differentiated one by one (2PS, OverL), or None.
+      undifferentiable: why blocks cannot be differentiated one by one (2PS, OverL), or None; asked
+        for where they are.
     """
 
     reads: tuple[RowRead | None, ...]
@@ -164,7 +165,7 @@ class RowOp:
     flops: float = 0.0
     preserves_finiteness: bool = True
     is_positional: bool = False
-    undifferentiable: str | None = None
+    undifferentiable: Callable[[], str | None] = lambda: None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -19,6 +19,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from lrjax.program.platforms import per_platform
+
 Array = jax.Array
 
 # Elements from which on XLA:CPU adds up an array in parts.
@@ -40,15 +42,19 @@ def block_sum(block: Array, axes: Sequence[int]) -> Array:
     block = block.astype(accumulator_dtype(block.dtype))
     first = _shorter_sums(block.shape, axes) if is_small(block.shape) else ()
 
-    def in_one(block: Array) -> Array:
+    if not first:
         return lax.reduce_sum(block, axes)
+    return per_platform(_sum_for, block, first=first, axes=tuple(axes))
 
-    def in_two(block: Array) -> Array:
-        inner = jnp.expand_dims(lax.reduce_sum(block, first), first)
-        # Without the barrier XLA would make one reduction of the two.
-        return lax.reduce_sum(lax.optimization_barrier(inner), axes)
 
-    return lax.platform_dependent(block, cpu=in_two, default=in_one) if first else in_one(block)
+def _sum_for(
+    block: Array, *, platform: str | None, first: tuple[int, ...], axes: tuple[int, ...]
+) -> Array:
+    if platform != "cpu":
+        return lax.reduce_sum(block, axes)
+    inner = jnp.expand_dims(lax.reduce_sum(block, first), first)
+    # Without the barrier XLA would make one reduction of the two.
+    return lax.reduce_sum(lax.optimization_barrier(inner), axes)
 
 
 def _shorter_sums(shape: Sequence[int], axes: Sequence[int]) -> tuple[int, ...]:

@@ -11,6 +11,7 @@ import jax
 import numpy as np
 from jax import lax
 
+from lrjax.program.platforms import per_platform
 from lrjax.rules.base import Array, Equation, NotRowLocal, RowOp, RowRead, Rows, Rule
 from lrjax.rules.block_sums import accumulator_dtype
 from lrjax.rules.geometry import IDENTITY, RowMap
@@ -54,7 +55,8 @@ def _rows_in_image(equation: Equation, dim: int) -> RowOp:
         height = image.shape[spec.lhs_spec[2 + dim]]
         dilated = max((height - 1) * row_map.base + 1, 0)
         high = (rows.count - 1) * row_map.stride + row_map.extent - low - dilated
-        return [block_convolution(image, weights, _with_padding(equation, dim, (low, high)))]
+        padded = _with_padding(equation, dim, (low, high))
+        return [_block_convolution(image, weights, padded, rows.is_differentiated)]
 
     height = equation.outputs[0].shape[out_axis]
     return RowOp(
@@ -87,7 +89,7 @@ def _rows_in_both(equation: Equation, dim: int) -> RowOp:
         high = (rows.count - 1) * row_map.stride + extent - low - dilated
         padded = _with_padding(equation, dim, (low, high))
         if rows.is_differentiated:  # JAX does not transpose a convolution to a wider dtype
-            return [block_convolution(image, cotangent, padded)]
+            return [_block_convolution(image, cotangent, padded, True)]
         return [_summing_convolution(image, cotangent, padded)]
 
     return RowOp(
@@ -164,12 +166,14 @@ def operations(equation: Equation) -> float:
 _CANONICAL_2D = lax.ConvDimensionNumbers((0, 3, 1, 2), (3, 2, 0, 1), (0, 3, 1, 2))
 
 
-def block_convolution(lhs: Array, rhs: Array, params: dict[str, Any]) -> Array:
-    """A convolution as XLA wants it inside a loop, on every platform; differentiable."""
-    spec = params["dimension_numbers"]
-    if len(spec.lhs_spec) != 4:
+def _block_convolution(
+    lhs: Array, rhs: Array, params: dict[str, Any], is_differentiated: bool
+) -> Array:
+    """A convolution as XLA wants it inside a loop, on every platform."""
+    if len(params["dimension_numbers"].lhs_spec) != 4:
         return _convolve(lhs, rhs, params)
-    return _differentiable_convolution(lhs, rhs, params)
+    run = _differentiable_convolution if is_differentiated else _convolve_on_platform
+    return run(lhs, rhs, params)
 
 
 def _summing_convolution(lhs: Array, rhs: Array, params: dict[str, Any]) -> Array:
@@ -177,18 +181,26 @@ def _summing_convolution(lhs: Array, rhs: Array, params: dict[str, Any]) -> Arra
 
     cuDNN gives sums of bfloat16 in bfloat16. Asked for float32, XLA:GPU would widen both maps.
     """
-    narrow = params["preferred_element_type"] or lhs.dtype
-    dtype = accumulator_dtype(narrow)
-    if dtype == narrow:
-        return block_convolution(lhs, rhs, params)
+    dtype = accumulator_dtype(params["preferred_element_type"] or lhs.dtype)
+    return per_platform(_summed_for, lhs, rhs, sum_dtype=np.dtype(dtype), **params)
 
-    def rounded(lhs: Array, rhs: Array) -> Array:
-        return block_convolution(lhs, rhs, params).astype(dtype)
 
-    def wide(lhs: Array, rhs: Array) -> Array:
-        return block_convolution(lhs, rhs, {**params, "preferred_element_type": np.dtype(dtype)})
+def _summed_for(
+    lhs: Array, rhs: Array, *, platform: str | None, sum_dtype: Any, **params: Any
+) -> Array:
+    if platform not in ("cuda", "rocm"):
+        params["preferred_element_type"] = sum_dtype
+    return _convolved_for(lhs, rhs, platform=platform, **params).astype(sum_dtype)
 
-    return lax.platform_dependent(lhs, rhs, cuda=rounded, rocm=rounded, default=wide)
+
+def _convolve_on_platform(lhs: Array, rhs: Array, params: dict[str, Any]) -> Array:
+    return per_platform(_convolved_for, lhs, rhs, **params)
+
+
+def _convolved_for(lhs: Array, rhs: Array, *, platform: str | None, **params: Any) -> Array:
+    is_planar = len(params["dimension_numbers"].lhs_spec) == 4
+    convolve = _convolve_canonically if platform == "cpu" and is_planar else _convolve
+    return convolve(lhs, rhs, params)
 
 
 def _convolve(lhs: Array, rhs: Array, params: dict[str, Any]) -> Array:
@@ -212,21 +224,12 @@ def _convolve_canonically(lhs: Array, rhs: Array, params: dict[str, Any]) -> Arr
     return lax.optimization_barrier(out).transpose(from_nhwc)
 
 
-def _per_platform(lhs: Array, rhs: Array, params: dict[str, Any]) -> Array:
-    return lax.platform_dependent(
-        lhs,
-        rhs,
-        cpu=lambda lhs, rhs: _convolve_canonically(lhs, rhs, params),
-        default=lambda lhs, rhs: _convolve(lhs, rhs, params),
-    )
-
-
 def _differentiable_convolution(lhs: Array, rhs: Array, params: dict[str, Any]) -> Array:
     """Autodiff of the canonical form would give gradients that are not canonical again."""
 
     @jax.custom_vjp
     def convolve(lhs: Array, rhs: Array) -> Array:
-        return _per_platform(lhs, rhs, params)
+        return _convolve_on_platform(lhs, rhs, params)
 
     def forward(lhs: Array, rhs: Array) -> tuple[Array, tuple[Array, Array]]:
         return convolve(lhs, rhs), (lhs, rhs)
@@ -254,7 +257,7 @@ def _transposed(function: Any, primal: Array, cotangent: Array) -> list[Array]:
         inputs = [read(v) for v in eqn.invars]
         if eqn.primitive is lax.conv_general_dilated_p:
             lhs, rhs = inputs
-            outputs = [_per_platform(lhs, rhs, eqn.params)]
+            outputs = [_convolve_on_platform(lhs, rhs, eqn.params)]
         else:
             result = eqn.primitive.bind(*inputs, **eqn.params)
             outputs = result if eqn.primitive.multiple_results else [result]

@@ -61,7 +61,7 @@ def reduce_precision(equation: Equation) -> RowOp:
     rounds = params["mantissa_bits"] < of_dtype.nmant or params["exponent_bits"] < of_dtype.nexp
     found = elementwise(equation)
     reason = "reduce_precision rounds cotangents" if rounds else None
-    return dataclasses.replace(found, undifferentiable=reason)
+    return dataclasses.replace(found, undifferentiable=lambda: reason)
 
 
 def bitcast(equation: Equation) -> RowOp:

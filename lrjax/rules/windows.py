@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
@@ -23,6 +24,7 @@ from lrjax.rules.base import (
 )
 from lrjax.rules.geometry import RowMap
 from lrjax.rules.linearity import additive_in
+from lrjax.rules.pool_gradients import Pooling
 from lrjax.rules.traits import Kind, Traits
 
 
@@ -39,7 +41,10 @@ def reduce_window(equation: Equation) -> RowOp:
         low = row_map.first(0) * row_map.base + row_map.pad
         dilated = max((windows[0].shape[axis] - 1) * row_map.base + 1, 0)
         high = (rows.count - 1) * row_map.stride + row_map.extent - low - dilated
-        return equation.bind(*windows, padding=_replaced(params["padding"], axis, (low, high)))
+        padding = _replaced(params["padding"], axis, (low, high))
+        if rows.is_differentiated and (pooling := _pooling(equation, padding)):
+            return [_differentiable(equation, pooling)(*windows)]
+        return equation.bind(*windows, padding=padding)
 
     height = equation.outputs[0].shape[axis]
     return RowOp(
@@ -67,9 +72,14 @@ def select_and_scatter_add(equation: Equation) -> RowOp:
 
     def evaluate(windows: Sequence[Array], rows: Rows) -> Sequence[Array]:
         source_rows, operand_rows = windows
-        scattered = equation.bind(
-            source_rows, operand_rows, padding=_replaced(params["padding"], axis, (0, 0))
-        )[0]
+        padding = _replaced(params["padding"], axis, (0, 0))
+        pooling = Pooling(
+            params["window_dimensions"], params["window_strides"], padding, chooses_max
+        )
+        if pooling.is_small:
+            scattered = pooling.gradient(source_rows, operand_rows)
+        else:
+            scattered = equation.bind(source_rows, operand_rows, padding=padding)[0]
         # Cropped to the block; rows that windows skip (stride above size) are added at its edges.
         low, high = operand_map.first(0), rows.count - operand_map.end(rows.count)
         edges = [(low, high, 0) if a == axis else (0, 0, 0) for a in range(scattered.ndim)]
@@ -113,6 +123,40 @@ def select_and_gather_add(equation: Equation) -> RowOp:
         evaluate=evaluate,
         flops=operations(equation) / max(height, 1),
     )
+
+
+def _pooling(equation: Equation, padding: Any) -> Pooling | None:
+    """A maximum or minimum over windows whose gradient is element by element, or None."""
+    params, dtype = equation.params, equation.operands[0].dtype
+    dilations = (*params["base_dilation"], *params["window_dilation"])
+    extremes = (lax.reduce_window_max_p, lax.reduce_window_min_p)
+    is_extreme = equation.primitive in extremes and jnp.issubdtype(dtype, np.floating)
+    if not is_extreme or any(dilation != 1 for dilation in dilations):
+        return None
+    found = Pooling(
+        params["window_dimensions"],
+        params["window_strides"],
+        padding,
+        equation.primitive is lax.reduce_window_max_p,
+    )
+    return found if found.is_small else None
+
+
+def _differentiable(equation: Equation, pooling: Pooling) -> Callable[[Array], Array]:
+    """The pooling of a block of rows, with the gradient of ``pooling``."""
+
+    @jax.custom_vjp
+    def pool(x: Array) -> Array:
+        return equation.bind(x, padding=pooling.padding)[0]
+
+    def forward(x: Array) -> tuple[Array, Array]:
+        return pool(x), x
+
+    def backward(x: Array, cotangents: Array) -> tuple[Array]:
+        return (pooling.gradient(cotangents, x),)
+
+    pool.defvjp(forward, backward)
+    return pool
 
 
 def _identity(equation: Equation) -> Any:

@@ -150,7 +150,7 @@ def _is_one_to_one(graph: RowGraph) -> Callable[[Any], bool]:
         if node.op is None:
             return not any(v in graph.row_axis for v in _values(node.equation.inputs))
         pairs = zip(node.equation.inputs, node.op.reads, strict=True)
-        is_alone = not (node.is_reduction or node.op.is_positional or node.op.undifferentiable)
+        is_alone = not (node.is_reduction or node.op.is_positional or node.op.undifferentiable())
         return is_alone and all(
             read is None or (read.row_map == IDENTITY and v in graph.row_axis) for v, read in pairs
         )

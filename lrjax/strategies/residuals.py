@@ -8,66 +8,60 @@ again behind each of them; there, the maps that are worth holding are found by t
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Sequence
-from typing import Any
 
-import jax
 import jax.numpy as jnp
-import numpy as np
 
-from lrjax.program.comparisons import compared_extremes, simpler_comparisons
-from lrjax.program.compatibility import tag_of
-from lrjax.program.inline import FlatProgram, flatten, function_of
-from lrjax.program.varying import struct_like
+from lrjax.program.comparisons import compared_extremes
+from lrjax.program.inline import FlatProgram
 from lrjax.rowgraph.graph import RowGraph, build, stage_problem
 from lrjax.rowgraph.stages import Problem, Stages, cut_into_stages
+from lrjax.strategies.joint import Joint, joint_of
 
 # The least memory is taken with which all operations stay within this multiple of column's (a
 # forward pass done again is 4/3).
 MAX_OPERATIONS = 1.5
-# Budgets that are tried, as fractions of what exists whole without one. Not a bisection: to hold
-# less at one boundary may cost less at the next.
-_FRACTIONS = tuple(2.0 ** (-k / 4) for k in range(13))
+# Budgets that are tried are what exists whole without one, halved so often; no bisection, for to
+# hold less at one boundary may cost less at the next.
+_COARSE, _FINE = (0.0, 0.5, 1.0, 1.5, 2.0, 2.5, 3.0), 0.25
 
 
-@dataclasses.dataclass(frozen=True)
-class Saved:
-    """What is kept between the passes.
+def residuals(
+    program: FlatProgram, axes: Sequence[int | None], wrt: Sequence[int]
+) -> tuple[Joint, set[int], float]:
+    """What the forward pass saves for the gradient with respect to the inputs ``wrt``.
 
-    Attributes:
-      names: values of the program, with names for a checkpoint policy.
-      budget: bytes that may exist whole while a row loop of either pass runs.
+    Returns:
+      The program and its gradient as one, values of it that are kept between the passes, and the
+      bytes that may exist whole while a row loop of either pass runs.
     """
-
-    names: dict[int, str]
-    budget: float
-
-
-def residuals(program: FlatProgram, axes: Sequence[int | None], wrt: Sequence[int]) -> Saved:
-    """What the forward pass saves for the gradient with respect to the inputs ``wrt``."""
     graph = build(program, axes)
-    late = _ends_of_stages(graph)
-    budget = math.inf
-    if len(graph.loops) > 1:
-        held, budget = _worth_holding(program, axes, graph, wrt)
-        late |= held
     made = {v for equation in program.equations for v in equation.outputs}
     # What fun compares with its operand is computed again from what the operand then is.
-    return Saved(_names((late & made) - compared_extremes(program)), budget)
+    made -= compared_extremes(program)
+    late = _ends_of_stages(graph)
+    joint = joint_of(program, wrt, made & (late | graph.streamed))
+    saved, budget = {joint.place[v] for v in late if v in joint.place}, math.inf
+    if len(graph.loops) > 1:
+        held, budget = _worth_holding(joint, axes, graph)
+        saved |= held
+    return joint, saved, budget
 
 
-def _names(values: set[int]) -> dict[int, str]:
-    return {v: f"lrjax_{v}" for v in sorted(values)}
+def cotangent_axes(graph: RowGraph) -> list[int | None]:
+    """Row axes of the cotangents that a program's gradient takes: those of its outputs."""
+    program = graph.program
+    moving = [v for v in program.outputs if jnp.issubdtype(program.aval(v).dtype, jnp.inexact)]
+    return [graph.row_axis.get(v) if isinstance(v, int) else None for v in moving]
 
 
 def _ends_of_stages(graph: RowGraph) -> set[int]:
-    """Results of reductions over rows and of column operations that depend on rows, and the maps
-    that column operations take whole (they exist whole anyway)."""
+    """Results of reductions over rows and of column operations that depend on rows, the maps that
+    column operations take whole (they exist whole anyway), and what effects give."""
     found: set[int] = set()
     for node, home in zip(graph.nodes, graph.stages.home, strict=True):
-        if node.is_reduction or (node.op is None and home > 0):
+        if node.is_reduction or (node.op is None and home > 0) or node.equation.has_effects:
             found.update(node.equation.outputs)
         if node.op is None:
             inputs = (v for v in node.equation.inputs if isinstance(v, int))
@@ -76,68 +70,50 @@ def _ends_of_stages(graph: RowGraph) -> set[int]:
 
 
 def _worth_holding(
-    program: FlatProgram, axes: Sequence[int | None], forward: RowGraph, wrt: Sequence[int]
+    joint: Joint, axes: Sequence[int | None], forward: RowGraph
 ) -> tuple[set[int], float]:
     """Row values that cross from the forward to the backward pass, and the budget."""
-    names = _names(set(forward.streamed))
-    joint = _joint_graph(program, axes, forward, wrt, names)
-    value_of = {name: v for v, name in names.items()}
-    tagged = {
-        node.equation.outputs[0]: value_of[tag]
-        for node in joint.nodes
-        for tag in [tag_of(node.equation)]
-        if tag in value_of
-    }
+    both = build(joint.program, [*axes, *cotangent_axes(forward)])
     border = len(forward.stages.members) - 1
-    count = sum(jnp.issubdtype(program.aval(v).dtype, jnp.inexact) for v in program.outputs)
-    cotangents = joint.program.inputs[len(joint.program.inputs) - count :]
+    places = {place for v, place in joint.place.items() if v in forward.streamed}
     problem = stage_problem(
-        joint.program,
-        joint.nodes,
-        joint.streamed,
-        joint.row_axis,
-        joint.compared,
-        available=dict.fromkeys(cotangents, border + 1),
-        pinned={border: joint.streamed - tagged.keys()},
+        both.program,
+        both.nodes,
+        both.streamed,
+        both.row_axis,
+        both.compared,
+        available=dict.fromkeys(joint.cotangents, border + 1),
+        pinned={border: both.streamed - places},
     )
     stages, budget = _leanest(problem)
-    return {tagged[v] for v in stages.crossing[border] if v in tagged}, budget
+    return set(stages.crossing[border] & places), budget
 
 
 def _leanest(problem: Problem) -> tuple[Stages, float]:
-    """The stages of least memory within ``MAX_OPERATIONS``, and their budget."""
+    """The stages of least memory within ``MAX_OPERATIONS``, and their budget.
+
+    Budgets are tried in coarse steps until they ask for too many operations, then on both sides of
+    the best.
+    """
     once = sum(o.flops for o in problem.operations if math.isfinite(o.flops))
-    best, budget = cut_into_stages(problem), math.inf
-    most = least = best.peak_bytes(problem)
-    for fraction in _FRACTIONS:
-        found = cut_into_stages(problem, fraction * most)
+    best = cut_into_stages(problem)
+    most = best.peak_bytes(problem)
+    chosen, budget, least = 0.0, math.inf, most
+
+    def is_affordable(exponent: float) -> bool:
+        nonlocal best, chosen, budget, least
+        limit = most * 2.0**-exponent
+        found = cut_into_stages(problem, limit)
+        if found.flops(problem) > MAX_OPERATIONS * once:
+            return False
         peak = found.peak_bytes(problem)
-        if found.flops(problem) <= MAX_OPERATIONS * once and peak < least:
-            best, budget, least = found, fraction * most, peak
+        if peak < least:
+            best, chosen, budget, least = found, exponent, limit, peak
+        return True
+
+    for exponent in _COARSE:
+        if not is_affordable(exponent):
+            break
+    for exponent in (chosen - _FINE, chosen + _FINE):
+        is_affordable(exponent)
     return best, budget
-
-
-def _joint_graph(
-    program: FlatProgram,
-    axes: Sequence[int | None],
-    forward: RowGraph,
-    wrt: Sequence[int],
-    names: dict[int, str],
-) -> RowGraph:
-    """Outputs and gradients as one program, with the row values of the forward pass named."""
-    outputs = [program.aval(v) for v in program.outputs]
-    inexact = [i for i, out in enumerate(outputs) if jnp.issubdtype(out.dtype, jnp.inexact)]
-
-    def joint(*arrays: Any) -> Any:
-        inputs, moving_cotangents = arrays[: len(axes)], arrays[len(axes) :]
-        function, moving = function_of(program, wrt, inputs, names)
-        values, pull = jax.vjp(function, *moving)
-        cotangents = [np.zeros(out.shape, jax.dtypes.float0) for out in outputs]
-        for i, ct in zip(inexact, moving_cotangents, strict=True):
-            cotangents[i] = ct
-        return values, pull(cotangents)
-
-    structs = [struct_like(outputs[i]) for i in inexact]
-    out_axes = [forward.row_axis.get(v) if isinstance(v, int) else None for v in program.outputs]
-    traced = simpler_comparisons(flatten(jax.make_jaxpr(joint)(*program.structs, *structs)))
-    return build(traced, [*axes, *(out_axes[i] for i in inexact)])

@@ -17,7 +17,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from lrjax.loop.offload import instantiated, is_on_host, scaled
-from lrjax.program.compatibility import checkpoint
 from lrjax.program.inline import FlatProgram, evaluate, flatten, function_of
 from lrjax.program.varying import struct_like, varying_axes, varying_over
 from lrjax.rowgraph.graph import RowGraph, build
@@ -28,7 +27,7 @@ from lrjax.rules.linearity import Dependence
 from lrjax.strategies.base import NOTHING_HOSTED, TOP_DOWN, Function, Strategy
 from lrjax.strategies.one_pass import gradient_waits
 from lrjax.strategies.programs import Axes, Residuals, RowPrograms, row_program, traced_graph
-from lrjax.strategies.residuals import residuals
+from lrjax.strategies.residuals import cotangent_axes, residuals
 
 
 class Stream(Strategy):
@@ -145,63 +144,12 @@ def stream_function(
 
 
 def _two_passes(program: FlatProgram, axes: Axes, wrt: Sequence[int]) -> tuple[RowGraph, RowGraph]:
-    saved = residuals(program, axes, wrt)
-    policy = jax.checkpoint_policies.save_only_these_names(*saved.names.values())
-    tree: Any = None
-
-    def forward(*inputs: Any) -> Any:
-        nonlocal tree
-        function, moving = function_of(program, wrt, inputs, saved.names)
-        outputs, pull = jax.vjp(checkpoint(function, policy), *moving)
-        leaves, tree = jax.tree.flatten(pull)
-        return outputs, leaves
-
-    try:
-        graph = traced_graph(forward, program.structs, axes, saved.budget)
-    except NotImplementedError as error:
-        _explain_effects(program, error)
-        raise
-    count = len(program.outputs)
-    outputs = [program.aval(v) for v in program.outputs]
-    structs = [
-        struct_like(a) for a in (graph.program.aval(v) for v in graph.program.outputs[count:])
-    ]
-    inexact = [i for i, out in enumerate(outputs) if jnp.issubdtype(out.dtype, jnp.inexact)]
-
-    def backward(*arrays: Any) -> Any:
-        leaves, moving = list(arrays[: len(structs)]), arrays[len(structs) :]
-        # Indices that the function closes over stay known, so that rules may look at them.
-        known = graph.program.constants
-        for i, v in enumerate(graph.program.outputs[count:]):
-            leaves[i] = known.get(v, leaves[i]) if isinstance(v, int) else leaves[i]
-        cotangents = [np.zeros(out.shape, jax.dtypes.float0) for out in outputs]
-        for i, ct in zip(inexact, moving, strict=True):
-            cotangents[i] = ct
-        return jax.tree.unflatten(tree, leaves)(cotangents)
-
-    out_axes = _out_axes(graph)
-    second = traced_graph(
-        backward,
-        [*structs, *(outputs[i] for i in inexact)],
-        [*out_axes[count:], *(out_axes[i] for i in inexact)],
-        saved.budget,
-    )
-    return graph, second
-
-
-def _explain_effects(program: FlatProgram, error: Exception) -> None:
-    names = sorted({e.primitive.name for e in program.equations if e.has_effects})
-    if names:
-        raise ValueError(
-            f"strategy 'stream' recomputes the forward pass, and {', '.join(names)} in fun has an "
-            f"effect that must not happen twice ({error}). Use strategy '2ps', 'overl' or 'column' "
-            "for its segment, or call it outside of fun."
-        ) from error
-
-
-def _out_axes(graph: RowGraph) -> list[int | None]:
-    outputs = graph.program.outputs
-    return [graph.row_axis.get(v) if isinstance(v, int) else None for v in outputs]
+    joint, saved, budget = residuals(program, axes, wrt)
+    first, second = joint.divided(saved)
+    forward = build(first, axes, budget=budget)
+    taken = [forward.row_axis.get(v) for v in first.outputs[joint.count :] if isinstance(v, int)]
+    given = cotangent_axes(build(program, axes))
+    return forward, build(second, [*taken, *given], budget=budget)
 
 
 def _value_and_gradient(program: FlatProgram, axes: Axes, wrt: Sequence[int]) -> RowGraph | None:

@@ -8,6 +8,7 @@ saved for all steps, so 2PS holds more the more blocks there are.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 from collections.abc import Collection, Mapping, Sequence
@@ -25,6 +26,7 @@ from lrjax.loop.dependent_fill import full_depending_on, full_like
 from lrjax.loop.line_buffers import Values, reader_of
 from lrjax.loop.offload import instantiated, is_on_host, to_host
 from lrjax.loop.rowloop import Order, RowLoop
+from lrjax.loop.small_sums import SmallSums
 from lrjax.program.inline import FlatEquation, FlatProgram
 from lrjax.rowgraph.graph import build
 from lrjax.rowgraph.segments import Segment
@@ -84,7 +86,7 @@ class Overlap(_Tiled):
 def _differentiable_in_blocks(equation: FlatEquation, op: RowOp) -> str | None:
     if op.reduction in ("max", "min", "prod"):
         return f"{equation.primitive.name} over rows has no gradient block by block"
-    return op.undifferentiable
+    return op.undifferentiable()
 
 
 def differentiable_program(
@@ -189,6 +191,9 @@ class _ReverseLoop:
         self.wholes = {v: values[v] for v in loop.wholes}
         self.moving_wholes = {v: a for v, a in _inexact(self.wholes).items() if v in perturbed}
         self.readers = {v: reader_of(loop, v) for v in self.moving_wholes}
+        self.small = SmallSums(
+            (v, x, engine.accumulator_dtype(x.dtype)) for v, x in self.moving_wholes.items()
+        )
         read = [s for s in loop.sliced if s.value in self.moving_arrays]
         self.moving_windows = {(s.node, s.operand): s for s in read}
 
@@ -205,7 +210,7 @@ class _ReverseLoop:
             with self.readers[v].origin():
                 wholes[v] = full_like(self.full, a, dtype=engine.accumulator_dtype(a.dtype))
         lines = {v: full_like(self.full, x, shape=x.shape[1:]) for v, x in _inexact(saved).items()}
-        return Cotangents(lines, arrays, wholes)
+        return Cotangents(lines, arrays, self.small.packed(wholes))
 
     def step(self, below: Cotangents, row_and_lines: Any) -> tuple[Cotangents, None]:
         loop, (row, lines) = self.loop, row_and_lines
@@ -223,10 +228,11 @@ class _ReverseLoop:
         sum_bars = {v: self.cotangents[v].astype(x.dtype) for v, x in outputs[2].items()}
         line_bars, window_bars, partial = pull((below.lines, row_bars, sum_bars))
         arrays = self.with_windows(below.arrays, window_bars, now)
+        wide = {v: x.astype(engine.accumulator_dtype(x.dtype)) for v, x in partial.items()}
         added = {}
-        for v, bar in below.wholes.items():
-            with self.readers[v].origin():
-                added[v] = bar + partial[v].astype(bar.dtype)
+        for v, bar in self.small.packed(wide).items():
+            with self.readers[v].origin() if v in self.readers else contextlib.nullcontext():
+                added[v] = below.wholes[v] + bar
         return Cotangents(line_bars, arrays, added), None
 
     def with_windows(self, arrays: Values, window_bars: Any, now: Clock) -> Values:
@@ -247,7 +253,7 @@ class _ReverseLoop:
         """In the values' own precision, and memory."""
         avals = self.loop.graph.program.avals
         bars = {}
-        for v, bar in found.wholes.items():
+        for v, bar in self.small.unpacked(found.wholes).items():
             with self.readers[v].origin():
                 bars[v] = bar.astype(avals[v].dtype)
         for v, bar in found.arrays.items():
