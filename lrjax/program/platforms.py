@@ -76,18 +76,16 @@ def _jvp(
     return per_platform_p.bind(*primals, function=function, settings=settings), tangent
 
 
-def _batched(
-    *operands: Array, platform: str | None, function: Function, axes: Any, settings: Any
-) -> Array:
-    run = functools.partial(_run, function=function, settings=settings, platform=platform)
+def _batched(*operands: Array, platform: str | None, one: Function, axes: Any, own: Any) -> Array:
+    run = functools.partial(_run, function=one, settings=own, platform=platform)
     return jax.vmap(run, axes)(*operands)
 
 
 def _batch(
     operands: Sequence[Array], axes: Sequence[Any], *, function: Function, settings: Any
 ) -> tuple[Array, int]:
-    own = {"function": function, "axes": tuple(axes), "settings": settings}
-    return per_platform(_batched, *operands, **own), 0
+    found = per_platform(_batched, *operands, one=function, axes=tuple(axes), own=settings)
+    return found, 0
 
 
 ad.primitive_jvps[per_platform_p] = _jvp

@@ -178,4 +178,4 @@ def test_branches_with_convolutions_fall_back_and_explain_says_so():
     reasons = [text for text in explained.fallbacks if text.startswith("cond")]
     assert any("mixes neighbouring rows" in text for text in reasons), reasons
     assert all(text in explained.tables() for text in reasons)
-    assert "mixes neighbouring rows" in str(explained)
+    assert "a branch is not row-local" in str(explained)
