@@ -48,8 +48,9 @@ def rowwise(
       num_blocks: steps in which the rows are admitted: rows of the tallest input for "stream", of
         the output for "2ps" and "overl" (the lowest one, maps of less than half the rows of
         another at its rate left out). A step admits at most ``ceil(rows / num_blocks)`` rows
-        (fewer where some rows of lag cost a step more anyway), and there may be at most as many blocks as rows; what has fewer rows than that beside them takes
-        fewer steps. One number, or one per segment. Default: steps of about 64 rows.
+        (fewer where some rows of lag cost a step more anyway), and there may be at most as many
+        blocks as rows; what has fewer rows than that beside them takes fewer steps. One number, or
+        one per segment. Default: steps of about 64 rows.
       strategy: "stream" (differentiate first, then tile; least memory), "2ps" or "overl" (LR-CNN,
         arXiv 2401.11471), "checkpoint" (whole maps, the forward pass done again) or "column" (whole
         maps, the baseline), or an object of ``lrjax.strategies``, such as ``MicroBatches("stream",

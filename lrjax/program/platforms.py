@@ -65,7 +65,8 @@ def _known_type(function: Function, settings: Any, *types: Any) -> Any:
 
 @per_platform_p.def_impl
 def _evaluated(*operands: Array, **params: Any) -> Array:
-    return jax.jit(functools.partial(per_platform_p.bind, **params))(*operands)
+    with jax.disable_jit(False):  # it is the lowering that knows the platform
+        return jax.jit(functools.partial(per_platform_p.bind, **params))(*operands)
 
 
 def _jvp(

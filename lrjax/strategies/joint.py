@@ -90,20 +90,21 @@ def joint_of(program: FlatProgram, wrt: Sequence[int], placed: Collection[int]) 
         inputs, moving_cotangents = arrays[: len(program.inputs)], arrays[len(program.inputs) :]
         function, moving = function_of(telling, wrt, inputs)
 
-        def told(*moving: Any) -> tuple[list[Any], list[Any]]:
+        def told(*moving: Any) -> tuple[list[Any], dict[int, Any]]:
             values = function(*moving)
-            return values[:count], values[count:]
+            placed = zip(wanted, values[count:], strict=True)
+            return values[:count], {v: x for v, x in placed if not _is_reference(x)}
 
         values, pull, places = jax.vjp(told, *moving, has_aux=True)
         cotangents = [np.zeros(out.shape, jax.dtypes.float0) for out in outputs]
         for i, ct in zip(inexact, moving_cotangents, strict=True):
             cotangents[i] = ct
-        return values, pull(cotangents), places
+        return (values, pull(cotangents)), places
 
     structs = [struct_like(outputs[i]) for i in inexact]
-    traced = flatten(jax.make_jaxpr(joint)(*program.structs, *structs))
-    stop = count + len(wrt)
-    places = zip(wanted, traced.outputs[stop:], strict=True)
+    closed, (_, placed) = jax.make_jaxpr(joint, return_shape=True)(*program.structs, *structs)
+    traced, stop = flatten(closed), count + len(wrt)
+    places = zip(sorted(placed), traced.outputs[stop:], strict=True)
     found = simpler_comparisons(dataclasses.replace(traced, outputs=traced.outputs[:stop]))
     known = {v for equation in found.equations for v in equation.outputs}
     return Joint(
@@ -112,6 +113,11 @@ def joint_of(program: FlatProgram, wrt: Sequence[int], placed: Collection[int]) 
         count,
         {v: place for v, place in places if place in known},
     )
+
+
+def _is_reference(value: Any) -> bool:
+    """A mutable array, which no function can return."""
+    return hasattr(jax.typeof(value), "inner_aval")
 
 
 def _from(
