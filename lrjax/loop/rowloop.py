@@ -317,13 +317,8 @@ def row_loop(
     order: Order,
     num_blocks: int,
     is_differentiated: bool,
-    recomputed: frozenset[int] = frozenset(),
 ) -> RowLoop:
-    """Schedule one stage.
-
-    Halo rows of the values in ``recomputed`` are computed again in every step instead of kept; an
-    order that ``recomputes_halos`` does so for all.
-    """
+    """Schedule one stage."""
     nodes = graph.stage_nodes(stage)
     producer = {
         v: i
@@ -346,8 +341,7 @@ def row_loop(
             if read is not None and isinstance(v, int)
         )
         is_sink = node.is_reduction or any(v in row_outputs for v in node.equation.outputs)
-        again = not recomputed.isdisjoint(node.equation.outputs)
-        tasks.append(Task(reads, node.op.height, speeds[i], is_sink, again))
+        tasks.append(Task(reads, node.op.height, speeds[i], is_sink))
     make = overlap_schedule if order.recomputes_halos else shared_schedule
     return RowLoop(graph, tuple(nodes), make(tasks), row_outputs, producer, is_differentiated)
 

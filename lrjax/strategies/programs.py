@@ -51,7 +51,6 @@ def row_program(
     graph: RowGraph,
     order: Order,
     num_blocks: int,
-    recomputed: frozenset[int] = frozenset(),
     *,
     is_differentiated: bool = False,
 ) -> RowProgram:
@@ -61,7 +60,6 @@ def row_program(
       graph: what it computes.
       order: of the rows.
       num_blocks: steps.
-      recomputed: values whose halo rows are computed again, not kept.
       is_differentiated: steps are differentiated one by one.
     """
     made: dict[tuple[int, int], RowLoop] = {}
@@ -75,7 +73,6 @@ def row_program(
                 order=order,
                 num_blocks=num_blocks,
                 is_differentiated=is_differentiated,
-                recomputed=recomputed,
             )
         return made[key]
 
