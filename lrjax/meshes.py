@@ -14,6 +14,7 @@ from typing import Any
 import jax
 from jax.sharding import AxisType, NamedSharding
 
+from lrjax.program.inline import replaced_at
 from lrjax.rowgraph.tracing import flat_axes, full_trace, is_array
 
 Call = Callable[[tuple[Any, ...], dict[str, Any]], Any]
@@ -35,10 +36,7 @@ def on_auto_axes(
     _check_rows(in_axes, args)
 
     def with_leaves(function: Call, arrays: Sequence[Any]) -> Any:
-        full = list(leaves)
-        for i, array in zip(moving, arrays, strict=True):
-            full[i] = array
-        return function(*jax.tree.unflatten(tree, full))
+        return function(*jax.tree.unflatten(tree, replaced_at(leaves, moving, arrays)))
 
     def column(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return fun(*args, **kwargs)

@@ -31,7 +31,7 @@ from lrjax.loop.line_buffers import (
 )
 from lrjax.loop.offload import empty_on_host, from_host, is_on_host, to_host
 from lrjax.loop.rowloop import Band, RowLoop, Source
-from lrjax.program.inline import Atom, FlatEquation, Literal
+from lrjax.program.inline import FlatEquation, array_of, values_of
 from lrjax.program.varying import varying_axes, varying_over
 from lrjax.rowgraph.graph import RowGraph
 from lrjax.rules.base import Array, Rows
@@ -44,24 +44,22 @@ from lrjax.rules.reduction import identity_of
 
 @dataclasses.dataclass(frozen=True)
 class StepResult:
-    """Line buffers for the next step, rows of outputs, and contributions to reductions."""
+    """What a step has made so far.
 
-    lines: Values
-    rows: Values
-    partial: Values
+    Attributes:
+      at_hand: rows that it may still read.
+      lines: line buffers for the next step.
+      rows: of the loop's outputs.
+      partial: contributions to reductions.
+    """
 
+    at_hand: dict[int, AtHand | Ring] = dataclasses.field(default_factory=dict)
+    lines: Values = dataclasses.field(default_factory=dict)
+    rows: Values = dataclasses.field(default_factory=dict)
+    partial: Values = dataclasses.field(default_factory=dict)
 
-@dataclasses.dataclass
-class _Progress:
-    """What a step has made so far."""
-
-    at_hand: dict[int, AtHand | Ring]
-    lines: Values
-    rows: Values
-    partial: Values
-
-    def updated(self, other: _Progress) -> _Progress:
-        return _Progress(
+    def updated(self, other: StepResult) -> StepResult:
+        return StepResult(
             {**self.at_hand, **other.at_hand},
             {**self.lines, **other.lines},
             {**self.rows, **other.rows},
@@ -69,7 +67,7 @@ class _Progress:
         )
 
 
-jax.tree_util.register_dataclass(_Progress, ["at_hand", "lines", "rows", "partial"], [])
+jax.tree_util.register_dataclass(StepResult, ["at_hand", "lines", "rows", "partial"], [])
 
 
 def slice_windows(loop: RowLoop, clock: Clock, arrays: Values) -> dict[tuple[int, int], Array]:
@@ -110,14 +108,14 @@ def run_step(
 
     Bands of operations that have no row of the image in many steps sit under a ``cond``.
     """
-    done = _Progress({}, {}, {}, {})
+    done = StepResult()
     clock = clock.afresh()
     for band in loop.bands:
 
-        def compute(done: _Progress = done, band: Band = band) -> _Progress:
+        def compute(done: StepResult = done, band: Band = band) -> StepResult:
             return _run_band(loop, clock.afresh(), band, done, lines, windows, wholes)
 
-        def skip(band: Band = band) -> _Progress:
+        def skip(band: Band = band) -> StepResult:
             return _skip_band(loop, clock.afresh(), band, lines)
 
         if band.first == 0 and band.last == loop.steps - 1:
@@ -126,39 +124,35 @@ def run_step(
             is_active = (clock["step"] >= band.first) & (clock["step"] <= band.last)
             made = lax.cond(is_active, compute, skip)
         done = done.updated(made)
-    return StepResult(done.lines, done.rows, done.partial)
+    return done
 
 
 def _run_band(
     loop: RowLoop,
     clock: Clock,
     band: Band,
-    done: _Progress,
+    done: StepResult,
     lines: Values,
     windows: Mapping[tuple[int, int], Array],
     wholes: Values,
-) -> _Progress:
-    made = _Progress({}, {}, {}, {})
+) -> StepResult:
+    made = StepResult()
     for i in band.nodes:
-        node, op = loop.nodes[i], loop.nodes[i].op
-        assert op is not None
+        node = loop.nodes[i]
         at_hand = {**done.at_hand, **made.at_hand}
         sources = {s.operand: s for s in loop.sources_of(i)}
         with node.equation.origin():
             operands = []
             for operand, atom in enumerate(node.equation.inputs):
-                if isinstance(atom, Literal):
-                    operands.append(_read({}, atom))
-                elif operand in sources:
+                if operand in sources:
                     operands.append(_window(loop, clock, sources[operand], at_hand, windows))
                 else:
-                    operands.append(wholes[atom])
+                    operands.append(array_of(atom, wholes))
             count = loop.schedule.tracks[i].rows
             rows = Rows(clock["start", i], count, loop.is_differentiated)
-            results = op.evaluate(operands, rows)
+            results = node.op.evaluate(operands, rows)
         if node.is_reduction:
-            pairs = zip(node.equation.outputs, results, strict=True)
-            for v, partial in pairs:
+            for v, partial in zip(node.equation.outputs, results, strict=True):
                 partial = partial.astype(accumulator_dtype(partial.dtype))
                 made.partial[v] = typed(loop, v, partial)
             continue
@@ -169,13 +163,12 @@ def _run_band(
     return _exported(band, made)
 
 
-def _skip_band(loop: RowLoop, clock: Clock, band: Band, lines: Values) -> _Progress:
+def _skip_band(loop: RowLoop, clock: Clock, band: Band, lines: Values) -> StepResult:
     """Rows outside the image hold the fill value, and add nothing to reductions."""
-    made = _Progress({}, {}, {}, {})
+    made = StepResult()
     avals = loop.graph.program.avals
     for i in band.nodes:
         node, track = loop.nodes[i], loop.schedule.tracks[i]
-        assert node.op is not None
         for v in node.equation.outputs:
             if node.op.reduction is not None:
                 dtype = accumulator_dtype(avals[v].dtype)
@@ -190,7 +183,7 @@ def _skip_band(loop: RowLoop, clock: Clock, band: Band, lines: Values) -> _Progr
 
 
 def _keep(
-    loop: RowLoop, clock: Clock, made: _Progress, value: int, slab: Array, lines: Values
+    loop: RowLoop, clock: Clock, made: StepResult, value: int, slab: Array, lines: Values
 ) -> None:
     with line_buffer_of(loop, value):
         made.at_hand[value], line = extend(loop, clock, value, lines, slab)
@@ -200,7 +193,7 @@ def _keep(
         made.rows[value] = slab
 
 
-def _exported(band: Band, made: _Progress) -> _Progress:
+def _exported(band: Band, made: StepResult) -> StepResult:
     at_hand = {v: rows for v, rows in made.at_hand.items() if v in band.exports}
     return dataclasses.replace(made, at_hand=at_hand)
 
@@ -224,7 +217,6 @@ def _window(
             window = keep(window, clock.inside(name, window.shape[axis], 0, height), axis, fill)
     else:
         window = windows[source.node, source.operand]
-    assert node.op is not None
     is_driver = source.operand in node.op.drivers
     if is_driver and not loop.schedule.tracks[source.node].is_steady:
         # Rows computed again belong to an earlier step's contribution.
@@ -262,38 +254,27 @@ _COMBINE: dict[str, Callable[[Array, Array], Array]] = {
 def empty_sums(loop: RowLoop, full: Full) -> Values:
     """Accumulators at their identities."""
     sums = {}
-    for node in loop.nodes:
-        if node.is_reduction:
-            assert node.op is not None
-            assert node.op.reduction is not None
-            for v in node.equation.outputs:
-                aval = loop.graph.program.avals[v]
-                dtype = accumulator_dtype(aval.dtype)
-                with node.equation.origin():
-                    identity = identity_of(node.op.reduction, dtype)
-                    sums[v] = full_like(full, aval, identity, dtype=dtype)
+    for v, (equation, reduction) in loop.reductions.items():
+        aval = loop.graph.program.avals[v]
+        dtype = accumulator_dtype(aval.dtype)
+        with equation.origin():
+            sums[v] = full_like(full, aval, identity_of(reduction, dtype), dtype=dtype)
     return sums
 
 
 def add_partial(loop: RowLoop, sums: Values, partial: Values) -> Values:
     combined = {}
-    for node in loop.nodes:
-        if node.is_reduction:
-            assert node.op is not None
-            assert node.op.reduction is not None
-            for v in node.equation.outputs:
-                with node.equation.origin():
-                    combined[v] = _COMBINE[node.op.reduction](sums[v], partial[v])
+    for v, (equation, reduction) in loop.reductions.items():
+        with equation.origin():
+            combined[v] = _COMBINE[reduction](sums[v], partial[v])
     return combined
 
 
 def finished_sums(loop: RowLoop, sums: Values) -> Values:
     finished = {}
-    for node in loop.nodes:
-        if node.is_reduction:
-            for v in node.equation.outputs:
-                with node.equation.origin():
-                    finished[v] = sums[v].astype(loop.graph.program.avals[v].dtype)
+    for v, (equation, _) in loop.reductions.items():
+        with equation.origin():
+            finished[v] = sums[v].astype(loop.graph.program.avals[v].dtype)
     return finished
 
 
@@ -338,19 +319,33 @@ def run_loop(
     Row outputs among ``hosted`` never exist whole on the device. What the loop starts with is made
     behind its own latest input, and behind the arrays ``after``.
     """
+    return run_steps(loop, values, hosted, after)[0]
+
+
+def run_steps(
+    loop: RowLoop,
+    values: Values,
+    hosted: Collection[int] = (),
+    after: Sequence[Any] = (),
+    *,
+    saves_lines: bool = False,
+) -> tuple[Values, Values | None]:
+    """``run_loop``; with it the line buffers that every step starts with, if they are saved."""
     clock = clock_of(loop)
     arrays = {v: values[v] for v in loop.arrays}
     wholes = {v: values[v] for v in loop.wholes}
 
-    def step(carry: tuple[Values, Values, Values], row: Any) -> tuple[Any, None]:
+    def step(carry: tuple[Values, Values, Values], row: Any) -> tuple[Any, Values | None]:
         lines, outputs, sums = carry
         now = clock.at(row)
         result = run_step(loop, now, lines, slice_windows(loop, now, arrays), wholes)
         outputs = write_outputs(loop, now, outputs, result.rows)
-        return (result.lines, outputs, add_partial(loop, sums, result.partial)), None
+        saved = lines if saves_lines else None
+        return (result.lines, outputs, add_partial(loop, sums, result.partial)), saved
 
-    (_, outputs, sums), _ = lax.scan(step, start_of(loop, values, hosted, after), clock.table())
-    return {**outputs, **finished_sums(loop, sums)}
+    start = start_of(loop, values, hosted, after)
+    (_, outputs, sums), saved = lax.scan(step, start, clock.table())
+    return {**outputs, **finished_sums(loop, sums)}, saved
 
 
 # --- Whole graphs --------------------------------------------------------------------------------
@@ -377,46 +372,36 @@ def run_graph(
       hosted: numbers of the outputs that are put in the host's memory, with their row axes.
     """
     hosted = hosted or {}
-    wanted = {v for i, v in enumerate(graph.program.outputs) if i in hosted and isinstance(v, int)}
+    wanted = set(values_of(graph.program.outputs[i] for i in hosted))
     copies: Values = {}
     values: Values = {v: jnp.asarray(c) for v, c in graph.program.constants.items()}
     values.update(zip(graph.program.inputs, inputs, strict=True))
     whole = ChainMap(copies, values)
     for stage, loop in enumerate(loops):
         for node in graph.column_nodes(stage):
-            copies.update(_copies(graph, whole, node.equation.inputs))
+            copies.update(_copies(graph, whole, node.equation.values))
             values.update(run_column(graph, node.equation, whole))
         if loop is not None:
             copies.update(_copies(graph, whole, loop.wholes))
             taken = {v: whole[v] for v in loop.wholes}
             values.update(run(loop, {**values, **taken}, wanted))
-    results = [_read(values, v) for v in graph.program.outputs]
+    results = [array_of(v, values) for v in graph.program.outputs]
     for i, axis in hosted.items():
         if not is_on_host(results[i]):
             results[i] = to_host(results[i], axis)
     return results
 
 
-def _copies(graph: RowGraph, values: Mapping[int, Any], atoms: Sequence[Atom]) -> Values:
+def _copies(graph: RowGraph, values: Mapping[int, Any], taken: Sequence[int]) -> Values:
     """What is in the host's memory and is about to be taken whole, on the device."""
-    return {
-        v: from_host(values[v], graph.row_axis[v])
-        for v in atoms
-        if isinstance(v, int) and is_on_host(values[v])
-    }
+    return {v: from_host(values[v], graph.row_axis[v]) for v in taken if is_on_host(values[v])}
 
 
 def run_column(graph: RowGraph, equation: FlatEquation, values: Mapping[int, Any]) -> Values:
     """Evaluate one equation on whole values."""
-    results = equation.evaluate([_read(values, v) for v in equation.inputs])
+    results = equation.evaluate([array_of(v, values) for v in equation.inputs])
     avals = graph.program.avals
     return {
         v: varying_over(result, varying_axes(avals[v]))
         for v, result in zip(equation.outputs, results, strict=True)
     }
-
-
-def _read(values: Mapping[int, Any], atom: Atom) -> Any:
-    if isinstance(atom, Literal):
-        return jax.numpy.asarray(atom.value, atom.dtype)
-    return values[atom]

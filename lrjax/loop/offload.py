@@ -21,7 +21,7 @@ from jax import lax
 from jax.custom_derivatives import SymbolicZero
 
 from lrjax.program.compatibility import checkpoint, from_real_parts, real_parts
-from lrjax.program.varying import varying_axes, varying_over
+from lrjax.program.varying import is_inexact, varying_axes, varying_over
 from lrjax.rules.base import Array
 
 HOST, DEVICE = jax.memory.Space.Host, jax.memory.Space.Device
@@ -146,7 +146,7 @@ def checkpointed(function: Function, hosted: Mapping[int, int]) -> Function:
 
     def forward(*inputs: Any) -> Any:
         plain = [x.value for x in inputs]
-        moving = {i: None for i, x in enumerate(inputs) if x.perturbed and _is_inexact(x.value)}
+        moving = {i: None for i, x in enumerate(inputs) if x.perturbed and is_inexact(x.value)}
         return forward_pass(*plain), (plain, moving)
 
     def backward(residuals: Any, cotangents: Sequence[Any]) -> tuple[Any, ...]:
@@ -172,10 +172,6 @@ def checkpointed(function: Function, hosted: Mapping[int, int]) -> Function:
 
     call.defvjp(forward, backward, symbolic_zeros=True)
     return call
-
-
-def _is_inexact(array: Array) -> bool:
-    return bool(jnp.issubdtype(array.dtype, jnp.inexact))
 
 
 def instantiated(cotangent: Any) -> Array:

@@ -19,7 +19,6 @@ from lrjax.rowgraph.bodies import (
     pointwise_graph,
     preserves_finiteness,
     reducing_primitive,
-    row_axis_of,
     run_on_block,
 )
 from lrjax.rowgraph.graph import RowGraph
@@ -49,7 +48,7 @@ def branches(equation: Equation) -> RowOp:
 
         return jax.lax.switch(windows[0], [run(body) for body in bodies], *values)
 
-    reasons = (n.op.undifferentiable for body in bodies for n in body.nodes if n.op is not None)
+    reasons = (node.op.undifferentiable for body in bodies for node in body.row_nodes)
     return RowOp(
         (None, *(None if axis is None else RowRead(IDENTITY, axis) for axis in axes)),
         out_axes,
@@ -69,7 +68,7 @@ def _bodies(equation: Equation) -> tuple[list[RowGraph], tuple[int, ...]]:
     output, which gives them rows.
     """
     operands = equation.operands[1:]
-    structs = [o.struct for o in operands]
+    structs = equation.structs[1:]
     axes = [o.row_axis for o in operands]
     functions = [jaxpr_as_fun(branch) for branch in equation.params["branches"]]
     found = [_branch_graph(function, structs, axes) for function in functions]
@@ -77,7 +76,7 @@ def _bodies(equation: Equation) -> tuple[list[RowGraph], tuple[int, ...]]:
     masks = [jax.ShapeDtypeStruct(out.shape, np.bool_) for out in equation.outputs]
     bodies = [
         graph
-        if all(row_axis_of(graph, v) is not None for v in graph.program.outputs)
+        if all(graph.axis_of(v) is not None for v in graph.program.outputs)
         else _branch_graph(
             functools.partial(_with_rows, function, len(masks)),
             [*masks, *structs],
@@ -111,7 +110,7 @@ def _out_axes(equation: Equation, found: Sequence[RowGraph]) -> tuple[int, ...]:
     out_axes: list[int] = []
     per_output = zip(*(graph.program.outputs for graph in found), strict=True)
     for out, outputs in zip(equation.outputs, per_output, strict=True):
-        axes = (row_axis_of(graph, v) for graph, v in zip(found, outputs, strict=True))
+        axes = (graph.axis_of(v) for graph, v in zip(found, outputs, strict=True))
         named = {axis for axis in axes if axis is not None}
         if not named and equation.height in out.shape[equation.row_axis : equation.row_axis + 1]:
             named = {equation.row_axis}  # the same for all rows in every branch

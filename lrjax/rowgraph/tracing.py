@@ -10,7 +10,14 @@ from typing import Any
 import jax
 import numpy as np
 
-from lrjax.program.inline import Atom, FlatEquation, FlatProgram, flatten, is_moving, lifted_effects
+from lrjax.program.inline import (
+    Atom,
+    FlatEquation,
+    FlatProgram,
+    flatten,
+    is_moving,
+    replaced_at,
+)
 from lrjax.program.manual_axes import with_casts_outside
 from lrjax.rowgraph.graph import build
 
@@ -76,9 +83,7 @@ def trace(
 
     def flat(*arrays: Any) -> list[Any]:
         nonlocal out_tree
-        keywords = list(keyword_leaves)
-        for i, array in zip(traced_keywords, arrays[len(leaves) :], strict=True):
-            keywords[i] = array
+        keywords = replaced_at(keyword_leaves, traced_keywords, arrays[len(leaves) :])
         positional = jax.tree.unflatten(tree, arrays[: len(leaves)])
         result = fun(*positional, **jax.tree.unflatten(keyword_tree, keywords))
         outputs, out_tree = jax.tree.flatten(result)
@@ -100,11 +105,27 @@ def trace(
     consts = tuple(filter(is_moving, closed.consts))
     all_axes = (*(None,) * len(consts), *axes, *(None,) * len(traced_keywords))
     program, inputs, input_axes = with_casts_outside(program, (*consts, *arrays), all_axes)
-    program, effects = lifted_effects(program)
+    program, effects = _lifted_effects(program)
     weak = frozenset(
         i for i, aval in enumerate(closed.out_avals) if getattr(aval, "weak_type", False)
     )
     return Traced(program, inputs, input_axes, out_tree, effects, weak)
+
+
+def _lifted_effects(program: FlatProgram) -> tuple[FlatProgram, tuple[FlatEquation, ...]]:
+    """A program without the equations that have an effect and no result, and these equations.
+
+    What they read becomes an output, so that a callback runs once, on whole values, after the
+    program: inside, each pass over a recomputed forward would call it again.
+    """
+    effects = tuple(e for e in program.equations if e.has_effects and not e.outputs)
+    read = (v for equation in effects for v in equation.values)
+    lean = dataclasses.replace(
+        program,
+        equations=tuple(e for e in program.equations if e not in effects),
+        outputs=(*program.outputs, *dict.fromkeys(read)),
+    )
+    return lean if effects else program, effects
 
 
 def flat_axes(in_axes: Any, args: tuple[Any, ...]) -> tuple[int | None, ...]:

@@ -84,6 +84,11 @@ class Equation:
     outputs: tuple[jax.ShapeDtypeStruct, ...]
 
     @property
+    def structs(self) -> list[jax.ShapeDtypeStruct]:
+        """Types of the whole operands."""
+        return [operand.struct for operand in self.operands]
+
+    @property
     def row_operand(self) -> int:
         """Index of the first operand that carries rows."""
         return next(i for i, operand in enumerate(self.operands) if operand.row_axis is not None)

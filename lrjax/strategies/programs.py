@@ -18,7 +18,7 @@ from lrjax.loop import engine
 from lrjax.loop.dependent_fill import dependency_on
 from lrjax.loop.rowloop import Order, RowLoop, row_loop
 from lrjax.program.comparisons import simpler_comparisons
-from lrjax.program.inline import flatten
+from lrjax.program.inline import dependents, flatten, values_of
 from lrjax.rowgraph.graph import RowGraph, build, size_bytes
 from lrjax.rules.base import Array
 from lrjax.strategies.rematerialisation import with_rematerialised_reads
@@ -157,11 +157,7 @@ class RowPrograms:
             return (RowPass("forward and backward", self.forward, 0, _all_heads(first)),)
         program = self.forward.graph.program
         residuals, inputs = program.outputs[self.outputs :], set(program.inputs)
-        saved = sum(
-            size_bytes(program.avals[v])
-            for v in residuals
-            if isinstance(v, int) and v not in inputs
-        )
+        saved = sum(size_bytes(program.avals[v]) for v in values_of(residuals) if v not in inputs)
         cotangents = second.program.inputs[len(residuals) :]
         return (
             RowPass("forward", self.forward, saved, _all_heads(first)),
@@ -197,11 +193,7 @@ def _heads_behind(graph: RowGraph, cotangents: Sequence[int]) -> frozenset[int]:
     """First outputs of the operations that cotangents reach: no pass did them before."""
     if not cotangents:
         return _all_heads(graph)
-    moved = set(cotangents)
-    for node in graph.nodes:
-        if moved.intersection(v for v in node.equation.inputs if isinstance(v, int)):
-            moved.update(node.equation.outputs)
-    return frozenset(moved)
+    return frozenset(dependents((node.equation for node in graph.nodes), cotangents))
 
 
 # --- From a forward rule to its backward rule ----------------------------------------------------

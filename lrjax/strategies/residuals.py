@@ -14,14 +14,13 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from lrjax.program.comparisons import compared_extremes, simpler_comparisons
 from lrjax.program.compatibility import tag_of
-from lrjax.program.inline import FlatProgram, flatten, function_of
-from lrjax.program.varying import struct_like
-from lrjax.rowgraph.graph import RowGraph, build, stage_problem
+from lrjax.program.inline import FlatProgram, flatten, function_of, replaced_at
+from lrjax.program.varying import is_inexact, struct_like
+from lrjax.rowgraph.graph import ColumnNode, RowGraph, build, stage_problem
 from lrjax.rowgraph.stages import Problem, Stages, cut_into_stages
 
 # The least memory is taken with which all operations stay within this multiple of column's (a
@@ -67,11 +66,10 @@ def _ends_of_stages(graph: RowGraph) -> set[int]:
     that column operations take whole (they exist whole anyway)."""
     found: set[int] = set()
     for node, home in zip(graph.nodes, graph.stages.home, strict=True):
-        if node.is_reduction or (node.op is None and home > 0):
+        if node.is_reduction or (isinstance(node, ColumnNode) and home > 0):
             found.update(node.equation.outputs)
-        if node.op is None:
-            inputs = (v for v in node.equation.inputs if isinstance(v, int))
-            found.update(v for v in inputs if v in graph.streamed)
+        if isinstance(node, ColumnNode):
+            found.update(graph.streamed.intersection(node.equation.values))
     return found
 
 
@@ -89,7 +87,7 @@ def _worth_holding(
         if tag in value_of
     }
     border = len(forward.stages.members) - 1
-    count = sum(jnp.issubdtype(program.aval(v).dtype, jnp.inexact) for v in program.outputs)
+    count = sum(is_inexact(program.aval(v)) for v in program.outputs)
     cotangents = joint.program.inputs[len(joint.program.inputs) - count :]
     problem = stage_problem(
         joint.program,
@@ -126,18 +124,16 @@ def _joint_graph(
 ) -> RowGraph:
     """Outputs and gradients as one program, with the row values of the forward pass named."""
     outputs = [program.aval(v) for v in program.outputs]
-    inexact = [i for i, out in enumerate(outputs) if jnp.issubdtype(out.dtype, jnp.inexact)]
+    inexact = [i for i, out in enumerate(outputs) if is_inexact(out)]
 
     def joint(*arrays: Any) -> Any:
         inputs, moving_cotangents = arrays[: len(axes)], arrays[len(axes) :]
         function, moving = function_of(program, wrt, inputs, names)
         values, pull = jax.vjp(function, *moving)
-        cotangents = [np.zeros(out.shape, jax.dtypes.float0) for out in outputs]
-        for i, ct in zip(inexact, moving_cotangents, strict=True):
-            cotangents[i] = ct
-        return values, pull(cotangents)
+        zeros = [np.zeros(out.shape, jax.dtypes.float0) for out in outputs]
+        return values, pull(replaced_at(zeros, inexact, moving_cotangents))
 
     structs = [struct_like(outputs[i]) for i in inexact]
-    out_axes = [forward.row_axis.get(v) if isinstance(v, int) else None for v in program.outputs]
+    out_axes = [*map(forward.axis_of, program.outputs)]
     traced = simpler_comparisons(flatten(jax.make_jaxpr(joint)(*program.structs, *structs)))
     return build(traced, [*axes, *(out_axes[i] for i in inexact)])

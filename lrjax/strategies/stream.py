@@ -18,8 +18,8 @@ import numpy as np
 
 from lrjax.loop.offload import instantiated, is_on_host, scaled
 from lrjax.program.compatibility import checkpoint
-from lrjax.program.inline import FlatProgram, evaluate, flatten, function_of
-from lrjax.program.varying import struct_like, varying_axes, varying_over
+from lrjax.program.inline import FlatProgram, evaluate, flatten, function_of, replaced_at
+from lrjax.program.varying import is_inexact, struct_like, varying_axes, varying_over
 from lrjax.rowgraph.graph import RowGraph, build
 from lrjax.rowgraph.segments import Segment
 from lrjax.rules.base import Array
@@ -105,7 +105,7 @@ def stream_function(
         wrt = [
             i
             for i, (x, struct) in enumerate(zip(inputs, structs, strict=True))
-            if x.perturbed and jnp.issubdtype(struct.dtype, jnp.inexact)
+            if x.perturbed and is_inexact(struct)
         ]
         programs = stream_programs(program, axes, num_blocks, wrt)
         count = len(program.outputs)
@@ -135,10 +135,7 @@ def stream_function(
         else:
             inexact = [ct for ct in given if ct.dtype != jax.dtypes.float0]
             gradients = second.run([*residuals.arrays, *inexact], returned, after=cotangents)
-        bars: list[Any] = [None] * len(structs)
-        for i, gradient in zip(wrt, gradients, strict=True):
-            bars[i] = gradient
-        return tuple(bars)
+        return tuple(replaced_at([None] * len(structs), wrt, gradients))
 
     call.defvjp(forward, backward, symbolic_zeros=True)
     return call
@@ -166,7 +163,7 @@ def _two_passes(program: FlatProgram, axes: Axes, wrt: Sequence[int]) -> tuple[R
     structs = [
         struct_like(a) for a in (graph.program.aval(v) for v in graph.program.outputs[count:])
     ]
-    inexact = [i for i, out in enumerate(outputs) if jnp.issubdtype(out.dtype, jnp.inexact)]
+    inexact = [i for i, out in enumerate(outputs) if is_inexact(out)]
 
     def backward(*arrays: Any) -> Any:
         leaves, moving = list(arrays[: len(structs)]), arrays[len(structs) :]
@@ -174,12 +171,10 @@ def _two_passes(program: FlatProgram, axes: Axes, wrt: Sequence[int]) -> tuple[R
         known = graph.program.constants
         for i, v in enumerate(graph.program.outputs[count:]):
             leaves[i] = known.get(v, leaves[i]) if isinstance(v, int) else leaves[i]
-        cotangents = [np.zeros(out.shape, jax.dtypes.float0) for out in outputs]
-        for i, ct in zip(inexact, moving, strict=True):
-            cotangents[i] = ct
-        return jax.tree.unflatten(tree, leaves)(cotangents)
+        zeros = [np.zeros(out.shape, jax.dtypes.float0) for out in outputs]
+        return jax.tree.unflatten(tree, leaves)(replaced_at(zeros, inexact, moving))
 
-    out_axes = _out_axes(graph)
+    out_axes = [*map(graph.axis_of, graph.program.outputs)]
     second = traced_graph(
         backward,
         [*structs, *(outputs[i] for i in inexact)],
@@ -197,11 +192,6 @@ def _explain_effects(program: FlatProgram, error: Exception) -> None:
             f"effect that must not happen twice ({error}). Use strategy '2ps', 'overl' or 'column' "
             "for its segment, or call it outside of fun."
         ) from error
-
-
-def _out_axes(graph: RowGraph) -> list[int | None]:
-    outputs = graph.program.outputs
-    return [graph.row_axis.get(v) if isinstance(v, int) else None for v in outputs]
 
 
 def _value_and_gradient(program: FlatProgram, axes: Axes, wrt: Sequence[int]) -> RowGraph | None:
