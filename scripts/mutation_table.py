@@ -661,9 +661,9 @@ RULES_OF_PRIMITIVES = (
     Mutation(
         "interior-padding",
         "rows between padded rows are not counted",
-        "lrjax/rules/shape.py",
-        "before = row_map.first(0) * row_map.base + low",
-        "before = row_map.first(0) + low",
+        "lrjax/rules/geometry.py",
+        "low = self.first(0) * self.base + self.pad",
+        "low = self.first(0) + self.pad",
         CONTRACTS,
         "pad",
     ),

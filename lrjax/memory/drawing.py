@@ -9,13 +9,13 @@ from typing import IO, TYPE_CHECKING, Any
 import numpy as np
 
 from lrjax.memory import palette
-
-if TYPE_CHECKING:
-    from lrjax.memory.profile import MemoryProfile
+from lrjax.memory.lifetimes import usage
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+
+    from lrjax.memory.profile import MemoryProfile
 
 _TOP_BUFFERS = 8
 
@@ -46,12 +46,8 @@ def write(figure: Figure, file: IO[bytes]) -> None:
 def _timelines_by_kind(profile: MemoryProfile, kinds: Sequence[str]) -> np.ndarray:
     """Bytes in use: a row per kind, a column per step."""
     steps = max(len(profile.instructions), 1)
-    changes = np.zeros((len(kinds), steps + 1), np.int64)
-    rows = {kind: row for row, kind in enumerate(kinds)}
-    for b in profile.buffers:
-        changes[rows[b.kind], b.start] += b.bytes
-        changes[rows[b.kind], b.end + 1] -= b.bytes
-    return changes.cumsum(axis=1)[:, :-1]
+    of_kind = ([b for b in profile.buffers if b.kind == kind] for kind in kinds)
+    return np.array([usage(found, steps) for found in of_kind]).reshape(len(kinds), steps)
 
 
 def _style(axes: Axes) -> None:
@@ -59,6 +55,10 @@ def _style(axes: Axes) -> None:
     axes.spines[["left", "bottom"]].set_color("#b9c1ca")
     axes.tick_params(colors=_MUTED, labelsize=9, length=3)
     axes.set_axisbelow(True)
+
+
+def _title(axes: Axes, text: str) -> None:
+    axes.set_title(text, loc="left", color=_INK, fontsize=12, weight="bold", parse_math=False)
 
 
 def _byte_axis(axis: Any, most: float, limit: float) -> None:
@@ -104,9 +104,7 @@ def draw_timeline(axes: Axes, profile: MemoryProfile) -> None:
     _byte_axis(axes.yaxis, most, 1.12 * most)
     axes.set_xlabel("step of the schedule", color=_MUTED, fontsize=9)
     _mark_peak(axes, profile, stacked.shape[1])
-    axes.set_title(
-        _headline(profile), loc="left", color=_INK, fontsize=12, weight="bold", parse_math=False
-    )
+    _title(axes, _headline(profile))
 
 
 def _mark_peak(axes: Axes, profile: MemoryProfile, steps: int) -> None:
@@ -236,14 +234,7 @@ def draw_peaks(axes: Axes, profiles: Mapping[str, MemoryProfile]) -> None:
     axes.set_xlim(0, limit)
     _byte_axis(axes.xaxis, most, limit)
     devices = {(p.target, p.capacity_bytes) for p in profiles.values()}
-    axes.set_title(
-        f"Peak{_on_device(*devices.pop()) if len(devices) == 1 else ''}",
-        loc="left",
-        color=_INK,
-        fontsize=12,
-        weight="bold",
-        parse_math=False,
-    )
+    _title(axes, f"Peak{_on_device(*devices.pop()) if len(devices) == 1 else ''}")
     if kinds:
         axes.figure.legend(
             loc="outside lower left", ncols=4, frameon=False, fontsize=8.5, handlelength=1
@@ -266,7 +257,7 @@ def draw_timelines(axes: Axes, profiles: Mapping[str, MemoryProfile]) -> None:
     axes.set_ylim(0, 1.12 * most)
     _byte_axis(axes.yaxis, most, 1.12 * most)
     axes.set_xlabel("share of the schedule, %", color=_MUTED, fontsize=9)
-    axes.set_title("Memory in use", loc="left", color=_INK, fontsize=12, weight="bold")
+    _title(axes, "Memory in use")
     legend = axes.figure.legend(
         handles=axes.patches, loc="outside lower right", ncols=3, frameon=False, fontsize=8.5
     )

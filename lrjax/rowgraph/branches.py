@@ -22,9 +22,17 @@ from lrjax.rowgraph.bodies import (
     run_on_block,
 )
 from lrjax.rowgraph.graph import RowGraph
-from lrjax.rules.base import Array, Equation, NotRowLocal, RowOp, RowRead, Rows, Rule
+from lrjax.rules.base import (
+    Array,
+    Equation,
+    NotRowLocal,
+    RowOp,
+    Rows,
+    Rule,
+    reads_along,
+    with_at,
+)
 from lrjax.rules.dependence import output_dependences
-from lrjax.rules.geometry import IDENTITY
 from lrjax.rules.linearity import ADDITIVE, FIXED, UNKNOWN, ZERO, Dependence, of_sum
 from lrjax.rules.traits import Kind, Traits
 
@@ -40,7 +48,7 @@ def branches(equation: Equation) -> RowOp:
     def evaluate(windows: Sequence[Array], rows: Rows) -> Sequence[Array]:
         values = [jnp.asarray(w, o.dtype) for w, o in zip(windows[1:], operands, strict=True)]
         pairs = zip(equation.outputs, out_axes, strict=True)
-        kept = [jnp.ones(_with_size(out.shape, a, rows.count), np.bool_) for out, a in pairs]
+        kept = [jnp.ones(with_at(out.shape, a, rows.count), np.bool_) for out, a in pairs]
 
         def run(body: RowGraph) -> Any:
             extra = kept if len(body.program.inputs) > len(values) else []
@@ -50,7 +58,7 @@ def branches(equation: Equation) -> RowOp:
 
     reasons = (node.op.undifferentiable for body in bodies for node in body.row_nodes)
     return RowOp(
-        (None, *(None if axis is None else RowRead(IDENTITY, axis) for axis in axes)),
+        reads_along((None, *axes)),
         out_axes,
         equation.height,
         evaluate,
@@ -93,7 +101,7 @@ def _check_one_row(equation: Equation, body: RowGraph, out_axes: Sequence[int]) 
     """A branch must make a row from a row; one may give a map that is whole in it."""
     inputs = [
         jax.ShapeDtypeStruct(
-            struct.shape if axis is None else _with_size(struct.shape, axis, 1), struct.dtype
+            struct.shape if axis is None else with_at(struct.shape, axis, 1), struct.dtype
         )
         for v, struct in zip(body.program.inputs, body.program.structs, strict=True)
         for axis in [body.row_axis.get(v)]
@@ -134,10 +142,6 @@ def _with_rows(function: Any, count: int, *arrays: Array) -> list[Array]:
     """The function's results as row values, where some do not depend on rows."""
     pairs = zip(arrays[:count], function(*arrays[count:]), strict=True)
     return [jax.lax.select(keep, out, jnp.zeros_like(out)) for keep, out in pairs]
-
-
-def _with_size(shape: Sequence[int], axis: int, size: int) -> tuple[int, ...]:
-    return tuple(size if a == axis else s for a, s in enumerate(shape))
 
 
 def _linearity(equation: FlatEquation, given: Sequence[Dependence]) -> list[Dependence]:

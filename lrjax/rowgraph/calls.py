@@ -32,9 +32,8 @@ from lrjax.rowgraph.bodies import (
     run_on_block,
 )
 from lrjax.rowgraph.graph import RowGraph, RowNode
-from lrjax.rules.base import Array, Equation, NotRowLocal, RowOp, RowRead, Rows, Rule
+from lrjax.rules.base import Array, Equation, NotRowLocal, RowOp, Rows, Rule, reads_along
 from lrjax.rules.dependence import dependences, output_dependences
-from lrjax.rules.geometry import IDENTITY
 from lrjax.rules.linearity import Dependence
 from lrjax.rules.traits import Kind, Traits
 
@@ -106,7 +105,7 @@ def _custom_call(equation: Equation) -> RowOp:
         return derivative.call(_StaticRows(rows.start, rows.count), values)
 
     return RowOp(
-        reads=tuple(None if axis is None else RowRead(IDENTITY, axis) for axis in axes),
+        reads=reads_along(axes),
         out_axes=out_axes,
         height=equation.height,
         evaluate=evaluate,

@@ -11,7 +11,16 @@ from jax import lax
 from jax.extend.core import primitives as public
 
 from lrjax.program.compatibility import primitives
-from lrjax.rules.base import Array, Equation, NotRowLocal, RowOp, RowRead, Rows, Rule
+from lrjax.rules.base import (
+    Array,
+    Equation,
+    NotRowLocal,
+    RowOp,
+    RowRead,
+    Rows,
+    Rule,
+    row_for_row,
+)
 from lrjax.rules.block_sums import is_small, spread
 from lrjax.rules.geometry import IDENTITY
 from lrjax.rules.linearity import additive_in, additive_in_all, choice, conversion, product
@@ -85,31 +94,18 @@ def sort(equation: Equation) -> RowOp:
 def top_k(equation: Equation) -> RowOp:
     if equation.params["axis"] == equation.row_axis:
         raise NotRowLocal("top_k along rows")
-    return _row_for_row(equation, float(np.prod(equation.operands[0].shape)))
+    axis, elements = equation.row_axis, float(np.prod(equation.operands[0].shape))
+    return row_for_row(equation, (axis,), axis, flops=elements)
 
 
 def fourier_transform(equation: Equation) -> RowOp:
     """A transform along the last axes; rows before them are examples."""
-    lengths = equation.params["fft_lengths"]
-    if equation.row_axis >= len(equation.operands[0].shape) - len(lengths):
+    axis, lengths = equation.row_axis, equation.params["fft_lengths"]
+    if axis >= len(equation.operands[0].shape) - len(lengths):
         raise NotRowLocal("a Fourier transform along rows")
     elements = max(np.prod(equation.operands[0].shape), np.prod(equation.outputs[0].shape))
-    return _row_for_row(equation, float(5 * elements * np.log2(max(np.prod(lengths), 2))))
-
-
-def _row_for_row(equation: Equation, flops: float) -> RowOp:
-    """One operand, whose other axes may change, on rows that stay where they are."""
-
-    def evaluate(windows: Sequence[Array], rows: Rows) -> Sequence[Array]:
-        return equation.bind(*windows)
-
-    return RowOp(
-        reads=(RowRead(IDENTITY, equation.row_axis),),
-        out_axes=(equation.row_axis,) * len(equation.outputs),
-        height=equation.height,
-        evaluate=evaluate,
-        flops=flops / max(equation.height, 1),
-    )
+    flops = float(5 * elements * np.log2(max(np.prod(lengths), 2)))
+    return row_for_row(equation, (axis,), axis, flops=flops)
 
 
 def elements_made(equation: Equation) -> float:
