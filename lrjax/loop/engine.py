@@ -34,7 +34,7 @@ from lrjax.loop.rowloop import Band, RowLoop, Source
 from lrjax.program.inline import FlatEquation, array_of, values_of
 from lrjax.program.varying import varying_axes, varying_over
 from lrjax.rowgraph.graph import RowGraph
-from lrjax.rules.base import Array, Rows
+from lrjax.rules.base import Array, Rows, with_at
 from lrjax.rules.block_sums import accumulator_dtype
 from lrjax.rules.masks import keep
 from lrjax.rules.reduction import identity_of
@@ -74,16 +74,11 @@ def slice_windows(loop: RowLoop, clock: Clock, arrays: Values) -> dict[tuple[int
     """The windows that a step reads from values that exist whole, by (node, operand)."""
     windows = {}
     for s in loop.sliced:
-        start, stop = loop.window(s, 0)
-        name = ("window", s.node, s.operand)
-        windows[s.node, s.operand] = read_rows(
-            arrays[s.value],
-            clock[name],
-            stop - start,
-            s.read.axis,
-            _fill(loop, s),
-            clock.bounds(name),
-        )
+        name, size = ("window", s.node, s.operand), loop.window_rows(s)
+        start, bounds = clock[name], clock.bounds(name)
+        fill = _fill(loop, s)
+        window = read_rows(arrays[s.value], start, size, s.read.axis, fill, bounds)
+        windows[s.node, s.operand] = window
     return windows
 
 
@@ -108,135 +103,136 @@ def run_step(
 
     Bands of operations that have no row of the image in many steps sit under a ``cond``.
     """
-    done = StepResult()
-    clock = clock.afresh()
+    step, done = _Step(loop, clock.afresh(), lines, windows, wholes), StepResult()
     for band in loop.bands:
 
         def compute(done: StepResult = done, band: Band = band) -> StepResult:
-            return _run_band(loop, clock.afresh(), band, done, lines, windows, wholes)
+            return step.afresh().run(band, done)
 
         def skip(band: Band = band) -> StepResult:
-            return _skip_band(loop, clock.afresh(), band, lines)
+            return step.afresh().skip(band)
 
         if band.first == 0 and band.last == loop.steps - 1:
-            made = _run_band(loop, clock, band, done, lines, windows, wholes)
+            made = step.run(band, done)
         else:
-            is_active = (clock["step"] >= band.first) & (clock["step"] <= band.last)
-            made = lax.cond(is_active, compute, skip)
+            now = step.clock["step"]
+            made = lax.cond((now >= band.first) & (now <= band.last), compute, skip)
         done = done.updated(made)
     return done
 
 
-def _run_band(
-    loop: RowLoop,
-    clock: Clock,
-    band: Band,
-    done: StepResult,
-    lines: Values,
-    windows: Mapping[tuple[int, int], Array],
-    wholes: Values,
-) -> StepResult:
-    made = StepResult()
-    for i in band.nodes:
-        node = loop.nodes[i]
-        at_hand = {**done.at_hand, **made.at_hand}
-        sources = {s.operand: s for s in loop.sources_of(i)}
-        with node.equation.origin():
-            operands = []
-            for operand, atom in enumerate(node.equation.inputs):
-                if operand in sources:
-                    operands.append(_window(loop, clock, sources[operand], at_hand, windows))
-                else:
-                    operands.append(array_of(atom, wholes))
-            count = loop.schedule.tracks[i].rows
-            rows = Rows(clock["start", i], count, loop.is_differentiated)
-            results = node.op.evaluate(operands, rows)
-        if node.is_reduction:
-            for v, partial in zip(node.equation.outputs, results, strict=True):
-                partial = partial.astype(accumulator_dtype(partial.dtype))
-                made.partial[v] = typed(loop, v, partial)
-            continue
-        for v, slab in zip(node.equation.outputs, results, strict=True):
+@dataclasses.dataclass(frozen=True)
+class _Step:
+    """One step of a loop, band by band.
+
+    Attributes:
+      loop: the loop.
+      clock: the integers of the step.
+      lines: line buffers that it starts with.
+      windows: of values that exist whole, by (node, operand).
+      wholes: values that are taken whole.
+    """
+
+    loop: RowLoop
+    clock: Clock
+    lines: Values
+    windows: Mapping[tuple[int, int], Array]
+    wholes: Values
+
+    def afresh(self) -> _Step:
+        """The step in a function of its own; see ``Clock.afresh``."""
+        return dataclasses.replace(self, clock=self.clock.afresh())
+
+    def run(self, band: Band, done: StepResult) -> StepResult:
+        """What the band makes."""
+        loop, made = self.loop, StepResult()
+        for i in band.nodes:
+            node = loop.nodes[i]
+            at_hand = {**done.at_hand, **made.at_hand}
+            sources = {s.operand: s for s in loop.sources_of(i)}
             with node.equation.origin():
-                slab = typed(loop, v, _filled(loop, clock, v, slab))
-            _keep(loop, clock, made, v, slab, lines)
-    return _exported(band, made)
-
-
-def _skip_band(loop: RowLoop, clock: Clock, band: Band, lines: Values) -> StepResult:
-    """Rows outside the image hold the fill value, and add nothing to reductions."""
-    made = StepResult()
-    avals = loop.graph.program.avals
-    for i in band.nodes:
-        node, track = loop.nodes[i], loop.schedule.tracks[i]
-        for v in node.equation.outputs:
-            if node.op.reduction is not None:
-                dtype = accumulator_dtype(avals[v].dtype)
-                fill = identity_of(node.op.reduction, dtype)
-                made.partial[v] = typed(loop, v, jnp.full(avals[v].shape, fill, dtype))
+                operands = [
+                    self.window(sources[operand], at_hand)
+                    if operand in sources
+                    else array_of(atom, self.wholes)
+                    for operand, atom in enumerate(node.equation.inputs)
+                ]
+                count = loop.schedule.tracks[i].rows
+                rows = Rows(self.clock["start", i], count, loop.is_differentiated)
+                results = node.op.evaluate(operands, rows)
+            if node.is_reduction:
+                for v, partial in zip(node.equation.outputs, results, strict=True):
+                    partial = partial.astype(accumulator_dtype(partial.dtype))
+                    made.partial[v] = typed(loop, v, partial)
                 continue
-            shape = list(avals[v].shape)
-            shape[loop.graph.row_axis[v]] = track.rows
-            slab = typed(loop, v, jnp.full(shape, loop.production_fill.get(v, 0), avals[v].dtype))
-            _keep(loop, clock, made, v, slab, lines)
-    return _exported(band, made)
+            for v, slab in zip(node.equation.outputs, results, strict=True):
+                with node.equation.origin():
+                    slab = typed(loop, v, self.filled(v, slab))
+                self.keep(made, v, slab)
+        return _exported(band, made)
 
+    def skip(self, band: Band) -> StepResult:
+        """Rows outside the image hold the fill value, and add nothing to reductions."""
+        loop, made = self.loop, StepResult()
+        avals = loop.graph.program.avals
+        for i in band.nodes:
+            node, track = loop.nodes[i], loop.schedule.tracks[i]
+            for v in node.equation.outputs:
+                if node.op.reduction is not None:
+                    dtype = accumulator_dtype(avals[v].dtype)
+                    fill = identity_of(node.op.reduction, dtype)
+                    made.partial[v] = typed(loop, v, jnp.full(avals[v].shape, fill, dtype))
+                    continue
+                shape = with_at(avals[v].shape, loop.graph.row_axis[v], track.rows)
+                slab = jnp.full(shape, loop.production_fill.get(v, 0), avals[v].dtype)
+                self.keep(made, v, typed(loop, v, slab))
+        return _exported(band, made)
 
-def _keep(
-    loop: RowLoop, clock: Clock, made: StepResult, value: int, slab: Array, lines: Values
-) -> None:
-    with line_buffer_of(loop, value):
-        made.at_hand[value], line = extend(loop, clock, value, lines, slab)
-    if line is not None:
-        made.lines[value] = line
-    if value in loop.row_outputs:
-        made.rows[value] = slab
+    def keep(self, made: StepResult, value: int, slab: Array) -> None:
+        """A step's rows of a value, among what the step makes."""
+        with line_buffer_of(self.loop, value):
+            made.at_hand[value], line = extend(self.loop, self.clock, value, self.lines, slab)
+        if line is not None:
+            made.lines[value] = line
+        if value in self.loop.row_outputs:
+            made.rows[value] = slab
+
+    def window(self, source: Source, at_hand: Mapping[int, AtHand | Ring]) -> Array:
+        """The rows that a read takes."""
+        loop, clock, axis = self.loop, self.clock, source.read.axis
+        place = source.node, source.operand
+        height = loop.graph.program.avals[source.value].shape[axis]
+        if source.value in loop.producer:
+            window = at_hand[source.value].window(clock["back", *place], loop.window_rows(source))
+            if loop.masked_at_read(source):
+                kept = clock.inside(("window", *place), window.shape[axis], 0, height)
+                window = keep(window, kept, axis, loop.fill_of(source))
+        else:
+            window = self.windows[place]
+        is_driver = source.operand in loop.nodes[source.node].op.drivers
+        if is_driver and not loop.schedule.tracks[source.node].is_steady:
+            # Rows computed again belong to an earlier step's contribution.
+            low, high = ("owned", source.node), ("stop", source.node)
+            kept = clock.inside(("window", *place), window.shape[axis], low, high)
+            window = keep(window, kept, axis, source.read.fill)
+        return window
+
+    def filled(self, value: int, slab: Array) -> Array:
+        """A step's rows of a value, of which those outside the image hold what readers need."""
+        loop, clock = self.loop, self.clock
+        if value not in loop.production_fill:
+            return slab
+        start, stop = ("start", loop.producer[value]), ("stop", loop.producer[value])
+        height, axis = loop.graph.height(value), loop.graph.row_axis[value]
+        if clock.bounds(start)[0] >= 0 and clock.bounds(stop)[1] <= height:
+            return slab
+        kept = clock.inside(start, slab.shape[axis], 0, height)
+        return keep(slab, kept, axis, loop.production_fill[value])
 
 
 def _exported(band: Band, made: StepResult) -> StepResult:
     at_hand = {v: rows for v, rows in made.at_hand.items() if v in band.exports}
     return dataclasses.replace(made, at_hand=at_hand)
-
-
-def _window(
-    loop: RowLoop,
-    clock: Clock,
-    source: Source,
-    at_hand: Mapping[int, AtHand | Ring],
-    windows: Mapping[tuple[int, int], Array],
-) -> Array:
-    node, axis = loop.nodes[source.node], source.read.axis
-    name = ("window", source.node, source.operand)
-    height = loop.graph.program.avals[source.value].shape[axis]
-    if source.value in loop.producer:
-        start, stop = loop.window(source, 0)
-        back = clock["back", source.node, source.operand]
-        window = at_hand[source.value].window(back, stop - start)
-        if loop.masked_at_read(source):
-            fill = loop.fill_of(source)
-            window = keep(window, clock.inside(name, window.shape[axis], 0, height), axis, fill)
-    else:
-        window = windows[source.node, source.operand]
-    is_driver = source.operand in node.op.drivers
-    if is_driver and not loop.schedule.tracks[source.node].is_steady:
-        # Rows computed again belong to an earlier step's contribution.
-        low, high = ("owned", source.node), ("stop", source.node)
-        kept = clock.inside(name, window.shape[axis], low, high)
-        window = keep(window, kept, axis, source.read.fill)
-    return window
-
-
-def _filled(loop: RowLoop, clock: Clock, value: int, slab: Array) -> Array:
-    if value not in loop.production_fill:
-        return slab
-    producer = loop.producer[value]
-    height = loop.graph.height(value)
-    if clock.bounds(("start", producer))[0] >= 0 and clock.bounds(("stop", producer))[1] <= height:
-        return slab
-    fill = loop.production_fill[value]
-    axis = loop.graph.row_axis[value]
-    kept = clock.inside(("start", producer), slab.shape[axis], 0, height)
-    return keep(slab, kept, axis, fill)
 
 
 # --- The loop ------------------------------------------------------------------------------------

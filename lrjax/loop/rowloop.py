@@ -143,9 +143,12 @@ class RowLoop:
         return self.schedule.tracks[self.producer[value]]
 
     def window(self, source: Source, step: int) -> tuple[int, int]:
-        rows, row_map = self.schedule.tracks[source.node], source.read.row_map
-        start = row_map.first(rows.start(step))
-        return start, start + row_map.size(rows.rows)
+        start = source.read.row_map.first(self.schedule.tracks[source.node].start(step))
+        return start, start + self.window_rows(source)
+
+    def window_rows(self, source: Source) -> int:
+        """How many rows a read takes in a step."""
+        return source.read.row_map.size(self.schedule.tracks[source.node].rows)
 
     def window_starts(self, source: Source) -> Frontier:
         """The first row that a read needs, per step."""
@@ -161,8 +164,7 @@ class RowLoop:
         if not node.is_reduction:
             return row_map.first(0) < 0 or row_map.end(node.op.height) > height
         starts = self.window_starts(source)
-        size = row_map.size(self.schedule.tracks[source.node].rows)
-        return bool(np.min(starts) < 0 or np.max(starts) + size > height)
+        return bool(np.min(starts) < 0 or np.max(starts) + self.window_rows(source) > height)
 
     def fill_of(self, source: Source) -> Any:
         """What a window must hold outside the image, None if it does not matter.
