@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import warnings
 from collections.abc import Mapping, Sequence
 from typing import IO, TYPE_CHECKING, Any
@@ -244,7 +245,8 @@ def draw_peaks(axes: Axes, profiles: Mapping[str, MemoryProfile]) -> None:
 def draw_timelines(axes: Axes, profiles: Mapping[str, MemoryProfile]) -> None:
     """Every profile's memory in use over its own schedule, from 0 to 100 %."""
     most = 1.0
-    for colour, (name, profile) in zip(_cycled(len(profiles)), profiles.items(), strict=True):
+    colours = itertools.cycle(palette.LAYER_COLOURS)
+    for colour, (name, profile) in zip(colours, profiles.items(), strict=False):
         in_use = np.asarray(profile.timeline() or [0], float)
         most = max(most, float(in_use.max()))
         edges = np.linspace(0, 100, len(in_use) + 1)
@@ -263,7 +265,3 @@ def draw_timelines(axes: Axes, profiles: Mapping[str, MemoryProfile]) -> None:
     )
     for text in legend.get_texts():
         text.set_parse_math(False)
-
-
-def _cycled(count: int) -> list[str]:
-    return [palette.LAYER_COLOURS[i % len(palette.LAYER_COLOURS)] for i in range(count)]

@@ -100,7 +100,7 @@ def _replay(
     death is known to lie between two births; within that, it is the last direct use.
     """
     step_of = {instruction.id: i for i, instruction in enumerate(steps)}
-    last_use = _last_uses(steps)
+    last_use = {operand: i for i, step in enumerate(steps) for operand in step.operands}
     times = _birth_times(trace, step_of)
     next_birth = _following(times, len(steps))
     canonical: dict[int, int] = {}
@@ -155,7 +155,3 @@ def _following(times: Sequence[int], end: int) -> list[int]:
     for i in range(len(times) - 2, -1, -1):
         following[i] = times[i + 1] if times[i + 1] > times[i] else following[i + 1]
     return following
-
-
-def _last_uses(steps: Sequence[Instruction]) -> dict[int, int]:
-    return {operand: i for i, step in enumerate(steps) for operand in step.operands}

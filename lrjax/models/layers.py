@@ -22,10 +22,10 @@ def scaled(channels: int, width: float) -> int:
     return max(1, round(channels * width))
 
 
-def divisible(channels: float, by: int = 8) -> int:
-    """`channels` to the nearest multiple of `by`, never more than a tenth below (MobileNet's)."""
-    rounded = max(by, int(channels + by / 2) // by * by)
-    return rounded + by if rounded < 0.9 * channels else rounded
+def divisible(channels: float) -> int:
+    """`channels` to the nearest multiple of 8, never more than a tenth below (MobileNet's)."""
+    rounded = max(8, int(channels + 4) // 8 * 8)
+    return rounded + 8 if rounded < 0.9 * channels else rounded
 
 
 def as_float(images: jax.Array, dtype: Any) -> jax.Array:

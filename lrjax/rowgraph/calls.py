@@ -148,7 +148,7 @@ def _derivative(equation: Equation, out_axes: Sequence[int | None]) -> _Derivati
     structs, axes = equation.structs, [o.row_axis for o in equation.operands]
     wrt = [i for i, struct in enumerate(structs) if is_inexact(struct)]
     pull_back = functools.partial(_pull_back, equation, wrt)
-    taken = _body(functools.partial(_primal_of_rule, equation, wrt), structs, axes)
+    taken = _body(lambda *primals: _differentiable(equation, wrt, primals)[0], structs, axes)
     if [*map(taken.axis_of, taken.program.outputs)] != list(out_axes):
         raise NotRowLocal("its forward rule gives rows on other axes")
     graph = pointwise_graph(pull_back, [*structs, *equation.outputs], [*axes, *out_axes])
@@ -190,10 +190,6 @@ def _differentiable(equation: Equation, wrt: Sequence[int], primals: Sequence[Ar
         return equation.bind(*replaced_at(primals, wrt, moving))
 
     return jax.vjp(function, *(primals[i] for i in wrt))
-
-
-def _primal_of_rule(equation: Equation, wrt: Sequence[int], *primals: Array) -> list[Array]:
-    return _differentiable(equation, wrt, primals)[0]
 
 
 def _pull_back(equation: Equation, wrt: Sequence[int], *values: Array) -> list[Array]:

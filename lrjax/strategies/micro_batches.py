@@ -169,7 +169,7 @@ def micro_batches(segment: Segment, parts: int) -> DividedSegment:
     size = batch // parts
     divided = tuple(i for i, axis in enumerate(segment.axes) if axis is not None)
     structs = [
-        _resized(struct, size) if i in divided else struct
+        struct_like(struct, (size, *struct.shape[1:])) if i in divided else struct
         for i, struct in enumerate(segment.program.structs)
     ]
     closed = jax.make_jaxpr(lambda *inputs: run_on_block(graph, inputs, Rows(0, size), size))(
@@ -193,10 +193,6 @@ def _divisible_batch(segment: Segment, parts: int) -> tuple[RowGraph, int]:
     if batch % parts:
         raise ValueError(f"micro_batches={parts} does not divide the batch of {batch} images.")
     return graph, batch
-
-
-def _resized(struct: Any, size: int) -> jax.ShapeDtypeStruct:
-    return struct_like(struct, (size, *struct.shape[1:]))
 
 
 def by_micro_batches(own: DividedSegment, function: Function) -> Function:
@@ -250,13 +246,11 @@ def by_micro_batches(own: DividedSegment, function: Function) -> Function:
         full = full_depending_on(cotangents)
         start = {}
         for i in moving:
-            shape, dtype = structs[i].shape, _sum_dtype(own, i)
-            is_hosted = is_on_host(inputs[i])
-            start[i] = (
-                empty_on_host(shape, dtype)
-                if is_hosted
-                else full_like(full, structs[i], dtype=dtype)
-            )
+            struct, dtype = structs[i], _sum_dtype(own, i)
+            if is_on_host(inputs[i]):
+                start[i] = empty_on_host(struct.shape, dtype)
+            else:
+                start[i] = full_like(full, struct, dtype=dtype)
         sums, _ = lax.scan(one, start, jnp.arange(own.parts))
         return tuple(
             sums[i].astype(struct.dtype) if i in sums else None for i, struct in enumerate(structs)
