@@ -104,15 +104,8 @@ class Track:
 class Schedule:
     """The steps of one row loop; ``tracks`` has one entry per task."""
 
-    tasks: tuple[Task, ...]
     tracks: tuple[Track, ...]
     steps: int
-
-    def window(self, task: int, read: int, step: int) -> tuple[int, int]:
-        """Input rows ``[start, stop)`` of a read in a step."""
-        track, row_map = self.tracks[task], self.tasks[task].reads[read].row_map
-        start = row_map.first(track.start(step))
-        return start, start + row_map.size(track.rows)
 
 
 def shared_schedule(tasks: Sequence[Task]) -> Schedule:
@@ -231,4 +224,4 @@ def _with_tracks(
             if read.task is not None:
                 back = frontiers[read.task][1:] - read.row_map.first(starts)
                 reach[read.task] = max(reach[read.task], int(np.max(back)))
-    return Schedule(tuple(tasks), tuple(tracks), len(frontiers[0]) - 1)
+    return Schedule(tuple(tracks), len(frontiers[0]) - 1)

@@ -14,9 +14,15 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 from jax import lax
-from jax.extend.core import Literal as JaxLiteral
 
-from lrjax.program.compatibility import bind, has_body, open_jaxpr, primitive, primitives
+from lrjax.program.compatibility import (
+    bind,
+    evaluate_jaxpr,
+    has_body,
+    open_jaxpr,
+    primitive,
+    primitives,
+)
 from lrjax.program.varying import struct, varying_axes, varying_over
 
 if TYPE_CHECKING:
@@ -149,25 +155,17 @@ def body_outside(jaxpr: Any) -> Any:
     """A body as it is traced outside of ``jax.shard_map``, from one that was traced within."""
     if " pvary[" not in str(jaxpr):
         return jaxpr
-    body, consts = open_jaxpr(jaxpr)
 
-    def call(*arguments: Any) -> list[Any]:
-        known = dict(zip((*body.constvars, *body.invars), (*consts, *arguments), strict=True))
+    def run(eqn: Any, values: list[Any]) -> list[Any]:
+        if eqn.primitive is _PVARY:
+            return values
+        params = {name: _param_outside(param) for name, param in eqn.params.items()}
+        return bind(eqn.primitive, values, params)
 
-        def read(v: Any) -> Any:
-            return v.val if isinstance(v, JaxLiteral) else known[v]
-
-        for eqn in body.eqns:
-            results = values = [read(v) for v in eqn.invars]
-            if eqn.primitive is not _PVARY:
-                params = {name: _param_outside(param) for name, param in eqn.params.items()}
-                results = bind(eqn.primitive, values, params)
-            known.update(zip(eqn.outvars, results, strict=True))
-        return [read(v) for v in body.outvars]
-
-    structs = [jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in body.invars]
+    invars = open_jaxpr(jaxpr)[0].invars
+    structs = [jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in invars]
     with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), ())):
-        return jax.make_jaxpr(call)(*structs)
+        return jax.make_jaxpr(lambda *values: evaluate_jaxpr(jaxpr, values, run))(*structs)
 
 
 def _param_outside(param: Any) -> Any:

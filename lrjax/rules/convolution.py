@@ -11,6 +11,7 @@ import jax
 import numpy as np
 from jax import lax
 
+from lrjax.program.compatibility import bind, evaluate_jaxpr
 from lrjax.rules.base import (
     Array,
     Equation,
@@ -244,22 +245,14 @@ def _differentiable_convolution(lhs: Array, rhs: Array, params: dict[str, Any]) 
 def _transposed(function: Any, primal: Array, cotangent: Array) -> list[Array]:
     """``linear_transpose`` with every convolution in it per platform."""
     closed = jax.make_jaxpr(lambda ct: jax.linear_transpose(function, primal)(ct))(cotangent)
-    values: dict[Any, Any] = dict(zip(closed.jaxpr.constvars, closed.consts, strict=True))
-    values.update(zip(closed.jaxpr.invars, [cotangent], strict=True))
 
-    def read(atom: Any) -> Any:
-        return atom.val if hasattr(atom, "val") else values[atom]
-
-    for eqn in closed.jaxpr.eqns:
-        inputs = [read(v) for v in eqn.invars]
+    def run(eqn: Any, values: list[Any]) -> list[Any]:
         if eqn.primitive is lax.conv_general_dilated_p:
-            lhs, rhs = inputs
-            outputs = [_per_platform(lhs, rhs, eqn.params)]
-        else:
-            result = eqn.primitive.bind(*inputs, **eqn.params)
-            outputs = result if eqn.primitive.multiple_results else [result]
-        values.update(zip(eqn.outvars, outputs, strict=True))
-    return [read(v) for v in closed.jaxpr.outvars]
+            lhs, rhs = values
+            return [_per_platform(lhs, rhs, eqn.params)]
+        return bind(eqn.primitive, values, eqn.params)
+
+    return evaluate_jaxpr(closed, [cotangent], run)
 
 
 RULES = (
