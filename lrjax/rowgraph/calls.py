@@ -102,7 +102,7 @@ def _custom_call(equation: Equation) -> RowOp:
         values = tuple(jnp.asarray(w, o.dtype) for w, o in pairs)
         if derivative is None or not rows.is_differentiated:
             return run_on_block(body, values, rows, equation.height)
-        return derivative.call(_StaticRows(rows.start, rows.count), values)
+        return derivative.call(rows, values)
 
     return RowOp(
         reads=reads_along(axes),
@@ -214,19 +214,19 @@ class _Derivative:
     wrt: tuple[int, ...]
     is_zero: tuple[bool, ...]
 
-    def call(self, rows: _StaticRows, values: tuple[Array, ...]) -> Sequence[Array]:
+    def call(self, rows: Rows, values: tuple[Array, ...]) -> Sequence[Array]:
         height = self.equation.height
 
         @jax.custom_vjp
-        def call(rows: Any, values: tuple[Array, ...]) -> list[Array]:
-            return run_on_block(self.taken, values, rows.rows, height)
+        def call(rows: Rows, values: tuple[Array, ...]) -> list[Array]:
+            return run_on_block(self.taken, values, rows, height)
 
-        def forward(rows: Any, values: tuple[Array, ...]) -> Any:
+        def forward(rows: Rows, values: tuple[Array, ...]) -> Any:
             return call(rows, values), (rows, values)
 
         def backward(residuals: Any, cotangents: Sequence[Array]) -> Any:
             rows, values = residuals
-            return None, tuple(self.cotangents(rows.rows, values, cotangents))
+            return None, tuple(self.cotangents(rows, values, cotangents))
 
         call.defvjp(forward, backward)
         return call(rows, values)
@@ -251,25 +251,6 @@ class _Derivative:
             else:
                 bars[i] = masked_rows(bar, rows, axis, height, 0)
         return bars
-
-
-@jax.tree_util.register_pytree_node_class
-class _StaticRows(tuple):
-    """Rows of a block as an argument of a custom_vjp: the start is a leaf, the count is not."""
-
-    def __new__(cls, start: Any, count: int) -> _StaticRows:
-        return super().__new__(cls, (start, count))
-
-    @property
-    def rows(self) -> Rows:
-        return Rows(self[0], self[1], is_differentiated=True)
-
-    def tree_flatten(self) -> tuple[tuple[Any], int]:
-        return (self[0],), self[1]
-
-    @classmethod
-    def tree_unflatten(cls, count: int, leaves: Sequence[Any]) -> _StaticRows:
-        return cls(leaves[0], count)
 
 
 RULES = (

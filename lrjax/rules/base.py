@@ -10,6 +10,7 @@ all else that is known of them: their ``Traits``.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import MappingProxyType
@@ -113,6 +114,11 @@ class Equation:
         return self.bind(*windows)
 
 
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["start"],
+    meta_fields=["count", "is_differentiated"],
+)
 @dataclasses.dataclass(frozen=True)
 class Rows:
     """The output rows of a block.

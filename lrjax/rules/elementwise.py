@@ -20,6 +20,7 @@ from lrjax.rules.base import (
     Rows,
     Rule,
     row_for_row,
+    with_at,
 )
 from lrjax.rules.block_sums import is_small, spread
 from lrjax.rules.geometry import IDENTITY
@@ -43,8 +44,7 @@ def elementwise(equation: Equation) -> RowOp:
 
     def evaluate(windows: Sequence[Array], rows: Rows) -> Sequence[Array]:
         if rows.is_differentiated:
-            block = list(equation.outputs[0].shape)
-            block[axis] = rows.count
+            block = with_at(equation.outputs[0].shape, axis, rows.count)
             windows = [_spread_over(block, window) for window in windows]
         return equation.bind(*windows)
 
@@ -58,9 +58,9 @@ def elementwise(equation: Equation) -> RowOp:
     )
 
 
-def _spread_over(block: Sequence[int], window: Array) -> Array:
+def _spread_over(block: tuple[int, ...], window: Array) -> Array:
     """A window in the block's shape, unless it is a scalar."""
-    is_smaller = np.ndim(window) == len(block) and np.shape(window) != tuple(block)
+    is_smaller = np.ndim(window) == len(block) and np.shape(window) != block
     return spread(window, block, range(len(block))) if is_smaller and is_small(block) else window
 
 
