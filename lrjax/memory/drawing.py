@@ -23,6 +23,7 @@ _TOP_BUFFERS = 8
 _INK = "#1b2330"
 _MUTED = "#5c6778"
 _ALARM = "#a61b1b"
+_LIMIT: dict[str, Any] = {"color": _ALARM, "lw": 1.2, "ls": (0, (6, 3))}
 
 
 def new_figure(width: float, height: float) -> Figure:
@@ -75,6 +76,16 @@ def _byte_axis(axis: Any, most: float, limit: float) -> None:
     )
 
 
+def _byte_limit(axes: Axes, most: float, steps: float, label: str) -> None:
+    """Axes of bytes in use over a schedule of so many steps."""
+    _style(axes)
+    axes.grid(axis="y", color="#e9edf2")
+    axes.set_xlim(0, steps)
+    axes.set_ylim(0, 1.12 * most)
+    _byte_axis(axes.yaxis, most, 1.12 * most)
+    axes.set_xlabel(label, color=_MUTED, fontsize=9)
+
+
 def draw_timeline(axes: Axes, profile: MemoryProfile) -> None:
     kinds = palette.kinds([profile])
     stacked = _timelines_by_kind(profile, kinds)
@@ -87,7 +98,7 @@ def draw_timeline(axes: Axes, profile: MemoryProfile) -> None:
     capacity = profile.capacity_bytes
     if capacity is not None and capacity <= 1.5 * most:
         most = max(most, capacity)
-        axes.axhline(capacity, color=_ALARM, lw=1.2, ls=(0, (6, 3)))
+        axes.axhline(capacity, **_LIMIT)
         axes.annotate(
             f"{profile.target}: {palette.bytes_text(capacity)}",
             (0, capacity),
@@ -98,12 +109,7 @@ def draw_timeline(axes: Axes, profile: MemoryProfile) -> None:
             bbox={"boxstyle": "round,pad=0.25", "fc": "white", "ec": "none", "alpha": 0.85},
             parse_math=False,
         )
-    _style(axes)
-    axes.grid(axis="y", color="#e9edf2")
-    axes.set_xlim(0, stacked.shape[1])
-    axes.set_ylim(0, 1.12 * most)
-    _byte_axis(axes.yaxis, most, 1.12 * most)
-    axes.set_xlabel("step of the schedule", color=_MUTED, fontsize=9)
+    _byte_limit(axes, most, stacked.shape[1], "step of the schedule")
     _mark_peak(axes, profile, stacked.shape[1])
     _title(axes, _headline(profile))
 
@@ -210,11 +216,9 @@ def draw_peaks(axes: Axes, profiles: Mapping[str, MemoryProfile]) -> None:
         left += sizes
     most = max(float(np.max(left)), *(p.peak_bytes for p in profiles.values()), 1.0)
     for row, (end, profile) in enumerate(zip(left, profiles.values(), strict=True)):
-        text = palette.bytes_text(profile.peak_bytes) + (
-            " (does not fit)" if profile.fits is False else ""
-        )
+        verdict = " (does not fit)" if profile.fits is False else ""
         axes.annotate(
-            text,
+            palette.bytes_text(profile.peak_bytes) + verdict,
             (end, row),
             xytext=(5, 0),
             textcoords="offset points",
@@ -224,7 +228,7 @@ def draw_peaks(axes: Axes, profiles: Mapping[str, MemoryProfile]) -> None:
         )
     capacities = {p.capacity_bytes for p in profiles.values()}
     if len(capacities) == 1 and (capacity := capacities.pop()) and capacity <= 1.3 * most:
-        axes.axvline(capacity, color=_ALARM, lw=1.2, ls=(0, (6, 3)))
+        axes.axvline(capacity, **_LIMIT)
     _style(axes)
     axes.set_yticks(range(len(names)), [palette.short(name, 28) for name in names])
     axes.invert_yaxis()
@@ -253,12 +257,7 @@ def draw_timelines(axes: Axes, profiles: Mapping[str, MemoryProfile]) -> None:
         axes.stairs(
             in_use, edges, baseline=None, color=colour, lw=1.5, label=palette.short(name, 28)
         )
-    _style(axes)
-    axes.grid(axis="y", color="#e9edf2")
-    axes.set_xlim(0, 100)
-    axes.set_ylim(0, 1.12 * most)
-    _byte_axis(axes.yaxis, most, 1.12 * most)
-    axes.set_xlabel("share of the schedule, %", color=_MUTED, fontsize=9)
+    _byte_limit(axes, most, 100, "share of the schedule, %")
     _title(axes, "Memory in use")
     legend = axes.figure.legend(
         handles=axes.patches, loc="outside lower right", ncols=3, frameon=False, fontsize=8.5

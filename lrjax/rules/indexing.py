@@ -125,9 +125,8 @@ def _scattered_rows(equation: Equation, batch_dims: Sequence[int]) -> RowOp:
     (axis,), (source,) = picked, batch_dims
     height = operand.shape[axis]
     window = [s for a, s in enumerate(updates.shape) if a != source]
-    if updates.row_axis != source or operand.row_axis not in (None, axis):
-        raise NotRowLocal("rows are scattered by indices")
-    if window != [s for a, s in enumerate(operand.shape) if a != axis]:
+    is_whole = window == [s for a, s in enumerate(operand.shape) if a != axis]
+    if updates.row_axis != source or operand.row_axis not in (None, axis) or not is_whole:
         raise NotRowLocal("rows are scattered by indices")
 
     def make() -> Taps:
@@ -165,10 +164,7 @@ def dynamic_update_slice(equation: Equation) -> RowOp:
         raise NotRowLocal("rows are written at a position known only at run time")
 
     def evaluate(windows: Sequence[Array], rows: Rows) -> Sequence[Array]:
-        starts = [
-            jax.numpy.zeros_like(start) if a == axis else start
-            for a, start in enumerate(windows[2:])
-        ]
+        starts = with_at(windows[2:], axis, jax.numpy.zeros_like(windows[2 + axis]))
         return [lax.dynamic_update_slice(windows[0], windows[1], starts)]
 
     return RowOp(

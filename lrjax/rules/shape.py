@@ -213,10 +213,16 @@ def pad(equation: Equation) -> RowOp:
     )
 
 
-def concatenate(equation: Equation) -> RowOp:
+def _shared_axis(equation: Equation) -> int:
+    """The axis that carries rows in every operand that has any."""
     axis = equation.row_axis
     if any(operand.row_axis not in (None, axis) for operand in equation.operands):
         raise NotRowLocal("operands carry rows on different axes")
+    return axis
+
+
+def concatenate(equation: Equation) -> RowOp:
+    axis = _shared_axis(equation)
     if equation.params["dimension"] == axis:
         return _rows_after_rows(equation, axis)
     return row_for_row(equation, (axis,) * len(equation.operands), axis)
@@ -246,9 +252,7 @@ def _rows_after_rows(equation: Equation, axis: int) -> RowOp:
 
 
 def stack(equation: Equation) -> RowOp:
-    axis = equation.row_axis
-    if any(operand.row_axis not in (None, axis) for operand in equation.operands):
-        raise NotRowLocal("operands carry rows on different axes")
+    axis = _shared_axis(equation)
     out_axis = axis + (equation.params["axis"] <= axis)
     return row_for_row(equation, (axis,) * len(equation.operands), out_axis)
 
@@ -272,10 +276,7 @@ def dynamic_slice(equation: Equation) -> RowOp:
         raise NotRowLocal("rows are sliced at a position known only at run time")
 
     def evaluate(windows: Sequence[Array], rows: Rows) -> Sequence[Array]:
-        starts = [
-            jax.numpy.zeros_like(start) if a == axis else start
-            for a, start in enumerate(windows[1:])
-        ]
+        starts = with_at(windows[1:], axis, jax.numpy.zeros_like(windows[1 + axis]))
         return [lax.dynamic_slice(windows[0], starts, with_at(sizes, axis, rows.count))]
 
     return RowOp(

@@ -224,17 +224,19 @@ def by_micro_batches(own: DividedSegment, function: Function) -> Function:
 
     def backward(residuals: Any, cotangents: Sequence[Any]) -> tuple[Any, ...]:
         inputs, moving = residuals
-        given = [None if ct.dtype == jax.dtypes.float0 else instantiated(ct) for ct in cotangents]
+        given = {
+            k: instantiated(ct) for k, ct in enumerate(cotangents) if ct.dtype != jax.dtypes.float0
+        }
 
         def one(sums: dict[int, Array], index: Array) -> tuple[dict[int, Array], None]:
             own_inputs = inputs_of(inputs, index)
 
             def of_moving(values: dict[int, Array]) -> list[Array]:
                 results = function(*[values.get(i, x) for i, x in enumerate(own_inputs)])
-                return [r for r, ct in zip(results, given, strict=True) if ct is not None]
+                return [results[k] for k in given]
 
             _, pull = jax.vjp(of_moving, {i: own_inputs[i] for i in moving})
-            (bars,) = pull([_part(ct, own, index) for ct in given if ct is not None])
+            (bars,) = pull([_part(ct, own, index) for ct in given.values()])
             added = {
                 i: _put(sums[i], bar, own, index)
                 if i in own.divided
