@@ -6,15 +6,14 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import jax.numpy as jnp
-
 from lrjax.explanation import Explanation, OperationRow, Pass, SegmentReport
 from lrjax.loop.rowloop import RowLoop
 from lrjax.meshes import without_explicit_axes
 from lrjax.options import Cuts, Options, StrategyOption, check_callable, checked_options
 from lrjax.plan import Choice
+from lrjax.program.varying import is_inexact
 from lrjax.rowgraph.fallbacks import fallbacks_of, made_by
-from lrjax.rowgraph.graph import RowGraph, build, size_bytes
+from lrjax.rowgraph.graph import ColumnNode, RowGraph, build, size_bytes
 from lrjax.rowgraph.segments import Segment
 from lrjax.rowgraph.tracing import Traced, trace
 from lrjax.rules.geometry import AnyMap
@@ -85,11 +84,7 @@ def _passes(segment: Segment, choice: Choice) -> tuple[Pass, ...]:
 
 
 def _differentiated(segment: Segment) -> list[int]:
-    inexact = [
-        i
-        for i, v in enumerate(segment.program.inputs)
-        if jnp.issubdtype(segment.program.avals[v].dtype, jnp.inexact)
-    ]
+    inexact = [i for i, struct in enumerate(segment.program.structs) if is_inexact(struct)]
     return [i for i in inexact if segment.axes[i] is None] or inexact
 
 
@@ -102,7 +97,9 @@ def _pass(one: RowPass) -> Pass:
             head = node.equation.outputs[0]
             operations.append(_operation(loop, number, i, is_again=head not in first))
             first.discard(head)
-    column = [] if one.is_reversed else [node for node in graph.nodes if node.op is None]
+    column = (
+        [] if one.is_reversed else [node for node in graph.nodes if isinstance(node, ColumnNode)]
+    )
     return Pass(
         one.name,
         tuple(loop.steps for loop in loops),
@@ -115,38 +112,33 @@ def _pass(one: RowPass) -> Pass:
 
 def _operation(loop: RowLoop, number: int, index: int, *, is_again: bool) -> OperationRow:
     node, track = loop.nodes[index], loop.schedule.tracks[index]
-    assert node.op is not None
     kept = [v for v in node.equation.outputs if v in loop.producer]
     return OperationRow(
         name=_title(loop.graph, node.equation),
         loop=number,
         rows=node.op.height,
-        operations=node.op.flops * node.op.height,
+        operations=node.operations,
         receptive_field=_receptive_field(loop, index),
         halo=max((_halo(read.row_map) for read in node.op.reads if read is not None), default=0),
         rows_per_step=track.rows,
         line_buffer_rows=max((loop.line_rows(v) for v in kept), default=0),
-        line_buffer_bytes=sum(_line_bytes(loop, v) for v in kept),
+        line_buffer_bytes=sum(loop.line_rows(v) * loop.graph.row_bytes(v) for v in kept),
         recomputed_rows=_rows_twice(loop, index) + (node.op.height if is_again else 0),
     )
 
 
 def _rows_twice(loop: RowLoop, index: int) -> int:
     """Rows of the image that later steps compute again, because blocks overlap."""
-    track, node = loop.schedule.tracks[index], loop.nodes[index]
-    assert node.op is not None
+    track, height = loop.schedule.tracks[index], loop.nodes[index].op.height
     total = sum(
-        max(0, min(track.stop(t), node.op.height) - max(track.start(t), 0))
-        for t in range(loop.steps)
+        max(0, min(track.stop(t), height) - max(track.start(t), 0)) for t in range(loop.steps)
     )
-    return max(0, total - node.op.height)
+    return max(0, total - height)
 
 
 def _receptive_field(loop: RowLoop, index: int) -> int:
     """Rows of the loop's inputs behind one output row in the middle of the image."""
-    node = loop.nodes[index]
-    assert node.op is not None
-    middle = node.op.height // 2
+    middle = loop.nodes[index].op.height // 2
     wanted: dict[int, tuple[int, int]] = {index: (middle, middle + 1)}
     reach = 1
     for i in range(index, -1, -1):
@@ -168,11 +160,6 @@ def _receptive_field(loop: RowLoop, index: int) -> int:
 def _halo(row_map: AnyMap) -> int:
     rows = row_map.quantum
     return max(0, row_map.end(rows) - row_map.first(0) - math.floor(rows * row_map.rate))
-
-
-def _line_bytes(loop: RowLoop, value: int) -> int:
-    aval, height = loop.graph.program.avals[value], loop.graph.height(value)
-    return loop.line_rows(value) * (size_bytes(aval) // max(height, 1))
 
 
 def _title(graph: RowGraph, equation: Any) -> str:

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lrjax.program.compatibility import open_jaxpr
+from lrjax.program.inline import replaced_at
 
 HALF_PRECISION = ("bfloat16", "float16")
 # Programs that are run on moved arguments, of which the median counts: in a single one an element
@@ -76,9 +77,7 @@ class GradientProgram:
 
     def _function(self, arrays: Sequence[Any]) -> Callable[..., Any]:
         def function(*moving: Any) -> Any:
-            full = list(arrays)
-            for i, value in zip(self._wrt, moving, strict=True):
-                full[i] = value
+            full = replaced_at(arrays, self._wrt, moving)
             return self._fun(*jax.tree.unflatten(self._tree, full), **self._kwargs)
 
         return function

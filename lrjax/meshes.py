@@ -14,7 +14,7 @@ from typing import Any
 import jax
 from jax.sharding import AxisType, NamedSharding
 
-from lrjax.rowgraph.tracing import flat_axes, full_trace, is_array
+from lrjax.rowgraph.tracing import arrays_in, flat_axes, full_trace, is_array
 
 Call = Callable[[tuple[Any, ...], dict[str, Any]], Any]
 
@@ -27,31 +27,23 @@ def on_auto_axes(
     Raises:
       ValueError: rows are divided among devices, or ``fun`` closes over an array on the mesh.
     """
-    leaves, tree = jax.tree.flatten((args, kwargs))
-    moving = [i for i, leaf in enumerate(leaves) if is_array(leaf)]
-    explicit = _explicit_axes([leaves[i] for i in moving])
+    arrays, arguments_of = arrays_in((args, kwargs))
+    explicit = _explicit_axes(arrays)
     if not explicit:
         return call(args, kwargs)
     _check_rows(in_axes, args)
 
-    def with_leaves(function: Call, arrays: Sequence[Any]) -> Any:
-        full = list(leaves)
-        for i, array in zip(moving, arrays, strict=True):
-            full[i] = array
-        return function(*jax.tree.unflatten(tree, full))
-
     def column(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return fun(*args, **kwargs)
 
-    arrays = [leaves[i] for i in moving]
-    closed, struct = full_trace(lambda *xs: with_leaves(column, xs), arrays)
+    closed, struct = full_trace(lambda *xs: column(*arguments_of(xs)), arrays)
     _check_closure(closed.consts)
     shardings = jax.tree.map(lambda out: out.sharding, struct)
 
     @jax.jit
     def in_auto_mode(*arrays: Any) -> Any:
         run = jax.sharding.auto_axes(
-            lambda *xs: with_leaves(call, xs), axes=explicit, out_sharding=shardings
+            lambda *xs: call(*arguments_of(xs)), axes=explicit, out_sharding=shardings
         )
         return run(*arrays)
 

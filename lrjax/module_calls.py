@@ -15,8 +15,9 @@ import jax
 
 from lrjax.meshes import on_auto_axes
 from lrjax.options import Options
+from lrjax.program.inline import replaced_at
 from lrjax.rowgraph.fallbacks import Fallback, counted, fallbacks_of, made_by
-from lrjax.rowgraph.graph import RowGraph, build
+from lrjax.rowgraph.graph import RowGraph, RowNode, build
 from lrjax.rowgraph.tracing import Traced, flat_axes, is_array, is_within_rowwise, trace
 from lrjax.rules.base import traits_of
 from lrjax.rules.windows import POOLINGS
@@ -58,9 +59,7 @@ def call_rowwise(
     moving = [i for i, leaf in enumerate(leaves) if is_array(leaf)]
 
     def flat(state: Any, arrays: list[Any], **keywords: Any) -> tuple[Any, Any]:
-        full = list(leaves)
-        for i, array in zip(moving, arrays, strict=True):
-            full[i] = array
+        full = replaced_at(leaves, moving, arrays)
         return fun(state, *jax.tree.unflatten(tree, full), **keywords)
 
     arrays = [leaves[i] for i in moving]
@@ -83,13 +82,13 @@ def _check_windows(graph: RowGraph, name: str) -> None:
     for node in graph.nodes:
         primitive = node.equation.primitive
         is_layer = traits_of(primitive).is_contraction or primitive in POOLINGS
-        if node.op is not None and is_layer:
+        if isinstance(node, RowNode) and is_layer:
             if not node.is_reduction:
                 return
             made = made_by(graph, node.equation)
             reductions.append(Fallback(primitive.name, made, "sums over the rows"))
     reasons = counted([*reductions, *fallbacks_of(graph)])
-    touched = reasons or any(node.op is not None for node in graph.nodes)
+    touched = reasons or graph.row_nodes
     raise ValueError(
         f"{name} has no convolution, pooling or dense layer over channels that keeps the rows of "
         "its arguments apart, so there is nothing to run row by row"

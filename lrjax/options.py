@@ -209,7 +209,7 @@ def checked_segments(options: Options, segments: Sequence[Segment]) -> list[Choi
 
 
 def _check_rows(graphs: Sequence[RowGraph]) -> None:
-    if any(node.op is not None for graph in graphs for node in graph.nodes):
+    if any(graph.row_nodes for graph in graphs):
         return
     reasons = counted(fallback for graph in graphs for fallback in fallbacks_of(graph))
     if reasons:

@@ -8,7 +8,6 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from lrjax.meshes import on_auto_axes
 from lrjax.options import (
@@ -21,7 +20,8 @@ from lrjax.options import (
 )
 from lrjax.plan import Choice
 from lrjax.program.compatibility import checkpoint, strongly_typed, weakly_typed
-from lrjax.program.inline import Atom
+from lrjax.program.inline import array_of, values_of
+from lrjax.program.varying import is_inexact
 from lrjax.rowgraph.segments import Segment, split, split_at
 from lrjax.rowgraph.tracing import Traced, is_within_rowwise, trace
 from lrjax.strategies import derivatives
@@ -112,19 +112,16 @@ def run(traced: Traced, options: Options) -> Any:
     values.update(traced.program.constants)
     for group in options.groups(len(segments)):
         later = {v for segment in segments[group.stop :] for v in segment.program.inputs}
-        later.update(v for v in traced.program.outputs if isinstance(v, int))
+        later.update(values_of(traced.program.outputs))
         parts = [(segments[i], choices[i]) for i in group]
         values.update(_run_group(parts, values, later, hosted))
 
-    def read(atom: Atom) -> Any:
-        return values[atom] if isinstance(atom, int) else jnp.asarray(atom.value, atom.dtype)
-
     for equation in traced.effects:
         # No callback takes tangents, and what a row loop gives always has one.
-        equation.evaluate([jax.lax.stop_gradient(read(v)) for v in equation.inputs])
-    outputs = [
-        weakly_typed(read(v)) if i in traced.weak else read(v) for i, v in enumerate(traced.outputs)
-    ]
+        operands = [array_of(v, values) for v in equation.inputs]
+        equation.evaluate(list(map(jax.lax.stop_gradient, operands)))
+    outputs = [array_of(v, values) for v in traced.outputs]
+    outputs = [weakly_typed(x) if i in traced.weak else x for i, x in enumerate(outputs)]
     return jax.tree.unflatten(traced.out_tree, outputs)
 
 
@@ -206,5 +203,5 @@ def hosted_values(
         if axis is not None
         and v in made
         and readers[v] == 1
-        and jnp.issubdtype(traced.program.avals[v].dtype, jnp.inexact)
+        and is_inexact(traced.program.avals[v])
     }

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 import lrjax
+from lrjax.rowgraph.fallbacks import fallbacks_of
 from lrjax.rowgraph.graph import RowGraph
 from lrjax.rowgraph.tracing import trace
 from lrjax.strategies.stream import stream_programs
@@ -29,13 +30,13 @@ def graphs_of(fun: Any, args: Sequence[Any], in_axes: Any) -> list[RowGraph]:
 
 def fallbacks(graph: RowGraph) -> list[str]:
     """Primitives that carry rows but run column-wise."""
-    return [node.equation.primitive.name for node in graph.fallbacks]
+    return [fallback.primitive for fallback in fallbacks_of(graph)]
 
 
 def assert_row_local(fun: Any, args: Sequence[Any], in_axes: Any, *, one_loop: bool = True) -> None:
     """Nothing falls back to column, and every pass is one row loop."""
     for graph in graphs_of(fun, args, in_axes):
-        column = [f"{n.equation.primitive.name}: {n.reason}" for n in graph.fallbacks]
+        column = [f"{fallback.primitive}: {fallback.reason}" for fallback in fallbacks_of(graph)]
         assert not column, column
         if one_loop:
             assert len(graph.loops) == 1, f"{len(graph.loops)} row loops"

@@ -5,6 +5,7 @@ import re
 import runpy
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -36,6 +37,13 @@ def test_every_module_has_its_place():
         if path.stem == "__init__" or (is_inner and path.stem != "geometry"):
             continue
         assert re.search(rf"`{path.stem}`", table), path.relative_to(ROOT)
+
+
+def test_the_source_distribution_has_what_its_tests_read():
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    included = settings["tool"]["hatch"]["build"]["targets"]["sdist"]["include"]
+    folders = {path.parent.name for path in ROOT.glob("*/*.py")}
+    assert {*folders, "docs", "README.md"} <= set(included)
 
 
 def test_the_walk_from_the_call_to_the_loop_meets_files_that_exist():

@@ -158,7 +158,11 @@ class ImageFolder:
         self._paths = [file.path for file in files]
         self.labels = np.array([file.label for file in files], np.int32)
         height, width = image_size or _shared_size(files)
-        self.image_shape: tuple[int, int, int] = (*_checked_size((height, width)), CHANNELS)
+        if min(height, width) < 1:
+            raise ValueError(
+                f"image_size: got {height}x{width}; height and width must be at least 1"
+            )
+        self.image_shape: tuple[int, int, int] = (height, width, CHANNELS)
 
     def __len__(self) -> int:
         return len(self._paths)
@@ -287,13 +291,6 @@ def _shared_size(files: Sequence[_CheckedFile]) -> tuple[int, int]:
                 'give the size to train at, and fit="native" (crop and pad) or "resize"'
             )
     return first.size
-
-
-def _checked_size(size: tuple[int, int]) -> tuple[int, int]:
-    height, width = size
-    if min(height, width) < 1:
-        raise ValueError(f"image_size: got {height}x{width}; height and width must be at least 1")
-    return height, width
 
 
 def _fitted(image: Image.Image, size: tuple[int, int], fit: Fit) -> Image.Image:

@@ -18,8 +18,9 @@ from rich.table import Table
 
 from lrjax.app.training import Strategy, Training
 from lrjax.files import replacing, write_whole
+from lrjax.memory.text import new_table
+from lrjax.text import MIB
 
-MIB = 2**20
 METRICS_FILE = "metrics.json"
 PLOT_FILE = "training.png"
 PARAMETERS_FILE = "params.msgpack"
@@ -119,16 +120,9 @@ def largest_relative_difference(losses: Sequence[float], reference: Sequence[flo
 def comparison_table(runs: Sequence[Metrics]) -> Table:
     """One row a run; the first run is the one the others are compared with."""
     reference = runs[0]
-    table = Table(title=f"{len(reference['losses'])} steps, compared with {reference['label']}")
-    table.add_column("strategy")
-    table.add_column("blocks", justify="right")
-    table.add_column("final loss", justify="right")
-    table.add_column("largest loss\ndifference", justify="right")
-    table.add_column("step time", justify="right")
-    table.add_column("ratio", justify="right")
-    table.add_column("XLA peak\nMiB", justify="right")
-    table.add_column("RSS peak\nMiB", justify="right")
-    table.add_column("ratio", justify="right")
+    columns = ("blocks", "final loss", "largest loss\ndifference", "step time", "ratio")
+    table = new_table("strategy", *columns, "XLA peak\nMiB", "RSS peak\nMiB", "ratio")
+    table.title = f"{len(reference['losses'])} steps, compared with {reference['label']}"
     for run in runs:
         table.add_row(
             run["label"],

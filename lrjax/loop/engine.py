@@ -32,10 +32,10 @@ from lrjax.loop.line_buffers import (
 from lrjax.loop.offload import empty_on_host, from_host, is_on_host, to_host
 from lrjax.loop.rowloop import Band, RowLoop, Source
 from lrjax.loop.small_sums import SmallSums
-from lrjax.program.inline import Atom, FlatEquation, Literal
+from lrjax.program.inline import FlatEquation, array_of, values_of
 from lrjax.program.varying import varying_axes, varying_over
 from lrjax.rowgraph.graph import RowGraph
-from lrjax.rules.base import Array, Rows
+from lrjax.rules.base import Array, Rows, with_at
 from lrjax.rules.block_sums import accumulator_dtype
 from lrjax.rules.masks import keep
 from lrjax.rules.reduction import identity_of
@@ -45,24 +45,22 @@ from lrjax.rules.reduction import identity_of
 
 @dataclasses.dataclass(frozen=True)
 class StepResult:
-    """Line buffers for the next step, rows of outputs, and contributions to reductions."""
+    """What a step has made so far.
 
-    lines: Values
-    rows: Values
-    partial: Values
+    Attributes:
+      at_hand: rows that it may still read.
+      lines: line buffers for the next step.
+      rows: of the loop's outputs.
+      partial: contributions to reductions.
+    """
 
+    at_hand: dict[int, AtHand | Ring] = dataclasses.field(default_factory=dict)
+    lines: Values = dataclasses.field(default_factory=dict)
+    rows: Values = dataclasses.field(default_factory=dict)
+    partial: Values = dataclasses.field(default_factory=dict)
 
-@dataclasses.dataclass
-class _Progress:
-    """What a step has made so far."""
-
-    at_hand: dict[int, AtHand | Ring]
-    lines: Values
-    rows: Values
-    partial: Values
-
-    def updated(self, other: _Progress) -> _Progress:
-        return _Progress(
+    def updated(self, other: StepResult) -> StepResult:
+        return StepResult(
             {**self.at_hand, **other.at_hand},
             {**self.lines, **other.lines},
             {**self.rows, **other.rows},
@@ -70,23 +68,18 @@ class _Progress:
         )
 
 
-jax.tree_util.register_dataclass(_Progress, ["at_hand", "lines", "rows", "partial"], [])
+jax.tree_util.register_dataclass(StepResult, ["at_hand", "lines", "rows", "partial"], [])
 
 
 def slice_windows(loop: RowLoop, clock: Clock, arrays: Values) -> dict[tuple[int, int], Array]:
     """The windows that a step reads from values that exist whole, by (node, operand)."""
     windows = {}
     for s in loop.sliced:
-        start, stop = loop.window(s, 0)
-        name = ("window", s.node, s.operand)
-        windows[s.node, s.operand] = read_rows(
-            arrays[s.value],
-            clock[name],
-            stop - start,
-            s.read.axis,
-            _fill(loop, s),
-            clock.bounds(name),
-        )
+        name, size = ("window", s.node, s.operand), loop.window_rows(s)
+        start, bounds = clock[name], clock.bounds(name)
+        fill = _fill(loop, s)
+        window = read_rows(arrays[s.value], start, size, s.read.axis, fill, bounds)
+        windows[s.node, s.operand] = window
     return windows
 
 
@@ -111,141 +104,136 @@ def run_step(
 
     Bands of operations that have no row of the image in many steps sit under a ``cond``.
     """
-    done = _Progress({}, {}, {}, {})
-    clock = clock.afresh()
+    step, done = _Step(loop, clock.afresh(), lines, windows, wholes), StepResult()
     for band in loop.bands:
 
-        def compute(done: _Progress = done, band: Band = band) -> _Progress:
-            return _run_band(loop, clock.afresh(), band, done, lines, windows, wholes)
+        def compute(done: StepResult = done, band: Band = band) -> StepResult:
+            return step.afresh().run(band, done)
 
-        def skip(band: Band = band) -> _Progress:
-            return _skip_band(loop, clock.afresh(), band, lines)
+        def skip(band: Band = band) -> StepResult:
+            return step.afresh().skip(band)
 
         if band.first == 0 and band.last == loop.steps - 1:
-            made = _run_band(loop, clock, band, done, lines, windows, wholes)
+            made = step.run(band, done)
         else:
-            is_active = (clock["step"] >= band.first) & (clock["step"] <= band.last)
-            made = lax.cond(is_active, compute, skip)
+            now = step.clock["step"]
+            made = lax.cond((now >= band.first) & (now <= band.last), compute, skip)
         done = done.updated(made)
-    return StepResult(done.lines, done.rows, done.partial)
+    return done
 
 
-def _run_band(
-    loop: RowLoop,
-    clock: Clock,
-    band: Band,
-    done: _Progress,
-    lines: Values,
-    windows: Mapping[tuple[int, int], Array],
-    wholes: Values,
-) -> _Progress:
-    made = _Progress({}, {}, {}, {})
-    for i in band.nodes:
-        node, op = loop.nodes[i], loop.nodes[i].op
-        assert op is not None
-        at_hand = {**done.at_hand, **made.at_hand}
-        sources = {s.operand: s for s in loop.sources_of(i)}
-        with node.equation.origin():
-            operands = []
-            for operand, atom in enumerate(node.equation.inputs):
-                if isinstance(atom, Literal):
-                    operands.append(_read({}, atom))
-                elif operand in sources:
-                    operands.append(_window(loop, clock, sources[operand], at_hand, windows))
-                else:
-                    operands.append(wholes[atom])
-            count = loop.schedule.tracks[i].rows
-            rows = Rows(clock["start", i], count, loop.is_differentiated)
-            results = op.evaluate(operands, rows)
-        if node.is_reduction:
-            pairs = zip(node.equation.outputs, results, strict=True)
-            for v, partial in pairs:
-                partial = partial.astype(accumulator_dtype(partial.dtype))
-                made.partial[v] = typed(loop, v, partial)
-            continue
-        for v, slab in zip(node.equation.outputs, results, strict=True):
+@dataclasses.dataclass(frozen=True)
+class _Step:
+    """One step of a loop, band by band.
+
+    Attributes:
+      loop: the loop.
+      clock: the integers of the step.
+      lines: line buffers that it starts with.
+      windows: of values that exist whole, by (node, operand).
+      wholes: values that are taken whole.
+    """
+
+    loop: RowLoop
+    clock: Clock
+    lines: Values
+    windows: Mapping[tuple[int, int], Array]
+    wholes: Values
+
+    def afresh(self) -> _Step:
+        """The step in a function of its own; see ``Clock.afresh``."""
+        return dataclasses.replace(self, clock=self.clock.afresh())
+
+    def run(self, band: Band, done: StepResult) -> StepResult:
+        """What the band makes."""
+        loop, made = self.loop, StepResult()
+        for i in band.nodes:
+            node = loop.nodes[i]
+            at_hand = {**done.at_hand, **made.at_hand}
+            sources = {s.operand: s for s in loop.sources_of(i)}
             with node.equation.origin():
-                slab = typed(loop, v, _filled(loop, clock, v, slab))
-            _keep(loop, clock, made, v, slab, lines)
-    return _exported(band, made)
-
-
-def _skip_band(loop: RowLoop, clock: Clock, band: Band, lines: Values) -> _Progress:
-    """Rows outside the image hold the fill value, and add nothing to reductions."""
-    made = _Progress({}, {}, {}, {})
-    avals = loop.graph.program.avals
-    for i in band.nodes:
-        node, track = loop.nodes[i], loop.schedule.tracks[i]
-        assert node.op is not None
-        for v in node.equation.outputs:
-            if node.op.reduction is not None:
-                dtype = accumulator_dtype(avals[v].dtype)
-                fill = identity_of(node.op.reduction, dtype)
-                made.partial[v] = typed(loop, v, jnp.full(avals[v].shape, fill, dtype))
+                operands = [
+                    self.window(sources[operand], at_hand)
+                    if operand in sources
+                    else array_of(atom, self.wholes)
+                    for operand, atom in enumerate(node.equation.inputs)
+                ]
+                count = loop.schedule.tracks[i].rows
+                rows = Rows(self.clock["start", i], count, loop.is_differentiated)
+                results = node.op.evaluate(operands, rows)
+            if node.is_reduction:
+                for v, partial in zip(node.equation.outputs, results, strict=True):
+                    partial = partial.astype(accumulator_dtype(partial.dtype))
+                    made.partial[v] = typed(loop, v, partial)
                 continue
-            shape = list(avals[v].shape)
-            shape[loop.graph.row_axis[v]] = track.rows
-            slab = typed(loop, v, jnp.full(shape, loop.production_fill.get(v, 0), avals[v].dtype))
-            _keep(loop, clock, made, v, slab, lines)
-    return _exported(band, made)
+            for v, slab in zip(node.equation.outputs, results, strict=True):
+                with node.equation.origin():
+                    slab = typed(loop, v, self.filled(v, slab))
+                self.keep(made, v, slab)
+        return _exported(band, made)
+
+    def skip(self, band: Band) -> StepResult:
+        """Rows outside the image hold the fill value, and add nothing to reductions."""
+        loop, made = self.loop, StepResult()
+        avals = loop.graph.program.avals
+        for i in band.nodes:
+            node, track = loop.nodes[i], loop.schedule.tracks[i]
+            for v in node.equation.outputs:
+                if node.op.reduction is not None:
+                    dtype = accumulator_dtype(avals[v].dtype)
+                    fill = identity_of(node.op.reduction, dtype)
+                    made.partial[v] = typed(loop, v, jnp.full(avals[v].shape, fill, dtype))
+                    continue
+                shape = with_at(avals[v].shape, loop.graph.row_axis[v], track.rows)
+                slab = jnp.full(shape, loop.production_fill.get(v, 0), avals[v].dtype)
+                self.keep(made, v, typed(loop, v, slab))
+        return _exported(band, made)
+
+    def keep(self, made: StepResult, value: int, slab: Array) -> None:
+        """A step's rows of a value, among what the step makes."""
+        with line_buffer_of(self.loop, value):
+            made.at_hand[value], line = extend(self.loop, self.clock, value, self.lines, slab)
+        if line is not None:
+            made.lines[value] = line
+        if value in self.loop.row_outputs:
+            made.rows[value] = slab
+
+    def window(self, source: Source, at_hand: Mapping[int, AtHand | Ring]) -> Array:
+        """The rows that a read takes."""
+        loop, clock, axis = self.loop, self.clock, source.read.axis
+        place = source.node, source.operand
+        height = loop.graph.program.avals[source.value].shape[axis]
+        if source.value in loop.producer:
+            window = at_hand[source.value].window(clock["back", *place], loop.window_rows(source))
+            if loop.masked_at_read(source):
+                kept = clock.inside(("window", *place), window.shape[axis], 0, height)
+                window = keep(window, kept, axis, loop.fill_of(source))
+        else:
+            window = self.windows[place]
+        is_driver = source.operand in loop.nodes[source.node].op.drivers
+        if is_driver and not loop.schedule.tracks[source.node].is_steady:
+            # Rows computed again belong to an earlier step's contribution.
+            low, high = ("owned", source.node), ("stop", source.node)
+            kept = clock.inside(("window", *place), window.shape[axis], low, high)
+            window = keep(window, kept, axis, source.read.fill)
+        return window
+
+    def filled(self, value: int, slab: Array) -> Array:
+        """A step's rows of a value, of which those outside the image hold what readers need."""
+        loop, clock = self.loop, self.clock
+        if value not in loop.production_fill:
+            return slab
+        start, stop = ("start", loop.producer[value]), ("stop", loop.producer[value])
+        height, axis = loop.graph.height(value), loop.graph.row_axis[value]
+        if clock.bounds(start)[0] >= 0 and clock.bounds(stop)[1] <= height:
+            return slab
+        kept = clock.inside(start, slab.shape[axis], 0, height)
+        return keep(slab, kept, axis, loop.production_fill[value])
 
 
-def _keep(
-    loop: RowLoop, clock: Clock, made: _Progress, value: int, slab: Array, lines: Values
-) -> None:
-    with line_buffer_of(loop, value):
-        made.at_hand[value], line = extend(loop, clock, value, lines, slab)
-    if line is not None:
-        made.lines[value] = line
-    if value in loop.row_outputs:
-        made.rows[value] = slab
-
-
-def _exported(band: Band, made: _Progress) -> _Progress:
+def _exported(band: Band, made: StepResult) -> StepResult:
     at_hand = {v: rows for v, rows in made.at_hand.items() if v in band.exports}
     return dataclasses.replace(made, at_hand=at_hand)
-
-
-def _window(
-    loop: RowLoop,
-    clock: Clock,
-    source: Source,
-    at_hand: Mapping[int, AtHand | Ring],
-    windows: Mapping[tuple[int, int], Array],
-) -> Array:
-    node, axis = loop.nodes[source.node], source.read.axis
-    name = ("window", source.node, source.operand)
-    height = loop.graph.program.avals[source.value].shape[axis]
-    if source.value in loop.producer:
-        start, stop = loop.window(source, 0)
-        back = clock["back", source.node, source.operand]
-        window = at_hand[source.value].window(back, stop - start)
-        if loop.masked_at_read(source):
-            fill = loop.fill_of(source)
-            window = keep(window, clock.inside(name, window.shape[axis], 0, height), axis, fill)
-    else:
-        window = windows[source.node, source.operand]
-    assert node.op is not None
-    is_driver = source.operand in node.op.drivers
-    if is_driver and not loop.schedule.tracks[source.node].is_steady:
-        # Rows computed again belong to an earlier step's contribution.
-        low, high = ("owned", source.node), ("stop", source.node)
-        kept = clock.inside(name, window.shape[axis], low, high)
-        window = keep(window, kept, axis, source.read.fill)
-    return window
-
-
-def _filled(loop: RowLoop, clock: Clock, value: int, slab: Array) -> Array:
-    if value not in loop.production_fill:
-        return slab
-    producer = loop.producer[value]
-    height = loop.graph.height(value)
-    if clock.bounds(("start", producer))[0] >= 0 and clock.bounds(("stop", producer))[1] <= height:
-        return slab
-    fill = loop.production_fill[value]
-    axis = loop.graph.row_axis[value]
-    kept = clock.inside(("start", producer), slab.shape[axis], 0, height)
-    return keep(slab, kept, axis, fill)
 
 
 # --- The loop ------------------------------------------------------------------------------------
@@ -271,39 +259,29 @@ def small_sums(loop: RowLoop) -> SmallSums:
 def empty_sums(loop: RowLoop, full: Full) -> Values:
     """Accumulators at their identities."""
     sums = {}
-    for node in loop.nodes:
-        if node.is_reduction:
-            assert node.op is not None
-            assert node.op.reduction is not None
-            for v in node.equation.outputs:
-                aval = loop.graph.program.avals[v]
-                dtype = accumulator_dtype(aval.dtype)
-                with node.equation.origin():
-                    identity = identity_of(node.op.reduction, dtype)
-                    sums[v] = full_like(full, aval, identity, dtype=dtype)
+    for v, (equation, reduction) in loop.reductions.items():
+        aval = loop.graph.program.avals[v]
+        dtype = accumulator_dtype(aval.dtype)
+        with equation.origin():
+            sums[v] = full_like(full, aval, identity_of(reduction, dtype), dtype=dtype)
     return small_sums(loop).packed(sums)
 
 
 def add_partial(loop: RowLoop, sums: Values, partial: Values) -> Values:
     partial = small_sums(loop).packed(partial)
     combined = {v: sums[v] + partial[v] for v in sums if v < 0}  # vectors of small sums
-    for node in loop.nodes:
-        if node.is_reduction:
-            assert node.op is not None
-            assert node.op.reduction is not None
-            for v in sums.keys() & node.equation.outputs:
-                with node.equation.origin():
-                    combined[v] = _COMBINE[node.op.reduction](sums[v], partial[v])
+    for v, (equation, reduction) in loop.reductions.items():
+        if v in sums:
+            with equation.origin():
+                combined[v] = _COMBINE[reduction](sums[v], partial[v])
     return combined
 
 
 def finished_sums(loop: RowLoop, sums: Values) -> Values:
     sums, finished = small_sums(loop).unpacked(sums), {}
-    for node in loop.nodes:
-        if node.is_reduction:
-            for v in node.equation.outputs:
-                with node.equation.origin():
-                    finished[v] = sums[v].astype(loop.graph.program.avals[v].dtype)
+    for v, (equation, _) in loop.reductions.items():
+        with equation.origin():
+            finished[v] = sums[v].astype(loop.graph.program.avals[v].dtype)
     return finished
 
 
@@ -348,19 +326,33 @@ def run_loop(
     Row outputs among ``hosted`` never exist whole on the device. What the loop starts with is made
     behind its own latest input, and behind the arrays ``after``.
     """
+    return run_steps(loop, values, hosted, after)[0]
+
+
+def run_steps(
+    loop: RowLoop,
+    values: Values,
+    hosted: Collection[int] = (),
+    after: Sequence[Any] = (),
+    *,
+    saves_lines: bool = False,
+) -> tuple[Values, Values | None]:
+    """``run_loop``; with it the line buffers that every step starts with, if they are saved."""
     clock = clock_of(loop)
     arrays = {v: values[v] for v in loop.arrays}
     wholes = {v: values[v] for v in loop.wholes}
 
-    def step(carry: tuple[Values, Values, Values], row: Any) -> tuple[Any, None]:
+    def step(carry: tuple[Values, Values, Values], row: Any) -> tuple[Any, Values | None]:
         lines, outputs, sums = carry
         now = clock.at(row)
         result = run_step(loop, now, lines, slice_windows(loop, now, arrays), wholes)
         outputs = write_outputs(loop, now, outputs, result.rows)
-        return (result.lines, outputs, add_partial(loop, sums, result.partial)), None
+        saved = lines if saves_lines else None
+        return (result.lines, outputs, add_partial(loop, sums, result.partial)), saved
 
-    (_, outputs, sums), _ = lax.scan(step, start_of(loop, values, hosted, after), clock.table())
-    return {**outputs, **finished_sums(loop, sums)}
+    start = start_of(loop, values, hosted, after)
+    (_, outputs, sums), saved = lax.scan(step, start, clock.table())
+    return {**outputs, **finished_sums(loop, sums)}, saved
 
 
 # --- Whole graphs --------------------------------------------------------------------------------
@@ -387,46 +379,36 @@ def run_graph(
       hosted: numbers of the outputs that are put in the host's memory, with their row axes.
     """
     hosted = hosted or {}
-    wanted = {v for i, v in enumerate(graph.program.outputs) if i in hosted and isinstance(v, int)}
+    wanted = set(values_of(graph.program.outputs[i] for i in hosted))
     copies: Values = {}
     values: Values = {v: jnp.asarray(c) for v, c in graph.program.constants.items()}
     values.update(zip(graph.program.inputs, inputs, strict=True))
     whole = ChainMap(copies, values)
     for stage, loop in enumerate(loops):
         for node in graph.column_nodes(stage):
-            copies.update(_copies(graph, whole, node.equation.inputs))
+            copies.update(_copies(graph, whole, node.equation.values))
             values.update(run_column(graph, node.equation, whole))
         if loop is not None:
             copies.update(_copies(graph, whole, loop.wholes))
             taken = {v: whole[v] for v in loop.wholes}
             values.update(run(loop, {**values, **taken}, wanted))
-    results = [_read(values, v) for v in graph.program.outputs]
+    results = [array_of(v, values) for v in graph.program.outputs]
     for i, axis in hosted.items():
         if not is_on_host(results[i]):
             results[i] = to_host(results[i], axis)
     return results
 
 
-def _copies(graph: RowGraph, values: Mapping[int, Any], atoms: Sequence[Atom]) -> Values:
+def _copies(graph: RowGraph, values: Mapping[int, Any], taken: Sequence[int]) -> Values:
     """What is in the host's memory and is about to be taken whole, on the device."""
-    return {
-        v: from_host(values[v], graph.row_axis[v])
-        for v in atoms
-        if isinstance(v, int) and is_on_host(values[v])
-    }
+    return {v: from_host(values[v], graph.row_axis[v]) for v in taken if is_on_host(values[v])}
 
 
 def run_column(graph: RowGraph, equation: FlatEquation, values: Mapping[int, Any]) -> Values:
     """Evaluate one equation on whole values."""
-    results = equation.evaluate([_read(values, v) for v in equation.inputs])
+    results = equation.evaluate([array_of(v, values) for v in equation.inputs])
     avals = graph.program.avals
     return {
         v: varying_over(result, varying_axes(avals[v]))
         for v, result in zip(equation.outputs, results, strict=True)
     }
-
-
-def _read(values: Mapping[int, Any], atom: Atom) -> Any:
-    if isinstance(atom, Literal):
-        return jax.numpy.asarray(atom.value, atom.dtype)
-    return values[atom]

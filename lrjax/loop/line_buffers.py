@@ -17,7 +17,7 @@ from lrjax.loop.dependent_fill import Full, full_like
 from lrjax.loop.rowloop import RowLoop
 from lrjax.program.inline import FlatEquation
 from lrjax.program.varying import varying_axes, varying_over
-from lrjax.rules.base import Array
+from lrjax.rules.base import Array, with_at
 from lrjax.rules.geometry import ceil_div
 from lrjax.scopes import LINE_BUFFERS
 
@@ -88,12 +88,6 @@ class Ring:
         return pieces[0] if len(pieces) == 1 else lax.concatenate(pieces, self.axis)
 
 
-def _line_shape(loop: RowLoop, value: int) -> tuple[int, ...]:
-    shape = list(loop.graph.program.avals[value].shape)
-    shape[loop.graph.row_axis[value]] = loop.line_rows(value)
-    return tuple(shape)
-
-
 @contextlib.contextmanager
 def line_buffer_of(loop: RowLoop, value: int) -> Iterator[None]:
     """Operations within are named as the line buffer of a value, for memory profiles."""
@@ -118,7 +112,8 @@ def empty_lines(loop: RowLoop, full: Full) -> Values:
             with line_buffer_of(loop, v):
                 fill = loop.production_fill.get(v, 0)
                 aval = loop.graph.program.avals[v]
-                lines[v] = full_like(full, aval, fill, shape=_line_shape(loop, v))
+                shape = with_at(aval.shape, loop.graph.row_axis[v], loop.line_rows(v))
+                lines[v] = full_like(full, aval, fill, shape=shape)
     return lines
 
 

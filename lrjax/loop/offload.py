@@ -21,7 +21,8 @@ from jax import lax
 from jax.custom_derivatives import SymbolicZero
 
 from lrjax.program.compatibility import checkpoint, from_real_parts, real_parts
-from lrjax.program.varying import varying_axes, varying_over
+from lrjax.program.inline import replaced_at
+from lrjax.program.varying import is_inexact, varying_axes, varying_over
 from lrjax.rules.base import Array
 
 HOST, DEVICE = jax.memory.Space.Host, jax.memory.Space.Device
@@ -146,13 +147,15 @@ def checkpointed(function: Function, hosted: Mapping[int, int]) -> Function:
 
     def forward(*inputs: Any) -> Any:
         plain = [x.value for x in inputs]
-        moving = {i: None for i, x in enumerate(inputs) if x.perturbed and _is_inexact(x.value)}
+        moving = {i: None for i, x in enumerate(inputs) if x.perturbed and is_inexact(x.value)}
         return forward_pass(*plain), (plain, moving)
 
     def backward(residuals: Any, cotangents: Sequence[Any]) -> tuple[Any, ...]:
         inputs, moving = residuals
-        given = [None if ct.dtype == jax.dtypes.float0 else instantiated(ct) for ct in cotangents]
-        made = next(ct for ct in given if ct is not None)
+        given = {
+            k: instantiated(ct) for k, ct in enumerate(cotangents) if ct.dtype != jax.dtypes.float0
+        }
+        made = next(iter(given.values()))
         arrived = [
             from_host_after(x, made, hosted[i]) if i in hosted else x for i, x in enumerate(inputs)
         ]
@@ -160,22 +163,17 @@ def checkpointed(function: Function, hosted: Mapping[int, int]) -> Function:
         held = list(map(real_parts, arrived))
 
         def of_moving(*values: Array) -> list[Array]:
-            known = dict(zip(moving, values, strict=True))
-            outputs = function(*(known.get(i, from_real_parts(x)) for i, x in enumerate(held)))
-            return [y for y, ct in zip(outputs, given, strict=True) if ct is not None]
+            outputs = function(*replaced_at(list(map(from_real_parts, held)), [*moving], values))
+            return [outputs[k] for k in given]
 
         _, pull = jax.vjp(checkpoint(of_moving), *(arrived[i] for i in moving))
-        found = pull([ct for ct in given if ct is not None])
+        found = pull([*given.values()])
         bars = dict(zip(moving, found, strict=True))
         bars |= {i: to_host(bar, hosted[i]) for i, bar in bars.items() if i in hosted}
         return tuple(bars.get(i) for i in range(len(inputs)))
 
     call.defvjp(forward, backward, symbolic_zeros=True)
     return call
-
-
-def _is_inexact(array: Array) -> bool:
-    return bool(jnp.issubdtype(array.dtype, jnp.inexact))
 
 
 def instantiated(cotangent: Any) -> Array:

@@ -11,11 +11,12 @@ from collections.abc import Callable, Mapping, Sequence
 from fractions import Fraction
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 
 from lrjax.loop.schedule import Read, Schedule, Task, Track, overlap_schedule, shared_schedule
-from lrjax.rowgraph.graph import Node, RowGraph, size_bytes
+from lrjax.program.inline import FlatEquation
+from lrjax.program.varying import is_inexact
+from lrjax.rowgraph.graph import RowGraph, RowNode
 from lrjax.rules.base import RowRead
 from lrjax.rules.geometry import Frontier, ceil_div, round_up
 
@@ -85,7 +86,7 @@ class RowLoop:
     """
 
     graph: RowGraph
-    nodes: tuple[Node, ...]
+    nodes: tuple[RowNode, ...]
     schedule: Schedule
     row_outputs: tuple[int, ...]
     producer: dict[int, int]
@@ -101,15 +102,7 @@ class RowLoop:
         return tuple(s for i in range(len(self.nodes)) for s in self.sources_of(i))
 
     def sources_of(self, index: int) -> list[Source]:
-        node = self.nodes[index]
-        assert node.op is not None
-        return [
-            Source(index, operand, v, read)
-            for operand, (v, read) in enumerate(
-                zip(node.equation.inputs, node.op.reads, strict=True)
-            )
-            if read is not None and isinstance(v, int)
-        ]
+        return [Source(index, *row_read) for row_read in self.nodes[index].row_reads]
 
     @functools.cached_property
     def sliced(self) -> tuple[Source, ...]:
@@ -119,18 +112,22 @@ class RowLoop:
     @functools.cached_property
     def wholes(self) -> tuple[int, ...]:
         """Values that operations of this stage use whole."""
-        found: dict[int, None] = {}
-        for node in self.nodes:
-            assert node.op is not None
-            for v, read in zip(node.equation.inputs, node.op.reads, strict=True):
-                if read is None and isinstance(v, int):
-                    found[v] = None
-        return tuple(found)
+        return tuple(dict.fromkeys(v for node in self.nodes for v in node.whole_inputs()))
 
     @functools.cached_property
     def arrays(self) -> tuple[int, ...]:
         """Values that exist whole and are sliced by rows."""
         return tuple(dict.fromkeys(s.value for s in self.sliced))
+
+    @functools.cached_property
+    def reductions(self) -> dict[int, tuple[FlatEquation, str]]:
+        """The equation of every result that is combined over the steps, and how."""
+        return {
+            v: (node.equation, node.op.reduction)
+            for node in self.nodes
+            if node.op.reduction is not None
+            for v in node.equation.outputs
+        }
 
     @functools.cached_property
     def latest_input(self) -> int | None:
@@ -147,9 +144,12 @@ class RowLoop:
         return self.schedule.tracks[self.producer[value]]
 
     def window(self, source: Source, step: int) -> tuple[int, int]:
-        rows, row_map = self.schedule.tracks[source.node], source.read.row_map
-        start = row_map.first(rows.start(step))
-        return start, start + row_map.size(rows.rows)
+        start = source.read.row_map.first(self.schedule.tracks[source.node].start(step))
+        return start, start + self.window_rows(source)
+
+    def window_rows(self, source: Source) -> int:
+        """How many rows a read takes in a step."""
+        return source.read.row_map.size(self.schedule.tracks[source.node].rows)
 
     def window_starts(self, source: Source) -> Frontier:
         """The first row that a read needs, per step."""
@@ -161,14 +161,11 @@ class RowLoop:
         if source.read.fill is None:
             return False
         height = self.graph.program.avals[source.value].shape[source.read.axis]
-        node = self.nodes[source.node]
-        assert node.op is not None
-        row_map = source.read.row_map
+        node, row_map = self.nodes[source.node], source.read.row_map
         if not node.is_reduction:
             return row_map.first(0) < 0 or row_map.end(node.op.height) > height
         starts = self.window_starts(source)
-        size = row_map.size(self.schedule.tracks[source.node].rows)
-        return bool(np.min(starts) < 0 or np.max(starts) + size > height)
+        return bool(np.min(starts) < 0 or np.max(starts) + self.window_rows(source) > height)
 
     def fill_of(self, source: Source) -> Any:
         """What a window must hold outside the image, None if it does not matter.
@@ -180,13 +177,10 @@ class RowLoop:
         if self.leaves_image(source):
             return source.read.fill
         node = self.nodes[source.node]
-        assert node.op is not None
         if not self.is_differentiated or node.op.preserves_finiteness:
             return None
-        beside_parameter = len(self.sources_of(source.node)) < sum(
-            isinstance(v, int) for v in node.equation.inputs
-        )
-        return 1 if beside_parameter else None
+        is_beside_parameter = bool(node.whole_inputs())
+        return 1 if is_beside_parameter else None
 
     @functools.cached_property
     def production_fill(self) -> dict[int, Any]:
@@ -215,7 +209,6 @@ class RowLoop:
         """
         found: dict[int, int] = {}
         for i, node in enumerate(self.nodes):
-            assert node.op is not None
             sources = self.sources_of(i)
             fills = [s.read.fill for s in sources if self.leaves_image(s)]
             if node.op.preserves_finiteness and all(map(np.isfinite, fills)):
@@ -223,7 +216,7 @@ class RowLoop:
             values = [*node.equation.outputs, *(s.value for s in sources)]
             found.update((v, 1) for v in values if v in self.producer)
         avals = self.graph.program.avals
-        return {v: 1 for v in found if jnp.issubdtype(avals[v].dtype, jnp.inexact)}
+        return {v: 1 for v in found if is_inexact(avals[v])}
 
     def masked_at_read(self, source: Source) -> bool:
         """The window is masked where it is read, because the value itself holds another fill."""
@@ -235,7 +228,6 @@ class RowLoop:
     def active_steps(self, index: int) -> tuple[int, int]:
         """First and last step in which a node has rows of the image."""
         track, node = self.schedule.tracks[index], self.nodes[index]
-        assert node.op is not None
         active = [
             t
             for t in range(self.steps)
@@ -249,30 +241,21 @@ class RowLoop:
         """The nodes in order; one band for all where skipping saves too little."""
         everything = range(len(self.nodes))
         spans = [self.active_steps(i) for i in everything]
-        work = [n.op.flops * self.schedule.tracks[i].rows for i, n in enumerate(self.nodes) if n.op]
+        pairs = zip(self.nodes, self.schedule.tracks, strict=True)
+        work = [node.op.flops * track.rows for node, track in pairs]
         idle = sum(
             w * (self.steps - (last - first + 1))
             for w, (first, last) in zip(work, spans, strict=True)
         )
         if idle <= SKIP_ABOVE * self.steps * sum(work):
             spans = [(0, self.steps - 1)] * len(self.nodes)
-        groups = [list(g) for _, g in itertools.groupby(everything, key=spans.__getitem__)]
-        readers: dict[int, set[int]] = {}
-        for s in self.sources:
-            readers.setdefault(s.value, set()).add(s.node)
-        return tuple(
-            Band(
-                tuple(group),
-                *spans[group[0]],
-                frozenset(
-                    v
-                    for i in group
-                    for v in self.nodes[i].equation.outputs
-                    if readers.get(v, set()).difference(group)
-                ),
-            )
-            for group in groups
-        )
+        bands = []
+        for span, group in itertools.groupby(everything, key=spans.__getitem__):
+            nodes = tuple(group)
+            made = {v for i in nodes for v in self.nodes[i].equation.outputs}
+            read = {s.value for s in self.sources if s.node not in nodes}
+            bands.append(Band(nodes, *span, frozenset(made & read)))
+        return tuple(bands)
 
     def is_ring(self, value: int) -> bool:
         """The line buffer is a ring of slabs, written in place, instead of rows that shift.
@@ -300,11 +283,7 @@ class RowLoop:
     @functools.cached_property
     def line_bytes(self) -> int:
         """Bytes of all line buffers."""
-        graph = self.graph
-        per_row = {
-            v: size_bytes(graph.program.avals[v]) // max(graph.height(v), 1) for v in self.producer
-        }
-        return sum(self.line_rows(v) * size for v, size in per_row.items())
+        return sum(self.line_rows(v) * self.graph.row_bytes(v) for v in self.producer)
 
     def look_back(self, source: Source) -> Frontier:
         """Per step, how far before the value's frontier a window starts."""
@@ -318,13 +297,8 @@ def row_loop(
     order: Order,
     num_blocks: int,
     is_differentiated: bool,
-    recomputed: frozenset[int] = frozenset(),
 ) -> RowLoop:
-    """Schedule one stage.
-
-    Halo rows of the values in ``recomputed`` are computed again in every step instead of kept; an
-    order that ``recomputes_halos`` does so for all.
-    """
+    """Schedule one stage."""
     nodes = graph.stage_nodes(stage)
     producer = {
         v: i
@@ -337,21 +311,18 @@ def row_loop(
     if num_blocks == 1:
         # One step that computes everything; the same rows in every order.
         order = Order(divides_output=True, recomputes_halos=True)
-    references = _references(graph, nodes, order, _sinks(graph, nodes, stage))
+    references = _references(graph, stage, order)
 
     def schedule(blocks: Fraction) -> Schedule:
-        speeds = _speeds(graph, nodes, references, blocks)
-        tasks = []
-        for node, speed in zip(nodes, speeds, strict=True):
-            assert node.op is not None
-            reads = tuple(
-                Read(producer.get(v), read.row_map)
-                for v, read in zip(node.equation.inputs, node.op.reads, strict=True)
-                if read is not None and isinstance(v, int)
+        tasks = [
+            Task(
+                tuple(Read(producer.get(v), read.row_map) for _, v, read in node.row_reads),
+                node.op.height,
+                speed,
+                is_sink=_is_sink(graph, node, stage),
             )
-            is_sink = node.is_reduction or any(v in row_outputs for v in node.equation.outputs)
-            again = not recomputed.isdisjoint(node.equation.outputs)
-            tasks.append(Task(reads, node.op.height, speed, is_sink, again))
+            for node, speed in zip(nodes, _speeds(graph, nodes, references, blocks), strict=True)
+        ]
         return overlap_schedule(tasks) if order.recomputes_halos else shared_schedule(tasks)
 
     found = _shortest_blocks(graph, nodes, references, num_blocks, schedule)
@@ -360,7 +331,7 @@ def row_loop(
 
 def _shortest_blocks(
     graph: RowGraph,
-    nodes: Sequence[Node],
+    nodes: Sequence[RowNode],
     references: Mapping[int, tuple[int, Fraction]],
     num_blocks: int,
     schedule: Callable[[Fraction], Schedule],
@@ -404,37 +375,34 @@ def reference_height(graph: RowGraph, stage: int, order: Order) -> int:
     The main output is the lowest of the maps and reductions that leave the loop, pieces left
     out. What has fewer rows than blocks takes fewer steps.
     """
-    nodes = graph.stage_nodes(stage)
-    references = _references(graph, nodes, order, _sinks(graph, nodes, stage))
-    return max((height for height, _ in references.values()), default=1)
+    return max((height for height, _ in _references(graph, stage, order).values()), default=1)
 
 
-def _root(graph: RowGraph, node: Node) -> tuple[int, Fraction]:
+def _root(graph: RowGraph, node: RowNode) -> tuple[int, Fraction]:
     """Component of a node and its rows per row of the component's root."""
     head = node.equation.outputs[0]
     if head in graph.rate:
         return graph.rate[head]
-    assert node.op is not None
-    for v, read in zip(node.equation.inputs, node.op.reads, strict=True):
-        if read is not None and isinstance(v, int) and v in graph.rate:
+    for _, v, read in node.row_reads:
+        if v in graph.rate:
             root, rate = graph.rate[v]
             return root, rate / read.row_map.rate
     raise AssertionError("a reduction that reads no rows")
 
 
-def _sinks(graph: RowGraph, nodes: Sequence[Node], stage: int) -> list[Node]:
-    wanted = graph.stages.made_whole[stage]
-    return [n for n in nodes if n.is_reduction or wanted.intersection(n.equation.outputs)]
+def _is_sink(graph: RowGraph, node: RowNode, stage: int) -> bool:
+    """Its rows leave the loop."""
+    made_whole = graph.stages.made_whole[stage]
+    return node.is_reduction or not made_whole.isdisjoint(node.equation.outputs)
 
 
-def _references(
-    graph: RowGraph, nodes: Sequence[Node], order: Order, sinks: Sequence[Node]
-) -> dict[int, tuple[int, Fraction]]:
+def _references(graph: RowGraph, stage: int, order: Order) -> dict[int, tuple[int, Fraction]]:
     """Per component's root: height and rate of the value whose rows are divided into blocks."""
+    nodes = graph.stage_nodes(stage)
     maps = _by_root(graph, nodes)
     if order.divides_output:
-        leaving = _by_root(graph, sinks)
-        return {root: _main_output(leaving[root], maps[root]) for root in leaving}
+        leaving = _by_root(graph, [node for node in nodes if _is_sink(graph, node, stage)])
+        return {root: _main_output(found, maps[root]) for root, found in leaving.items()}
     for node in nodes:
         for v in node.row_inputs():
             if v not in graph.streamed and v in graph.rate and graph.rate[v][0] in maps:
@@ -443,11 +411,10 @@ def _references(
     return {root: max(found) for root, found in maps.items()}
 
 
-def _by_root(graph: RowGraph, nodes: Sequence[Node]) -> dict[int, list[tuple[int, Fraction]]]:
+def _by_root(graph: RowGraph, nodes: Sequence[RowNode]) -> dict[int, list[tuple[int, Fraction]]]:
     """Height and rate of what the nodes make, or reduce, by the root of their component."""
     found: dict[int, list[tuple[int, Fraction]]] = {}
     for node in nodes:
-        assert node.op is not None
         root, rate = _root(graph, node)
         found.setdefault(root, []).append((node.op.height, rate))
     return found
@@ -465,17 +432,14 @@ def _main_output(
 
 def _speeds(
     graph: RowGraph,
-    nodes: Sequence[Node],
+    nodes: Sequence[RowNode],
     references: Mapping[int, tuple[int, Fraction]],
     blocks: Fraction,
 ) -> list[Fraction]:
     """Rows that every node gives per step, of as many as make so many blocks (or a few more)."""
-    per_root: dict[int, Fraction] = {}
+    per_root = {}
     for root, (height, rate) in references.items():
-        rows = math.ceil(Fraction(max(height, 1)) / min(blocks, Fraction(max(height, 1))))
-        per_root[root] = rows / rate
-    speeds = []
-    for node in nodes:
-        root, rate = _root(graph, node)
-        speeds.append(per_root[root] * rate)
-    return speeds
+        tall = Fraction(max(height, 1))
+        per_root[root] = math.ceil(tall / min(blocks, tall)) / rate
+    roots = (_root(graph, node) for node in nodes)
+    return [per_root[root] * rate for root, rate in roots]

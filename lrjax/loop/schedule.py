@@ -39,14 +39,12 @@ class Task:
       height: rows of its output, or of the operand that drives a reduction.
       speed: rows that the steady state gives per step.
       is_sink: its rows leave the loop (an output or a reduction).
-      recompute: halo rows are computed again in every step instead of kept (overlap).
     """
 
     reads: tuple[Read, ...]
     height: int
     speed: Fraction
     is_sink: bool = False
-    recompute: bool = False
 
     @functools.cached_property
     def quantum(self) -> int:
@@ -106,15 +104,8 @@ class Track:
 class Schedule:
     """The steps of one row loop; ``tracks`` has one entry per task."""
 
-    tasks: tuple[Task, ...]
     tracks: tuple[Track, ...]
     steps: int
-
-    def window(self, task: int, read: int, step: int) -> tuple[int, int]:
-        """Input rows ``[start, stop)`` of a read in a step."""
-        track, row_map = self.tracks[task], self.tasks[task].reads[read].row_map
-        start = row_map.first(track.start(step))
-        return start, start + row_map.size(track.rows)
 
 
 def shared_schedule(tasks: Sequence[Task]) -> Schedule:
@@ -130,7 +121,6 @@ def shared_schedule(tasks: Sequence[Task]) -> Schedule:
 
 def overlap_schedule(tasks: Sequence[Task]) -> Schedule:
     """Steps own the sinks' rows and recompute every halo (OverL): nothing is kept."""
-    tasks = [dataclasses.replace(task, recompute=True) for task in tasks]
     sinks = [i for i, task in enumerate(tasks) if task.is_sink]
     steps = max([1, *(_steps_to_end(tasks[i]) for i in sinks)])
     frontiers = [np.full(steps + 1, _NOWHERE) for _ in tasks]
@@ -141,7 +131,7 @@ def overlap_schedule(tasks: Sequence[Task]) -> Schedule:
     for i in sinks:
         # Rows that a later window reads ahead of would otherwise belong to no step.
         frontiers[i][0] = min(frontiers[i][0], 0)
-    return _with_tracks(tasks, frontiers)
+    return _with_tracks(tasks, frontiers, recomputes_halos=True)
 
 
 def _steps_to_end(task: Task) -> int:
@@ -217,14 +207,16 @@ def _raise_to_demand(tasks: Sequence[Task], frontiers: list[Frontier]) -> None:
                 frontiers[read.task] = np.maximum(frontiers[read.task], needed)
 
 
-def _with_tracks(tasks: Sequence[Task], frontiers: list[Frontier]) -> Schedule:
+def _with_tracks(
+    tasks: Sequence[Task], frontiers: list[Frontier], *, recomputes_halos: bool = False
+) -> Schedule:
     """Rows computed per step and kept between steps, from the last task to the first."""
     reach = [0] * len(tasks)  # rows that consumers look back from the frontier
     tracks: list[Track] = [Track((), 0, 0)] * len(tasks)
     for i in reversed(range(len(tasks))):
         task, frontier = tasks[i], frontiers[i]
         rows = max(int(np.max(np.diff(frontier))), task.quantum)
-        if task.recompute:
+        if recomputes_halos:
             rows = max(rows, round_up(reach[i], task.quantum))
         tracks[i] = Track(tuple(frontier.tolist()), rows, max(reach[i], rows))
         starts = frontier[1:] - rows
@@ -232,4 +224,4 @@ def _with_tracks(tasks: Sequence[Task], frontiers: list[Frontier]) -> Schedule:
             if read.task is not None:
                 back = frontiers[read.task][1:] - read.row_map.first(starts)
                 reach[read.task] = max(reach[read.task], int(np.max(back)))
-    return Schedule(tuple(tasks), tuple(tracks), len(frontiers[0]) - 1)
+    return Schedule(tuple(tracks), len(frontiers[0]) - 1)

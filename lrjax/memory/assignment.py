@@ -67,7 +67,6 @@ class Instruction:
       called: ids of computations.
       tuple_index: of a ``get-tuple-element``.
       parameter: position of a ``parameter``.
-      custom_call: the target of a ``custom-call``.
     """
 
     id: int
@@ -80,7 +79,6 @@ class Instruction:
     called: tuple[int, ...]
     tuple_index: int
     parameter: int
-    custom_call: str
 
 
 @dataclasses.dataclass(frozen=True)
@@ -143,7 +141,6 @@ class Assignment:
       computations: by id.
       entry: the id of the computation that is the program.
       values: by id.
-      aliases: further places ``(instruction, index)`` where a value is found, by value.
       allocations: all of them.
       traces: XLA's simulations of its heaps, where it kept them.
     """
@@ -152,7 +149,6 @@ class Assignment:
     computations: dict[int, Computation]
     entry: int
     values: dict[int, Value]
-    aliases: dict[int, tuple[tuple[int, Index], ...]]
     allocations: tuple[Allocation, ...]
     traces: tuple[tuple[Event, ...], ...]
 
@@ -204,16 +200,11 @@ def parse(module: Message, assignment: Message) -> Assignment:
     if not values or not instructions:
         raise DecodeError("there is no program with a buffer assignment in it")
     by_name = {i.name: i.id for i in instructions.values()}
-    aliases: dict[int, list[tuple[int, Index]]] = {}
-    for alias in assignment.messages(2):
-        place = _parse_location(alias.message(2), by_name)
-        aliases.setdefault(alias.integer(1), []).append(place)
     return Assignment(
         instructions,
         computations,
         entry,
         {v.id: v for v in values},
-        {v: tuple(places) for v, places in aliases.items()},
         tuple(_parse_allocation(m) for m in assignment.messages(3)),
         tuple(_parse_trace(m, by_name) for m in assignment.messages(4)),
     )
@@ -258,7 +249,6 @@ def _parse_instruction(proto: Message, frames: _Frames) -> Instruction:
         called=tuple(proto.integers(38)),
         tuple_index=proto.integer(13),
         parameter=proto.integer(9),
-        custom_call=proto.text(28),
     )
 
 
@@ -309,11 +299,6 @@ def _parse_value(proto: Message, instructions: dict[int, Instruction]) -> Value:
     return Value(
         proto.integer(1), proto.integer(2), proto.integer(4), number, tuple(place.integers(3))
     )
-
-
-def _parse_location(proto: Message, by_name: dict[str, int]) -> tuple[int, Index]:
-    number = proto.integer(4) or by_name.get(proto.text(2), 0)
-    return number, tuple(proto.integers(3))
 
 
 def _parse_allocation(proto: Message) -> Allocation:

@@ -100,9 +100,9 @@ class Attribution:
     """Answers for one compiled program."""
 
     def __init__(self, assignment: Assignment, steps: Sequence[Instruction]):
-        self.assignment = assignment
-        self.steps = steps
-        scheduled = {c.id: c for c in assignment.computations.values() if c.is_scheduled}
+        self.instructions, self.computations = assignment.instructions, assignment.computations
+        self.values = assignment.values
+        scheduled = {c.id: c for c in self.computations.values() if c.is_scheduled}
         self.home = {i: c.id for c in scheduled.values() for i in c.instructions}
         self.callers = {
             callee: step for step in steps for callee in step.called if callee in scheduled
@@ -112,19 +112,17 @@ class Attribution:
         for step in steps:
             for operand in step.operands:
                 self.users.setdefault(operand, []).append(step)
+        entry = self.computations[assignment.entry]
         self.argument_shapes = {
             tuple(sorted(i.shape.dimensions))
-            for i in (assignment.instructions[n] for n in self._entry())
+            for i in map(self.instructions.__getitem__, entry.instructions)
             if i.opcode == "parameter" and i.shape.dimensions
         }
-
-    def _entry(self) -> tuple[int, ...]:
-        return self.assignment.computations[self.assignment.entry].instructions
 
     def buffer(self, piece: Piece) -> Buffer:
         """The piece of memory as a row of a profile."""
         value = self.representative(piece)
-        made_by = self.assignment.instructions[value.instruction]
+        made_by = self.instructions[value.instruction]
         is_argument = piece.allocation is not None and piece.allocation.is_parameter
         origin = made_by if is_argument else self._origin_of_piece(piece, made_by)
         shape = made_by.shape.at(value.index)
@@ -151,7 +149,7 @@ class Attribution:
 
     def representative(self, piece: Piece) -> Value:
         """Of the values that share a piece of memory, the one that says most about it."""
-        values = [self.assignment.values[v] for v in piece.values]
+        values = [self.values[v] for v in piece.values]
         if piece.allocation is not None:
             # An output's memory may serve smaller temporaries before.
             largest = max(v.bytes for v in values)
@@ -161,7 +159,7 @@ class Attribution:
         return max(values, key=self._says)
 
     def _says(self, value: Value) -> int:
-        instruction = self.assignment.instructions[value.instruction]
+        instruction = self.instructions[value.instruction]
         if instruction.opcode in _PASSING:
             return 0
         if self._is_copy(instruction) or self._root(instruction).opcode in _FILLING:
@@ -171,10 +169,10 @@ class Attribution:
     def _root(self, instruction: Instruction) -> Instruction:
         """What a fusion ends with, layout changes aside."""
         while instruction.opcode == "fusion" and instruction.called:
-            computation = self.assignment.computations[instruction.called[0]]
-            instruction = self.assignment.instructions[computation.root]
+            computation = self.computations[instruction.called[0]]
+            instruction = self.instructions[computation.root]
             while instruction.opcode in ("bitcast", "reshape") and instruction.operands:
-                instruction = self.assignment.instructions[instruction.operands[0]]
+                instruction = self.instructions[instruction.operands[0]]
         return instruction
 
     def _is_copy(self, instruction: Instruction) -> bool:
@@ -186,9 +184,9 @@ class Attribution:
         if layer_of(instruction.op_name) or instruction.opcode in ("while", "conditional"):
             return instruction
         for callee in instruction.called:
-            computation = self.assignment.computations[callee]
+            computation = self.computations[callee]
             for number in (computation.root, *reversed(computation.instructions)):
-                inner = self.assignment.instructions[number]
+                inner = self.instructions[number]
                 if layer_of(inner.op_name):
                     return inner
         return instruction
@@ -233,7 +231,7 @@ class Attribution:
             return []
         if instruction.opcode == "get-tuple-element":
             return self._made(instruction, ())
-        found = [self._made(self.assignment.instructions[o], ()) for o in instruction.operands]
+        found = [self._made(self.instructions[o], ()) for o in instruction.operands]
         # XLA shares one block of zeros among layers, under the name of one of them.
         return [
             made for several in found for made in several if self._root(made).opcode not in _FILLING
@@ -243,23 +241,23 @@ class Attribution:
         """What made an element of a result: tuples, loops and branches only hand it on."""
         opcode, operands = instruction.opcode, instruction.operands
         if opcode == "get-tuple-element":
-            inside = self.assignment.instructions[operands[0]]
+            inside = self.instructions[operands[0]]
             return self._made(inside, (instruction.tuple_index, *index))
         if opcode == "tuple" and index:
-            return self._made(self.assignment.instructions[operands[index[0]]], index[1:])
+            return self._made(self.instructions[operands[index[0]]], index[1:])
         if opcode == "parameter":
             entered = self._passed_as(instruction)
             return [] if entered is None else self._made(entered, index)
         if opcode == "while":
-            body = self.assignment.computations[instruction.called[0]]
-            root = self.assignment.instructions[body.root]
+            body = self.computations[instruction.called[0]]
+            root = self.instructions[body.root]
             if root.opcode != "tuple" or not index:
                 return []
-            made = self.assignment.instructions[root.operands[index[0]]]
+            made = self.instructions[root.operands[index[0]]]
             return [] if made.opcode in ("get-tuple-element", "while") else [made]
         if opcode == "conditional":
-            roots = [self.assignment.computations[branch].root for branch in instruction.called]
-            found = [self._made(self.assignment.instructions[root], index) for root in roots]
+            roots = [self.computations[branch].root for branch in instruction.called]
+            found = [self._made(self.instructions[root], index) for root in roots]
             return [made for several in found for made in several]
         return [instruction]
 
@@ -274,7 +272,7 @@ class Attribution:
             position = 1 + caller.called.index(home)
         if position >= len(caller.operands):
             return None
-        return self.assignment.instructions[caller.operands[position]]
+        return self.instructions[caller.operands[position]]
 
     def _readers_of(self, instruction: Instruction) -> Iterable[Instruction]:
         yield from self._readers(instruction, (), set())
@@ -283,7 +281,7 @@ class Attribution:
         caller = self.callers.get(home)
         if caller is None or caller.opcode in ("while", "conditional"):
             return
-        if self.assignment.computations[home].root == instruction.id:
+        if self.computations[home].root == instruction.id:
             yield caller
 
     def _readers(
@@ -305,7 +303,7 @@ class Attribution:
                         yield from self._readers(user, (position, *index), seen)
             elif user.opcode in ("while", "call", "conditional"):
                 for number in self._entered(user, instruction.id):
-                    yield from self._readers(self.assignment.instructions[number], index, seen)
+                    yield from self._readers(self.instructions[number], index, seen)
             else:
                 yield user
 
@@ -319,8 +317,8 @@ class Attribution:
             else:
                 entered, parameter = list(caller.called), position if caller.opcode == "call" else 0
             for computation in entered:
-                for inner in self.assignment.computations[computation].instructions:
-                    found = self.assignment.instructions[inner]
+                for inner in self.computations[computation].instructions:
+                    found = self.instructions[inner]
                     if found.opcode == "parameter" and found.parameter == parameter:
                         yield inner
 
@@ -328,7 +326,7 @@ class Attribution:
 
     def kind(self, piece: Piece, value: Value, shape: Shape) -> str:
         """What the piece of memory is for; one of ``profile.KINDS``."""
-        made_by = self.assignment.instructions[value.instruction]
+        made_by = self.instructions[value.instruction]
         allocation = piece.allocation
         # XLA may keep a kernel's gradient with its dimensions in another order.
         has_argument_shape = tuple(sorted(shape.dimensions)) in self.argument_shapes
@@ -353,7 +351,7 @@ class Attribution:
 
     def _members(self, piece: Piece) -> Iterator[Instruction]:
         for v in piece.values:
-            yield self.assignment.instructions[self.assignment.values[v].instruction]
+            yield self.instructions[self.values[v].instruction]
 
     def _is_line_buffer(self, piece: Piece) -> bool:
         return self._is_carried(piece) and any(

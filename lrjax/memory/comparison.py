@@ -9,12 +9,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lrjax.memory.profile import KINDS, MemoryProfile
-from lrjax.text import aligned
+from lrjax.text import MIB, aligned
 
 if TYPE_CHECKING:
     from rich.table import Table
-
-MIB = 2**20
 
 
 @dataclasses.dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import warnings
 from collections.abc import Mapping, Sequence
 from typing import IO, TYPE_CHECKING, Any
@@ -9,19 +10,20 @@ from typing import IO, TYPE_CHECKING, Any
 import numpy as np
 
 from lrjax.memory import palette
-
-if TYPE_CHECKING:
-    from lrjax.memory.profile import MemoryProfile
+from lrjax.memory.lifetimes import usage
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+
+    from lrjax.memory.profile import MemoryProfile
 
 _TOP_BUFFERS = 8
 
 _INK = "#1b2330"
 _MUTED = "#5c6778"
 _ALARM = "#a61b1b"
+_LIMIT: dict[str, Any] = {"color": _ALARM, "lw": 1.2, "ls": (0, (6, 3))}
 
 
 def new_figure(width: float, height: float) -> Figure:
@@ -46,12 +48,8 @@ def write(figure: Figure, file: IO[bytes]) -> None:
 def _timelines_by_kind(profile: MemoryProfile, kinds: Sequence[str]) -> np.ndarray:
     """Bytes in use: a row per kind, a column per step."""
     steps = max(len(profile.instructions), 1)
-    changes = np.zeros((len(kinds), steps + 1), np.int64)
-    rows = {kind: row for row, kind in enumerate(kinds)}
-    for b in profile.buffers:
-        changes[rows[b.kind], b.start] += b.bytes
-        changes[rows[b.kind], b.end + 1] -= b.bytes
-    return changes.cumsum(axis=1)[:, :-1]
+    of_kind = ([b for b in profile.buffers if b.kind == kind] for kind in kinds)
+    return np.array([usage(found, steps) for found in of_kind]).reshape(len(kinds), steps)
 
 
 def _style(axes: Axes) -> None:
@@ -59,6 +57,10 @@ def _style(axes: Axes) -> None:
     axes.spines[["left", "bottom"]].set_color("#b9c1ca")
     axes.tick_params(colors=_MUTED, labelsize=9, length=3)
     axes.set_axisbelow(True)
+
+
+def _title(axes: Axes, text: str) -> None:
+    axes.set_title(text, loc="left", color=_INK, fontsize=12, weight="bold", parse_math=False)
 
 
 def _byte_axis(axis: Any, most: float, limit: float) -> None:
@@ -74,6 +76,16 @@ def _byte_axis(axis: Any, most: float, limit: float) -> None:
     )
 
 
+def _byte_limit(axes: Axes, most: float, steps: float, label: str) -> None:
+    """Axes of bytes in use over a schedule of so many steps."""
+    _style(axes)
+    axes.grid(axis="y", color="#e9edf2")
+    axes.set_xlim(0, steps)
+    axes.set_ylim(0, 1.12 * most)
+    _byte_axis(axes.yaxis, most, 1.12 * most)
+    axes.set_xlabel(label, color=_MUTED, fontsize=9)
+
+
 def draw_timeline(axes: Axes, profile: MemoryProfile) -> None:
     kinds = palette.kinds([profile])
     stacked = _timelines_by_kind(profile, kinds)
@@ -86,7 +98,7 @@ def draw_timeline(axes: Axes, profile: MemoryProfile) -> None:
     capacity = profile.capacity_bytes
     if capacity is not None and capacity <= 1.5 * most:
         most = max(most, capacity)
-        axes.axhline(capacity, color=_ALARM, lw=1.2, ls=(0, (6, 3)))
+        axes.axhline(capacity, **_LIMIT)
         axes.annotate(
             f"{profile.target}: {palette.bytes_text(capacity)}",
             (0, capacity),
@@ -97,16 +109,9 @@ def draw_timeline(axes: Axes, profile: MemoryProfile) -> None:
             bbox={"boxstyle": "round,pad=0.25", "fc": "white", "ec": "none", "alpha": 0.85},
             parse_math=False,
         )
-    _style(axes)
-    axes.grid(axis="y", color="#e9edf2")
-    axes.set_xlim(0, stacked.shape[1])
-    axes.set_ylim(0, 1.12 * most)
-    _byte_axis(axes.yaxis, most, 1.12 * most)
-    axes.set_xlabel("step of the schedule", color=_MUTED, fontsize=9)
+    _byte_limit(axes, most, stacked.shape[1], "step of the schedule")
     _mark_peak(axes, profile, stacked.shape[1])
-    axes.set_title(
-        _headline(profile), loc="left", color=_INK, fontsize=12, weight="bold", parse_math=False
-    )
+    _title(axes, _headline(profile))
 
 
 def _mark_peak(axes: Axes, profile: MemoryProfile, steps: int) -> None:
@@ -211,11 +216,9 @@ def draw_peaks(axes: Axes, profiles: Mapping[str, MemoryProfile]) -> None:
         left += sizes
     most = max(float(np.max(left)), *(p.peak_bytes for p in profiles.values()), 1.0)
     for row, (end, profile) in enumerate(zip(left, profiles.values(), strict=True)):
-        text = palette.bytes_text(profile.peak_bytes) + (
-            " (does not fit)" if profile.fits is False else ""
-        )
+        verdict = " (does not fit)" if profile.fits is False else ""
         axes.annotate(
-            text,
+            palette.bytes_text(profile.peak_bytes) + verdict,
             (end, row),
             xytext=(5, 0),
             textcoords="offset points",
@@ -225,7 +228,7 @@ def draw_peaks(axes: Axes, profiles: Mapping[str, MemoryProfile]) -> None:
         )
     capacities = {p.capacity_bytes for p in profiles.values()}
     if len(capacities) == 1 and (capacity := capacities.pop()) and capacity <= 1.3 * most:
-        axes.axvline(capacity, color=_ALARM, lw=1.2, ls=(0, (6, 3)))
+        axes.axvline(capacity, **_LIMIT)
     _style(axes)
     axes.set_yticks(range(len(names)), [palette.short(name, 28) for name in names])
     axes.invert_yaxis()
@@ -236,14 +239,7 @@ def draw_peaks(axes: Axes, profiles: Mapping[str, MemoryProfile]) -> None:
     axes.set_xlim(0, limit)
     _byte_axis(axes.xaxis, most, limit)
     devices = {(p.target, p.capacity_bytes) for p in profiles.values()}
-    axes.set_title(
-        f"Peak{_on_device(*devices.pop()) if len(devices) == 1 else ''}",
-        loc="left",
-        color=_INK,
-        fontsize=12,
-        weight="bold",
-        parse_math=False,
-    )
+    _title(axes, f"Peak{_on_device(*devices.pop()) if len(devices) == 1 else ''}")
     if kinds:
         axes.figure.legend(
             loc="outside lower left", ncols=4, frameon=False, fontsize=8.5, handlelength=1
@@ -253,26 +249,18 @@ def draw_peaks(axes: Axes, profiles: Mapping[str, MemoryProfile]) -> None:
 def draw_timelines(axes: Axes, profiles: Mapping[str, MemoryProfile]) -> None:
     """Every profile's memory in use over its own schedule, from 0 to 100 %."""
     most = 1.0
-    for colour, (name, profile) in zip(_cycled(len(profiles)), profiles.items(), strict=True):
+    colours = itertools.cycle(palette.LAYER_COLOURS)
+    for colour, (name, profile) in zip(colours, profiles.items(), strict=False):
         in_use = np.asarray(profile.timeline() or [0], float)
         most = max(most, float(in_use.max()))
         edges = np.linspace(0, 100, len(in_use) + 1)
         axes.stairs(
             in_use, edges, baseline=None, color=colour, lw=1.5, label=palette.short(name, 28)
         )
-    _style(axes)
-    axes.grid(axis="y", color="#e9edf2")
-    axes.set_xlim(0, 100)
-    axes.set_ylim(0, 1.12 * most)
-    _byte_axis(axes.yaxis, most, 1.12 * most)
-    axes.set_xlabel("share of the schedule, %", color=_MUTED, fontsize=9)
-    axes.set_title("Memory in use", loc="left", color=_INK, fontsize=12, weight="bold")
+    _byte_limit(axes, most, 100, "share of the schedule, %")
+    _title(axes, "Memory in use")
     legend = axes.figure.legend(
         handles=axes.patches, loc="outside lower right", ncols=3, frameon=False, fontsize=8.5
     )
     for text in legend.get_texts():
         text.set_parse_math(False)
-
-
-def _cycled(count: int) -> list[str]:
-    return [palette.LAYER_COLOURS[i % len(palette.LAYER_COLOURS)] for i in range(count)]

@@ -7,8 +7,10 @@ its first value's birth to its last value's death.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import Protocol
 
 from lrjax.memory.assignment import HOST_COLOR, Allocation, Assignment, Event, Instruction
 from lrjax.memory.wire import DecodeError
@@ -60,17 +62,26 @@ def pieces(assignment: Assignment, steps: Sequence[Instruction]) -> list[Piece]:
     return whole + max(heaps, key=lambda heap: max(usage(heap, len(steps)), default=0), default=[])
 
 
-def usage(found: Sequence[Piece], steps: int) -> list[int]:
+class _Lifetime(Protocol):
+    """Bytes that are in use from a step to another, inclusive."""
+
+    @property
+    def bytes(self) -> int: ...
+
+    @property
+    def start(self) -> int: ...
+
+    @property
+    def end(self) -> int: ...
+
+
+def usage(found: Iterable[_Lifetime], steps: int) -> list[int]:
     """Bytes in use in every step."""
     changes = [0] * (steps + 1)
-    for piece in found:
-        changes[piece.start] += piece.bytes
-        changes[piece.end + 1] -= piece.bytes
-    in_use, total = [], 0
-    for change in changes[:-1]:
-        total += change
-        in_use.append(total)
-    return in_use
+    for one in found:
+        changes[one.start] += one.bytes
+        changes[one.end + 1] -= one.bytes
+    return list(itertools.accumulate(changes[:-1]))
 
 
 @dataclasses.dataclass
@@ -89,7 +100,7 @@ def _replay(
     death is known to lie between two births; within that, it is the last direct use.
     """
     step_of = {instruction.id: i for i, instruction in enumerate(steps)}
-    last_use = _last_uses(steps)
+    last_use = {operand: i for i, step in enumerate(steps) for operand in step.operands}
     times = _birth_times(trace, step_of)
     next_birth = _following(times, len(steps))
     canonical: dict[int, int] = {}
@@ -144,7 +155,3 @@ def _following(times: Sequence[int], end: int) -> list[int]:
     for i in range(len(times) - 2, -1, -1):
         following[i] = times[i + 1] if times[i + 1] > times[i] else following[i + 1]
     return following
-
-
-def _last_uses(steps: Sequence[Instruction]) -> dict[int, int]:
-    return {operand: i for i, step in enumerate(steps) for operand in step.operands}

@@ -49,23 +49,12 @@ def _page_data(profile: MemoryProfile) -> dict[str, Any]:
         for b in profile.buffers
     ]
     return {
-        "target": profile.target,
-        "peak_bytes": profile.peak_bytes,
-        "peak_step": profile.peak_step,
-        "temp_bytes": profile.temp_bytes,
-        "argument_bytes": profile.argument_bytes,
-        "output_bytes": profile.output_bytes,
-        "alias_bytes": profile.alias_bytes,
-        "host_bytes": profile.host_bytes,
-        "generated_code_bytes": profile.generated_code_bytes,
-        "allocated_bytes": profile.allocated_bytes,
-        "capacity_bytes": profile.capacity_bytes,
+        **vars(profile),
         "fits": profile.fits,
         "kinds": [[kind, palette.colour(kind)] for kind in palette.kinds([profile])],
         "palette": palette.LAYER_COLOURS,
         "rest_colour": palette.OTHER,
         "none_colour": palette.COLOURS["unattributed"],
-        "instructions": profile.instructions,
         "strings": list(places),
         "buffers": rows,
     }

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from lrjax.memory.lifetimes import usage
 from lrjax.text import aligned, shortened, size
 
 # What a buffer is for, in the order in which tables and pictures show them.
@@ -142,15 +143,7 @@ class MemoryProfile:
 
     def timeline(self) -> list[int]:
         """Bytes in use in every step of the schedule."""
-        changes = [0] * (len(self.instructions) + 1)
-        for b in self.buffers:
-            changes[b.start] += b.bytes
-            changes[b.end + 1] -= b.bytes
-        in_use, total = [], 0
-        for change in changes[:-1]:
-            total += change
-            in_use.append(total)
-        return in_use
+        return usage(self.buffers, len(self.instructions))
 
     def by_layer(self) -> dict[str, int]:
         """Bytes at the peak per layer (Flax module path or ``jax.named_scope``), largest first."""

@@ -18,6 +18,7 @@ from lrjax.memory.attribution import Attribution
 from lrjax.memory.compile import (
     compile_for,
     device_of,
+    host_bytes,
     install_command,
     is_installed,
     memory_analysis,
@@ -162,10 +163,7 @@ def _assemble(
         argument_bytes=analysis.argument_size_in_bytes,
         output_bytes=analysis.output_size_in_bytes,
         alias_bytes=analysis.alias_size_in_bytes,
-        host_bytes=analysis.host_temp_size_in_bytes
-        + analysis.host_argument_size_in_bytes
-        + analysis.host_output_size_in_bytes
-        - analysis.host_alias_size_in_bytes,
+        host_bytes=host_bytes(compiled),
         generated_code_bytes=analysis.generated_code_size_in_bytes,
         buffers=buffers + _unattributed(peak - found.peak_bytes, len(found.instructions)),
     )

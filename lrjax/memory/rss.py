@@ -64,9 +64,10 @@ def measure_rss(prepare: str, *args: Any, timeout_s: float | None = None) -> Rss
         measure_rss("bench:prepare", 4096).growth_bytes
     """
     _split(prepare)
+    search_path = [entry or os.getcwd() for entry in sys.path]  # this process's, for the fresh one
     process = subprocess.run(
         [sys.executable, "-m", "lrjax.memory.rss", prepare, json.dumps(args)],
-        env={**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": os.pathsep.join(_search_path())},
+        env={**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": os.pathsep.join(search_path)},
         capture_output=True,
         text=True,
         timeout=timeout_s,
@@ -102,11 +103,6 @@ def _split(prepare: str) -> tuple[str, str]:
             "e.g. 'scripts.bench_cpu:prepare'."
         )
     return module, function
-
-
-def _search_path() -> list[str]:
-    """This process's import path, for the fresh one."""
-    return [entry or os.getcwd() for entry in sys.path]
 
 
 def return_freed_memory() -> None:

@@ -13,9 +13,9 @@ import difflib
 import itertools
 import os
 from dataclasses import dataclass
+from typing import Any
 
 MIB = 2**20
-GIB = 2**30
 
 
 @dataclass(frozen=True)
@@ -120,188 +120,80 @@ class CpuTarget:
 
 Target = CpuTarget | GpuTarget | TpuTarget
 
-TARGETS: dict[str, Target] = {
-    target.name: target
-    for target in (
-        CpuTarget(name="cpu", description="this machine's CPU and memory"),
-        GpuTarget(
-            name="h200",
-            description="NVIDIA H200 141GB HBM3e",
-            compute_capability=(9, 0),
-            accelerated=True,
-            memory_bytes=144_384 * MIB,
-            multiprocessors=132,
-            fp32_lanes=128,
-            threads_per_multiprocessor=2048,
-            shared_bytes_per_multiprocessor=228 * 1024,
-            shared_bytes_per_block_optin=227 * 1024,
-            l2_bytes=50 * MIB,
-            bandwidth_bytes_per_s=4_800_000_000_000,
-            clock_ghz=1.98,
-            host_bytes_per_s=50_000_000_000,
-        ),
-        GpuTarget(
-            name="h100",
-            description="NVIDIA H100 80GB HBM3",
-            compute_capability=(9, 0),
-            accelerated=True,
-            memory_bytes=81_008 * MIB,
-            multiprocessors=132,
-            fp32_lanes=128,
-            threads_per_multiprocessor=2048,
-            shared_bytes_per_multiprocessor=228 * 1024,
-            shared_bytes_per_block_optin=227 * 1024,
-            l2_bytes=50 * MIB,
-            bandwidth_bytes_per_s=3_350_000_000_000,
-            clock_ghz=1.98,
-            host_bytes_per_s=50_000_000_000,
-        ),
-        GpuTarget(
-            name="a100-80gb",
-            description="NVIDIA A100-SXM4-80GB",
-            compute_capability=(8, 0),
-            accelerated=False,
-            memory_bytes=81_920 * MIB,
-            multiprocessors=108,
-            fp32_lanes=64,
-            threads_per_multiprocessor=2048,
-            shared_bytes_per_multiprocessor=164 * 1024,
-            shared_bytes_per_block_optin=163 * 1024,
-            l2_bytes=40 * MIB,
-            bandwidth_bytes_per_s=2_039_000_000_000,
-            clock_ghz=1.41,
-            host_bytes_per_s=25_000_000_000,
-        ),
-        GpuTarget(
-            name="a100-40gb",
-            description="NVIDIA A100-SXM4-40GB",
-            compute_capability=(8, 0),
-            accelerated=False,
-            memory_bytes=40_960 * MIB,
-            multiprocessors=108,
-            fp32_lanes=64,
-            threads_per_multiprocessor=2048,
-            shared_bytes_per_multiprocessor=164 * 1024,
-            shared_bytes_per_block_optin=163 * 1024,
-            l2_bytes=40 * MIB,
-            bandwidth_bytes_per_s=1_555_000_000_000,
-            clock_ghz=1.41,
-            host_bytes_per_s=25_000_000_000,
-        ),
-        GpuTarget(
-            name="l4",
-            description="NVIDIA L4",
-            compute_capability=(8, 9),
-            accelerated=False,
-            memory_bytes=23_034 * MIB,
-            multiprocessors=58,
-            fp32_lanes=128,
-            threads_per_multiprocessor=1536,
-            shared_bytes_per_multiprocessor=100 * 1024,
-            shared_bytes_per_block_optin=99 * 1024,
-            l2_bytes=48 * MIB,
-            bandwidth_bytes_per_s=300_000_000_000,
-            clock_ghz=2.04,
-            host_bytes_per_s=25_000_000_000,
-        ),
-        GpuTarget(
-            name="rtx4090",
-            description="NVIDIA GeForce RTX 4090",
-            compute_capability=(8, 9),
-            accelerated=False,
-            memory_bytes=24_564 * MIB,
-            multiprocessors=128,
-            fp32_lanes=128,
-            threads_per_multiprocessor=1536,
-            shared_bytes_per_multiprocessor=100 * 1024,
-            shared_bytes_per_block_optin=99 * 1024,
-            l2_bytes=72 * MIB,
-            bandwidth_bytes_per_s=1_008_000_000_000,
-            clock_ghz=2.52,
-            host_bytes_per_s=25_000_000_000,
-        ),
-        GpuTarget(
-            name="rtx3090",
-            description="NVIDIA GeForce RTX 3090",
-            compute_capability=(8, 6),
-            accelerated=False,
-            memory_bytes=24_576 * MIB,
-            multiprocessors=82,
-            fp32_lanes=128,
-            threads_per_multiprocessor=1536,
-            shared_bytes_per_multiprocessor=100 * 1024,
-            shared_bytes_per_block_optin=99 * 1024,
-            l2_bytes=6 * MIB,
-            bandwidth_bytes_per_s=936_000_000_000,
-            clock_ghz=1.695,
-            host_bytes_per_s=25_000_000_000,
-        ),
-        GpuTarget(
-            name="rtx3080",
-            description="NVIDIA GeForce RTX 3080",
-            compute_capability=(8, 6),
-            accelerated=False,
-            memory_bytes=10_240 * MIB,
-            multiprocessors=68,
-            fp32_lanes=128,
-            threads_per_multiprocessor=1536,
-            shared_bytes_per_multiprocessor=100 * 1024,
-            shared_bytes_per_block_optin=99 * 1024,
-            l2_bytes=5 * MIB,
-            bandwidth_bytes_per_s=760_000_000_000,
-            clock_ghz=1.71,
-            host_bytes_per_s=25_000_000_000,
-        ),
-        GpuTarget(
-            name="v100",
-            description="Tesla V100-SXM2-16GB",
-            compute_capability=(7, 0),
-            accelerated=False,
-            memory_bytes=16_160 * MIB,
-            multiprocessors=80,
-            fp32_lanes=64,
-            threads_per_multiprocessor=2048,
-            shared_bytes_per_multiprocessor=96 * 1024,
-            shared_bytes_per_block_optin=96 * 1024,
-            l2_bytes=6 * MIB,
-            bandwidth_bytes_per_s=900_000_000_000,
-            clock_ghz=1.53,
-            host_bytes_per_s=12_000_000_000,
-        ),
-        TpuTarget(
-            name="tpu-v4",
-            description="TPU v4, one of a chip's two cores",
-            topology="v4:1x1x1",
-            accelerator_type="v4-8",
-            memory_bytes=15_616 * MIB,
-            operations_per_s=137e12,
-        ),
-        TpuTarget(
-            name="tpu-v5e",
-            description="TPU v5e, one chip",
-            topology="v5e:1x1",
-            accelerator_type="v5litepod-1",
-            memory_bytes=16_128 * MIB,
-            operations_per_s=197e12,
-        ),
-        TpuTarget(
-            name="tpu-v5p",
-            description="TPU v5p, one chip",
-            topology="v5p:1x1x1",
-            accelerator_type="v5p-8",
-            memory_bytes=98_028 * MIB,
-            operations_per_s=459e12,
-        ),
-        TpuTarget(
-            name="tpu-v6e",
-            description="TPU v6e, one chip",
-            topology="v6e:1x1",
-            accelerator_type="v6e-1",
-            memory_bytes=31_990 * MIB,
-            operations_per_s=918e12,
-        ),
-    )
+# What the cards of an architecture share, as ``GpuTarget`` names it.
+_VOLTA = {
+    **{"compute_capability": (7, 0), "accelerated": False, "fp32_lanes": 64},
+    "threads_per_multiprocessor": 2048,
+    "shared_bytes_per_multiprocessor": 96 * 1024,
+    "shared_bytes_per_block_optin": 96 * 1024,
+    "host_bytes_per_s": 12_000_000_000,
 }
+_AMPERE = {
+    **{"compute_capability": (8, 0), "accelerated": False, "fp32_lanes": 64},
+    "threads_per_multiprocessor": 2048,
+    "shared_bytes_per_multiprocessor": 164 * 1024,
+    "shared_bytes_per_block_optin": 163 * 1024,
+    "host_bytes_per_s": 25_000_000_000,
+}
+_GEFORCE = {
+    **{"compute_capability": (8, 6), "accelerated": False, "fp32_lanes": 128},
+    "threads_per_multiprocessor": 1536,
+    "shared_bytes_per_multiprocessor": 100 * 1024,
+    "shared_bytes_per_block_optin": 99 * 1024,
+    "host_bytes_per_s": 25_000_000_000,
+}
+_ADA = {**_GEFORCE, "compute_capability": (8, 9)}
+_HOPPER = {
+    **{"compute_capability": (9, 0), "accelerated": True, "fp32_lanes": 128},
+    "threads_per_multiprocessor": 2048,
+    "shared_bytes_per_multiprocessor": 228 * 1024,
+    "shared_bytes_per_block_optin": 227 * 1024,
+    "host_bytes_per_s": 50_000_000_000,
+}
+
+# fmt: off
+# Architecture, name, driver's name, MiB, multiprocessors, MiB of L2, GB/s, GHz.
+_GPUS: tuple[tuple[dict[str, Any], str, str, int, int, int, int, float], ...] = (
+    (_HOPPER, "h200", "NVIDIA H200 141GB HBM3e", 144_384, 132, 50, 4_800, 1.98),
+    (_HOPPER, "h100", "NVIDIA H100 80GB HBM3", 81_008, 132, 50, 3_350, 1.98),
+    (_AMPERE, "a100-80gb", "NVIDIA A100-SXM4-80GB", 81_920, 108, 40, 2_039, 1.41),
+    (_AMPERE, "a100-40gb", "NVIDIA A100-SXM4-40GB", 40_960, 108, 40, 1_555, 1.41),
+    (_ADA, "l4", "NVIDIA L4", 23_034, 58, 48, 300, 2.04),
+    (_ADA, "rtx4090", "NVIDIA GeForce RTX 4090", 24_564, 128, 72, 1_008, 2.52),
+    (_GEFORCE, "rtx3090", "NVIDIA GeForce RTX 3090", 24_576, 82, 6, 936, 1.695),
+    (_GEFORCE, "rtx3080", "NVIDIA GeForce RTX 3080", 10_240, 68, 5, 760, 1.71),
+    (_VOLTA, "v100", "Tesla V100-SXM2-16GB", 16_160, 80, 6, 900, 1.53),
+)
+# Name, description, topology, type of accelerator, MiB, operations a second.
+_TPUS = (
+    ("tpu-v4", "TPU v4, one of a chip's two cores", "v4:1x1x1", "v4-8", 15_616, 137e12),
+    ("tpu-v5e", "TPU v5e, one chip", "v5e:1x1", "v5litepod-1", 16_128, 197e12),
+    ("tpu-v5p", "TPU v5p, one chip", "v5p:1x1x1", "v5p-8", 98_028, 459e12),
+    ("tpu-v6e", "TPU v6e, one chip", "v6e:1x1", "v6e-1", 31_990, 918e12),
+)
+# fmt: on
+
+_ROWS: tuple[Target, ...] = (
+    CpuTarget(name="cpu", description="this machine's CPU and memory"),
+    *(
+        GpuTarget(
+            name=name,
+            description=description,
+            memory_bytes=memory * MIB,
+            multiprocessors=multiprocessors,
+            l2_bytes=l2 * MIB,
+            bandwidth_bytes_per_s=bandwidth * 10**9,
+            clock_ghz=clock,
+            **architecture,
+        )
+        for architecture, name, description, memory, multiprocessors, l2, bandwidth, clock in _GPUS
+    ),
+    *(
+        TpuTarget(name, description, topology, accelerator, memory * MIB, operations)
+        for name, description, topology, accelerator, memory, operations in _TPUS
+    ),
+)
+TARGETS: dict[str, Target] = {target.name: target for target in _ROWS}
 
 # The proto of a target, in protocol buffers' text form. cuDNN 9.10 is what XLA's own samples name;
 # without a device nothing is asked of cuDNN but which fusions its version knows.

@@ -6,11 +6,10 @@ import io
 from typing import TYPE_CHECKING
 
 from lrjax.memory.profile import MemoryProfile
+from lrjax.text import MIB
 
 if TYPE_CHECKING:
     from rich.table import Table
-
-MIB = 2**20
 
 
 def new_table(*columns: str) -> Table:

@@ -45,13 +45,10 @@ class Message:
         self._fields.setdefault(number, []).append(value)
         return position
 
-    def __contains__(self, number: int) -> bool:
-        return number in self._fields
-
-    def integer(self, number: int, default: int = 0) -> int:
-        """The last value of an integer field, as a signed 64-bit number."""
+    def integer(self, number: int) -> int:
+        """The last value of an integer field, as a signed 64-bit number; 0 where it is absent."""
         values = self.integers(number)
-        return values[-1] if values else default
+        return values[-1] if values else 0
 
     def integers(self, number: int) -> list[int]:
         """Every value of a repeated integer field, packed or not."""

@@ -1,6 +1,5 @@
 """DenseNet-121 (Huang et al., arXiv 1608.06993) in Flax Linen: every layer reads all before it."""
 
-import functools
 from typing import Any
 
 import flax.linen as nn
@@ -9,14 +8,12 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from lrjax.models.layers import (
-    HE_FAN_OUT,
-    Layer,
     Norm,
     as_float,
-    at_least_float32,
     check_images,
     check_settings,
-    normalisation,
+    class_logits,
+    layer_makers,
     scaled,
     symmetric,
 )
@@ -40,9 +37,7 @@ class DenseLayer(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool = False) -> jax.Array:
-        dtypes = {"dtype": self.dtype, "param_dtype": self.param_dtype}
-        conv: Layer = functools.partial(nn.Conv, use_bias=False, kernel_init=HE_FAN_OUT, **dtypes)
-        norm = normalisation(self.norm, train, **dtypes)
+        _, conv, norm = layer_makers(self, train)
         hidden = BOTTLENECK_EXPANSION * self.growth
         y = nn.relu(norm(x.shape[-1], name="norm1")(x))
         y = conv(hidden, (1, 1), padding=symmetric(0), name="conv1")(y)
@@ -82,9 +77,7 @@ class DenseNet(nn.Module):
     def __call__(self, images: jax.Array, *, train: bool = False) -> jax.Array:
         check_settings(norm=self.norm, width=self.width)
         check_images(images, "DenseNet", least=4 * 2 ** (len(self.blocks) - 1))
-        dtypes = {"dtype": self.dtype, "param_dtype": self.param_dtype}
-        conv: Layer = functools.partial(nn.Conv, use_bias=False, kernel_init=HE_FAN_OUT, **dtypes)
-        norm = normalisation(self.norm, train, **dtypes)
+        dtypes, conv, norm = layer_makers(self, train)
         stem = scaled(STEM_CHANNELS, self.width)
         x = as_float(images, self.dtype)
         x = conv(stem, (7, 7), (2, 2), padding=symmetric(3), name="stem_conv")(x)
@@ -106,10 +99,7 @@ class DenseNet(nn.Module):
                 )(x, train=train)
             x = checkpoint_name(x, f"block{block}")
         x = nn.relu(norm(x.shape[-1], name="norm")(x))
-        if self.num_classes is None:
-            return x
-        x = nn.Dense(self.num_classes, name="classifier", **dtypes)(x.mean(axis=(1, 2)))
-        return at_least_float32(x)
+        return class_logits(x, self.num_classes, dtypes)
 
 
 DenseNet121 = DenseNet

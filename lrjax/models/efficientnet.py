@@ -1,6 +1,5 @@
 """EfficientNet-B0 (Tan & Le, arXiv 1905.11946) in Flax Linen: squeeze-and-excite in every block."""
 
-import functools
 from typing import Any
 
 import flax.linen as nn
@@ -9,18 +8,17 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from lrjax.models.layers import (
-    HE_FAN_OUT,
-    Layer,
     Norm,
     as_float,
-    at_least_float32,
     check_images,
     check_settings,
+    class_logits,
     divisible,
     drop_path,
-    normalisation,
+    layer_makers,
     symmetric,
 )
+from lrjax.models.mobilenet import InvertedResidual
 
 # (expansion, channels, blocks, stride of the first, kernel) of each stage: table 1 of the paper.
 STAGES = (
@@ -54,59 +52,35 @@ class SqueezeExcite(nn.Module):
         return x * nn.sigmoid(nn.Dense(x.shape[-1], name="excite", **dtypes)(gate))
 
 
-class MBConv(nn.Module):
+class MBConv(InvertedResidual):
     """1x1 expansion, depthwise convolution, squeeze-and-excite, linear 1x1 projection.
 
     `[B, H, W, C]` to `[B, ceil(H / stride), ceil(W / stride), channels]`, with a shortcut where
     both shapes are the same.
 
     Attributes:
-      channels: of the result.
-      expansion: channels of the depthwise convolution, as a multiple of the input's; 1 leaves the
-        expansion out.
-      kernel: of the depthwise convolution, odd.
-      stride: of the depthwise convolution.
       drop_path_rate: how often an image's branch is dropped in training.
-      norm: see `lrjax.models.layers.normalisation`.
-      dtype: of the computation.
-      param_dtype: of the parameters.
     """
 
-    channels: int
-    expansion: int
-    kernel: int = 3
-    stride: int = 1
     drop_path_rate: float = 0.0
-    norm: Norm = "batch"
-    dtype: Any = jnp.float32
-    param_dtype: Any = jnp.float32
 
-    @nn.compact
-    def __call__(self, x: jax.Array, *, train: bool = False) -> jax.Array:
+    @nn.nowrap
+    def expanded(self, channels: int) -> int:
+        return divisible(channels * self.expansion)
+
+    @nn.nowrap
+    def activation(self, x: jax.Array) -> jax.Array:
+        return nn.silu(x)
+
+    @nn.nowrap
+    def excited(self, x: jax.Array, channels: int) -> jax.Array:
+        squeezed = max(1, channels // SQUEEZE_RATIO)
         dtypes = {"dtype": self.dtype, "param_dtype": self.param_dtype}
-        conv: Layer = functools.partial(nn.Conv, use_bias=False, kernel_init=HE_FAN_OUT, **dtypes)
-        norm = normalisation(self.norm, train, **dtypes)
-        hidden = divisible(x.shape[-1] * self.expansion)
-        y = x
-        if self.expansion != 1:
-            y = conv(hidden, (1, 1), padding=symmetric(0), name="expand")(y)
-            y = nn.silu(norm(hidden, name="expand_norm")(y))
-        y = conv(
-            hidden,
-            (self.kernel, self.kernel),
-            (self.stride, self.stride),
-            padding=symmetric(self.kernel // 2),
-            feature_group_count=hidden,
-            name="depthwise",
-        )(y)
-        y = nn.silu(norm(hidden, name="depthwise_norm")(y))
-        squeezed = max(1, x.shape[-1] // SQUEEZE_RATIO)
-        y = SqueezeExcite(squeezed, name="squeeze_excite", **dtypes)(y)
-        y = conv(self.channels, (1, 1), padding=symmetric(0), name="project")(y)
-        y = norm(self.channels, name="project_norm")(y)
-        if x.shape != y.shape:
-            return y
-        return x + drop_path(self, y, self.drop_path_rate, train)
+        return SqueezeExcite(squeezed, name="squeeze_excite", **dtypes)(x)
+
+    @nn.nowrap
+    def kept(self, branch: jax.Array, train: bool) -> jax.Array:
+        return drop_path(self, branch, self.drop_path_rate, train)
 
 
 class EfficientNet(nn.Module):
@@ -143,9 +117,7 @@ class EfficientNet(nn.Module):
     def __call__(self, images: jax.Array, *, train: bool = False) -> jax.Array:
         check_settings(norm=self.norm, width=self.width)
         check_images(images, "EfficientNet", least=1)
-        dtypes = {"dtype": self.dtype, "param_dtype": self.param_dtype}
-        conv: Layer = functools.partial(nn.Conv, use_bias=False, kernel_init=HE_FAN_OUT, **dtypes)
-        norm = normalisation(self.norm, train, **dtypes)
+        dtypes, conv, norm = layer_makers(self, train)
         stem = divisible(STEM_CHANNELS * self.width)
         x = as_float(images, self.dtype)
         x = conv(stem, (3, 3), (2, 2), padding=symmetric(1), name="stem_conv")(x)
@@ -169,10 +141,9 @@ class EfficientNet(nn.Module):
         last = 4 * x.shape[-1]
         x = conv(last, (1, 1), padding=symmetric(0), name="head_conv")(x)
         x = checkpoint_name(nn.silu(norm(last, name="head_norm")(x)), "head")
-        if self.num_classes is None:
-            return x
-        x = nn.Dropout(self.dropout_rate, deterministic=not train)(x.mean(axis=(1, 2)))
-        return at_least_float32(nn.Dense(self.num_classes, name="classifier", **dtypes)(x))
+        return class_logits(
+            x, self.num_classes, dtypes, dropout_rate=self.dropout_rate, train=train
+        )
 
 
 EfficientNetB0 = EfficientNet

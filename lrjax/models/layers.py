@@ -1,5 +1,6 @@
 """What the models share: channel counts, images to numbers, normalisation, padding."""
 
+import functools
 from collections.abc import Callable
 from typing import Any, Literal, get_args
 
@@ -21,10 +22,10 @@ def scaled(channels: int, width: float) -> int:
     return max(1, round(channels * width))
 
 
-def divisible(channels: float, by: int = 8) -> int:
-    """`channels` to the nearest multiple of `by`, never more than a tenth below (MobileNet's)."""
-    rounded = max(by, int(channels + by / 2) // by * by)
-    return rounded + by if rounded < 0.9 * channels else rounded
+def divisible(channels: float) -> int:
+    """`channels` to the nearest multiple of 8, never more than a tenth below (MobileNet's)."""
+    rounded = max(8, int(channels + 4) // 8 * 8)
+    return rounded + 8 if rounded < 0.9 * channels else rounded
 
 
 def as_float(images: jax.Array, dtype: Any) -> jax.Array:
@@ -87,6 +88,33 @@ def normalisation(
         )
 
     return make
+
+
+def layer_makers(module: Any, train: bool) -> tuple[dict[str, Any], Layer, Layer]:
+    """Keyword arguments for the dtypes of layers, convolutions without bias, normalisation layers.
+
+    All under a network's settings, its fields `dtype`, `param_dtype` and `norm`.
+    """
+    dtypes = {"dtype": module.dtype, "param_dtype": module.param_dtype}
+    conv = functools.partial(nn.Conv, use_bias=False, kernel_init=HE_FAN_OUT, **dtypes)
+    return dtypes, conv, normalisation(module.norm, train, **dtypes)
+
+
+def class_logits(
+    maps: jax.Array,
+    num_classes: int | None,
+    dtypes: dict[str, Any],
+    *,
+    dropout_rate: float | None = None,
+    train: bool = False,
+) -> jax.Array:
+    """A dense layer on the mean of maps `[B, H, W, C]`, at least in float32; `None`: the maps."""
+    if num_classes is None:
+        return maps
+    x = maps.mean(axis=(1, 2))
+    if dropout_rate is not None:
+        x = nn.Dropout(dropout_rate, deterministic=not train)(x)
+    return at_least_float32(nn.Dense(num_classes, name="classifier", **dtypes)(x))
 
 
 class BlockBatchNorm(nn.Module):

@@ -1,6 +1,5 @@
 """MobileNetV2 (Sandler et al., arXiv 1801.04381) in Flax Linen: depthwise convolutions."""
 
-import functools
 from typing import Any
 
 import flax.linen as nn
@@ -9,15 +8,13 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from lrjax.models.layers import (
-    HE_FAN_OUT,
-    Layer,
     Norm,
     as_float,
-    at_least_float32,
     check_images,
     check_settings,
+    class_logits,
     divisible,
-    normalisation,
+    layer_makers,
     symmetric,
 )
 
@@ -44,6 +41,7 @@ class InvertedResidual(nn.Module):
       channels: of the result.
       expansion: channels of the depthwise convolution, as a multiple of the input's; 1 leaves the
         expansion out.
+      kernel: of the depthwise convolution, odd.
       stride: of the depthwise convolution.
       norm: see `lrjax.models.layers.normalisation`.
       dtype: of the computation.
@@ -52,6 +50,7 @@ class InvertedResidual(nn.Module):
 
     channels: int
     expansion: int
+    kernel: int = 3
     stride: int = 1
     norm: Norm = "batch"
     dtype: Any = jnp.float32
@@ -59,26 +58,46 @@ class InvertedResidual(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool = False) -> jax.Array:
-        dtypes = {"dtype": self.dtype, "param_dtype": self.param_dtype}
-        conv: Layer = functools.partial(nn.Conv, use_bias=False, kernel_init=HE_FAN_OUT, **dtypes)
-        norm = normalisation(self.norm, train, **dtypes)
-        hidden = x.shape[-1] * self.expansion
+        _, conv, norm = layer_makers(self, train)
+        hidden = self.expanded(x.shape[-1])
         y = x
         if self.expansion != 1:
             y = conv(hidden, (1, 1), padding=symmetric(0), name="expand")(y)
-            y = nn.relu6(norm(hidden, name="expand_norm")(y))
+            y = self.activation(norm(hidden, name="expand_norm")(y))
         y = conv(
             hidden,
-            (3, 3),
+            (self.kernel, self.kernel),
             (self.stride, self.stride),
-            padding=symmetric(1),
+            padding=symmetric(self.kernel // 2),
             feature_group_count=hidden,
             name="depthwise",
         )(y)
-        y = nn.relu6(norm(hidden, name="depthwise_norm")(y))
+        y = self.excited(self.activation(norm(hidden, name="depthwise_norm")(y)), x.shape[-1])
         y = conv(self.channels, (1, 1), padding=symmetric(0), name="project")(y)
         y = norm(self.channels, name="project_norm")(y)
-        return x + y if x.shape == y.shape else y
+        return x + self.kept(y, train) if x.shape == y.shape else y
+
+    @nn.nowrap
+    def expanded(self, channels: int) -> int:
+        """Channels of the depthwise convolution."""
+        return channels * self.expansion
+
+    @nn.nowrap
+    def activation(self, x: jax.Array) -> jax.Array:
+        """Behind the expansion and the depthwise convolution."""
+        return nn.relu6(x)
+
+    @nn.nowrap
+    def excited(self, x: jax.Array, channels: int) -> jax.Array:
+        """What is projected, of a block whose input has so many channels."""
+        del channels
+        return x
+
+    @nn.nowrap
+    def kept(self, branch: jax.Array, train: bool) -> jax.Array:
+        """What is added to the shortcut."""
+        del train
+        return branch
 
 
 class MobileNetV2(nn.Module):
@@ -113,9 +132,7 @@ class MobileNetV2(nn.Module):
     def __call__(self, images: jax.Array, *, train: bool = False) -> jax.Array:
         check_settings(norm=self.norm, width=self.width)
         check_images(images, "MobileNetV2", least=1)
-        dtypes = {"dtype": self.dtype, "param_dtype": self.param_dtype}
-        conv: Layer = functools.partial(nn.Conv, use_bias=False, kernel_init=HE_FAN_OUT, **dtypes)
-        norm = normalisation(self.norm, train, **dtypes)
+        dtypes, conv, norm = layer_makers(self, train)
         stem = divisible(STEM_CHANNELS * self.width)
         x = as_float(images, self.dtype)
         x = conv(stem, (3, 3), (2, 2), padding=symmetric(1), name="stem_conv")(x)
@@ -135,7 +152,6 @@ class MobileNetV2(nn.Module):
         last = divisible(LAST_CHANNELS * max(1.0, self.width))
         x = conv(last, (1, 1), padding=symmetric(0), name="head_conv")(x)
         x = checkpoint_name(nn.relu6(norm(last, name="head_norm")(x)), "head")
-        if self.num_classes is None:
-            return x
-        x = nn.Dropout(self.dropout_rate, deterministic=not train)(x.mean(axis=(1, 2)))
-        return at_least_float32(nn.Dense(self.num_classes, name="classifier", **dtypes)(x))
+        return class_logits(
+            x, self.num_classes, dtypes, dropout_rate=self.dropout_rate, train=train
+        )

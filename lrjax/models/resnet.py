@@ -14,14 +14,12 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from lrjax.models.layers import (
-    HE_FAN_OUT,
-    Layer,
     Norm,
     as_float,
-    at_least_float32,
     check_images,
     check_settings,
-    normalisation,
+    class_logits,
+    layer_makers,
     scaled,
     symmetric,
 )
@@ -57,24 +55,17 @@ class ResidualBlock(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool = False) -> jax.Array:
-        dtypes = {"dtype": self.dtype, "param_dtype": self.param_dtype}
-        conv: Layer = functools.partial(nn.Conv, use_bias=False, kernel_init=HE_FAN_OUT, **dtypes)
-        norm = normalisation(self.norm, train, **dtypes)
+        _, conv, norm = layer_makers(self, train)
         strides = (self.stride, self.stride)
         wide = self.channels * (BOTTLENECK_EXPANSION if self.bottleneck else 1)
+        layers = [(self.channels, 3, self.stride), (self.channels, 3, 1)]
         if self.bottleneck:
-            layers = [
-                (self.channels, (1, 1), (1, 1)),
-                (self.channels, (3, 3), strides),
-                (wide, (1, 1), (1, 1)),
-            ]
-        else:
-            layers = [(self.channels, (3, 3), strides), (self.channels, (3, 3), (1, 1))]
+            layers = [(self.channels, 1, 1), (self.channels, 3, self.stride), (wide, 1, 1)]
 
         y = x
-        for number, (channels, kernel, stride) in enumerate(layers, start=1):
-            padding = symmetric(kernel[0] // 2)
-            y = conv(channels, kernel, stride, padding=padding, name=f"conv{number}")(y)
+        for number, (channels, size, stride) in enumerate(layers, start=1):
+            kernel, padding = (size, size), symmetric(size // 2)
+            y = conv(channels, kernel, (stride, stride), padding=padding, name=f"conv{number}")(y)
             is_last = number == len(layers)
             ones, zeros = nn.initializers.ones, nn.initializers.zeros
             scale_init = zeros if is_last and self.zero_init_residual else ones
@@ -121,20 +112,11 @@ class ResNet(nn.Module):
     def __call__(self, images: jax.Array, *, train: bool = False) -> jax.Array:
         check_settings(norm=self.norm, width=self.width)
         check_images(images, "ResNet", least=1)
-        dtypes = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        dtypes, conv, norm = layer_makers(self, train)
         stem = scaled(STEM_CHANNELS, self.width)
         x = as_float(images, self.dtype)
-        x = nn.Conv(
-            stem,
-            (7, 7),
-            (2, 2),
-            padding=symmetric(3),
-            use_bias=False,
-            kernel_init=HE_FAN_OUT,
-            name="conv",
-            **dtypes,
-        )(x)
-        x = nn.relu(normalisation(self.norm, train, **dtypes)(stem, name="norm")(x))
+        x = conv(stem, (7, 7), (2, 2), padding=symmetric(3), name="conv")(x)
+        x = nn.relu(norm(stem, name="norm")(x))
         x = checkpoint_name(nn.max_pool(x, (3, 3), (2, 2), padding=symmetric(1)), "stem")
         for stage, blocks in enumerate(self.blocks, start=1):
             for block in range(1, blocks + 1):
@@ -149,10 +131,7 @@ class ResNet(nn.Module):
                     **dtypes,
                 )(x, train=train)
                 x = checkpoint_name(x, name)
-        if self.num_classes is None:
-            return x
-        x = nn.Dense(self.num_classes, name="classifier", **dtypes)(x.mean(axis=(1, 2)))
-        return at_least_float32(x)
+        return class_logits(x, self.num_classes, dtypes)
 
 
 ResNet18 = functools.partial(ResNet, blocks=(2, 2, 2, 2), bottleneck=False)

@@ -14,14 +14,13 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
 from lrjax.models.layers import (
-    HE_FAN_OUT,
     Layer,
     Norm,
     as_float,
     at_least_float32,
     check_images,
     check_settings,
-    normalisation,
+    layer_makers,
     scaled,
     symmetric,
 )
@@ -40,18 +39,10 @@ class DoubleConv(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool = False) -> jax.Array:
-        dtypes = {"dtype": self.dtype, "param_dtype": self.param_dtype}
-        norm = normalisation(self.norm, train, **dtypes)
+        _, conv, norm = layer_makers(self, train)
+        own = {"padding": symmetric(1), "use_bias": self.norm == "none"}
         for number in (1, 2):
-            x = nn.Conv(
-                self.channels,
-                (3, 3),
-                padding=symmetric(1),
-                use_bias=self.norm == "none",
-                kernel_init=HE_FAN_OUT,
-                name=f"conv{number}",
-                **dtypes,
-            )(x)
+            x = conv(self.channels, (3, 3), name=f"conv{number}", **own)(x)
             x = nn.relu(norm(self.channels, name=f"norm{number}")(x))
         return x
 

@@ -5,6 +5,7 @@ needs is only the names of the five pooling outputs, `"pool1"` to `"pool5"`, giv
 `jax.ad_checkpoint.checkpoint_name`, so that `lrjax.rowwise(..., cuts=("pool2",))` can cut there.
 """
 
+import functools
 from typing import Any, Literal
 
 import flax.linen as nn
@@ -12,7 +13,14 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from lrjax.models.layers import as_float, at_least_float32, check_images, check_settings, scaled
+from lrjax.models.layers import (
+    Layer,
+    as_float,
+    at_least_float32,
+    check_images,
+    check_settings,
+    scaled,
+)
 
 Head = Literal["dense", "gap"]
 
@@ -47,21 +55,14 @@ class VGGFeatures(nn.Module):
     @nn.compact
     def __call__(self, images: jax.Array) -> jax.Array:
         check_images(images, "VGG-16", TOTAL_STRIDE)
+        dtypes = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        conv: Layer = functools.partial(nn.Conv, padding=1, kernel_init=HE, **dtypes)
         x = as_float(images, self.dtype)
         for stage, (convolutions, channels) in enumerate(STAGES, start=1):
             for layer in range(1, convolutions + 1):
-                x = nn.Conv(
-                    scaled(channels, self.width),
-                    (3, 3),
-                    padding=1,
-                    dtype=self.dtype,
-                    param_dtype=self.param_dtype,
-                    kernel_init=HE,
-                    name=f"conv{stage}_{layer}",
-                )(x)
-                x = nn.relu(x)
-            x = nn.max_pool(x, (2, 2), strides=(2, 2))
-            x = checkpoint_name(x, f"pool{stage}")
+                own, name = scaled(channels, self.width), f"conv{stage}_{layer}"
+                x = nn.relu(conv(own, (3, 3), name=name)(x))
+            x = checkpoint_name(nn.max_pool(x, (2, 2), strides=(2, 2)), f"pool{stage}")
         return x
 
 
@@ -128,9 +129,5 @@ class VGG16(nn.Module):
         return at_least_float32(self.classifier(x.mean(axis=(1, 2))))
 
     def _dense(self, features: int, kernel_init: nn.initializers.Initializer = HE) -> nn.Dense:
-        return nn.Dense(
-            features,
-            dtype=self.dtype,
-            param_dtype=self.param_dtype,
-            kernel_init=kernel_init,
-        )
+        dtypes = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        return nn.Dense(features, kernel_init=kernel_init, **dtypes)

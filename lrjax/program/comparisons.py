@@ -29,18 +29,14 @@ def compared_extremes(program: FlatProgram) -> frozenset[int]:
     source: dict[int, int] = {}
     compared: set[int] = set()
     for equation in program.equations:
-        inputs = [v for v in equation.inputs if isinstance(v, int)]
+        inputs = equation.values
         if equation.primitive in _EXTREMES:
             source.update((v, v) for v in equation.outputs)
-        elif _moves(equation) and inputs and inputs[0] in source:
+        elif equation.primitive in _MOVES and inputs and inputs[0] in source:
             source.update((v, source[inputs[0]]) for v in equation.outputs)
         elif is_comparison(equation):
             compared.update(source[v] for v in inputs if v in source)
     return frozenset(v for v, origin in source.items() if origin in compared)
-
-
-def _moves(equation: FlatEquation) -> bool:
-    return equation.primitive in _MOVES
 
 
 def simpler_comparisons(program: FlatProgram) -> FlatProgram:

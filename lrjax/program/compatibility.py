@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.extend.core import Primitive
+from jax.extend.core import Literal, Primitive
 from jax.extend.core import primitives as public
 from jax.interpreters import ad
 
@@ -94,6 +94,23 @@ def open_jaxpr(body: Any) -> tuple[Any, list[Any]]:
     """
     consts = list(getattr(body, "consts", ()))
     return getattr(body, "jaxpr", body), consts
+
+
+def evaluate_jaxpr(
+    body: Any, arguments: Sequence[Any], run: Callable[[Any, list[Any]], Sequence[Any]]
+) -> list[Any]:
+    """The outputs of a jaxpr, of whose equations ``run`` gives the results."""
+    jaxpr, consts = open_jaxpr(body)
+    variables = (*jaxpr.constvars, *jaxpr.invars)
+    known = dict(zip(variables, (*consts, *arguments), strict=True))
+
+    def read(v: Any) -> Any:
+        return v.val if isinstance(v, Literal) else known[v]
+
+    for eqn in jaxpr.eqns:
+        results = run(eqn, [read(v) for v in eqn.invars])
+        known.update(zip(eqn.outvars, results, strict=True))
+    return [read(v) for v in jaxpr.outvars]
 
 
 def scan_arity(eqn: Any) -> tuple[int, int]:

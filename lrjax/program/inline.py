@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -67,6 +67,16 @@ class Literal:
 Atom = int | Literal
 
 
+def values_of(atoms: Iterable[Atom]) -> list[int]:
+    """The values among operands or outputs; literals are none."""
+    return [v for v in atoms if isinstance(v, int)]
+
+
+def array_of(atom: Atom, values: Mapping[int, Any]) -> Any:
+    """The array that an operand or output stands for."""
+    return jnp.asarray(atom.value, atom.dtype) if isinstance(atom, Literal) else values[atom]
+
+
 @dataclasses.dataclass(frozen=True)
 class FlatEquation:
     primitive: Any
@@ -75,6 +85,15 @@ class FlatEquation:
     outputs: tuple[int, ...]
     source: Any = dataclasses.field(compare=False, repr=False)
     has_effects: bool = False
+
+    @property
+    def values(self) -> list[int]:
+        """The values that it reads."""
+        return values_of(self.inputs)
+
+    def reading(self, replaced: Mapping[int, Atom]) -> FlatEquation:
+        """The equation with other operands in the place of some."""
+        return dataclasses.replace(self, inputs=_renamed(self.inputs, replaced))
 
     def origin(self) -> AbstractContextManager[None]:
         """Operations within carry this equation's named scopes and source line.
@@ -90,6 +109,19 @@ class FlatEquation:
             if is_tiled_later:
                 made = evaluate_differentiably(self.primitive, self.params, values)
             return bind(self.primitive, values, self.params) if made is None else made
+
+
+def _renamed(atoms: Iterable[Atom], replaced: Mapping[int, Atom]) -> tuple[Atom, ...]:
+    return tuple(replaced.get(v, v) if isinstance(v, int) else v for v in atoms)
+
+
+def dependents(equations: Iterable[FlatEquation], values: Iterable[int]) -> set[int]:
+    """These values, and all that is made of them."""
+    found = set(values)
+    for equation in equations:
+        if not found.isdisjoint(equation.values):
+            found.update(equation.outputs)
+    return found
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -108,6 +140,10 @@ class FlatProgram:
 
     def aval(self, atom: Atom) -> Any:
         return atom if isinstance(atom, Literal) else self.avals[atom]
+
+    def outputs_as(self, replaced: Mapping[int, Atom]) -> tuple[Atom, ...]:
+        """The outputs with others in the place of some."""
+        return _renamed(self.outputs, replaced)
 
     @property
     def structs(self) -> list[jax.ShapeDtypeStruct]:
@@ -162,10 +198,6 @@ def is_moving(constant: Any) -> bool:
     return isinstance(constant, jax.core.Tracer) or not is_fixed
 
 
-def _dtype(aval: Any) -> Any:
-    return aval.dtype
-
-
 class _Flattener:
     def __init__(self, calls: dict[Primitive, str]):
         self.calls = calls
@@ -204,7 +236,8 @@ class _Flattener:
         )
 
         def atom(v: Any) -> Atom:
-            return Literal(v.val, _dtype(v.aval)) if isinstance(v, JaxLiteral) else known[v]
+            is_literal = isinstance(v, JaxLiteral)
+            return Literal(v.val, v.aval.dtype) if is_literal else known[v]
 
         for eqn in jaxpr.eqns:
             inputs = tuple(atom(v) for v in eqn.invars)
@@ -225,8 +258,8 @@ class _Flattener:
                 outputs = self.slices(eqn, inputs[0])
             elif eqn.primitive is lax.concatenate_p:
                 outputs = self.joined(eqn, inputs)
-            elif eqn.primitive is lax.reshape_p and self.merges_copies(eqn, inputs[0]):
-                outputs = self.joined_copies(eqn, inputs[0])
+            elif eqn.primitive is lax.reshape_p and (copies := self.copied_rows(eqn, inputs[0])):
+                outputs = self.joined_copies(eqn, copies)
             else:
                 outputs = [*self.emit(eqn, inputs, eqn.outvars)]
             known.update(zip(eqn.outvars, outputs, strict=True))
@@ -250,7 +283,7 @@ class _Flattener:
         self.equations.append(
             FlatEquation(primitive, params, inputs, made, self.source, has_effects)
         )
-        if self.rows.intersection(v for v in inputs if isinstance(v, int)):
+        if self.rows.intersection(values_of(inputs)):
             self.rows.update(made)
         return list(made)
 
@@ -270,42 +303,37 @@ class _Flattener:
         filled = tuple(piece for piece, v in pairs if v.aval.shape[axis]) or tuple(inputs[:1])
         return [*filled] if len(filled) == 1 else [*self.emit(eqn, filled, eqn.outvars)]
 
-    def merges_copies(self, eqn: Any, operand: Atom) -> bool:
+    def copied_rows(self, eqn: Any, operand: Atom) -> tuple[int, int, int] | None:
         """One row made several, as ``jnp.pad`` repeats an edge: ``[.., 1, ..]`` was broadcast to
-        ``[.., 1, copies, ..]`` and becomes ``[.., copies, ..]``."""
+        ``[.., 1, copies, ..]`` and becomes ``[.., copies, ..]``. The row, their number and axis."""
         if not isinstance(operand, int) or operand not in self.broadcasts:
-            return False
+            return None
         source, dims = self.broadcasts[operand]
         shape, spread = self.avals[source].shape, self.avals[operand].shape
         new = [a for a in range(len(spread)) if a not in dims]
         if len(new) != 1 or new[0] == 0 or not 1 <= spread[new[0]] <= MOST_COPIES:
-            return False
-        axis = new[0] - 1
-        merged = (*shape[:axis], spread[new[0]], *shape[axis + 1 :])
-        inserted = (*shape[: axis + 1], spread[new[0]], *shape[axis + 1 :])
-        return shape[axis] == 1 and spread == inserted and eqn.params["new_sizes"] == merged
+            return None
+        axis, copies = new[0] - 1, spread[new[0]]
+        merged = (*shape[:axis], copies, *shape[axis + 1 :])
+        inserted = (*shape[: axis + 1], copies, *shape[axis + 1 :])
+        is_copied = shape[axis] == 1 and spread == inserted and eqn.params["new_sizes"] == merged
+        return (source, copies, axis) if is_copied else None
 
-    def joined_copies(self, eqn: Any, operand: Atom) -> list[Atom]:
+    def joined_copies(self, eqn: Any, copied: tuple[int, int, int]) -> list[Atom]:
         """Copies one after the other: their gradient is a few shifted rows, no sum over rows."""
-        assert isinstance(operand, int)
-        source, dims = self.broadcasts[operand]
-        shape = self.avals[operand].shape
-        (new,) = (a for a in range(len(shape)) if a not in dims)
-        copies = (source,) * shape[new]
-        if len(copies) == 1:
+        source, copies, axis = copied
+        if copies == 1:
             return [source]
-        return [*self.add(lax.concatenate_p, {"dimension": new - 1}, copies, eqn.outvars)]
+        pieces = (source,) * copies
+        return [*self.add(lax.concatenate_p, {"dimension": axis}, pieces, eqn.outvars)]
 
     def slice(
         self, operand: Atom, shape: Sequence[int], axis: int, start: int, out_aval: Any
     ) -> Atom:
         starts, limits = [0] * len(shape), list(shape)
         starts[axis], limits[axis] = start, start + out_aval.shape[axis]
-        params = {
-            "start_indices": tuple(starts),
-            "limit_indices": tuple(limits),
-            "strides": None,
-        }
+        bounds = {"start_indices": tuple(starts), "limit_indices": tuple(limits)}
+        params = {**bounds, "strides": None}
         return self.add(lax.slice_p, params, (operand,), [out_aval])[0]
 
     def is_unrolled(self, eqn: Any, inputs: Sequence[Atom]) -> bool:
@@ -322,8 +350,7 @@ class _Flattener:
 
     def is_along_rows(self, scanned: Sequence[Atom]) -> bool:
         """Whether rows of one of these values run along its first axis."""
-        asked = {v for v in scanned if isinstance(v, int) and v in self.rows}
-        asked -= self.pieces.keys()
+        asked = self.rows.intersection(values_of(scanned)) - self.pieces.keys()
         if not asked or self.typed is None:
             return False
         inputs = tuple(set(range(len(self.avals))) - {v for e in self.equations for v in e.outputs})
@@ -364,23 +391,19 @@ class _Flattener:
         if isinstance(operand, int) and operand in self.pieces:
             return self.pieces[operand]
         found: list[Atom] = []
+        one, flat = (struct_like(aval, (*own, *aval.shape[1:])) for own in ((1,), ()))
         for step in range(length):
-            one = struct_like(aval, (1, *aval.shape[1:]))
             row = self.slice(operand, aval.shape, 0, step, one)
-            flat = struct_like(aval, aval.shape[1:])
             found += self.add(lax.squeeze_p, {"dimensions": (0,)}, (row,), [flat])
         return found
 
     def stacked(self, pieces: Sequence[Atom], aval: Any) -> Atom:
         """The stack of a scan's results; a scan that takes it finds the pieces again."""
         rows: list[Atom] = []
+        one = struct_like(aval, (1, *aval.shape[1:]))
+        dimensions = tuple(range(1, len(aval.shape)))
+        params = {"shape": one.shape, "broadcast_dimensions": dimensions, "sharding": None}
         for piece in pieces:
-            params = {
-                "shape": (1, *aval.shape[1:]),
-                "broadcast_dimensions": tuple(range(1, len(aval.shape))),
-                "sharding": None,
-            }
-            one = struct_like(aval, (1, *aval.shape[1:]))
             rows += self.add(lax.broadcast_in_dim_p, params, (piece,), [one])
         (whole,) = self.add(lax.concatenate_p, {"dimension": 0}, tuple(rows), [aval])
         self.pieces[whole] = list(pieces)
@@ -406,29 +429,13 @@ def _slices_at_run_time(jaxpr: Any, takes_rows: Sequence[bool]) -> bool:
 
 def without_dead_equations(program: FlatProgram) -> FlatProgram:
     """Drop equations that no output and no effect depends on."""
-    alive = {v for v in program.outputs if not isinstance(v, Literal)}
+    alive = set(values_of(program.outputs))
     kept = []
     for equation in reversed(program.equations):
         if equation.has_effects or alive.intersection(equation.outputs):
             kept.append(equation)
-            alive.update(v for v in equation.inputs if not isinstance(v, Literal))
+            alive.update(equation.values)
     return dataclasses.replace(program, equations=tuple(reversed(kept)))
-
-
-def lifted_effects(program: FlatProgram) -> tuple[FlatProgram, tuple[FlatEquation, ...]]:
-    """A program without the equations that have an effect and no result, and these equations.
-
-    What they read becomes an output, so that a callback runs once, on whole values, after the
-    program: inside, each pass over a recomputed forward would call it again.
-    """
-    effects = tuple(e for e in program.equations if e.has_effects and not e.outputs)
-    read = (v for equation in effects for v in equation.inputs if isinstance(v, int))
-    lean = dataclasses.replace(
-        program,
-        equations=tuple(e for e in program.equations if e not in effects),
-        outputs=(*program.outputs, *dict.fromkeys(read)),
-    )
-    return lean if effects else program, effects
 
 
 # --- Evaluation ----------------------------------------------------------------------------------
@@ -450,15 +457,20 @@ def evaluate(
     values: dict[int, Any] = dict(program.constants)
     values.update(zip(program.inputs, inputs, strict=True))
 
-    def read(atom: Atom) -> Any:
-        return jnp.asarray(atom.value, atom.dtype) if isinstance(atom, Literal) else values[atom]
-
     for equation in program.equations:
-        operands = [read(v) for v in equation.inputs]
+        operands = [array_of(v, values) for v in equation.inputs]
         results = equation.evaluate(operands, is_tiled_later)
         for v, result in zip(equation.outputs, results, strict=True):
             values[v] = varying_over(result, varying_axes(program.avals[v]))
-    return [read(v) for v in program.outputs]
+    return [array_of(v, values) for v in program.outputs]
+
+
+def replaced_at(values: Sequence[Any], numbers: Sequence[int], others: Sequence[Any]) -> list[Any]:
+    """The values, with others at some numbers."""
+    found = list(values)
+    for i, other in zip(numbers, others, strict=True):
+        found[i] = other
+    return found
 
 
 def function_of(
@@ -469,9 +481,6 @@ def function_of(
     """The program as a function of the inputs that are differentiated, and those inputs."""
 
     def function(*moving: Any) -> list[Any]:
-        values = list(inputs)
-        for i, value in zip(wrt, moving, strict=True):
-            values[i] = value
-        return evaluate(program, values, is_tiled_later=True)
+        return evaluate(program, replaced_at(inputs, wrt, moving), is_tiled_later=True)
 
     return function, [inputs[i] for i in wrt]

@@ -14,9 +14,15 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 from jax import lax
-from jax.extend.core import Literal as JaxLiteral
 
-from lrjax.program.compatibility import bind, has_body, open_jaxpr, primitive, primitives
+from lrjax.program.compatibility import (
+    bind,
+    evaluate_jaxpr,
+    has_body,
+    open_jaxpr,
+    primitive,
+    primitives,
+)
 from lrjax.program.varying import struct, varying_axes, varying_over
 
 if TYPE_CHECKING:
@@ -68,24 +74,21 @@ class _Mover:
     def moved(self) -> FlatProgram:
         replaced: dict[int, int] = {}
         for equation in self.program.equations:
-            inputs = tuple(replaced.get(v, v) if isinstance(v, int) else v for v in equation.inputs)
+            equation = equation.reading(replaced)
             if not has_body(equation.params) and not is_collective(equation):
-                inputs = tuple(self.uncast.get(v, v) if isinstance(v, int) else v for v in inputs)
-            equation = dataclasses.replace(equation, inputs=inputs)
-            if is_cast(equation) and isinstance(inputs[0], int) and inputs[0] in self.moving:
-                replaced[equation.outputs[0]] = self.cast(equation, inputs[0])
+                equation = equation.reading(self.uncast)
+            operand = equation.inputs[0] if is_cast(equation) else None
+            if isinstance(operand, int) and operand in self.moving:
+                replaced[equation.outputs[0]] = self.cast(equation, operand)
                 continue
-            if is_cast(equation):
-                self.uncast[equation.outputs[0]] = inputs[0]
+            if operand is not None:
+                self.uncast[equation.outputs[0]] = operand
             self.add(equation)
-        outputs = tuple(
-            replaced.get(v, v) if isinstance(v, int) else v for v in self.program.outputs
-        )
         return dataclasses.replace(
             self.program,
             avals=tuple(self.avals),
             equations=tuple(self.equations),
-            outputs=outputs,
+            outputs=self.program.outputs_as(replaced),
         )
 
     def cast(self, equation: FlatEquation, value: int) -> int:
@@ -106,7 +109,7 @@ class _Mover:
     def add(self, equation: FlatEquation) -> None:
         self.equations.append(equation)
         self.producer.update((v, equation) for v in equation.outputs)
-        if self.moving.intersection(v for v in equation.inputs if isinstance(v, int)):
+        if self.moving.intersection(equation.values):
             self.moving.update(equation.outputs)
 
     def fresh(self, aval: Any, axes: frozenset[str]) -> int:
@@ -130,17 +133,9 @@ def with_casts_outside(
     for v, equation in casts.items():
         assert isinstance(equation.inputs[0], int)
         replaced[v] = made.setdefault((equation.inputs[0], equation.params["axes"]), v)
-    kept = [
-        dataclasses.replace(
-            e, inputs=tuple(replaced.get(v, v) if isinstance(v, int) else v for v in e.inputs)
-        )
-        for e in program.equations
-        if e.outputs[:1] not in [(v,) for v in casts]
-    ]
-    outputs = tuple(replaced.get(v, v) if isinstance(v, int) else v for v in program.outputs)
-    used = {v for e in kept for v in e.inputs if isinstance(v, int)}.union(
-        v for v in outputs if isinstance(v, int)
-    )
+    kept = [e.reading(replaced) for e in program.equations if casts.keys().isdisjoint(e.outputs)]
+    outputs = program.outputs_as(replaced)
+    used = {v for e in kept for v in e.values} | {v for v in outputs if isinstance(v, int)}
     entries = []
     for v in program.inputs:
         i = position[v]
@@ -160,25 +155,17 @@ def body_outside(jaxpr: Any) -> Any:
     """A body as it is traced outside of ``jax.shard_map``, from one that was traced within."""
     if " pvary[" not in str(jaxpr):
         return jaxpr
-    body, consts = open_jaxpr(jaxpr)
 
-    def call(*arguments: Any) -> list[Any]:
-        known = dict(zip((*body.constvars, *body.invars), (*consts, *arguments), strict=True))
+    def run(eqn: Any, values: list[Any]) -> list[Any]:
+        if eqn.primitive is _PVARY:
+            return values
+        params = {name: _param_outside(param) for name, param in eqn.params.items()}
+        return bind(eqn.primitive, values, params)
 
-        def read(v: Any) -> Any:
-            return v.val if isinstance(v, JaxLiteral) else known[v]
-
-        for eqn in body.eqns:
-            results = values = [read(v) for v in eqn.invars]
-            if eqn.primitive is not _PVARY:
-                params = {name: _param_outside(param) for name, param in eqn.params.items()}
-                results = bind(eqn.primitive, values, params)
-            known.update(zip(eqn.outvars, results, strict=True))
-        return [read(v) for v in body.outvars]
-
-    structs = [jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in body.invars]
+    invars = open_jaxpr(jaxpr)[0].invars
+    structs = [jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in invars]
     with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), ())):
-        return jax.make_jaxpr(call)(*structs)
+        return jax.make_jaxpr(lambda *values: evaluate_jaxpr(jaxpr, values, run))(*structs)
 
 
 def _param_outside(param: Any) -> Any:

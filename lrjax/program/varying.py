@@ -1,4 +1,5 @@
-"""Types within ``jax.shard_map``: the mesh axes over which a value may differ between devices."""
+"""Types of values. Within ``jax.shard_map``, they say over which mesh axes a value may differ
+between devices."""
 
 from __future__ import annotations
 
@@ -6,7 +7,13 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax import lax
+
+
+def is_inexact(value: Any) -> bool:
+    """Whether a value, or values of a type, are floating-point numbers, real or complex."""
+    return bool(jnp.issubdtype(value.dtype, jnp.inexact))
 
 
 def is_in_shard_map() -> bool:

@@ -51,18 +51,14 @@ def _of_roots(computation: Computation) -> tuple[defaultdict[str, float], float]
         while made.opcode == "bitcast" and made.operands[0] in computation:
             made = computation[made.operands[0]]
         if made.opcode in _UPDATES:
-            update = computation[made.operands[_update_operand(made)]]
-            # A scatter reads what it adds to.
-            written += update.bytes * (2 if made.opcode == "scatter" else 1)
+            is_scatter = made.opcode == "scatter"
+            update = computation[made.operands[2 if is_scatter else 1]]
+            written += update.bytes * (2 if is_scatter else 1)  # a scatter reads what it adds to
             demanded[made.name] = float(update.elements)
         else:
             written += result.bytes
         demanded[result.name] = max(demanded[result.name], float(result.elements))
     return demanded, written
-
-
-def _update_operand(instruction: Instruction) -> int:
-    return 2 if instruction.opcode == "scatter" else 1
 
 
 def _operand_elements(

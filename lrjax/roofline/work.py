@@ -85,9 +85,7 @@ def _product_of(window: str, name: str) -> int:
 
 
 def _product(instruction: Instruction, operands: list[Shape]) -> Work:
-    contracted = re.search(
-        r'lhs_contracting_dim(?:ension)?s"?[:=][\[{]"?([\d",]*)', instruction.attributes
-    )
+    contracted = _CONTRACTED.search(instruction.attributes)
     axes = [int(axis) for axis in re.findall(r"\d+", contracted.group(1))] if contracted else [-1]
     length = math.prod(operands[0].sizes[axis] for axis in axes if operands[0].sizes)
     return Work("matrix product", 2.0 * instruction.shapes[0].elements * length, operands[0].dtype)

@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lrjax.program.inline import Literal, flatten
-from lrjax.rowgraph.graph import Node, RowGraph, build
+from lrjax.program.inline import array_of, flatten
+from lrjax.rowgraph.graph import ColumnNode, RowGraph, RowNode, build
 from lrjax.rules.base import Array, NotRowLocal, Rows
 from lrjax.rules.geometry import IDENTITY
 from lrjax.rules.masks import keep_rows
@@ -45,7 +45,7 @@ def pointwise_graph(
             raise NotRowLocal(f"{name} has an effect")
         if node.reason is not None:
             raise NotRowLocal(node.reason)
-        if node.op is None:
+        if isinstance(node, ColumnNode):
             continue
         if any(read is not None and read.row_map != IDENTITY for read in node.op.reads):
             raise NotRowLocal(f"{name} mixes neighbouring rows")
@@ -59,20 +59,16 @@ def reducing_primitive(graph: RowGraph) -> str | None:
     return next((n.equation.primitive.name for n in graph.nodes if n.is_reduction), None)
 
 
-def row_axis_of(graph: RowGraph, atom: Any) -> int | None:
-    return graph.row_axis.get(atom) if isinstance(atom, int) else None
-
-
 def operations_per_row(graph: RowGraph) -> float:
-    return sum(node.op.flops for node in graph.nodes if node.op is not None)
+    return sum(node.op.flops for node in graph.row_nodes)
 
 
 def preserves_finiteness(graph: RowGraph) -> bool:
-    return all(node.op is None or node.op.preserves_finiteness for node in graph.nodes)
+    return all(node.op.preserves_finiteness for node in graph.row_nodes)
 
 
 def is_positional(graph: RowGraph) -> bool:
-    return any(node.op is not None and node.op.is_positional for node in graph.nodes)
+    return any(node.op.is_positional for node in graph.row_nodes)
 
 
 def run_on_block(graph: RowGraph, inputs: Sequence[Array], rows: Rows, height: int) -> list[Array]:
@@ -91,13 +87,10 @@ def run_on_block(graph: RowGraph, inputs: Sequence[Array], rows: Rows, height: i
     values: dict[int, Any] = {v: jnp.asarray(c) for v, c in graph.program.constants.items()}
     values.update(zip(graph.program.inputs, inputs, strict=True))
 
-    def read(atom: Any) -> Any:
-        return jnp.asarray(atom.value, atom.dtype) if isinstance(atom, Literal) else values[atom]
-
     has_poles = not preserves_finiteness(graph)
     for node in graph.nodes:
-        operands = [read(v) for v in node.equation.inputs]
-        if node.op is None:
+        operands = [array_of(v, values) for v in node.equation.inputs]
+        if isinstance(node, ColumnNode):
             results: Sequence[Any] = node.equation.evaluate(operands)
         else:
             with node.equation.origin():
@@ -107,11 +100,12 @@ def run_on_block(graph: RowGraph, inputs: Sequence[Array], rows: Rows, height: i
                     else node.op.evaluate(operands, rows)
                 )
         values.update(zip(node.equation.outputs, results, strict=True))
-    return [read(v) for v in graph.program.outputs]
+    return [array_of(v, values) for v in graph.program.outputs]
 
 
-def _run_masked(node: Node, operands: Sequence[Array], rows: Rows, height: int) -> Sequence[Array]:
-    assert node.op is not None
+def _run_masked(
+    node: RowNode, operands: Sequence[Array], rows: Rows, height: int
+) -> Sequence[Array]:
     reads = node.op.reads
     has_pole = rows.is_differentiated and not node.op.preserves_finiteness
     masked = []

@@ -19,13 +19,20 @@ from lrjax.rowgraph.bodies import (
     pointwise_graph,
     preserves_finiteness,
     reducing_primitive,
-    row_axis_of,
     run_on_block,
 )
 from lrjax.rowgraph.graph import RowGraph
-from lrjax.rules.base import Array, Equation, NotRowLocal, RowOp, RowRead, Rows, Rule
+from lrjax.rules.base import (
+    Array,
+    Equation,
+    NotRowLocal,
+    RowOp,
+    Rows,
+    Rule,
+    reads_along,
+    with_at,
+)
 from lrjax.rules.dependence import output_dependences
-from lrjax.rules.geometry import IDENTITY
 from lrjax.rules.linearity import ADDITIVE, FIXED, UNKNOWN, ZERO, Dependence, of_sum
 from lrjax.rules.traits import Kind, Traits
 
@@ -41,7 +48,7 @@ def branches(equation: Equation) -> RowOp:
     def evaluate(windows: Sequence[Array], rows: Rows) -> Sequence[Array]:
         values = [jnp.asarray(w, o.dtype) for w, o in zip(windows[1:], operands, strict=True)]
         pairs = zip(equation.outputs, out_axes, strict=True)
-        kept = [jnp.ones(_with_size(out.shape, a, rows.count), np.bool_) for out, a in pairs]
+        kept = [jnp.ones(with_at(out.shape, a, rows.count), np.bool_) for out, a in pairs]
 
         def run(body: RowGraph) -> Any:
             extra = kept if len(body.program.inputs) > len(values) else []
@@ -50,12 +57,11 @@ def branches(equation: Equation) -> RowOp:
         return jax.lax.switch(windows[0], [run(body) for body in bodies], *values)
 
     def undifferentiable() -> str | None:
-        ops = (node.op for body in bodies for node in body.nodes)
-        reasons = (op.undifferentiable() for op in ops if op is not None)
+        reasons = (node.op.undifferentiable() for body in bodies for node in body.row_nodes)
         return next((reason for reason in reasons if reason is not None), None)
 
     return RowOp(
-        (None, *(None if axis is None else RowRead(IDENTITY, axis) for axis in axes)),
+        reads_along((None, *axes)),
         out_axes,
         equation.height,
         evaluate,
@@ -73,7 +79,7 @@ def _bodies(equation: Equation) -> tuple[list[RowGraph], tuple[int, ...]]:
     output, which gives them rows.
     """
     operands = equation.operands[1:]
-    structs = [o.struct for o in operands]
+    structs = equation.structs[1:]
     axes = [o.row_axis for o in operands]
     functions = [jaxpr_as_fun(branch) for branch in equation.params["branches"]]
     found = [_branch_graph(function, structs, axes) for function in functions]
@@ -81,7 +87,7 @@ def _bodies(equation: Equation) -> tuple[list[RowGraph], tuple[int, ...]]:
     masks = [jax.ShapeDtypeStruct(out.shape, np.bool_) for out in equation.outputs]
     bodies = [
         graph
-        if all(row_axis_of(graph, v) is not None for v in graph.program.outputs)
+        if all(graph.axis_of(v) is not None for v in graph.program.outputs)
         else _branch_graph(
             functools.partial(_with_rows, function, len(masks)),
             [*masks, *structs],
@@ -98,7 +104,7 @@ def _check_one_row(equation: Equation, body: RowGraph, out_axes: Sequence[int]) 
     """A branch must make a row from a row; one may give a map that is whole in it."""
     inputs = [
         jax.ShapeDtypeStruct(
-            struct.shape if axis is None else _with_size(struct.shape, axis, 1), struct.dtype
+            struct.shape if axis is None else with_at(struct.shape, axis, 1), struct.dtype
         )
         for v, struct in zip(body.program.inputs, body.program.structs, strict=True)
         for axis in [body.row_axis.get(v)]
@@ -115,7 +121,7 @@ def _out_axes(equation: Equation, found: Sequence[RowGraph]) -> tuple[int, ...]:
     out_axes: list[int] = []
     per_output = zip(*(graph.program.outputs for graph in found), strict=True)
     for out, outputs in zip(equation.outputs, per_output, strict=True):
-        axes = (row_axis_of(graph, v) for graph, v in zip(found, outputs, strict=True))
+        axes = (graph.axis_of(v) for graph, v in zip(found, outputs, strict=True))
         named = {axis for axis in axes if axis is not None}
         if not named and equation.height in out.shape[equation.row_axis : equation.row_axis + 1]:
             named = {equation.row_axis}  # the same for all rows in every branch
@@ -139,10 +145,6 @@ def _with_rows(function: Any, count: int, *arrays: Array) -> list[Array]:
     """The function's results as row values, where some do not depend on rows."""
     pairs = zip(arrays[:count], function(*arrays[count:]), strict=True)
     return [jax.lax.select(keep, out, jnp.zeros_like(out)) for keep, out in pairs]
-
-
-def _with_size(shape: Sequence[int], axis: int, size: int) -> tuple[int, ...]:
-    return tuple(size if a == axis else s for a, s in enumerate(shape))
 
 
 def _linearity(equation: FlatEquation, given: Sequence[Dependence]) -> list[Dependence]:

@@ -10,6 +10,7 @@ and never assumed; a call that cannot be proved runs on whole maps.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
@@ -19,6 +20,8 @@ import jax
 import jax.numpy as jnp
 from jax.extend.core import primitives as public
 
+from lrjax.program.inline import replaced_at
+from lrjax.program.varying import is_inexact
 from lrjax.rowgraph.bodies import (
     is_positional,
     masked_rows,
@@ -26,13 +29,11 @@ from lrjax.rowgraph.bodies import (
     pointwise_graph,
     preserves_finiteness,
     reducing_primitive,
-    row_axis_of,
     run_on_block,
 )
-from lrjax.rowgraph.graph import RowGraph
-from lrjax.rules.base import Array, Equation, NotRowLocal, RowOp, RowRead, Rows, Rule
+from lrjax.rowgraph.graph import RowGraph, RowNode
+from lrjax.rules.base import Array, Equation, NotRowLocal, RowOp, Rows, Rule, reads_along
 from lrjax.rules.dependence import dependences, output_dependences
-from lrjax.rules.geometry import IDENTITY
 from lrjax.rules.linearity import Dependence
 from lrjax.rules.traits import Kind, Traits
 
@@ -80,14 +81,13 @@ def watched() -> Iterator[dict[Any, tuple[Equation, RowOp]]]:
 
 
 def _custom_call(equation: Equation) -> RowOp:
-    axes = [o.row_axis for o in equation.operands]
-    structs = _structs(equation)
+    structs, axes = equation.structs, [o.row_axis for o in equation.operands]
     name = _name_of(equation)
     try:
         body = _body(equation.bind, structs, axes)
     except NotRowLocal as reason:
         raise NotRowLocal(f"{name} is not row-local: {reason}") from None
-    out_axes = tuple(row_axis_of(body, v) for v in body.program.outputs)
+    out_axes = tuple(map(body.axis_of, body.program.outputs))
     if any(axis is None for axis in out_axes):
         raise NotRowLocal(f"an output of {name} does not carry rows")
 
@@ -110,10 +110,10 @@ def _custom_call(equation: Equation) -> RowOp:
         found = derivative() if rows.is_differentiated else None
         if not isinstance(found, _Derivative):
             return run_on_block(body, values, rows, equation.height)
-        return found.call(_StaticRows(rows.start, rows.count), values)
+        return found.call(rows, values)
 
     return RowOp(
-        reads=tuple(None if axis is None else RowRead(IDENTITY, axis) for axis in axes),
+        reads=reads_along(axes),
         out_axes=out_axes,
         height=equation.height,
         evaluate=evaluate,
@@ -134,10 +134,6 @@ def _name_of(equation: Equation) -> str:
     return equation.primitive.name
 
 
-def _structs(equation: Equation) -> list[jax.ShapeDtypeStruct]:
-    return [o.struct for o in equation.operands]
-
-
 def _body(function: Any, structs: Sequence[Any], axes: Sequence[int | None]) -> RowGraph:
     body = pointwise_graph(function, structs, axes)
     reduces = reducing_primitive(body)
@@ -155,28 +151,25 @@ def _derivative(equation: Equation, out_axes: Sequence[int | None]) -> _Derivati
     Raises:
       NotRowLocal: it is not proved that the cotangents of blocks add up to those of the whole.
     """
-    if not all(jnp.issubdtype(out.dtype, jnp.inexact) for out in equation.outputs):
+    if not all(map(is_inexact, equation.outputs)):
         raise NotRowLocal("an output is an integer")
-    axes = [o.row_axis for o in equation.operands]
-    structs = _structs(equation)
-    wrt = [i for i, o in enumerate(equation.operands) if jnp.issubdtype(o.dtype, jnp.inexact)]
+    structs, axes = equation.structs, [o.row_axis for o in equation.operands]
+    wrt = [i for i, struct in enumerate(structs) if is_inexact(struct)]
     pull_back = functools.partial(_pull_back, equation, wrt)
-    taken = _body(functools.partial(_primal_of_rule, equation, wrt), structs, axes)
-    if [row_axis_of(taken, v) for v in taken.program.outputs] != list(out_axes):
+    taken = _body(lambda *primals: _differentiable(equation, wrt, primals)[0], structs, axes)
+    if [*map(taken.axis_of, taken.program.outputs)] != list(out_axes):
         raise NotRowLocal("its forward rule gives rows on other axes")
     graph = pointwise_graph(pull_back, [*structs, *equation.outputs], [*axes, *out_axes])
     cotangents = graph.program.inputs[len(structs) :]
     found = dependences(graph.program, cotangents)
     _check_reductions(graph, found)
     given = output_dependences(graph.program, cotangents)
-    bar_axes: list[int | None] = []
     for i, atom, dependence in zip(wrt, graph.program.outputs, given, strict=True):
-        axis = row_axis_of(graph, atom)
+        axis = graph.axis_of(atom)
         if dependence not in (Dependence.ADDITIVE, Dependence.ZERO):
             raise NotRowLocal(f"the cotangent of operand {i} is not proved linear")
         if dependence is Dependence.ADDITIVE and axis != axes[i]:
             raise NotRowLocal(f"the cotangent of operand {i} carries rows on axis {axis}")
-        bar_axes.append(axis)
     is_zero = tuple(dependence is Dependence.ZERO for dependence in given)
     return _Derivative(equation, taken, graph, tuple(wrt), is_zero)
 
@@ -185,14 +178,12 @@ def _check_reductions(graph: RowGraph, found: dict[int, Dependence]) -> None:
     """Sums of cotangents over rows may leave the rule, and nothing else."""
     from_reductions: set[int] = set()
     for node in graph.nodes:
-        inputs = [v for v in node.equation.inputs if isinstance(v, int)]
         name = node.equation.primitive.name
-        if from_reductions.intersection(inputs):
-            if node.op is not None:
+        if from_reductions.intersection(node.equation.values):
+            if isinstance(node, RowNode):
                 raise NotRowLocal("a reduction over rows is fed back to rows")
             from_reductions.update(node.equation.outputs)
-        if node.is_reduction:
-            assert node.op is not None
+        if isinstance(node, RowNode) and node.is_reduction:
             if node.op.reduction != "sum":
                 raise NotRowLocal(f"{name} over rows")
             if any(found[v] is not Dependence.ADDITIVE for v in node.equation.outputs):
@@ -204,16 +195,9 @@ def _differentiable(equation: Equation, wrt: Sequence[int], primals: Sequence[Ar
     """Outputs of the call as its forward rule gives them, and the pull-back."""
 
     def function(*moving: Array) -> list[Array]:
-        operands = list(primals)
-        for i, value in zip(wrt, moving, strict=True):
-            operands[i] = value
-        return equation.bind(*operands)
+        return equation.bind(*replaced_at(primals, wrt, moving))
 
     return jax.vjp(function, *(primals[i] for i in wrt))
-
-
-def _primal_of_rule(equation: Equation, wrt: Sequence[int], *primals: Array) -> list[Array]:
-    return _differentiable(equation, wrt, primals)[0]
 
 
 def _pull_back(equation: Equation, wrt: Sequence[int], *values: Array) -> list[Array]:
@@ -221,39 +205,36 @@ def _pull_back(equation: Equation, wrt: Sequence[int], *values: Array) -> list[A
     return list(_differentiable(equation, wrt, primals)[1](list(cotangents)))
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
 class _Derivative:
     """A call as a differentiable function of blocks.
 
     Attributes:
+      equation: the call.
       taken: the outputs, as the forward rule gives them.
       graph: the cotangents of the operands ``wrt``, from operands and cotangents.
       is_zero: which of them are zero.
     """
 
-    def __init__(
-        self,
-        equation: Equation,
-        taken: RowGraph,
-        graph: RowGraph,
-        wrt: tuple[int, ...],
-        is_zero: tuple[bool, ...],
-    ):
-        self.equation, self.taken, self.graph = equation, taken, graph
-        self.wrt, self.is_zero = wrt, is_zero
+    equation: Equation
+    taken: RowGraph
+    graph: RowGraph
+    wrt: tuple[int, ...]
+    is_zero: tuple[bool, ...]
 
-    def call(self, rows: _StaticRows, values: tuple[Array, ...]) -> Sequence[Array]:
+    def call(self, rows: Rows, values: tuple[Array, ...]) -> Sequence[Array]:
         height = self.equation.height
 
         @jax.custom_vjp
-        def call(rows: Any, values: tuple[Array, ...]) -> list[Array]:
-            return run_on_block(self.taken, values, rows.rows, height)
+        def call(rows: Rows, values: tuple[Array, ...]) -> list[Array]:
+            return run_on_block(self.taken, values, rows, height)
 
-        def forward(rows: Any, values: tuple[Array, ...]) -> Any:
+        def forward(rows: Rows, values: tuple[Array, ...]) -> Any:
             return call(rows, values), (rows, values)
 
         def backward(residuals: Any, cotangents: Sequence[Array]) -> Any:
             rows, values = residuals
-            return None, tuple(self.cotangents(rows.rows, values, cotangents))
+            return None, tuple(self.cotangents(rows, values, cotangents))
 
         call.defvjp(forward, backward)
         return call(rows, values)
@@ -278,25 +259,6 @@ class _Derivative:
             else:
                 bars[i] = masked_rows(bar, rows, axis, height, 0)
         return bars
-
-
-@jax.tree_util.register_pytree_node_class
-class _StaticRows(tuple):
-    """Rows of a block as an argument of a custom_vjp: the start is a leaf, the count is not."""
-
-    def __new__(cls, start: Any, count: int) -> _StaticRows:
-        return super().__new__(cls, (start, count))
-
-    @property
-    def rows(self) -> Rows:
-        return Rows(self[0], self[1], is_differentiated=True)
-
-    def tree_flatten(self) -> tuple[tuple[Any], int]:
-        return (self[0],), self[1]
-
-    @classmethod
-    def tree_unflatten(cls, count: int, leaves: Sequence[Any]) -> _StaticRows:
-        return cls(leaves[0], count)
 
 
 RULES = (

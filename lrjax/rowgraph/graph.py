@@ -8,19 +8,24 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import math
 import weakref
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from fractions import Fraction
-from typing import Any
-
-import jax.numpy as jnp
-import numpy as np
+from typing import Any, ClassVar
 
 from lrjax.program.comparisons import compared_extremes
 from lrjax.program.constants import Constants
-from lrjax.program.inline import Atom, FlatEquation, FlatProgram, Literal
-from lrjax.program.varying import varying_axes
+from lrjax.program.inline import (
+    Atom,
+    FlatEquation,
+    FlatProgram,
+    Literal,
+    values_of,
+    without_dead_equations,
+)
+from lrjax.program.varying import is_inexact, varying_axes
 from lrjax.rowgraph.alignment import Alignment
 from lrjax.rowgraph.stages import Operation, Problem, Stages, cut_into_stages
 from lrjax.rules.base import (
@@ -28,6 +33,7 @@ from lrjax.rules.base import (
     NotRowLocal,
     Operand,
     RowOp,
+    RowRead,
     constant_along_rows,
     row_op,
     traits_of,
@@ -36,28 +42,61 @@ from lrjax.rules.geometry import IDENTITY
 
 
 @dataclasses.dataclass(frozen=True)
-class Node:
-    """An equation of the graph.
+class RowNode:
+    """An equation that runs by rows.
 
     Attributes:
       equation: the equation.
-      op: its row-wise form, None for a column operation.
+      op: its row-wise form.
+    """
+
+    equation: FlatEquation
+    op: RowOp
+    reason: ClassVar[None] = None
+
+    @property
+    def is_reduction(self) -> bool:
+        return self.op.reduction is not None
+
+    @property
+    def operations(self) -> float:
+        """To do it once, on all rows."""
+        return self.op.flops * self.op.height
+
+    @functools.cached_property
+    def row_reads(self) -> tuple[tuple[int, int, RowRead], ...]:
+        """Number and value of every operand that is read by rows, and how."""
+        triples = zip(itertools.count(), self.equation.inputs, self.op.reads, strict=False)
+        return tuple(
+            (i, v, read) for i, v, read in triples if read is not None and isinstance(v, int)
+        )
+
+    def row_inputs(self) -> list[int]:
+        """Values that are read by rows."""
+        return [v for _, v, _ in self.row_reads]
+
+    def whole_inputs(self) -> list[int]:
+        """Values that every step takes whole."""
+        pairs = zip(self.equation.inputs, self.op.reads, strict=True)
+        return values_of(v for v, read in pairs if read is None)
+
+
+@dataclasses.dataclass(frozen=True)
+class ColumnNode:
+    """An equation that runs on whole values.
+
+    Attributes:
+      equation: the equation.
       reason: why it fell back to column though it has row operands.
     """
 
     equation: FlatEquation
-    op: RowOp | None
     reason: str | None = None
+    op: ClassVar[None] = None
+    is_reduction: ClassVar[bool] = False
 
-    @property
-    def is_reduction(self) -> bool:
-        return self.op is not None and self.op.reduction is not None
 
-    def row_inputs(self) -> list[int]:
-        """Values that are read by rows."""
-        assert self.op is not None
-        pairs = zip(self.equation.inputs, self.op.reads, strict=True)
-        return [v for v, read in pairs if read is not None and isinstance(v, int)]
+Node = RowNode | ColumnNode
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,12 +126,11 @@ class RowGraph:
         """Values that may have tangents: floating-point ones that depend on such inputs by more
         than functions without a derivative."""
         avals = self.program.avals
-        found = {v for v in self.program.inputs if jnp.issubdtype(avals[v].dtype, np.inexact)}
+        found = {v for v in self.program.inputs if is_inexact(avals[v])}
         for node in self.nodes:
             has_derivative = traits_of(node.equation.primitive).has_derivative
-            if has_derivative and found.intersection(_values(node.equation.inputs)):
-                outputs = node.equation.outputs
-                found.update(v for v in outputs if jnp.issubdtype(avals[v].dtype, np.inexact))
+            if has_derivative and found.intersection(node.equation.values):
+                found.update(v for v in node.equation.outputs if is_inexact(avals[v]))
         return frozenset(found)
 
     @property
@@ -100,19 +138,25 @@ class RowGraph:
         """Stages that have row operations."""
         return [stage for stage, members in enumerate(self.stages.members) if members]
 
-    def stage_nodes(self, stage: int) -> list[Node]:
-        """Operations of a stage's row loop, those that are done again included."""
-        return [self.nodes[i] for i in self.stages.members[stage]]
+    @property
+    def row_nodes(self) -> list[RowNode]:
+        """Operations that run by rows."""
+        return [node for node in self.nodes if isinstance(node, RowNode)]
 
-    def column_nodes(self, stage: int) -> list[Node]:
+    def stage_nodes(self, stage: int) -> list[RowNode]:
+        """Operations of a stage's row loop, those that are done again included."""
+        nodes = (self.nodes[i] for i in self.stages.members[stage])
+        return [node for node in nodes if isinstance(node, RowNode)]
+
+    def column_nodes(self, stage: int) -> list[ColumnNode]:
         """Operations on whole values before a stage's row loop."""
         return self._column_nodes.get(stage, [])
 
     @functools.cached_property
-    def _column_nodes(self) -> dict[int, list[Node]]:
-        found: dict[int, list[Node]] = {}
+    def _column_nodes(self) -> dict[int, list[ColumnNode]]:
+        found: dict[int, list[ColumnNode]] = {}
         for node, home in zip(self.nodes, self.stages.home, strict=True):
-            if node.op is None:
+            if isinstance(node, ColumnNode):
                 found.setdefault(home, []).append(node)
         return found
 
@@ -122,17 +166,21 @@ class RowGraph:
         homes = zip(self.nodes, self.stages.home, strict=True)
         return {v: home for node, home in homes for v in node.equation.outputs}
 
-    @property
-    def fallbacks(self) -> list[Node]:
-        return [node for node in self.nodes if node.reason is not None]
-
     def operations(self, *, once: bool = False) -> float:
         """Arithmetic operations of the row loops; ``once``: as if none were done again."""
-        done = [self.nodes] if once else [self.stage_nodes(stage) for stage in self.loops]
-        return sum(n.op.flops * n.op.height for nodes in done for n in nodes if n.op is not None)
+        done = [self.row_nodes] if once else [self.stage_nodes(stage) for stage in self.loops]
+        return sum(node.operations for nodes in done for node in nodes)
+
+    def axis_of(self, atom: Atom) -> int | None:
+        """The row axis of a value; None for one without rows, and for a literal."""
+        return self.row_axis.get(atom) if isinstance(atom, int) else None
 
     def height(self, value: int) -> int:
         return self.program.avals[value].shape[self.row_axis[value]]
+
+    def row_bytes(self, value: int) -> int:
+        """Bytes of one row."""
+        return size_bytes(self.program.avals[value]) // max(self.height(value), 1)
 
 
 Accepts = Callable[[FlatEquation, RowOp], str | None]
@@ -199,25 +247,25 @@ def stage_problem(
     **known: Any,
 ) -> Problem:
     """A program as ``stages`` sees it; ``known`` are further fields of the ``Problem``."""
-    extremes = (n.equation for n in nodes if n.op is None and compared & set(n.equation.outputs))
+    column = (n.equation for n in nodes if isinstance(n, ColumnNode))
+    extremes = (equation for equation in column if compared.intersection(equation.outputs))
 
     def operation(node: Node) -> Operation:
-        equation, op = node.equation, node.op
-        flops = 0.0 if op is None else op.flops * op.height
+        flops = node.operations if isinstance(node, RowNode) else 0.0
         return Operation(
-            inputs=tuple(_values(equation.inputs)),
-            outputs=equation.outputs,
-            by_rows=op is not None,
+            inputs=tuple(node.equation.values),
+            outputs=node.equation.outputs,
+            by_rows=isinstance(node, RowNode),
             is_reduction=node.is_reduction,
-            flops=math.inf if equation.has_effects else flops,
+            flops=math.inf if node.equation.has_effects else flops,
         )
 
     return Problem(
         operations=tuple(map(operation, nodes)),
-        outputs=frozenset(_values(program.outputs)),
+        outputs=frozenset(values_of(program.outputs)),
         size={v: size_bytes(program.avals[v]) for v in sorted(streamed)},
         input_size={v: size_bytes(program.avals[v]) for v in program.inputs if v in row_axis},
-        kept=frozenset(v for equation in extremes for v in _values(equation.inputs)),
+        kept=frozenset(v for equation in extremes for v in equation.values),
         never_held=compared,
         **known,
     )
@@ -257,7 +305,7 @@ class _Typer:
 
     def add(self, equation: FlatEquation) -> None:
         self.producer.update((v, equation) for v in equation.outputs)
-        if not any(v in self.row_axis for v in equation.inputs if isinstance(v, int)):
+        if self.row_axis.keys().isdisjoint(equation.values):
             self.add_column(equation, None)
             return
         try:
@@ -266,15 +314,15 @@ class _Typer:
             self.add_column(equation, str(reason))
 
     def add_column(self, equation: FlatEquation, reason: str | None) -> None:
-        for v in equation.inputs:
+        for v in equation.values:
             # Of one row, it is as likely a mean over rows.
-            if isinstance(v, int) and v in self.row_axis and self.height(v) > 1:
+            if v in self.row_axis and self.height(v) > 1:
                 self.whole_maps[self.avals[v].shape] = self.row_axis[v]
         for v in equation.outputs:
             shape = self.avals[v].shape
             if len(shape) > 1 and shape in self.whole_maps and self.constants.of(v) is None:
                 self.row_axis[v] = self.whole_maps[shape]
-        self.nodes.append(Node(equation, None, reason=reason))
+        self.nodes.append(ColumnNode(equation, reason))
 
     def height(self, value: int) -> int:
         return self.avals[value].shape[self.row_axis[value]]
@@ -303,24 +351,26 @@ class _Typer:
                 raise NotRowLocal(f"rows on axis {axis} are read along axis {read.axis}")
             if atom not in self.streamed:
                 inputs[i] = self.repeated(atom, read.axis)
-        equation = dataclasses.replace(equation, inputs=tuple(inputs))
-        self.unite_rates(equation, op)
-        self.nodes.append(Node(equation, op))
+        self.append(RowNode(dataclasses.replace(equation, inputs=tuple(inputs)), op))
         for v, axis in zip(equation.outputs, op.out_axes, strict=True):
             if op.reduction is None and axis is not None:
                 self.row_axis[v] = axis
                 self.streamed.add(v)
 
-    def unite_rates(self, equation: FlatEquation, op: RowOp) -> None:
-        head = equation.outputs[0]
-        for atom, read in zip(equation.inputs, op.reads, strict=True):
-            if read is None or not isinstance(atom, int):
-                continue
-            conflict = self.rates.join(head, atom, read.row_map, self.avals[atom].shape[read.axis])
-            if conflict is not None and atom in self.streamed:
+    def append(self, node: RowNode) -> None:
+        """A further node, at one rate with what it reads.
+
+        Raises:
+          NotRowLocal: what it reads is at several rates.
+        """
+        head, *others = node.equation.outputs
+        for _, v, read in node.row_reads:
+            conflict = self.rates.join(head, v, read.row_map, self.avals[v].shape[read.axis])
+            if conflict is not None and v in self.streamed:
                 raise NotRowLocal(conflict)
-        for v in equation.outputs[1:]:
-            self.rates.join(v, head, IDENTITY, op.height)
+        for v in others:
+            self.rates.join(v, head, IDENTITY, node.op.height)
+        self.nodes.append(node)
 
     def repeated(self, value: int, axis: int) -> int:
         """A row-wise copy of a whole value that is constant along rows, else the value."""
@@ -333,35 +383,37 @@ class _Typer:
         equation = self.producer.get(value)
         if equation is None or len(equation.outputs) != 1:
             return None
-        inputs: list[Atom] = list(equation.inputs)
         op = constant_along_rows(self.described(equation), axis)
         if op is None:
-            if not traits_of(equation.primitive).is_elementwise:
+            equation = self.of_repeated(equation, axis)
+            if equation is None:
                 return None
-            height = self.avals[value].shape[axis]
-            for i, atom in enumerate(inputs):
-                # What has one row for all is read whole.
-                if isinstance(atom, int) and self.avals[atom].shape[axis : axis + 1] == (height,):
-                    copy = self.repeat(atom, axis)
-                    if copy is None:
-                        return None
-                    inputs[i] = copy
-            changed = dataclasses.replace(equation, inputs=tuple(inputs))
-            if not any(v in self.row_axis for v in inputs if isinstance(v, int)):
-                return None
-            op = row_op(self.described(changed))
-        pairs = zip(inputs, op.reads, strict=True)
-        taken = {atom for atom, read in pairs if read is None and isinstance(atom, int)}
-        if taken & self.streamed:
+            op = row_op(self.described(equation))
+        copy = len(self.avals)
+        node = RowNode(dataclasses.replace(equation, outputs=(copy,)), op)
+        if not self.streamed.isdisjoint(node.whole_inputs()):
             return None  # it takes whole what a row loop makes, a map of one row perhaps
         self.avals.append(self.avals[value])
-        copy = len(self.avals) - 1
-        copied = dataclasses.replace(equation, inputs=tuple(inputs), outputs=(copy,))
-        self.unite_rates(copied, op)
-        self.nodes.append(Node(copied, op))
+        self.append(node)
         self.row_axis[copy] = axis
         self.streamed.add(copy)
         return copy
+
+    def of_repeated(self, equation: FlatEquation, axis: int) -> FlatEquation | None:
+        """An elementwise equation with row-wise copies of its operands, if there are any."""
+        if not traits_of(equation.primitive).is_elementwise:
+            return None
+        height = self.avals[equation.outputs[0]].shape[axis]
+        copies: dict[int, int] = {}
+        for v in equation.values:
+            # What has one row for all is read whole.
+            if v not in copies and self.avals[v].shape[axis : axis + 1] == (height,):
+                copy = self.repeat(v, axis)
+                if copy is None:
+                    return None
+                copies[v] = copy
+        found = equation.reading(copies)
+        return None if self.row_axis.keys().isdisjoint(found.values) else found
 
     def described(self, equation: FlatEquation) -> Equation:
         def operand(atom: Atom) -> Operand:
@@ -380,20 +432,8 @@ class _Typer:
 
     def finish(self) -> tuple[FlatProgram, list[Node]]:
         """Drop nodes that nobody reads any more."""
-        alive = {v for v in self.program.outputs if isinstance(v, int)}
-        kept = []
-        for node in reversed(self.nodes):
-            if node.equation.has_effects or alive.intersection(node.equation.outputs):
-                kept.append(node)
-                alive.update(v for v in node.equation.inputs if isinstance(v, int))
-        kept.reverse()
-        program = dataclasses.replace(
-            self.program,
-            avals=tuple(self.avals),
-            equations=tuple(node.equation for node in kept),
-        )
-        return program, kept
-
-
-def _values(atoms: Iterable[Atom]) -> list[int]:
-    return [v for v in atoms if isinstance(v, int)]
+        equations = tuple(node.equation for node in self.nodes)
+        changed = dataclasses.replace(self.program, avals=tuple(self.avals), equations=equations)
+        program = without_dead_equations(changed)
+        alive = {id(equation) for equation in program.equations}
+        return program, [node for node in self.nodes if id(node.equation) in alive]

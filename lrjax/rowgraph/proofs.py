@@ -16,6 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import primitives as public
 
+from lrjax.program.inline import replaced_at
+from lrjax.program.varying import is_inexact
 from lrjax.rules.base import Array, Equation, RowOp, Rows
 
 # Elements of the largest operand that is tried.
@@ -51,14 +53,11 @@ def assert_proofs_hold(calls: Iterable[tuple[Equation, RowOp]], seed: int = 0) -
 def _try(equation: Equation, op: RowOp, generator: np.random.Generator) -> None:
     structs = equation.operands
     values = [_random(struct, generator) for struct in structs]
-    moving = [i for i, s in enumerate(structs) if jnp.issubdtype(s.dtype, jnp.inexact)]
+    moving = [i for i, s in enumerate(structs) if is_inexact(s)]
 
     def pulled_back(function: Callable[..., Any]) -> tuple[Any, Callable[..., Any]]:
         def of_moving(*arrays: Array) -> Any:
-            full = list(values)
-            for i, array in zip(moving, arrays, strict=True):
-                full[i] = array
-            return function(full)
+            return function(replaced_at(values, moving, arrays))
 
         return jax.vjp(of_moving, *(values[i] for i in moving))
 
@@ -89,7 +88,7 @@ def _try(equation: Equation, op: RowOp, generator: np.random.Generator) -> None:
 
 
 def _random(struct: Any, generator: np.random.Generator) -> Array:
-    if jnp.issubdtype(struct.dtype, jnp.inexact):
+    if is_inexact(struct):
         return jnp.asarray(generator.uniform(0.1, 0.9, struct.shape), struct.dtype)
     return jnp.ones(struct.shape, struct.dtype)
 

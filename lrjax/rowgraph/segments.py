@@ -9,8 +9,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from lrjax.program.compatibility import tag_of
-from lrjax.program.inline import FlatEquation, FlatProgram
-from lrjax.rowgraph.graph import build
+from lrjax.program.inline import FlatEquation, FlatProgram, dependents, values_of
+from lrjax.rowgraph.graph import build, size_bytes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,17 +47,15 @@ def split(
       ValueError: for a name that the program does not have, names that are not in order, or too
         many segments.
     """
-    row_axis = dict(build(program, axes).row_axis) if cuts else {}
-    row_axis.update({v: a for v, a in zip(program.inputs, axes, strict=True) if a is not None})
-    depends = _depends_on_rows(program, row_axis)
+    whole = Cuttable.of(program, axes, is_cut=bool(cuts))
     if isinstance(cuts, int):
-        part = _parts_by_width(program, depends, cuts)
+        part = _parts_by_width(whole, cuts)
     else:
-        part = _parts_by_name(program, depends, cuts)
+        part = _parts_by_name(whole, cuts)
         if in_order:
             _check_order(program, part, cuts)
     count = 1 + max(part.values(), default=0)
-    return [_segment(program, row_axis, part, index) for index in range(count)]
+    return [_segment(program, whole.row_axis, part, index) for index in range(count)]
 
 
 def split_at(
@@ -84,10 +82,13 @@ class Cuttable:
     operations: tuple[FlatEquation, ...]
 
     @classmethod
-    def of(cls, program: FlatProgram, axes: Sequence[int | None]) -> Cuttable:
-        row_axis = dict(build(program, axes).row_axis)
-        row_axis.update({v: a for v, a in zip(program.inputs, axes, strict=True) if a is not None})
-        depends = _depends_on_rows(program, row_axis)
+    def of(
+        cls, program: FlatProgram, axes: Sequence[int | None], *, is_cut: bool = True
+    ) -> Cuttable:
+        """A program with row axes of its inputs; where it is not cut, those are enough."""
+        given = {v: a for v, a in zip(program.inputs, axes, strict=True) if a is not None}
+        row_axis = build(program, axes).row_axis if is_cut else given
+        depends = dependents(program.equations, given)
         operations = tuple(e for e in program.equations if depends.intersection(e.outputs))
         return cls(program, row_axis, operations)
 
@@ -97,21 +98,9 @@ class Cuttable:
         return _segment(self.program, self.row_axis, part, 1)
 
 
-def _depends_on_rows(program: FlatProgram, row_axis: dict[int, int]) -> set[int]:
-    found = {v for v in program.inputs if v in row_axis}
-    for equation in program.equations:
-        if found.intersection(v for v in equation.inputs if isinstance(v, int)):
-            found.update(equation.outputs)
-    return found
-
-
-def _is_tag(equation: FlatEquation, names: Sequence[str]) -> bool:
-    return tag_of(equation) in names
-
-
-def _parts_by_name(program: FlatProgram, depends: set[int], names: Sequence[str]) -> dict[int, int]:
+def _parts_by_name(whole: Cuttable, names: Sequence[str]) -> dict[int, int]:
     """Segment of every equation (by its first output) that depends on rows."""
-    tags = map(tag_of, program.equations)
+    tags = map(tag_of, whole.program.equations)
     found = [tag for tag in tags if tag is not None]
     for name in names:
         if name not in found:
@@ -121,13 +110,10 @@ def _parts_by_name(program: FlatProgram, depends: set[int], names: Sequence[str]
             )
     after: dict[int, int] = {}
     part: dict[int, int] = {}
-    for equation in program.equations:
-        if not depends.intersection(equation.outputs):
-            continue
-        inputs = (v for v in equation.inputs if isinstance(v, int))
-        own = max((after.get(v, 0) for v in inputs), default=0)
+    for equation in whole.operations:
+        own = max((after.get(v, 0) for v in equation.values), default=0)
         part[equation.outputs[0]] = own
-        after.update((v, own + _is_tag(equation, names)) for v in equation.outputs)
+        after.update((v, own + (tag_of(equation) in names)) for v in equation.outputs)
     # A tag that ends the program leaves no segment behind it; the numbers stay without gaps.
     numbers = {own: i for i, own in enumerate(sorted(set(part.values())))}
     return {v: numbers[own] for v, own in part.items()}
@@ -137,7 +123,7 @@ def _check_order(program: FlatProgram, part: dict[int, int], names: Sequence[str
     """Every name ends the segment of its own number."""
     ends: dict[str, set[int | None]] = {name: set() for name in names}
     for equation in program.equations:
-        if _is_tag(equation, names):
+        if tag_of(equation) in names:
             ends[equation.params["name"]].add(part.get(equation.outputs[0]))
     if [*ends.values()] != [{i} for i in range(len(names))]:
         raise ValueError(
@@ -146,24 +132,17 @@ def _check_order(program: FlatProgram, part: dict[int, int], names: Sequence[str
         )
 
 
-def _parts_by_width(program: FlatProgram, depends: set[int], count: int) -> dict[int, int]:
+def _parts_by_width(whole: Cuttable, count: int) -> dict[int, int]:
     """Cut where the maps that cross are smallest, with no segment under half its fair share."""
-    equations = [e for e in program.equations if depends.intersection(e.outputs)]
+    program, equations = whole.program, whole.operations
     if count > len(equations):
         raise ValueError(
             f"cuts={count}: fun has {len(equations)} operations on rows; ask for at most that many "
             "segments."
         )
-    size = {
-        v: int(np.prod(program.avals[v].shape)) * program.avals[v].dtype.itemsize
-        for e in equations
-        for v in e.outputs
-    }
-    last_use = {v: len(equations) for v in program.outputs if isinstance(v, int)}
-    for i, equation in enumerate(equations):
-        for v in equation.inputs:
-            if isinstance(v, int):
-                last_use[v] = max(last_use.get(v, 0), i)
+    size = {v: size_bytes(program.avals[v]) for e in equations for v in e.outputs}
+    last_use = {v: i for i, equation in enumerate(equations) for v in equation.values}
+    last_use.update(dict.fromkeys(values_of(program.outputs), len(equations)))
     made_at = {v: i for i, e in enumerate(equations) for v in e.outputs}
     width = [
         sum(size[v] for v, made in made_at.items() if made <= i < last_use.get(v, -1))
@@ -203,35 +182,29 @@ def _segment(
     program: FlatProgram, row_axis: dict[int, int], part: dict[int, int], index: int
 ) -> Segment:
     """Equations of one part, and what they need that no row touches (made again in each part)."""
-    own = {e.outputs[0] for e in program.equations if part.get(e.outputs[0]) == index}
     is_last = index == max(part.values(), default=0)
-    outside = {
-        v
-        for e in program.equations
-        if part.get(e.outputs[0], -1) > index
-        for v in e.inputs
-        if isinstance(v, int)
-    }
-    outside.update(v for v in program.outputs if isinstance(v, int))
-    produced = {v: e for e in program.equations for v in e.outputs}
+    home = index if is_last else -1  # of what no row touches and the program gives
+    read_outside = set(values_of(program.outputs))
+    for equation in program.equations:
+        if part.get(equation.outputs[0], -1) > index:
+            read_outside.update(equation.values)
     made = tuple(
         v
-        for v, e in produced.items()
-        if v in outside
-        and (e.outputs[0] in own or (is_last and e.outputs[0] not in part and v in outside))
+        for e in program.equations
+        if part.get(e.outputs[0], home) == index
+        for v in e.outputs
+        if v in read_outside
     )
     needed = set(made)
     equations = []
     for equation in reversed(program.equations):
-        head = equation.outputs[0] if equation.outputs else None
-        wanted = needed.intersection(equation.outputs) or (equation.has_effects and is_last)
-        if wanted and (head in own or head not in part):
+        is_needed = needed.intersection(equation.outputs) or (equation.has_effects and is_last)
+        if is_needed and part.get(equation.outputs[0], index) == index:
             equations.append(equation)
-            needed.update(v for v in equation.inputs if isinstance(v, int))
+            needed.update(equation.values)
     equations.reverse()
     local = {v for e in equations for v in e.outputs} | set(program.constants)
-    inputs = tuple(sorted(v for v in needed if v not in local))
-    made = tuple(v for v in made if v in local)
+    inputs = tuple(sorted(needed - local))
     return Segment(
         FlatProgram(program.avals, tuple(equations), inputs, made, program.constants),
         tuple(row_axis.get(v) for v in inputs),

@@ -18,7 +18,6 @@ import functools
 import itertools
 import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from typing import Any
 
 import numpy as np
 from scipy.sparse import csr_array
@@ -181,7 +180,7 @@ class _Boundaries:
         for v in problem.outputs & self.made_in.keys():
             outputs[self.made_in[v]].add(v)
         self.outputs_at = tuple(map(frozenset, outputs))
-        self.known_members: dict[Any, tuple[int, ...]] = {}  # answers; several budgets ask the same
+        self.members = functools.cache(self._members)  # several budgets ask the same
 
     @functools.cached_property
     def cuts(self) -> MinimumCuts:
@@ -224,18 +223,10 @@ class _Boundaries:
 
         return at(_first(fits, len(EXCHANGE_RATES) - 1))
 
-    def members(
-        self, stage: int, targets: frozenset[int], whole: frozenset[int]
-    ) -> tuple[int, ...]:
-        """Row operations that give the own reductions and ``targets`` from what is ``whole``."""
-        question = stage, targets, whole
-        if question not in self.known_members:
-            self.known_members[question] = self._members(*question)
-        return self.known_members[question]
-
     def _members(
         self, stage: int, targets: frozenset[int], whole: frozenset[int]
     ) -> tuple[int, ...]:
+        """Row operations that give the own reductions and ``targets`` from what is ``whole``."""
         found = set(self.reductions[stage])
         stack = [*found]
         stack += {self.producer[v] for v in targets if v in self.producer}
@@ -257,7 +248,10 @@ def _first(is_enough: Callable[[int], bool], last: int) -> int:
 
 
 def _earliest_stages(problem: Problem) -> list[int]:
-    """A value made whole by stage ``s`` can be used whole from stage ``s + 1`` on."""
+    """Everything in the first stage that it can run in (scheduling as soon as possible).
+
+    A value made whole by stage ``s`` can be used whole from stage ``s + 1`` on.
+    """
     whole_from = dict(problem.available)
     rows_from: dict[int, int] = {}
     stages = []
@@ -276,7 +270,7 @@ def _earliest_stages(problem: Problem) -> list[int]:
 
 
 def _latest_stages(problem: Problem, earliest: Sequence[int]) -> tuple[int, ...]:
-    """Everything in the first stage that needs it.
+    """Everything in the first stage that needs it (scheduling as late as possible).
 
     Late is lean: a recomputed forward map belongs in the stage of the gradient that reads it, not
     in an earlier one from where it would have to be kept whole.
@@ -301,7 +295,7 @@ def _latest_stages(problem: Problem, earliest: Sequence[int]) -> tuple[int, ...]
 
 
 class MinimumCuts:
-    """Minimum cuts at the boundaries of one program.
+    """Minimum cuts at the boundaries of one program, by maximum flows (Ford & Fulkerson 1956).
 
     A flow network with two kinds of vertices: a value is *wanted* behind the boundary, an operation
     is *done again* there. Edges cost what it costs if their tail is so and their head is not: a
@@ -330,8 +324,8 @@ class MinimumCuts:
         tail, head, self.bytes, self.flops, stage, held = edges[order].T
         self.tail, self.head = tail.astype(np.int32), head.astype(np.int32)
         self.stage, self.held = stage.astype(int), held.astype(int)
-        self.known: dict[Any, frozenset[int]] = {}  # answers; several budgets ask the same
-        self.network: tuple[Any, _Network | None] = ((), None)  # of the last question
+        self.cheapest = functools.cache(self._cheapest)  # several budgets ask the same
+        self._network = functools.lru_cache(maxsize=1)(self._network_of)  # of the last boundary
 
     def _edges(self, home: Sequence[int]) -> Iterator[tuple[int, int, float, float, int, int]]:
         """Tail, head, cost in bytes and in operations, stage, and the value held."""
@@ -349,7 +343,7 @@ class MinimumCuts:
                 if v in self.vertex:
                     yield again, self.vertex[v], math.inf, 0.0, home[i], -1
 
-    def cheapest(
+    def _cheapest(
         self,
         stage: int,
         wanted: frozenset[int],
@@ -359,17 +353,9 @@ class MinimumCuts:
         """Values to hold across the boundary behind ``stage``; those in ``free`` cost nothing."""
         if not wanted:
             return frozenset()
-        boundary = stage, wanted, free
-        question = boundary, operations_per_byte
-        if question not in self.known:
-            if self.network[0] != boundary:
-                self.network = boundary, self._network(stage, wanted, free)
-            network = self.network[1]
-            assert network is not None
-            self.known[question] = frozenset(network.cut(operations_per_byte))
-        return self.known[question]
+        return frozenset(self._network(stage, wanted, free).cut(operations_per_byte))
 
-    def _network(self, stage: int, wanted: Collection[int], free: Collection[int]) -> _Network:
+    def _network_of(self, stage: int, wanted: frozenset[int], free: frozenset[int]) -> _Network:
         """The flow network of a boundary, for all exchange rates."""
         pinned = self.problem.never_held.union(self.problem.pinned.get(stage, ()))
         in_bytes = np.where(self._is_one_of(pinned), math.inf, self.bytes)
@@ -433,7 +419,11 @@ class _Network:
         return np.searchsorted(self.tail, np.arange(self.vertices + 1)).astype(np.int32)
 
     def cut(self, operations_per_byte: float) -> list[int]:
-        """The values held on the minimum cut nearest to the source."""
+        """The values held on the minimum cut nearest to the source.
+
+        A maximum flow (SciPy's, by Dinic's algorithm); what its residual network reaches from the
+        source is one side of the cut.
+        """
         costs = np.where(
             self.is_finite, self.in_bytes + self.in_operations / operations_per_byte, 0
         )

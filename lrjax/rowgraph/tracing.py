@@ -10,7 +10,14 @@ from typing import Any
 import jax
 import numpy as np
 
-from lrjax.program.inline import Atom, FlatEquation, FlatProgram, flatten, is_moving, lifted_effects
+from lrjax.program.inline import (
+    Atom,
+    FlatEquation,
+    FlatProgram,
+    flatten,
+    is_moving,
+    replaced_at,
+)
 from lrjax.program.manual_axes import with_casts_outside
 from lrjax.rowgraph.graph import build
 
@@ -70,21 +77,17 @@ def trace(
     axes = flat_axes(in_axes, args)
     leaves, tree = jax.tree.flatten(args)
     _check_arrays(args)
-    keyword_leaves, keyword_tree = jax.tree.flatten(kwargs)
-    traced_keywords = [i for i, leaf in enumerate(keyword_leaves) if is_array(leaf)]
+    keyword_arrays, keywords_of = arrays_in(kwargs)
     out_tree: Any = None
 
     def flat(*arrays: Any) -> list[Any]:
         nonlocal out_tree
-        keywords = list(keyword_leaves)
-        for i, array in zip(traced_keywords, arrays[len(leaves) :], strict=True):
-            keywords[i] = array
         positional = jax.tree.unflatten(tree, arrays[: len(leaves)])
-        result = fun(*positional, **jax.tree.unflatten(keyword_tree, keywords))
+        result = fun(*positional, **keywords_of(arrays[len(leaves) :]))
         outputs, out_tree = jax.tree.flatten(result)
         return outputs
 
-    arrays = [*leaves, *(keyword_leaves[i] for i in traced_keywords)]
+    arrays = [*leaves, *keyword_arrays]
     try:
         closed, _ = full_trace(flat, arrays)
     except (TypeError, ValueError) as error:
@@ -98,13 +101,29 @@ def trace(
         typed=row_axes_of,
     )
     consts = tuple(filter(is_moving, closed.consts))
-    all_axes = (*(None,) * len(consts), *axes, *(None,) * len(traced_keywords))
+    all_axes = (*(None,) * len(consts), *axes, *(None,) * len(keyword_arrays))
     program, inputs, input_axes = with_casts_outside(program, (*consts, *arrays), all_axes)
-    program, effects = lifted_effects(program)
+    program, effects = _lifted_effects(program)
     weak = frozenset(
         i for i, aval in enumerate(closed.out_avals) if getattr(aval, "weak_type", False)
     )
     return Traced(program, inputs, input_axes, out_tree, effects, weak)
+
+
+def _lifted_effects(program: FlatProgram) -> tuple[FlatProgram, tuple[FlatEquation, ...]]:
+    """A program without the equations that have an effect and no result, and these equations.
+
+    What they read becomes an output, so that a callback runs once, on whole values, after the
+    program: inside, each pass over a recomputed forward would call it again.
+    """
+    effects = tuple(e for e in program.equations if e.has_effects and not e.outputs)
+    read = (v for equation in effects for v in equation.values)
+    lean = dataclasses.replace(
+        program,
+        equations=tuple(e for e in program.equations if e not in effects),
+        outputs=(*program.outputs, *dict.fromkeys(read)),
+    )
+    return lean if effects else program, effects
 
 
 def flat_axes(in_axes: Any, args: tuple[Any, ...]) -> tuple[int | None, ...]:
@@ -197,6 +216,17 @@ def _explain_heights(leaves: list[Any], axes: tuple[int | None, ...], error: Exc
 def row_axes_of(program: FlatProgram, axes: Sequence[int | None]) -> Mapping[int, int]:
     """The row axis of every value of a program that carries rows."""
     return build(program, axes).row_axis
+
+
+def arrays_in(tree: Any) -> tuple[list[Any], Callable[[Sequence[Any]], Any]]:
+    """The arrays of a pytree, and the pytree as a function of them; all else stays as it is."""
+    leaves, structure = jax.tree.flatten(tree)
+    numbers = [i for i, leaf in enumerate(leaves) if is_array(leaf)]
+
+    def joined(arrays: Sequence[Any]) -> Any:
+        return jax.tree.unflatten(structure, replaced_at(leaves, numbers, arrays))
+
+    return [leaves[i] for i in numbers], joined
 
 
 def is_array(leaf: Any) -> bool:

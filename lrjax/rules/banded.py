@@ -19,7 +19,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from lrjax.program.constants import Constant
-from lrjax.rules.base import Array, Equation, NotRowLocal, RowOp, RowRead, Rows
+from lrjax.rules.base import Array, Equation, NotRowLocal, RowOp, RowRead, Rows, with_at
+from lrjax.rules.block_sums import accumulator_dtype
 from lrjax.rules.geometry import BandMap
 
 # A band is worth streaming if it is lower than this, or than half of the map.
@@ -60,9 +61,7 @@ class Taps:
         along = [-1 if a == axis else 1 for a in range(window.ndim)]
         if self.weights is None and self.rows.shape[1] == 1 and self.is_tap.all():
             return jnp.take(window, positions[:, 0], axis=axis, mode="clip").astype(dtype)
-        accumulator = dtype
-        if jnp.issubdtype(dtype, jnp.inexact):
-            accumulator = jnp.promote_types(dtype, jnp.float32)
+        accumulator = accumulator_dtype(dtype)
         total: Array | None = None
         for tap in range(self.rows.shape[1]):
             term = jnp.take(window, positions[:, tap], axis=axis, mode="clip").astype(accumulator)
@@ -187,11 +186,10 @@ def sum_of_taps(
     def evaluate(windows: Sequence[Array], rows: Rows) -> Sequence[Array]:
         return [arrange(found.sum(windows[operand], rows, axis, dtype))]
 
-    reads: list[RowRead | None] = [None] * len(equation.operands)
-    reads[operand] = RowRead(found.band, axis)
+    reads = with_at([None] * len(equation.operands), operand, RowRead(found.band, axis))
     elements = float(np.prod(equation.outputs[0].shape)) / max(found.height, 1)
     return RowOp(
-        reads=tuple(reads),
+        reads=reads,
         out_axes=(out_axis,),
         height=found.height,
         evaluate=evaluate,

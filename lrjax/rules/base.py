@@ -10,8 +10,9 @@ all else that is known of them: their ``Traits``.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
@@ -23,7 +24,7 @@ from jax.extend.core import Primitive
 from lrjax.program.compatibility import bind
 from lrjax.program.constants import Constant
 from lrjax.program.varying import struct
-from lrjax.rules.geometry import AnyMap
+from lrjax.rules.geometry import IDENTITY, AnyMap
 from lrjax.rules.traits import UNKNOWN_PRIMITIVE, Traits
 
 Shape = tuple[int, ...]
@@ -84,6 +85,11 @@ class Equation:
     outputs: tuple[jax.ShapeDtypeStruct, ...]
 
     @property
+    def structs(self) -> list[jax.ShapeDtypeStruct]:
+        """Types of the whole operands."""
+        return [operand.struct for operand in self.operands]
+
+    @property
     def row_operand(self) -> int:
         """Index of the first operand that carries rows."""
         return next(i for i, operand in enumerate(self.operands) if operand.row_axis is not None)
@@ -102,7 +108,17 @@ class Equation:
         """Apply the primitive to ``values``, with some parameters ``changed``."""
         return bind(self.primitive, values, {**self.params, **changed})
 
+    def bind_block(self, windows: Sequence[Array], rows: Rows) -> Sequence[Array]:
+        """Apply the primitive to windows as to whole operands; an ``Evaluate``."""
+        del rows
+        return self.bind(*windows)
 
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["start"],
+    meta_fields=["count", "is_differentiated"],
+)
 @dataclasses.dataclass(frozen=True)
 class Rows:
     """The output rows of a block.
@@ -166,6 +182,38 @@ class RowOp:
     preserves_finiteness: bool = True
     is_positional: bool = False
     undifferentiable: Callable[[], str | None] = lambda: None
+
+
+def reads_along(axes: Iterable[int | None], fill: Any = None) -> tuple[RowRead | None, ...]:
+    """Operands read row for row along these axes; None for one that is used whole."""
+    return tuple(None if axis is None else RowRead(IDENTITY, axis, fill) for axis in axes)
+
+
+def row_for_row(
+    equation: Equation,
+    axes: Iterable[int | None],
+    out_axis: int,
+    *,
+    flops: float = 0.0,
+    preserves_finiteness: bool = True,
+) -> RowOp:
+    """The equation with its own parameters on blocks of its operands, row for row.
+
+    Args:
+      equation: the equation.
+      axes: row axis of every operand, None for one that is used whole.
+      out_axis: of every result.
+      flops: operations on all rows.
+      preserves_finiteness: as of a ``RowOp``.
+    """
+    return RowOp(
+        reads=reads_along(axes),
+        out_axes=(out_axis,) * len(equation.outputs),
+        height=equation.height,
+        evaluate=equation.bind_block,
+        flops=flops / max(equation.height, 1),
+        preserves_finiteness=preserves_finiteness,
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -258,6 +306,11 @@ def _with_finiteness(op: RowOp, traits: Traits) -> RowOp:
     if traits.preserves_finiteness:
         return op
     return dataclasses.replace(op, preserves_finiteness=False)
+
+
+def with_at(entries: Sequence[Any], position: int, entry: Any) -> tuple[Any, ...]:
+    """Sizes, or whatever there is of every axis, with another at one position."""
+    return tuple(entry if i == position else own for i, own in enumerate(entries))
 
 
 def removed_axes(axis: int, removed: Sequence[int]) -> int:

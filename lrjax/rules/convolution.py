@@ -11,8 +11,19 @@ import jax
 import numpy as np
 from jax import lax
 
+from lrjax.program.compatibility import bind, evaluate_jaxpr
 from lrjax.program.platforms import per_platform
-from lrjax.rules.base import Array, Equation, NotRowLocal, RowOp, RowRead, Rows, Rule
+from lrjax.rules.base import (
+    Array,
+    Equation,
+    NotRowLocal,
+    RowOp,
+    RowRead,
+    Rows,
+    Rule,
+    reads_along,
+    with_at,
+)
 from lrjax.rules.block_sums import accumulator_dtype
 from lrjax.rules.geometry import IDENTITY, RowMap
 from lrjax.rules.linearity import product
@@ -49,13 +60,7 @@ def _rows_in_image(equation: Equation, dim: int) -> RowOp:
 
     def evaluate(windows: Sequence[Array], rows: Rows) -> Sequence[Array]:
         image, weights = windows
-        # Any block that starts at a multiple of the quantum sees the same alignment.
-        first = row_map.first(0) * row_map.base
-        low = first + row_map.pad
-        height = image.shape[spec.lhs_spec[2 + dim]]
-        dilated = max((height - 1) * row_map.base + 1, 0)
-        high = (rows.count - 1) * row_map.stride + row_map.extent - low - dilated
-        padded = _with_padding(equation, dim, (low, high))
+        padded = _padded_block(equation, dim, row_map, image, rows)
         return [_block_convolution(image, weights, padded, rows.is_differentiated)]
 
     height = equation.outputs[0].shape[out_axis]
@@ -84,10 +89,7 @@ def _rows_in_both(equation: Equation, dim: int) -> RowOp:
 
     def evaluate(windows: Sequence[Array], rows: Rows) -> Sequence[Array]:
         image, cotangent = windows
-        low = row_map.first(0) * row_map.base + row_map.pad
-        dilated = max((image.shape[image_axis] - 1) * row_map.base + 1, 0)
-        high = (rows.count - 1) * row_map.stride + extent - low - dilated
-        padded = _with_padding(equation, dim, (low, high))
+        padded = _padded_block(equation, dim, row_map, image, rows)
         if rows.is_differentiated:  # JAX does not transpose a convolution to a wider dtype
             return [_block_convolution(image, cotangent, padded, True)]
         return [_summing_convolution(image, cotangent, padded)]
@@ -122,27 +124,25 @@ def _rows_in_batch_or_features(equation: Equation) -> RowOp:
         axes, out_axis = (None, filters), spec.out_spec[1]
     else:
         raise NotRowLocal("rows of one operand meet other rows of the other")
-
-    def evaluate(windows: Sequence[Array], rows: Rows) -> Sequence[Array]:
-        return equation.bind(*windows)
-
-    fill = 0 if is_reduction else None
     return RowOp(
-        reads=tuple(None if a is None else RowRead(IDENTITY, a, fill=fill) for a in axes),
+        reads=reads_along(axes, fill=0 if is_reduction else None),
         out_axes=(out_axis,),
         height=equation.height,
-        evaluate=evaluate,
+        evaluate=equation.bind_block,
         reduction="sum" if is_reduction else None,
         drivers=(0, 1) if is_reduction else (),
         flops=operations(equation) / max(equation.height, 1),
     )
 
 
-def _with_padding(equation: Equation, dim: int, padding: tuple[int, int]) -> dict[str, Any]:
+def _padded_block(
+    equation: Equation, dim: int, row_map: RowMap, image: Array, rows: Rows
+) -> dict[str, Any]:
     """The parameters for a block of rows."""
-    paddings = list(equation.params["padding"])
-    paddings[dim] = padding
-    return {**equation.params, "padding": tuple(paddings)}
+    params = equation.params
+    height = image.shape[params["dimension_numbers"].lhs_spec[2 + dim]]
+    padding = row_map.block_padding(height, rows.count)
+    return {**params, "padding": with_at(params["padding"], dim, padding)}
 
 
 def operations(equation: Equation) -> float:
@@ -247,22 +247,14 @@ def _differentiable_convolution(lhs: Array, rhs: Array, params: dict[str, Any]) 
 def _transposed(function: Any, primal: Array, cotangent: Array) -> list[Array]:
     """``linear_transpose`` with every convolution in it per platform."""
     closed = jax.make_jaxpr(lambda ct: jax.linear_transpose(function, primal)(ct))(cotangent)
-    values: dict[Any, Any] = dict(zip(closed.jaxpr.constvars, closed.consts, strict=True))
-    values.update(zip(closed.jaxpr.invars, [cotangent], strict=True))
 
-    def read(atom: Any) -> Any:
-        return atom.val if hasattr(atom, "val") else values[atom]
-
-    for eqn in closed.jaxpr.eqns:
-        inputs = [read(v) for v in eqn.invars]
+    def run(eqn: Any, values: list[Any]) -> list[Any]:
         if eqn.primitive is lax.conv_general_dilated_p:
-            lhs, rhs = inputs
-            outputs = [_convolve_on_platform(lhs, rhs, eqn.params)]
-        else:
-            result = eqn.primitive.bind(*inputs, **eqn.params)
-            outputs = result if eqn.primitive.multiple_results else [result]
-        values.update(zip(eqn.outvars, outputs, strict=True))
-    return [read(v) for v in closed.jaxpr.outvars]
+            lhs, rhs = values
+            return [_convolve_on_platform(lhs, rhs, eqn.params)]
+        return bind(eqn.primitive, values, eqn.params)
+
+    return evaluate_jaxpr(closed, [cotangent], run)
 
 
 RULES = (

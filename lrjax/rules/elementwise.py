@@ -11,7 +11,17 @@ from jax import lax
 from jax.extend.core import primitives as public
 
 from lrjax.program.compatibility import primitives
-from lrjax.rules.base import Array, Equation, NotRowLocal, RowOp, RowRead, Rows, Rule
+from lrjax.rules.base import (
+    Array,
+    Equation,
+    NotRowLocal,
+    RowOp,
+    RowRead,
+    Rows,
+    Rule,
+    row_for_row,
+    with_at,
+)
 from lrjax.rules.block_sums import is_small, spread
 from lrjax.rules.geometry import IDENTITY
 from lrjax.rules.linearity import additive_in, additive_in_all, choice, conversion, product
@@ -34,8 +44,7 @@ def elementwise(equation: Equation) -> RowOp:
 
     def evaluate(windows: Sequence[Array], rows: Rows) -> Sequence[Array]:
         if rows.is_differentiated:
-            block = list(equation.outputs[0].shape)
-            block[axis] = rows.count
+            block = with_at(equation.outputs[0].shape, axis, rows.count)
             windows = [_spread_over(block, window) for window in windows]
         return equation.bind(*windows)
 
@@ -49,9 +58,9 @@ def elementwise(equation: Equation) -> RowOp:
     )
 
 
-def _spread_over(block: Sequence[int], window: Array) -> Array:
+def _spread_over(block: tuple[int, ...], window: Array) -> Array:
     """A window in the block's shape, unless it is a scalar."""
-    is_smaller = np.ndim(window) == len(block) and np.shape(window) != tuple(block)
+    is_smaller = np.ndim(window) == len(block) and np.shape(window) != block
     return spread(window, block, range(len(block))) if is_smaller and is_small(block) else window
 
 
@@ -85,31 +94,18 @@ def sort(equation: Equation) -> RowOp:
 def top_k(equation: Equation) -> RowOp:
     if equation.params["axis"] == equation.row_axis:
         raise NotRowLocal("top_k along rows")
-    return _row_for_row(equation, float(np.prod(equation.operands[0].shape)))
+    axis, elements = equation.row_axis, float(np.prod(equation.operands[0].shape))
+    return row_for_row(equation, (axis,), axis, flops=elements)
 
 
 def fourier_transform(equation: Equation) -> RowOp:
     """A transform along the last axes; rows before them are examples."""
-    lengths = equation.params["fft_lengths"]
-    if equation.row_axis >= len(equation.operands[0].shape) - len(lengths):
+    axis, lengths = equation.row_axis, equation.params["fft_lengths"]
+    if axis >= len(equation.operands[0].shape) - len(lengths):
         raise NotRowLocal("a Fourier transform along rows")
     elements = max(np.prod(equation.operands[0].shape), np.prod(equation.outputs[0].shape))
-    return _row_for_row(equation, float(5 * elements * np.log2(max(np.prod(lengths), 2))))
-
-
-def _row_for_row(equation: Equation, flops: float) -> RowOp:
-    """One operand, whose other axes may change, on rows that stay where they are."""
-
-    def evaluate(windows: Sequence[Array], rows: Rows) -> Sequence[Array]:
-        return equation.bind(*windows)
-
-    return RowOp(
-        reads=(RowRead(IDENTITY, equation.row_axis),),
-        out_axes=(equation.row_axis,) * len(equation.outputs),
-        height=equation.height,
-        evaluate=evaluate,
-        flops=flops / max(equation.height, 1),
-    )
+    flops = float(5 * elements * np.log2(max(np.prod(lengths), 2)))
+    return row_for_row(equation, (axis,), axis, flops=flops)
 
 
 def elements_made(equation: Equation) -> float:

@@ -78,6 +78,15 @@ class RowMap:
         """The largest ``stop`` whose input rows all lie before ``rows``."""
         return (rows * self.base - 1 + self.pad - (self.extent - 1)) // self.stride + 1
 
+    def block_padding(self, inputs: int, outputs: int) -> tuple[int, int]:
+        """Low and high padding with which so many input rows give so many output rows.
+
+        Any block that starts at a multiple of the quantum sees the same alignment.
+        """
+        low = self.first(0) * self.base + self.pad
+        dilated = max((inputs - 1) * self.base + 1, 0)
+        return low, (outputs - 1) * self.stride + self.extent - low - dilated
+
     def then(self, outer: RowMap | ChainedMap) -> ChainedMap:
         """The map of an operation that needs ``self``'s rows of what ``outer`` gives."""
         return ChainedMap((self, outer))

@@ -15,7 +15,18 @@ from jax import lax
 
 from lrjax.rules import banded
 from lrjax.rules.banded import Taps, constant_rows
-from lrjax.rules.base import Array, Equation, NotRowLocal, Operand, RowOp, RowRead, Rows, Rule
+from lrjax.rules.base import (
+    Array,
+    Equation,
+    NotRowLocal,
+    Operand,
+    RowOp,
+    RowRead,
+    Rows,
+    Rule,
+    row_for_row,
+    with_at,
+)
 from lrjax.rules.geometry import IDENTITY
 from lrjax.rules.linearity import additive_in
 from lrjax.rules.traits import Kind, Traits
@@ -32,7 +43,9 @@ def gather(equation: Equation) -> RowOp:
         # JAX keeps coordinates last, so axes of the indices and batch dimensions go in step.
         # An index outside the map gives NaN; those of rows outside the image may be anything.
         preserves_finiteness = equation.params["mode"] != lax.GatherScatterMode.FILL_OR_DROP
-        return _picked_per_row(equation, pair, batch_dims[pair[1]], preserves_finiteness)
+        return row_for_row(
+            equation, pair, batch_dims[pair[1]], preserves_finiteness=preserves_finiteness
+        )
     window_dims = _dimensions_without(
         (*numbers.collapsed_slice_dims, *numbers.operand_batching_dims), len(operand.shape)
     )
@@ -44,7 +57,7 @@ def gather(equation: Equation) -> RowOp:
     out_axis = numbers.offset_dims[window_dims.index(axis)]
 
     def evaluate(windows: Sequence[Array], rows: Rows) -> Sequence[Array]:
-        return equation.bind(*windows, slice_sizes=_with(sizes, axis, rows.count))
+        return equation.bind(*windows, slice_sizes=with_at(sizes, axis, rows.count))
 
     return RowOp(
         reads=(RowRead(IDENTITY, axis), None),
@@ -76,7 +89,7 @@ def scatter(equation: Equation) -> RowOp:
         found = [o.row_axis for o in equation.operands]
         matches = [f in (None, a) for f, a in zip(found, axes, strict=True)]
         if all(matches) and any(f is not None for f in found):
-            return _picked_per_row(equation, axes, axis)
+            return row_for_row(equation, axes, axis)
     return _scattered_rows(equation, batch_dims)
 
 
@@ -84,7 +97,7 @@ def _picked_rows(equation: Equation, batch_dims: Sequence[int]) -> RowOp:
     """``x[:, rows]`` with constant rows."""
     operand, axis, height = equation.operands[0], equation.row_axis, equation.height
     numbers, sizes = equation.params["dimension_numbers"], equation.params["slice_sizes"]
-    others_whole = _with(sizes, axis, height) == operand.shape
+    others_whole = with_at(sizes, axis, height) == operand.shape
     if tuple(numbers.start_index_map) != (axis,) or len(batch_dims) != 1 or not others_whole:
         raise NotRowLocal("rows are picked by indices")
 
@@ -112,9 +125,8 @@ def _scattered_rows(equation: Equation, batch_dims: Sequence[int]) -> RowOp:
     (axis,), (source,) = picked, batch_dims
     height = operand.shape[axis]
     window = [s for a, s in enumerate(updates.shape) if a != source]
-    if updates.row_axis != source or operand.row_axis not in (None, axis):
-        raise NotRowLocal("rows are scattered by indices")
-    if window != [s for a, s in enumerate(operand.shape) if a != axis]:
+    is_whole = window == [s for a, s in enumerate(operand.shape) if a != axis]
+    if updates.row_axis != source or operand.row_axis not in (None, axis) or not is_whole:
         raise NotRowLocal("rows are scattered by indices")
 
     def make() -> Taps:
@@ -152,10 +164,7 @@ def dynamic_update_slice(equation: Equation) -> RowOp:
         raise NotRowLocal("rows are written at a position known only at run time")
 
     def evaluate(windows: Sequence[Array], rows: Rows) -> Sequence[Array]:
-        starts = [
-            jax.numpy.zeros_like(start) if a == axis else start
-            for a, start in enumerate(windows[2:])
-        ]
+        starts = with_at(windows[2:], axis, jax.numpy.zeros_like(windows[2 + axis]))
         return [lax.dynamic_update_slice(windows[0], windows[1], starts)]
 
     return RowOp(
@@ -163,23 +172,6 @@ def dynamic_update_slice(equation: Equation) -> RowOp:
         out_axes=(axis,),
         height=operand.shape[axis],
         evaluate=evaluate,
-    )
-
-
-def _picked_per_row(
-    equation: Equation, axes: Sequence[int | None], out_axis: int, preserves_finiteness: bool = True
-) -> RowOp:
-    """The equation on blocks of the operands along ``axes``, with the same parameters."""
-
-    def evaluate(windows: Sequence[Array], rows: Rows) -> Sequence[Array]:
-        return equation.bind(*windows)
-
-    return RowOp(
-        reads=tuple(None if axis is None else RowRead(IDENTITY, axis) for axis in axes),
-        out_axes=(out_axis,),
-        height=equation.height,
-        evaluate=evaluate,
-        preserves_finiteness=preserves_finiteness,
     )
 
 
@@ -199,10 +191,6 @@ def _batched_axes(
 
 def _dimensions_without(dims: Sequence[int], rank: int) -> list[int]:
     return [a for a in range(rank) if a not in dims]
-
-
-def _with(sizes: Sequence[int], axis: int, size: int) -> tuple[int, ...]:
-    return tuple(size if a == axis else s for a, s in enumerate(sizes))
 
 
 # fmt: off

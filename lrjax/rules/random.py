@@ -18,7 +18,7 @@ from jax.extend.core import primitives as public
 from jax.extend.random import threefry2x32_p
 
 from lrjax.program.compatibility import primitives
-from lrjax.rules.base import Array, Equation, RowOp, Rows, Rule
+from lrjax.rules.base import Array, Equation, RowOp, Rows, Rule, with_at
 from lrjax.rules.traits import Kind, Traits
 
 # Twenty rounds of about five operations.
@@ -38,7 +38,7 @@ def random_rows(equation: Equation, axis: int) -> RowOp | None:
 
     def evaluate(windows: Sequence[Array], rows: Rows) -> Sequence[Array]:
         first, second = jax.random.key_data(windows[0])
-        block = tuple(rows.count if a == axis else size for a, size in enumerate(shape))
+        block = with_at(shape, axis, rows.count)
         index = jnp.zeros(block, np.uint32)
         for a in range(len(shape)):
             coordinate = lax.broadcasted_iota(np.uint32, block, a)

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from lrjax.program.varying import is_inexact
 from lrjax.rules import banded
 from lrjax.rules.banded import Taps
 from lrjax.rules.base import (
@@ -23,7 +24,9 @@ from lrjax.rules.base import (
     Rule,
     highest,
     lowest,
+    reads_along,
     removed_axes,
+    row_for_row,
 )
 from lrjax.rules.block_sums import accumulator_dtype, block_sum
 from lrjax.rules.geometry import IDENTITY
@@ -62,7 +65,7 @@ def reduce(equation: Equation) -> RowOp:
     over_rows = axis in axes
     combine = _COMBINE[equation.primitive]
     fill = identity_of(combine, equation.operands[0].dtype) if over_rows else None
-    is_long_sum = over_rows and combine == "sum" and _is_rounded(equation.operands[0].dtype)
+    is_long_sum = over_rows and combine == "sum" and is_inexact(equation.operands[0])
 
     def evaluate(windows: Sequence[Array], rows: Rows) -> Sequence[Array]:
         return [block_sum(windows[0], axes)] if is_long_sum else equation.bind(*windows)
@@ -78,32 +81,16 @@ def reduce(equation: Equation) -> RowOp:
     )
 
 
-def _is_rounded(dtype: Any) -> bool:
-    return jnp.issubdtype(dtype, jnp.inexact)
-
-
 def arg_reduce(equation: Equation) -> RowOp:
     axis, axes = equation.row_axis, equation.params["axes"]
     if axis in axes:
         raise NotRowLocal(f"{equation.primitive.name} over rows")
-
-    def evaluate(windows: Sequence[Array], rows: Rows) -> Sequence[Array]:
-        return equation.bind(*windows)
-
-    return RowOp(
-        reads=(RowRead(IDENTITY, axis),),
-        out_axes=(removed_axes(axis, axes),),
-        height=equation.height,
-        evaluate=evaluate,
-    )
+    return row_for_row(equation, (axis,), removed_axes(axis, axes))
 
 
 def dot_general(equation: Equation) -> RowOp:
     lhs, rhs = equation.operands
     (lhs_contract, rhs_contract), (lhs_batch, rhs_batch) = equation.params["dimension_numbers"]
-
-    def evaluate(windows: Sequence[Array], rows: Rows) -> Sequence[Array]:
-        return equation.bind(*windows)
 
     def evaluate_sum(windows: Sequence[Array], rows: Rows) -> Sequence[Array]:
         dtype = accumulator_dtype(equation.outputs[0].dtype)
@@ -112,12 +99,11 @@ def dot_general(equation: Equation) -> RowOp:
     def op(
         axes: tuple[int | None, int | None], out_axis: int | None, is_reduction: bool = False
     ) -> RowOp:
-        fill = 0 if is_reduction else None
         return RowOp(
-            reads=tuple(None if a is None else RowRead(IDENTITY, a, fill=fill) for a in axes),
+            reads=reads_along(axes, fill=0 if is_reduction else None),
             out_axes=(out_axis,),
             height=equation.height,
-            evaluate=evaluate_sum if is_reduction else evaluate,
+            evaluate=evaluate_sum if is_reduction else equation.bind_block,
             reduction="sum" if is_reduction else None,
             drivers=(0, 1) if is_reduction else (),
             flops=operations_of_product(equation) / max(equation.height, 1),

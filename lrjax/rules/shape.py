@@ -19,7 +19,10 @@ from lrjax.rules.base import (
     RowRead,
     Rows,
     Rule,
+    reads_along,
     removed_axes,
+    row_for_row,
+    with_at,
 )
 from lrjax.rules.block_sums import spread
 from lrjax.rules.geometry import IDENTITY, RowMap
@@ -32,15 +35,14 @@ def _row_by_row(equation: Equation, out_axis: int, **block_params: object) -> Ro
 
     ``block_params`` maps a parameter to a function of the number of rows.
     """
-    reads: list[RowRead | None] = [None] * len(equation.operands)
-    reads[equation.row_operand] = RowRead(IDENTITY, equation.row_axis)
+    axes = with_at([None] * len(equation.operands), equation.row_operand, equation.row_axis)
 
     def evaluate(windows: Sequence[Array], rows: Rows) -> Sequence[Array]:
         changed = {name: of_rows(rows.count) for name, of_rows in block_params.items()}  # type: ignore[operator]
         return equation.bind(*windows, **changed)
 
     return RowOp(
-        reads=tuple(reads),
+        reads=reads_along(axes),
         out_axes=(out_axis,) * len(equation.outputs),
         height=equation.outputs[0].shape[out_axis],
         evaluate=evaluate,
@@ -52,16 +54,12 @@ def _row_by_row(equation: Equation, out_axis: int, **block_params: object) -> Ro
 MOST_ROWS_PER_ROW = 32
 
 
-def _with(shape: Sequence[int], axis: int, size: int) -> tuple[int, ...]:
-    return tuple(size if a == axis else s for a, s in enumerate(shape))
-
-
 def broadcast_in_dim(equation: Equation) -> RowOp:
     axis, params = equation.row_axis, equation.params
     out_axis = params["broadcast_dimensions"][axis]
     if params["shape"][out_axis] != equation.height:
         raise NotRowLocal("one row is broadcast to many")
-    return _row_by_row(equation, out_axis, shape=lambda n: _with(params["shape"], out_axis, n))
+    return _row_by_row(equation, out_axis, shape=lambda n: with_at(params["shape"], out_axis, n))
 
 
 def alike_rows(equation: Equation, axis: int) -> RowOp | None:
@@ -75,7 +73,7 @@ def alike_rows(equation: Equation, axis: int) -> RowOp | None:
             return None
 
     def evaluate(windows: Sequence[Array], rows: Rows) -> Sequence[Array]:
-        block = _with(shape, axis, rows.count)
+        block = with_at(shape, axis, rows.count)
         if rows.is_differentiated:
             return [spread(windows[0], block, params["broadcast_dimensions"])]
         return equation.bind(*windows, shape=block)
@@ -96,7 +94,7 @@ def counted_rows(equation: Equation, axis: int) -> RowOp | None:
         return None
 
     def evaluate(windows: Sequence[Array], rows: Rows) -> Sequence[Array]:
-        block = equation.bind(shape=_with(shape, axis, rows.count))[0]
+        block = equation.bind(shape=with_at(shape, axis, rows.count))[0]
         if params["dimension"] == axis:
             block = block + jax.numpy.asarray(rows.start).astype(block.dtype)
         return [block]
@@ -139,7 +137,7 @@ def reshape(equation: Equation) -> RowOp:
 
 def _reshaped(equation: Equation, out_axis: int, row_map: RowMap) -> RowOp:
     kept = _row_by_row(
-        equation, out_axis, new_sizes=lambda n: _with(equation.params["new_sizes"], out_axis, n)
+        equation, out_axis, new_sizes=lambda n: with_at(equation.params["new_sizes"], out_axis, n)
     )
     return dataclasses.replace(kept, reads=(RowRead(row_map, equation.row_axis),))
 
@@ -177,8 +175,8 @@ def slice_(equation: Equation) -> RowOp:
     def evaluate(windows: Sequence[Array], rows: Rows) -> Sequence[Array]:
         return equation.bind(
             *windows,
-            start_indices=_with(params["start_indices"], axis, 0),
-            limit_indices=_with(params["limit_indices"], axis, (rows.count - 1) * stride + 1),
+            start_indices=with_at(params["start_indices"], axis, 0),
+            limit_indices=with_at(params["limit_indices"], axis, (rows.count - 1) * stride + 1),
         )
 
     return RowOp(
@@ -194,8 +192,8 @@ def pad(equation: Equation) -> RowOp:
     axis = operand.row_axis
     if axis is None:
         raise NotRowLocal("the padding value carries rows")
-    low, high, interior = equation.params["padding_config"][axis]
     config = equation.params["padding_config"]
+    low, high, interior = config[axis]
     touches_rows = (low, high, interior) != (0, 0, 0)
     if touches_rows and value.constant is None:
         raise NotRowLocal("rows are padded with a value that is not a constant")
@@ -203,16 +201,8 @@ def pad(equation: Equation) -> RowOp:
     filling = value.constant.value().item() if touches_rows and value.constant else None
 
     def evaluate(windows: Sequence[Array], rows: Rows) -> Sequence[Array]:
-        window, filler = windows
-        before = row_map.first(0) * row_map.base + low
-        dilated = max((window.shape[axis] - 1) * row_map.base + 1, 0)
-        after = rows.count - before - dilated
-        edges = (before, after, interior)
-        return equation.bind(
-            window,
-            filler,
-            padding_config=tuple(edges if a == axis else c for a, c in enumerate(config)),
-        )
+        edges = (*row_map.block_padding(windows[0].shape[axis], rows.count), interior)
+        return equation.bind(*windows, padding_config=with_at(config, axis, edges))
 
     return RowOp(
         reads=(RowRead(row_map, axis, fill=filling), None),
@@ -223,18 +213,19 @@ def pad(equation: Equation) -> RowOp:
     )
 
 
-def concatenate(equation: Equation) -> RowOp:
+def _shared_axis(equation: Equation) -> int:
+    """The axis that carries rows in every operand that has any."""
     axis = equation.row_axis
     if any(operand.row_axis not in (None, axis) for operand in equation.operands):
         raise NotRowLocal("operands carry rows on different axes")
+    return axis
+
+
+def concatenate(equation: Equation) -> RowOp:
+    axis = _shared_axis(equation)
     if equation.params["dimension"] == axis:
         return _rows_after_rows(equation, axis)
-    reads = tuple(RowRead(IDENTITY, axis) for _ in equation.operands)
-
-    def evaluate(windows: Sequence[Array], rows: Rows) -> Sequence[Array]:
-        return equation.bind(*windows)
-
-    return RowOp(reads=reads, out_axes=(axis,), height=equation.height, evaluate=evaluate)
+    return row_for_row(equation, (axis,) * len(equation.operands), axis)
 
 
 def _rows_after_rows(equation: Equation, axis: int) -> RowOp:
@@ -261,19 +252,9 @@ def _rows_after_rows(equation: Equation, axis: int) -> RowOp:
 
 
 def stack(equation: Equation) -> RowOp:
-    axis = equation.row_axis
-    if any(operand.row_axis not in (None, axis) for operand in equation.operands):
-        raise NotRowLocal("operands carry rows on different axes")
-
-    def evaluate(windows: Sequence[Array], rows: Rows) -> Sequence[Array]:
-        return equation.bind(*windows)
-
-    return RowOp(
-        reads=tuple(RowRead(IDENTITY, axis) for _ in equation.operands),
-        out_axes=(axis + (equation.params["axis"] <= axis),),
-        height=equation.height,
-        evaluate=evaluate,
-    )
+    axis = _shared_axis(equation)
+    out_axis = axis + (equation.params["axis"] <= axis)
+    return row_for_row(equation, (axis,) * len(equation.operands), out_axis)
 
 
 def unstack(equation: Equation) -> RowOp:
@@ -295,11 +276,8 @@ def dynamic_slice(equation: Equation) -> RowOp:
         raise NotRowLocal("rows are sliced at a position known only at run time")
 
     def evaluate(windows: Sequence[Array], rows: Rows) -> Sequence[Array]:
-        starts = [
-            jax.numpy.zeros_like(start) if a == axis else start
-            for a, start in enumerate(windows[1:])
-        ]
-        return [lax.dynamic_slice(windows[0], starts, _with(sizes, axis, rows.count))]
+        starts = with_at(windows[1:], axis, jax.numpy.zeros_like(windows[1 + axis]))
+        return [lax.dynamic_slice(windows[0], starts, with_at(sizes, axis, rows.count))]
 
     return RowOp(
         reads=(RowRead(IDENTITY, axis),) + (None,) * (len(equation.operands) - 1),

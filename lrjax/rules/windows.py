@@ -21,6 +21,7 @@ from lrjax.rules.base import (
     Rule,
     highest,
     lowest,
+    with_at,
 )
 from lrjax.rules.geometry import RowMap
 from lrjax.rules.linearity import additive_in
@@ -30,18 +31,12 @@ from lrjax.rules.traits import Kind, Traits
 
 def reduce_window(equation: Equation) -> RowOp:
     params, axis = equation.params, equation.row_axis
-    row_map = RowMap(
-        stride=params["window_strides"][axis],
-        extent=(params["window_dimensions"][axis] - 1) * params["window_dilation"][axis] + 1,
-        pad=params["padding"][axis][0],
-        base=params["base_dilation"][axis],
-    )
+    row_map = _window_map(equation)
 
     def evaluate(windows: Sequence[Array], rows: Rows) -> Sequence[Array]:
-        low = row_map.first(0) * row_map.base + row_map.pad
-        dilated = max((windows[0].shape[axis] - 1) * row_map.base + 1, 0)
-        high = (rows.count - 1) * row_map.stride + row_map.extent - low - dilated
-        padding = _replaced(params["padding"], axis, (low, high))
+        padding = with_at(
+            params["padding"], axis, row_map.block_padding(windows[0].shape[axis], rows.count)
+        )
         if rows.is_differentiated and (pooling := _pooling(equation, padding)):
             return [_differentiable(equation, pooling)(*windows)]
         return equation.bind(*windows, padding=padding)
@@ -53,6 +48,16 @@ def reduce_window(equation: Equation) -> RowOp:
         height=height,
         evaluate=evaluate,
         flops=operations(equation) / max(height, 1),
+    )
+
+
+def _window_map(equation: Equation) -> RowMap:
+    params, axis = equation.params, equation.row_axis
+    return RowMap(
+        stride=params["window_strides"][axis],
+        extent=(params["window_dimensions"][axis] - 1) * params["window_dilation"][axis] + 1,
+        pad=params["padding"][axis][0],
+        base=params["base_dilation"][axis],
     )
 
 
@@ -68,14 +73,11 @@ def select_and_scatter_add(equation: Equation) -> RowOp:
     windows_of = RowMap(stride=1, extent=size, pad=size - 1 - low, base=stride)
     rows_of = RowMap(stride=stride, extent=size, pad=low)
     operand_map = windows_of.then(rows_of)
-    chooses_max = params["select_prim"] is lax.ge_p
 
     def evaluate(windows: Sequence[Array], rows: Rows) -> Sequence[Array]:
         source_rows, operand_rows = windows
-        padding = _replaced(params["padding"], axis, (0, 0))
-        pooling = Pooling(
-            params["window_dimensions"], params["window_strides"], padding, chooses_max
-        )
+        padding = with_at(params["padding"], axis, (0, 0))
+        pooling = _gradient_of(equation, padding)
         if pooling.is_small:
             scattered = pooling.gradient(source_rows, operand_rows)
         else:
@@ -86,7 +88,7 @@ def select_and_scatter_add(equation: Equation) -> RowOp:
         return [lax.pad(scattered, jnp.zeros((), scattered.dtype), edges)]
 
     height = operand.shape[axis]
-    fill = lowest(operand.dtype) if chooses_max else highest(operand.dtype)
+    fill = _never_chosen(equation)
     return RowOp(
         reads=(RowRead(windows_of, axis, fill=0), RowRead(operand_map, axis, fill=fill)),
         out_axes=(axis,),
@@ -104,17 +106,12 @@ def select_and_gather_add(equation: Equation) -> RowOp:
         raise NotRowLocal("rows of a pooling tangent on different axes")
     if params["base_dilation"][axis] != 1:
         raise NotRowLocal("a pooling tangent with base dilation")
-    row_map = RowMap(
-        stride=params["window_strides"][axis],
-        extent=(params["window_dimensions"][axis] - 1) * params["window_dilation"][axis] + 1,
-        pad=params["padding"][axis][0],
-    )
+    row_map = _window_map(equation)
 
     def evaluate(windows: Sequence[Array], rows: Rows) -> Sequence[Array]:
-        return equation.bind(*windows, padding=_replaced(params["padding"], axis, (0, 0)))
+        return equation.bind(*windows, padding=with_at(params["padding"], axis, (0, 0)))
 
-    chooses_max = params["select_prim"] is lax.ge_p
-    fill = lowest(operand.dtype) if chooses_max else highest(operand.dtype)
+    fill = _never_chosen(equation)
     height = equation.outputs[0].shape[axis]
     return RowOp(
         reads=(RowRead(row_map, axis, fill=0), RowRead(row_map, axis, fill=fill)),
@@ -122,6 +119,17 @@ def select_and_gather_add(equation: Equation) -> RowOp:
         height=height,
         evaluate=evaluate,
         flops=operations(equation) / max(height, 1),
+    )
+
+
+def _gradient_of(equation: Equation, padding: Any) -> Pooling:
+    """The pooling whose gradient a ``select_and_scatter_add`` is."""
+    params = equation.params
+    return Pooling(
+        params["window_dimensions"],
+        params["window_strides"],
+        padding,
+        params["select_prim"] is lax.ge_p,
     )
 
 
@@ -159,11 +167,18 @@ def _differentiable(equation: Equation, pooling: Pooling) -> Callable[[Array], A
     return pool
 
 
+def _never_chosen(equation: Equation) -> Any:
+    """What the operand of a pooling gradient or tangent must hold outside the image."""
+    return _extreme(equation.operands[1].dtype, equation.params["select_prim"] is lax.ge_p)
+
+
 def _identity(equation: Equation) -> Any:
-    dtype = equation.operands[0].dtype
     if equation.primitive is lax.reduce_window_sum_p:
         return 0
-    is_maximum = equation.primitive is lax.reduce_window_max_p
+    return _extreme(equation.operands[0].dtype, equation.primitive is lax.reduce_window_max_p)
+
+
+def _extreme(dtype: Any, is_maximum: bool) -> Any:
     return lowest(dtype) if is_maximum else highest(dtype)
 
 
@@ -171,10 +186,6 @@ def operations(equation: Equation) -> float:
     """One for every element of every window."""
     window = float(np.prod(equation.params["window_dimensions"]))
     return window * float(np.prod(equation.outputs[0].shape))
-
-
-def _replaced(paddings: Sequence[tuple[int, int]], axis: int, padding: tuple[int, int]) -> Any:
-    return tuple(padding if a == axis else p for a, p in enumerate(paddings))
 
 
 # Operations that reduce the elements of every window.

@@ -20,8 +20,8 @@ from jax.custom_derivatives import SymbolicZero, zero_from_primal
 from jax.extend.core import Primitive, jaxpr_as_fun
 from jax.interpreters import ad, batching, mlir
 
-from lrjax.program.inline import FlatProgram, flatten, function_of
-from lrjax.program.varying import struct, struct_like, varying_axes
+from lrjax.program.inline import FlatProgram, flatten, function_of, replaced_at
+from lrjax.program.varying import is_inexact, struct, struct_like, varying_axes
 from lrjax.rowgraph.graph import build
 from lrjax.rules.base import Array
 from lrjax.strategies.stream import stream_function
@@ -69,7 +69,7 @@ def by_rows(
     """
     if any(equation.has_effects for equation in program.equations):
         return function  # JAX runs effects within no function that has derivatives of its own
-    inexact = [i for i, v in enumerate(program.outputs) if _is_inexact(program.aval(v))]
+    inexact = [i for i, v in enumerate(program.outputs) if is_inexact(program.aval(v))]
     given = {k: given[i] for k, i in enumerate(inexact) if i in given}
 
     def streamed(
@@ -89,8 +89,7 @@ def by_rows(
     @functools.cache
     def gradients(moving: tuple[int, ...]) -> Function:
         graph = build(program, axes)
-        outputs = [graph.program.outputs[i] for i in inexact]
-        out_axes = [graph.row_axis.get(v) if isinstance(v, int) else None for v in outputs]
+        out_axes = [graph.axis_of(graph.program.outputs[i]) for i in inexact]
         own_taken = {**taken} | {len(axes) + k: axis for k, axis in given.items()}
         own_given = {k: taken[i] for k, i in enumerate(moving) if i in taken}
         derivative = _gradient_program(program, moving, inexact)
@@ -104,7 +103,7 @@ def _tangent_program(program: FlatProgram, moving: Sequence[int]) -> FlatProgram
         inputs, given = arrays[: len(program.inputs)], arrays[len(program.inputs) :]
         function, primals = function_of(program, moving, inputs)
         outputs, found = jax.jvp(function, primals, list(given))
-        return [t for out, t in zip(outputs, found, strict=True) if _is_inexact(out)]
+        return [t for out, t in zip(outputs, found, strict=True) if is_inexact(out)]
 
     structs = [*program.structs, *(program.structs[i] for i in moving)]
     return flatten(jax.make_jaxpr(tangents)(*structs), keep_custom_rules=True)
@@ -189,7 +188,7 @@ class _Passes:
             self.backward,
             len(saved),
             len(primals),
-            tuple(filter(_is_inexact, self.types)),
+            tuple(filter(is_inexact, self.types)),
         )
         found = linear_p.bind(*saved, *primals, *_some(tangents, self.moving), linear=linear)
         return _with_zeros(found, self.types, symbolic=True)
@@ -224,20 +223,15 @@ def _of_some(function: Function, values: Sequence[Any], numbers: Sequence[int]) 
     """The function of the values of some numbers, at the others."""
 
     def call(*moving: Array) -> list[Array]:
-        own = dict(zip(numbers, moving, strict=True))
-        return list(function(*(own.get(i, x) for i, x in enumerate(values))))
+        return list(function(*replaced_at(values, numbers, moving)))
 
     return call
-
-
-def _is_inexact(value: Any) -> bool:
-    return bool(jnp.issubdtype(value.dtype, jnp.inexact))
 
 
 def _with_zeros(values: Sequence[Any], outputs: Sequence[Any], symbolic: bool = False) -> list[Any]:
     """Tangents or cotangents of all outputs from those of outputs that are not integers."""
     given = iter(values)
-    return [next(given) if _is_inexact(out) else _zero(out, symbolic) for out in outputs]
+    return [next(given) if is_inexact(out) else _zero(out, symbolic) for out in outputs]
 
 
 def _zero(out: Any, symbolic: bool) -> Any:
@@ -310,8 +304,7 @@ def _jvp(primals: Sequence[Any], tangents: Sequence[Any], *, linear: Linear) -> 
         return outputs, linear_p.bind(*saved, *inputs, *dots, linear=linear)
 
     def of_moving(values: Sequence[Array], given: Sequence[Array]) -> Sequence[Array]:
-        own = dict(zip(moving, values, strict=True))
-        return list(linear.forward([own.get(i, x) for i, x in enumerate(inputs)], given))
+        return list(linear.forward(replaced_at(inputs, moving, values), given))
 
     points = _some(inputs, moving), list(given)
     return outputs, jax.jvp(of_moving, points, (_some(input_dots, moving), dots))[1]

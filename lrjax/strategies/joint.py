@@ -12,7 +12,6 @@ from collections.abc import Collection, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from lrjax.program.comparisons import simpler_comparisons
@@ -21,9 +20,10 @@ from lrjax.program.inline import (
     FlatProgram,
     flatten,
     function_of,
+    replaced_at,
     without_dead_equations,
 )
-from lrjax.program.varying import struct_like
+from lrjax.program.varying import is_inexact, struct_like
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -82,7 +82,7 @@ def joint_of(program: FlatProgram, wrt: Sequence[int], placed: Collection[int]) 
     """
     count = len(program.outputs)
     outputs = [program.aval(v) for v in program.outputs]
-    inexact = [i for i, out in enumerate(outputs) if jnp.issubdtype(out.dtype, jnp.inexact)]
+    inexact = [i for i, out in enumerate(outputs) if is_inexact(out)]
     wanted = sorted(placed)
     telling = dataclasses.replace(program, outputs=(*program.outputs, *wanted))
 
@@ -96,10 +96,8 @@ def joint_of(program: FlatProgram, wrt: Sequence[int], placed: Collection[int]) 
             return values[:count], {v: x for v, x in placed if not _is_reference(x)}
 
         values, pull, places = jax.vjp(told, *moving, has_aux=True)
-        cotangents = [np.zeros(out.shape, jax.dtypes.float0) for out in outputs]
-        for i, ct in zip(inexact, moving_cotangents, strict=True):
-            cotangents[i] = ct
-        return (values, pull(cotangents)), places
+        zeros = [np.zeros(out.shape, jax.dtypes.float0) for out in outputs]
+        return (values, pull(replaced_at(zeros, inexact, moving_cotangents))), places
 
     structs = [struct_like(outputs[i]) for i in inexact]
     closed, (_, placed) = jax.make_jaxpr(joint, return_shape=True)(*program.structs, *structs)
@@ -111,7 +109,7 @@ def joint_of(program: FlatProgram, wrt: Sequence[int], placed: Collection[int]) 
         found,
         found.inputs[len(program.inputs) :],
         count,
-        {v: place for v, place in places if place in known},
+        {v: place for v, place in places if isinstance(place, int) and place in known},
     )
 
 

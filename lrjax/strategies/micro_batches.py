@@ -25,9 +25,10 @@ from lrjax.loop.offload import (
     on_device,
     with_hosted_outputs,
 )
-from lrjax.program.inline import Literal, flatten
-from lrjax.program.varying import struct_like
-from lrjax.rowgraph.graph import RowGraph, build
+from lrjax.program.inline import flatten, values_of
+from lrjax.program.varying import is_inexact, struct_like
+from lrjax.rowgraph.bodies import run_on_block
+from lrjax.rowgraph.graph import ColumnNode, Node, RowGraph, build
 from lrjax.rowgraph.segments import Cuttable, Segment
 from lrjax.rules.base import Array, Rows
 from lrjax.rules.geometry import IDENTITY
@@ -139,16 +140,16 @@ def batch_graph(segment: Segment) -> RowGraph | None:
     }
     graph = build(segment.program, [BATCH_AXIS if is_map else None for is_map in maps])
     outputs = graph.program.outputs
-    is_given = all(graph.row_axis.get(v) == BATCH_AXIS for v in outputs if isinstance(v, int))
+    is_given = all(graph.row_axis.get(v) == BATCH_AXIS for v in values_of(outputs))
     sizes |= {graph.program.aval(v).shape[BATCH_AXIS] for v in outputs} if is_given else set()
     independent = is_given and len(sizes) == 1 and all(map(_is_one_to_one(graph), graph.nodes))
     return graph if independent else None
 
 
-def _is_one_to_one(graph: RowGraph) -> Callable[[Any], bool]:
-    def check(node: Any) -> bool:
-        if node.op is None:
-            return not any(v in graph.row_axis for v in _values(node.equation.inputs))
+def _is_one_to_one(graph: RowGraph) -> Callable[[Node], bool]:
+    def check(node: Node) -> bool:
+        if isinstance(node, ColumnNode):
+            return graph.row_axis.keys().isdisjoint(node.equation.values)
         pairs = zip(node.equation.inputs, node.op.reads, strict=True)
         is_alone = not (node.is_reduction or node.op.is_positional or node.op.undifferentiable())
         return is_alone and all(
@@ -168,12 +169,14 @@ def micro_batches(segment: Segment, parts: int) -> DividedSegment:
     size = batch // parts
     divided = tuple(i for i, axis in enumerate(segment.axes) if axis is not None)
     structs = [
-        _resized(struct, size) if i in divided else struct
+        struct_like(struct, (size, *struct.shape[1:])) if i in divided else struct
         for i, struct in enumerate(segment.program.structs)
     ]
-    closed = jax.make_jaxpr(lambda *inputs: _evaluate_part(graph, inputs, size))(*structs)
+    closed = jax.make_jaxpr(lambda *inputs: run_on_block(graph, inputs, Rows(0, size), size))(
+        *structs
+    )
     program = flatten(closed, keep_custom_rules=True)
-    part = Segment(program, segment.axes, tuple(v for v in program.outputs if isinstance(v, int)))
+    part = Segment(program, segment.axes, tuple(values_of(program.outputs)))
     return DividedSegment(segment, part, parts, size, divided)
 
 
@@ -190,28 +193,6 @@ def _divisible_batch(segment: Segment, parts: int) -> tuple[RowGraph, int]:
     if batch % parts:
         raise ValueError(f"micro_batches={parts} does not divide the batch of {batch} images.")
     return graph, batch
-
-
-def _resized(struct: Any, size: int) -> jax.ShapeDtypeStruct:
-    return struct_like(struct, (size, *struct.shape[1:]))
-
-
-def _evaluate_part(graph: RowGraph, inputs: Sequence[Array], size: int) -> list[Array]:
-    values: dict[int, Any] = {**graph.program.constants}
-    values.update(zip(graph.program.inputs, inputs, strict=True))
-
-    def read(atom: Any) -> Any:
-        return jnp.asarray(atom.value, atom.dtype) if isinstance(atom, Literal) else values[atom]
-
-    for node in graph.nodes:
-        operands = list(map(read, node.equation.inputs))
-        if node.op is None:
-            results: Sequence[Any] = node.equation.evaluate(operands)
-        else:
-            with node.equation.origin():
-                results = node.op.evaluate(operands, Rows(0, size))
-        values.update(zip(node.equation.outputs, results, strict=True))
-    return [read(v) for v in graph.program.outputs]
 
 
 def by_micro_batches(own: DividedSegment, function: Function) -> Function:
@@ -237,23 +218,25 @@ def by_micro_batches(own: DividedSegment, function: Function) -> Function:
         return lax.scan(one, empty, jnp.arange(own.parts))[0]
 
     def forward(*inputs: Any) -> Any:
-        moving = [i for i, x in enumerate(inputs) if x.perturbed and _is_inexact(structs[i])]
+        moving = [i for i, x in enumerate(inputs) if x.perturbed and is_inexact(structs[i])]
         plain = [x.value for x in inputs]
         return call(*plain), (plain, {i: None for i in moving})
 
     def backward(residuals: Any, cotangents: Sequence[Any]) -> tuple[Any, ...]:
         inputs, moving = residuals
-        given = [None if ct.dtype == jax.dtypes.float0 else instantiated(ct) for ct in cotangents]
+        given = {
+            k: instantiated(ct) for k, ct in enumerate(cotangents) if ct.dtype != jax.dtypes.float0
+        }
 
         def one(sums: dict[int, Array], index: Array) -> tuple[dict[int, Array], None]:
             own_inputs = inputs_of(inputs, index)
 
             def of_moving(values: dict[int, Array]) -> list[Array]:
                 results = function(*[values.get(i, x) for i, x in enumerate(own_inputs)])
-                return [r for r, ct in zip(results, given, strict=True) if ct is not None]
+                return [results[k] for k in given]
 
             _, pull = jax.vjp(of_moving, {i: own_inputs[i] for i in moving})
-            (bars,) = pull([_part(ct, own, index) for ct in given if ct is not None])
+            (bars,) = pull([_part(ct, own, index) for ct in given.values()])
             added = {
                 i: _put(sums[i], bar, own, index)
                 if i in own.divided
@@ -265,13 +248,11 @@ def by_micro_batches(own: DividedSegment, function: Function) -> Function:
         full = full_depending_on(cotangents)
         start = {}
         for i in moving:
-            shape, dtype = structs[i].shape, _sum_dtype(own, i)
-            is_hosted = is_on_host(inputs[i])
-            start[i] = (
-                empty_on_host(shape, dtype)
-                if is_hosted
-                else full_like(full, structs[i], dtype=dtype)
-            )
+            struct, dtype = structs[i], _sum_dtype(own, i)
+            if is_on_host(inputs[i]):
+                start[i] = empty_on_host(struct.shape, dtype)
+            else:
+                start[i] = full_like(full, struct, dtype=dtype)
         sums, _ = lax.scan(one, start, jnp.arange(own.parts))
         return tuple(
             sums[i].astype(struct.dtype) if i in sums else None for i, struct in enumerate(structs)
@@ -293,11 +274,3 @@ def _part(array: Array, own: DividedSegment, index: Array) -> Array:
 def _put(array: Array, part: Array, own: DividedSegment, index: Array) -> Array:
     part = beside(part, array)
     return lax.dynamic_update_slice_in_dim(array, part, index * own.size, BATCH_AXIS)
-
-
-def _is_inexact(struct: Any) -> bool:
-    return bool(jnp.issubdtype(struct.dtype, jnp.inexact))
-
-
-def _values(atoms: Sequence[Any]) -> list[int]:
-    return [v for v in atoms if isinstance(v, int)]

@@ -6,11 +6,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from lrjax.program.inline import FlatEquation, FlatProgram, flatten, function_of
-from lrjax.program.varying import varying_axes, varying_over
+from lrjax.program.inline import FlatProgram, dependents, flatten, function_of, values_of
+from lrjax.program.varying import is_inexact, varying_axes, varying_over
 from lrjax.rowgraph.graph import RowGraph
 
 
@@ -29,15 +28,13 @@ def gradient_waits(graph: RowGraph, wrt: Sequence[int]) -> bool:
         return True
     stages = range(1 + min(graph.loops, default=0), len(graph.stages.members))
     tail = [node.equation for stage in stages for node in graph.column_nodes(stage)]
-    by_rows = {v for node in graph.nodes if node.op is not None for v in node.equation.outputs}
+    by_rows = {v for node in graph.row_nodes for v in node.equation.outputs}
     made = {v for equation in tail for v in equation.outputs} | graph.program.constants.keys()
-    given = tuple(dict.fromkeys(v for e in tail for v in _values(e) if v not in made))
-    moving = _dependents(graph.program.equations, {graph.program.inputs[i] for i in wrt})
+    given = tuple(dict.fromkeys(v for e in tail for v in e.values if v not in made))
+    moving = dependents(graph.program.equations, {graph.program.inputs[i] for i in wrt})
     avals = graph.program.avals
     on = [i for i, v in enumerate(given) if v in by_rows]
-    asked = [
-        i for i in on if given[i] in moving and jnp.issubdtype(avals[given[i]].dtype, np.inexact)
-    ]
+    asked = [i for i in on if given[i] in moving and is_inexact(avals[given[i]])]
     program = FlatProgram(avals, tuple(tail), given, graph.program.outputs, graph.program.constants)
     return bool(asked) and _gradient_depends(program, asked, on)
 
@@ -53,18 +50,5 @@ def _gradient_depends(program: FlatProgram, wrt: Sequence[int], on: Sequence[int
         return pull([varying_over(one, varying_axes(out))])
 
     traced = flatten(jax.make_jaxpr(gradient)(*program.structs))
-    found = _dependents(traced.equations, {traced.inputs[i] for i in on})
-    return any(v in found for v in traced.outputs if isinstance(v, int))
-
-
-def _dependents(equations: Sequence[FlatEquation], values: set[int]) -> set[int]:
-    """These values, and all that is made of them."""
-    found = set(values)
-    for equation in equations:
-        if not found.isdisjoint(_values(equation)):
-            found.update(equation.outputs)
-    return found
-
-
-def _values(equation: FlatEquation) -> list[int]:
-    return [v for v in equation.inputs if isinstance(v, int)]
+    found = dependents(traced.equations, (traced.inputs[i] for i in on))
+    return not found.isdisjoint(values_of(traced.outputs))

@@ -18,7 +18,7 @@ from lrjax.loop import engine
 from lrjax.loop.dependent_fill import dependency_on
 from lrjax.loop.rowloop import Order, RowLoop, row_loop
 from lrjax.program.comparisons import simpler_comparisons
-from lrjax.program.inline import flatten
+from lrjax.program.inline import dependents, flatten, values_of
 from lrjax.rowgraph.graph import RowGraph, build, size_bytes
 from lrjax.rules.base import Array
 from lrjax.strategies.rematerialisation import with_rematerialised_reads
@@ -51,7 +51,6 @@ def row_program(
     graph: RowGraph,
     order: Order,
     num_blocks: int,
-    recomputed: frozenset[int] = frozenset(),
     *,
     is_differentiated: bool = False,
 ) -> RowProgram:
@@ -61,7 +60,6 @@ def row_program(
       graph: what it computes.
       order: of the rows.
       num_blocks: steps.
-      recomputed: values whose halo rows are computed again, not kept.
       is_differentiated: steps are differentiated one by one.
     """
     made: dict[tuple[int, int], RowLoop] = {}
@@ -75,7 +73,6 @@ def row_program(
                 order=order,
                 num_blocks=num_blocks,
                 is_differentiated=is_differentiated,
-                recomputed=recomputed,
             )
         return made[key]
 
@@ -160,11 +157,7 @@ class RowPrograms:
             return (RowPass("forward and backward", self.forward, 0, _all_heads(first)),)
         program = self.forward.graph.program
         residuals, inputs = program.outputs[self.outputs :], set(program.inputs)
-        saved = sum(
-            size_bytes(program.avals[v])
-            for v in residuals
-            if isinstance(v, int) and v not in inputs
-        )
+        saved = sum(size_bytes(program.avals[v]) for v in values_of(residuals) if v not in inputs)
         cotangents = second.program.inputs[len(residuals) :]
         return (
             RowPass("forward", self.forward, saved, _all_heads(first)),
@@ -200,11 +193,7 @@ def _heads_behind(graph: RowGraph, cotangents: Sequence[int]) -> frozenset[int]:
     """First outputs of the operations that cotangents reach: no pass did them before."""
     if not cotangents:
         return _all_heads(graph)
-    moved = set(cotangents)
-    for node in graph.nodes:
-        if moved.intersection(v for v in node.equation.inputs if isinstance(v, int)):
-            moved.update(node.equation.outputs)
-    return frozenset(moved)
+    return frozenset(dependents((node.equation for node in graph.nodes), cotangents))
 
 
 # --- From a forward rule to its backward rule ----------------------------------------------------

@@ -18,7 +18,7 @@ import numpy as np
 
 from lrjax.loop.rowloop import RowLoop, Source
 from lrjax.program.inline import Atom
-from lrjax.rowgraph.graph import Node, RowGraph, size_bytes
+from lrjax.rowgraph.graph import RowGraph, RowNode
 from lrjax.rowgraph.stages import MinimumCuts, Operation, Problem
 
 # Shares of a loop's operations that may be done again, and how many percent the line buffers must
@@ -65,7 +65,7 @@ def with_rematerialised_reads(
 
 
 def _operations(loop: RowLoop) -> float:
-    return sum(node.op.flops * node.op.height for node in loop.nodes if node.op is not None)
+    return sum(node.operations for node in loop.nodes)
 
 
 def _copied(loop: RowLoop, stage: int, allowed: float) -> RowGraph:
@@ -98,14 +98,12 @@ def _late_sources(loop: RowLoop) -> set[tuple[int, int]]:
 def _must_not_copy(loop: RowLoop, index: int) -> bool:
     """An extreme, or what compares it: both read the same rows, not copies."""
     equation = loop.nodes[index].equation
-    values = {v for v in (*equation.inputs, *equation.outputs) if isinstance(v, int)}
-    return not loop.graph.compared.isdisjoint(values)
+    return not loop.graph.compared.isdisjoint((*equation.values, *equation.outputs))
 
 
 def _worth_copying(loop: RowLoop, late: set[tuple[int, int]], allowed: float) -> set[int]:
     """Nodes to do again late, with ``allowed`` operations."""
-    read = {loop.nodes[n].equation.inputs[operand] for n, operand in late}
-    wanted = frozenset(v for v in read if isinstance(v, int))
+    wanted = frozenset(s.value for s in loop.sources if (s.node, s.operand) in late)
     problem = _problem(loop, late)
     cuts = MinimumCuts(problem, [0] * len(loop.nodes))
 
@@ -143,22 +141,15 @@ def _problem(loop: RowLoop, late: set[tuple[int, int]]) -> Problem:
             delay[source.value] = max(delay.get(source.value, 0.0), reach)
     operations = []
     for i, node in enumerate(loop.nodes):
-        assert node.op is not None
         is_fixed = node.equation.has_effects or _must_not_copy(loop, i)
-        flops = math.inf if is_fixed else node.op.flops * node.op.height
-        inputs = tuple(v for v in node.equation.inputs if isinstance(v, int))
-        outputs = node.equation.outputs
+        flops = math.inf if is_fixed else node.operations
+        inputs, outputs = tuple(node.equation.values), node.equation.outputs
         operations.append(Operation(inputs, outputs, True, node.is_reduction, flops))
     size = {
-        v: math.ceil(_row_bytes(loop, v) * loop.track(v).rows * max(delay.get(v, 0.0), 1.0))
+        v: math.ceil(loop.graph.row_bytes(v) * loop.track(v).rows * max(delay.get(v, 0.0), 1.0))
         for v in loop.producer
     }
     return Problem(tuple(operations), frozenset(), size)
-
-
-def _row_bytes(loop: RowLoop, value: int) -> float:
-    aval = loop.graph.program.avals[value]
-    return size_bytes(aval) / max(loop.graph.height(value), 1)
 
 
 class _Copier:
@@ -168,7 +159,7 @@ class _Copier:
         self.loop, self.stage, self.late, self.copied = loop, stage, late, copied
         self.avals = list(loop.graph.program.avals)
         self.copy_of: dict[int, int] = {}
-        self.order: list[Node] = []
+        self.order: list[RowNode] = []
 
     def graph(self) -> RowGraph:
         for i, node in enumerate(self.loop.nodes):
@@ -233,5 +224,5 @@ class _Copier:
             ),
         )
 
-    def is_copy(self, node: Node) -> bool:
+    def is_copy(self, node: RowNode) -> bool:
         return not set(self.copy_of.values()).isdisjoint(node.equation.outputs)

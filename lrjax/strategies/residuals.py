@@ -11,11 +11,10 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-import jax.numpy as jnp
-
 from lrjax.program.comparisons import compared_extremes
 from lrjax.program.inline import FlatProgram
-from lrjax.rowgraph.graph import RowGraph, build, stage_problem
+from lrjax.program.varying import is_inexact
+from lrjax.rowgraph.graph import ColumnNode, RowGraph, build, stage_problem
 from lrjax.rowgraph.stages import Problem, Stages, cut_into_stages
 from lrjax.strategies.joint import Joint, joint_of
 
@@ -52,8 +51,7 @@ def residuals(
 def cotangent_axes(graph: RowGraph) -> list[int | None]:
     """Row axes of the cotangents that a program's gradient takes: those of its outputs."""
     program = graph.program
-    moving = [v for v in program.outputs if jnp.issubdtype(program.aval(v).dtype, jnp.inexact)]
-    return [graph.row_axis.get(v) if isinstance(v, int) else None for v in moving]
+    return [graph.axis_of(v) for v in program.outputs if is_inexact(program.aval(v))]
 
 
 def _ends_of_stages(graph: RowGraph) -> set[int]:
@@ -61,11 +59,11 @@ def _ends_of_stages(graph: RowGraph) -> set[int]:
     column operations take whole (they exist whole anyway), and what effects give."""
     found: set[int] = set()
     for node, home in zip(graph.nodes, graph.stages.home, strict=True):
-        if node.is_reduction or (node.op is None and home > 0) or node.equation.has_effects:
+        is_late = isinstance(node, ColumnNode) and home > 0
+        if node.is_reduction or is_late or node.equation.has_effects:
             found.update(node.equation.outputs)
-        if node.op is None:
-            inputs = (v for v in node.equation.inputs if isinstance(v, int))
-            found.update(v for v in inputs if v in graph.streamed)
+        if isinstance(node, ColumnNode):
+            found.update(graph.streamed.intersection(node.equation.values))
     return found
 
 

@@ -17,8 +17,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from lrjax.loop.offload import instantiated, is_on_host, scaled
-from lrjax.program.inline import FlatProgram, evaluate, flatten, function_of
-from lrjax.program.varying import struct_like, varying_axes, varying_over
+from lrjax.program.inline import FlatProgram, evaluate, flatten, function_of, replaced_at
+from lrjax.program.varying import is_inexact, struct_like, varying_axes, varying_over
 from lrjax.rowgraph.graph import RowGraph, build
 from lrjax.rowgraph.segments import Segment
 from lrjax.rules.base import Array
@@ -104,7 +104,7 @@ def stream_function(
         wrt = [
             i
             for i, (x, struct) in enumerate(zip(inputs, structs, strict=True))
-            if x.perturbed and jnp.issubdtype(struct.dtype, jnp.inexact)
+            if x.perturbed and is_inexact(struct)
         ]
         programs = stream_programs(program, axes, num_blocks, wrt)
         count = len(program.outputs)
@@ -134,10 +134,7 @@ def stream_function(
         else:
             inexact = [ct for ct in given if ct.dtype != jax.dtypes.float0]
             gradients = second.run([*residuals.arrays, *inexact], returned, after=cotangents)
-        bars: list[Any] = [None] * len(structs)
-        for i, gradient in zip(wrt, gradients, strict=True):
-            bars[i] = gradient
-        return tuple(bars)
+        return tuple(replaced_at([None] * len(structs), wrt, gradients))
 
     call.defvjp(forward, backward, symbolic_zeros=True)
     return call
@@ -147,7 +144,7 @@ def _two_passes(program: FlatProgram, axes: Axes, wrt: Sequence[int]) -> tuple[R
     joint, saved, budget = residuals(program, axes, wrt)
     first, second = joint.divided(saved)
     forward = build(first, axes, budget=budget)
-    taken = [forward.row_axis.get(v) for v in first.outputs[joint.count :] if isinstance(v, int)]
+    taken = [*map(forward.axis_of, first.outputs[joint.count :])]
     given = cotangent_axes(build(program, axes))
     return forward, build(second, [*taken, *given], budget=budget)
 

@@ -28,6 +28,7 @@ from lrjax.loop.offload import instantiated, is_on_host, to_host
 from lrjax.loop.rowloop import Order, RowLoop
 from lrjax.loop.small_sums import SmallSums
 from lrjax.program.inline import FlatEquation, FlatProgram
+from lrjax.program.varying import is_inexact
 from lrjax.rowgraph.graph import build
 from lrjax.rowgraph.segments import Segment
 from lrjax.rules.base import Array, RowOp
@@ -109,7 +110,7 @@ def _differentiable_loop(loop: RowLoop, values: Values, hosted: Collection[int] 
     def forward(inputs: dict[int, Any]) -> Any:
         perturbed = frozenset(v for v in names if inputs[v].perturbed)
         plain = {v: inputs[v].value for v in names}
-        outputs, lines = _run_and_save_lines(loop, plain)
+        outputs, lines = engine.run_steps(loop, plain, saves_lines=True)
         return outputs, Residuals((plain, lines), perturbed)
 
     def backward(residuals: Residuals, cotangents: Values) -> tuple[dict[int, Any]]:
@@ -132,25 +133,8 @@ def _without_tangent(value: Array) -> Array:
     return lax.bitwise_or(value, value) if is_integer else lax.stop_gradient(value)
 
 
-def _run_and_save_lines(loop: RowLoop, values: Values) -> tuple[Values, Values]:
-    """The forward loop, keeping the line buffers that every step starts with."""
-    clock = clock_of(loop)
-
-    def step(carry: Any, row: Any) -> Any:
-        lines, outputs, sums = carry
-        now = clock.at(row)
-        windows = engine.slice_windows(loop, now, values)
-        result = engine.run_step(loop, now, lines, windows, values)
-        outputs = engine.write_outputs(loop, now, outputs, result.rows)
-        return (result.lines, outputs, engine.add_partial(loop, sums, result.partial)), lines
-
-    start = engine.start_of(loop, values)
-    (_, outputs, sums), saved = lax.scan(step, start, clock.table())
-    return {**outputs, **engine.finished_sums(loop, sums)}, saved
-
-
 def _inexact(values: dict[Any, Any]) -> dict[Any, Any]:
-    return {k: v for k, v in values.items() if jnp.issubdtype(v.dtype, jnp.inexact)}
+    return {k: v for k, v in values.items() if is_inexact(v)}
 
 
 @functools.partial(

@@ -40,6 +40,12 @@ def row_loops(draw):
     return [*tasks, Task(last.reads, last.height, last.speed, is_sink=True)]
 
 
+def window(track, read, step):
+    """Input rows of a read in a step."""
+    start = read.row_map.first(track.start(step))
+    return start, start + read.row_map.size(track.rows)
+
+
 def read_by_others(tasks):
     return {read.task for task in tasks for read in task.reads if read.task is not None}
 
@@ -50,13 +56,13 @@ class TestPromises:
     @given(tasks=row_loops())
     def test_windows_lie_in_what_is_at_hand(self, order, tasks):
         schedule = MAKERS[order](tasks)
-        for index, task in enumerate(schedule.tasks):
-            for number, read in enumerate(task.reads):
+        for task, track in zip(tasks, schedule.tracks, strict=True):
+            for read in task.reads:
                 if read.task is None:
                     continue
                 source = schedule.tracks[read.task]
                 for step in range(schedule.steps):
-                    start, stop = schedule.window(index, number, step)
+                    start, stop = window(track, read, step)
                     assert source.stop(step) - source.depth <= start
                     assert stop <= source.stop(step)
 
@@ -65,9 +71,9 @@ class TestPromises:
     def test_windows_have_one_size(self, order, tasks):
         """One compiled step serves all."""
         schedule = MAKERS[order](tasks)
-        for index, task in enumerate(schedule.tasks):
-            for number in range(len(task.reads)):
-                windows = (schedule.window(index, number, t) for t in range(schedule.steps))
+        for task, track in zip(tasks, schedule.tracks, strict=True):
+            for read in task.reads:
+                windows = (window(track, read, step) for step in range(schedule.steps))
                 assert len({stop - start for start, stop in windows}) == 1
 
     @settings(max_examples=150, deadline=None)
@@ -83,7 +89,7 @@ class TestPromises:
     @given(tasks=row_loops())
     def test_every_row_of_a_sink_is_owned_once(self, order, tasks):
         schedule = MAKERS[order](tasks)
-        for task, track in zip(schedule.tasks, schedule.tracks, strict=True):
+        for task, track in zip(tasks, schedule.tracks, strict=True):
             if not task.is_sink:
                 continue
             owned = [row for t in range(schedule.steps) for row in range(*track.owned(t))]
@@ -95,7 +101,7 @@ class TestPromises:
     def test_blocks_start_at_multiples_of_the_quantum(self, order, tasks):
         """Then every block meets a dilated input at the same alignment."""
         schedule = MAKERS[order](tasks)
-        for task, track in zip(schedule.tasks, schedule.tracks, strict=True):
+        for task, track in zip(tasks, schedule.tracks, strict=True):
             assert track.rows % task.quantum == 0
             assert all(row % task.quantum == 0 for row in track.frontier)
 

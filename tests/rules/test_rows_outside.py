@@ -82,24 +82,25 @@ AXES = (1, None, None, None)
 
 @pytest.mark.parametrize("fun", NETWORKS)
 def test_stream_with_nan_outside(fun, monkeypatch):
-    fill, keep, empty_lines = engine._fill, engine._keep, engine.empty_lines
+    fill, keep, empty_lines = engine._fill, engine._Step.keep, engine.empty_lines
 
     def nan_beyond_arrays(loop, source):
         needed = loop.fill_of(source) is not None
         return fill(loop, source) if needed or not is_inexact(loop, source.value) else np.nan
 
-    def nan_beyond_slabs(loop, clock, made, value, slab, lines):
+    def nan_beyond_slabs(step, made, value, slab):
+        loop = step.loop
         if is_unfilled(loop, value):
-            start, axis = clock["start", loop.producer[value]], loop.graph.row_axis[value]
+            start, axis = step.clock["start", loop.producer[value]], loop.graph.row_axis[value]
             slab = keep_rows(slab, start, axis, 0, loop.graph.height(value), np.nan)
-        return keep(loop, clock, made, value, slab, lines)
+        return keep(step, made, value, slab)
 
     def nan_at_first(loop, full):
         lines = empty_lines(loop, full)
         return {v: x * np.nan if is_unfilled(loop, v) else x for v, x in lines.items()}
 
     monkeypatch.setattr(engine, "_fill", nan_beyond_arrays)
-    monkeypatch.setattr(engine, "_keep", nan_beyond_slabs)
+    monkeypatch.setattr(engine._Step, "keep", nan_beyond_slabs)
     monkeypatch.setattr(engine, "empty_lines", nan_at_first)
     assert_same_as_column(fun, ARGUMENTS, AXES, num_blocks=3, strategy="stream")
 
@@ -115,19 +116,20 @@ def is_unfilled(loop, value):
 @pytest.mark.parametrize("strategy", ["2ps", "overl"])
 @pytest.mark.parametrize("fun", NETWORKS)
 def test_differentiated_steps_are_finite_outside(fun, strategy, monkeypatch):
-    keep, seen = engine._keep, []
+    keep, seen = engine._Step.keep, []
 
-    def watched(loop, clock, made, value, slab, lines):
+    def watched(step, made, value, slab):
+        loop = step.loop
         if loop.is_differentiated and is_inexact(loop, value):
             name = loop.nodes[loop.producer[value]].equation.primitive.name
-            start, axis = clock["start", loop.producer[value]], loop.graph.row_axis[value]
+            start, axis = step.clock["start", loop.producer[value]], loop.graph.row_axis[value]
             ones = jnp.ones(slab.shape)
             inside = keep_rows(ones, start, axis, 0, loop.graph.height(value), 0) > 0
             finite = jnp.all(inside | jnp.isfinite(slab))
             jax.debug.callback(lambda ok: seen.append((name, bool(ok))), finite)
-        return keep(loop, clock, made, value, slab, lines)
+        return keep(step, made, value, slab)
 
-    monkeypatch.setattr(engine, "_keep", watched)
+    monkeypatch.setattr(engine._Step, "keep", watched)
     assert_same_as_column(fun, ARGUMENTS, AXES, num_blocks=3, strategy=strategy)
     jax.effects_barrier()
     assert seen

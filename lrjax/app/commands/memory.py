@@ -71,7 +71,8 @@ def memory(
             program = profiling.function_program(function, args)
         else:
             chosen = options.strategy_of(strategy, num_blocks, cuts, micro_batches)
-            program = _gradient(str(model), chosen, image, batch, dtype, width, head, norm)
+            step = options.training_step(str(model), image, batch, dtype, width, head, norm)
+            program = profiling.gradient_program(strategy=chosen, **step)
     except (ValueError, OSError) as error:
         stop(error)
     try:
@@ -107,28 +108,6 @@ def _targets() -> Any:
         needed = "" if row.is_installed else row.install.replace("[", r"\[")
         table.add_row(row.name, f"{row.memory_bytes / 2**30:,.1f}", row.description, needed)
     return table
-
-
-def _gradient(
-    model: str,
-    chosen: Any,
-    image: str,
-    batch: int,
-    dtype: str,
-    width: float,
-    head: str | None,
-    norm: str | None,
-) -> Any:
-    """Loss and gradient of a network by name."""
-    from lrjax.app import profiling
-    from lrjax.models import registry
-
-    numbers = profiling.dtype_of(dtype)
-    network = options.network_of(model, 1000, width, numbers.name, head=head, norm=norm)
-    size = options.size_of(image, "image")
-    options.check_counts(batch=batch)
-    pixels = registry.network(model).labels_pixels
-    return profiling.gradient_program(network, chosen, size, batch, numbers, labels_pixels=pixels)
 
 
 def _check_files(*paths: Path | None) -> None:

@@ -30,6 +30,14 @@ Target = Annotated[
 ]
 
 
+def numbers_of(text: str) -> list[int] | None:
+    """Whole numbers with commas between them; None where there are others."""
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        return None
+
+
 def strategy_of(name: str, num_blocks: str | None, cuts: str | None, micro_batches: int) -> Any:
     from lrjax.app import training
 
@@ -77,20 +85,17 @@ def source_of(
 
 
 def size_of(text: str, name: str = "image-size") -> tuple[int, int]:
-    try:
-        numbers = [int(part) for part in text.lower().split("x")]
-    except ValueError:
-        numbers = []
+    numbers = numbers_of(text.lower().replace("x", ",")) or []
     if len(numbers) not in (1, 2) or min(numbers) < 1:
         raise ValueError(f"{name}: got {text!r}; use N or HEIGHTxWIDTH, such as 512 or 512x768")
     return numbers[0], numbers[-1]
 
 
 def _digit_classes(text: str) -> list[int]:
-    try:
-        return [int(part) for part in text.split(",")]
-    except ValueError:
-        raise ValueError(f"digits: got {text!r}; use digits with commas, such as 0,1,7") from None
+    found = numbers_of(text)
+    if found is None:
+        raise ValueError(f"digits: got {text!r}; use digits with commas, such as 0,1,7")
+    return found
 
 
 def network_of(model: str, num_classes: int, width: float, dtype: str, **settings: Any) -> Any:
@@ -104,6 +109,32 @@ def network_of(model: str, num_classes: int, width: float, dtype: str, **setting
     return registry.build(
         model, num_classes=num_classes, width=width, dtype=dtypes[dtype], **settings
     )
+
+
+def training_step(
+    model: str,
+    image: str,
+    batch: int,
+    dtype: str,
+    width: float,
+    head: str | None,
+    norm: str | None,
+) -> dict[str, Any]:
+    """A network's training step on ImageNet's classes: arguments of ``planning.training_call``."""
+    from lrjax.app import profiling
+    from lrjax.models import registry
+
+    numbers = profiling.dtype_of(dtype)
+    network = network_of(model, 1000, width, numbers.name, head=head, norm=norm)
+    size = size_of(image, "image")
+    check_counts(batch=batch)
+    return {
+        "network": network,
+        "image": size,
+        "batch": batch,
+        "dtype": numbers,
+        "labels_pixels": registry.network(model).labels_pixels,
+    }
 
 
 def optimizer_of(name: str, learning_rate: float) -> Any:

@@ -49,8 +49,8 @@ def plan(
 
     wide = Console(width=max(console.width, 150))
     try:
-        _check(target, batch, maximise, save, frontier, timed)
-        step = _step(model, image, batch, dtype, width, head, norm)
+        _check(target, maximise, save, frontier, timed)
+        step = options.training_step(model, image, batch, dtype, width, head, norm)
         amount = 1.0 if budget is None else _budget(budget)
         with console.status("planning") as status:
             tell = functools.partial(_tell, status)
@@ -72,7 +72,6 @@ def plan(
 
 def _check(
     target: str | None,
-    batch: int,
     maximise: str | None,
     save: Path | None,
     frontier: Path | None,
@@ -91,30 +90,6 @@ def _check(
             "maximise: it answers with a table alone; ask for --save or --frontier without "
             "--maximise, at the size it found"
         )
-    options.check_counts(batch=batch)
-
-
-def _step(
-    model: str,
-    image: str,
-    batch: int,
-    dtype: str,
-    width: float,
-    head: str | None,
-    norm: str | None,
-) -> dict[str, Any]:
-    """What is planned: arguments of ``planning.training_call``."""
-    from lrjax.app import profiling
-    from lrjax.models import registry
-
-    numbers = profiling.dtype_of(dtype)
-    return {
-        "network": options.network_of(model, 1000, width, numbers.name, head=head, norm=norm),
-        "image": options.size_of(image, "image"),
-        "batch": batch,
-        "dtype": numbers,
-        "labels_pixels": registry.network(model).labels_pixels,
-    }
 
 
 def _planned(
