@@ -23,7 +23,7 @@ from lrjax.strategies.joint import Joint, joint_of
 MAX_OPERATIONS = 1.5
 # Budgets that are tried are what exists whole without one, halved so often; no bisection, for to
 # hold less at one boundary may cost less at the next.
-_COARSE, _FINE = (0.0, 0.5, 1.0, 1.5, 2.0, 2.5, 3.0), 0.25
+_COARSE, _FINER = (0.0, 0.5, 1.0, 1.5, 2.0, 2.5, 3.0), (0.25, 0.125)
 
 
 def residuals(
@@ -90,8 +90,8 @@ def _worth_holding(
 def _leanest(problem: Problem) -> tuple[Stages, float]:
     """The stages of least memory within ``MAX_OPERATIONS``, and their budget.
 
-    Budgets are tried in coarse steps until they ask for too many operations, then on both sides of
-    the best.
+    Budgets are tried in coarse steps until they ask for too many operations, then in finer ones on
+    both sides of the best.
     """
     once = sum(o.flops for o in problem.operations if math.isfinite(o.flops))
     best = cut_into_stages(problem)
@@ -112,6 +112,7 @@ def _leanest(problem: Problem) -> tuple[Stages, float]:
     for exponent in _COARSE:
         if not is_affordable(exponent):
             break
-    for exponent in (chosen - _FINE, chosen + _FINE):
-        is_affordable(exponent)
+    for step in _FINER:
+        for exponent in (chosen - step, chosen + step):
+            is_affordable(exponent)
     return best, budget
