@@ -204,7 +204,8 @@ class _Step:
         place = source.node, source.operand
         height = loop.graph.program.avals[source.value].shape[axis]
         if source.value in loop.producer:
-            window = at_hand[source.value].window(clock["back", *place], loop.window_rows(source))
+            back, rows = clock["back", *place], loop.window_rows(source)
+            window = at_hand[source.value].window(back, rows, source.read.slack)
             if loop.masked_at_read(source):
                 kept = clock.inside(("window", *place), window.shape[axis], 0, height)
                 window = keep(window, kept, axis, loop.fill_of(source))

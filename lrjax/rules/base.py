@@ -143,11 +143,14 @@ class RowRead:
       axis: the operand's row axis.
       fill: what rows outside the image must hold when they are read; None if they only reach
         output rows that are outside too.
+      slack: rows behind the window that a block may be given too, and ignores: where they are
+        there, the window need not be cut from them.
     """
 
     row_map: AnyMap
     axis: int
     fill: Any = None
+    slack: int = 0
 
 
 Evaluate = Callable[[Sequence[Array], Rows], Sequence[Array]]

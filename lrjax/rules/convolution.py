@@ -61,11 +61,17 @@ def _rows_in_image(equation: Equation, dim: int) -> RowOp:
     def evaluate(windows: Sequence[Array], rows: Rows) -> Sequence[Array]:
         image, weights = windows
         padded = _padded_block(equation, dim, row_map, image, rows)
+        low, high = padded["padding"][dim]
+        # Fewer rows than a stride give no row more.
+        padded["padding"] = with_at(
+            padded["padding"], dim, (low, 0 if 0 > high >= -slack else high)
+        )
         return [_block_convolution(image, weights, padded, rows.is_differentiated)]
 
     height = equation.outputs[0].shape[out_axis]
+    slack = row_map.stride - 1 if row_map.base == 1 else 0
     return RowOp(
-        reads=(RowRead(row_map, spec.lhs_spec[2 + dim], fill=0), None),
+        reads=(RowRead(row_map, spec.lhs_spec[2 + dim], fill=0, slack=slack), None),
         out_axes=(out_axis,),
         height=height,
         evaluate=evaluate,
@@ -96,7 +102,8 @@ def _rows_in_both(equation: Equation, dim: int) -> RowOp:
 
     return RowOp(
         reads=(
-            RowRead(row_map, image_axis, fill=0),
+            # Padding may be negative: column's kernel gradients crop what a stride skips.
+            RowRead(row_map, image_axis, fill=0, slack=row_map.stride - 1),
             RowRead(IDENTITY, rows_axis, fill=0),
         ),
         out_axes=(None,),
