@@ -16,6 +16,7 @@ from lrjax.program.inline import FlatProgram
 from lrjax.program.varying import is_inexact
 from lrjax.rowgraph.graph import ColumnNode, RowGraph, build, stage_problem
 from lrjax.rowgraph.stages import Problem, Stages, cut_into_stages
+from lrjax.strategies.frozen import worth_saving
 from lrjax.strategies.joint import Joint, joint_of
 
 # The least memory is taken with which all operations stay within this multiple of column's (a
@@ -39,7 +40,7 @@ def residuals(
     made = {v for equation in program.equations for v in equation.outputs}
     # What fun compares with its operand is computed again from what the operand then is.
     made -= compared_extremes(program)
-    late = _ends_of_stages(graph)
+    late = _ends_of_stages(graph) | worth_saving(graph, wrt)
     joint = joint_of(program, wrt, made & (late | graph.streamed))
     saved, budget = {joint.place[v] for v in late if v in joint.place}, math.inf
     if len(graph.loops) > 1:
