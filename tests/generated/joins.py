@@ -347,7 +347,10 @@ def over_rows(m: Map, how: str = "flip") -> Map:
     if how == "fft":
         return m.of(jnp.fft.fft(x, axis=axis).real / height**0.5 + x)
     if how == "std":
-        return m.of(x / (jnp.std(x, m.axes("HWD"), keepdims=True) + 0.2))
+        # A square root has no derivative at 0, which the variance of equal elements is, or is not
+        # by a rounding.
+        variance = jnp.var(x, m.axes("HWD"), keepdims=True)
+        return m.of(x / (jnp.sqrt(variance + 1e-6) + 0.2))
     if how == "any":
         return m.of(jnp.where((x > 1).any(axis, keepdims=True), x, 0.5 * x))
     return m.of(x - jnp.median(x, axis, keepdims=True))
