@@ -71,7 +71,7 @@ class _Events:
         made = (*loop.row_outputs, *given, *wide.values())
         lives = Step(loop).liveness(self.target)
         step = in_main_memory(lives.peak(), self.target)
-        inside = line_bytes(loop) + step + _ring_copy(loop, self.target)
+        inside = line_bytes(loop) + step
         time = loop_seconds(loop, lives, self.target)
         loops = Operation("row loop", tuple(read), made, Kind.LIBRARY, scratch=inside, seconds=time)
         self.operations.append(loops)
@@ -98,26 +98,11 @@ class _Events:
         outputs = frozenset(values(self.program.outputs))
         inputs = frozenset(self.program.inputs)
         operations = compiled(self.operations, self.size, self.next, self.target)
-        hosts = {v: self.bytes_of(v) for v in outputs.intersection(self.free) - inputs}
         moved = {v: self.bytes_of(v) for v in self.free}
+        hosts = {v: self.bytes_of(v) for v in outputs.intersection(self.free) - inputs}
         return Liveness(
             operations, self.size, before=inputs, after=outputs, hosts=hosts, moved=moved
         )
-
-
-def _ring_copy(loop: RowLoop, target: str) -> float:
-    """XLA:TPU copies a ring to write a slab into it, as 32 bits an element; the largest counts."""
-    if not is_tpu(target):
-        return 0.0
-    graph, avals = loop.graph, loop.graph.program.avals
-    return max(
-        (
-            4 / avals[v].dtype.itemsize * row_bytes(graph, v) * loop.line_rows(v)
-            for v in loop.producer
-            if loop.line_rows(v) and loop.is_ring(v)
-        ),
-        default=0.0,
-    )
 
 
 def loop_seconds(loop: RowLoop, step: Liveness, target: str) -> float:
