@@ -19,9 +19,13 @@ def row_bytes(graph: RowGraph, value: int) -> float:
     return size_bytes(graph.program.avals[value]) / max(graph.height(value), 1)
 
 
-def line_bytes(loop: RowLoop) -> float:
-    """Bytes of all line buffers of a loop."""
-    return sum(row_bytes(loop.graph, v) * loop.line_rows(v) for v in loop.producer)
+def line_bytes(loop: RowLoop, *, shifting_only: bool = False) -> float:
+    """Bytes of all line buffers of a loop, or of those that are no rings."""
+    return sum(
+        row_bytes(loop.graph, v) * loop.line_rows(v)
+        for v in loop.producer
+        if not (shifting_only and loop.is_ring(v))
+    )
 
 
 class Step:
