@@ -61,13 +61,7 @@ PARTS: dict[str, list[tuple[Any, str, Any]]] = {
         (Liveness, "hosted", frozenset()),
         (reverse, "bytes_beside", lambda sizes, hosts: sum(sizes)),
     ],
-    "line buffers that shift twice": [
-        (
-            loops,
-            "line_bytes",
-            lambda loop, shifting_only=False: 0.0 if shifting_only else _lines(loop),
-        )
-    ],
+    "line buffers that shift twice": [(loops, "line_bytes", _held_once)],
 }
 
 

@@ -196,17 +196,29 @@ class Candidates:
     def _cost(self, start: int, stop: int, choice: Choice) -> SegmentCost:
         if choice.offload:
             return self._offloaded(start, stop, choice)
+        if stop - start > 1 and not choice.strategy.by_rows and choice.micro_batches == 1:
+            return self._by_whole_maps(start, stop, choice)
         span = self.span(start, stop)
         if choice.micro_batches > 1:
-            return self._by_micro_batches(span, choice)
-        if stop - start > 1 and not choice.strategy.by_rows:
-            return self._by_whole_maps(start, stop, choice)
-        found = segment_cost(span.segment, choice, span.wrt, self.target)
-        if not choice.strategy.by_rows:
-            return found
+            found = self._by_micro_batches(span, choice)
+        else:
+            found = segment_cost(span.segment, choice, span.wrt, self.target)
+        backward = found.backward_bytes + self._waiting_bytes(start, stop)
         # Fewer bytes may seem to move by rows, but what whole maps find in caches is not known.
-        least = _LOOP * self.cost(start, stop, COLUMN).seconds
-        return dataclasses.replace(found, seconds=max(found.seconds, least))
+        least = _LOOP * self.cost(start, stop, COLUMN).seconds if choice.strategy.by_rows else 0.0
+        return dataclasses.replace(
+            found, backward_bytes=backward, seconds=max(found.seconds, least)
+        )
+
+    def _waiting_bytes(self, start: int, stop: int) -> float:
+        """Gradients of maps that later spans read and earlier ones made, which wait meanwhile."""
+        first, after = self.bounds[start], self.bounds[stop]
+        avals = self.whole.program.avals
+        return sum(
+            size_bytes(avals[v])
+            for v, made in self.places.made_at.items()
+            if made < first and self.places.last_use[v] >= after and v in self.moving
+        )
 
     # --- Maps on the host ------------------------------------------------------------------------
 

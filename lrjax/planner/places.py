@@ -25,6 +25,7 @@ class Places:
     Attributes:
       bounds: positions where it may be cut, from 0 to all operations.
       row_bounds: numbers of those where segments that run by rows may begin or end.
+      made_at, last_use: of maps that are read: the operation that makes them, and the last to read.
     """
 
     def __init__(self, whole: Cuttable, axes: Sequence[int | None]):
@@ -36,6 +37,15 @@ class Places:
         }
         self.made = [self._made_bytes(e) for e in whole.operations]
         count = len(whole.operations)
+        self.last_use = {v: count for v in whole.program.outputs if isinstance(v, int)}
+        for i, equation in enumerate(whole.operations):
+            self.last_use.update((v, max(i, self.last_use.get(v, 0))) for v in values_of(equation))
+        self.made_at = {
+            v: i
+            for i, equation in enumerate(whole.operations)
+            for v in equation.outputs
+            if v in whole.row_axis and self.last_use.get(v, i) > i
+        }
         narrow = self._fewest_missed(self._narrow(), MOST_CUTS)
         most = _MOST_ROW_CUTS
         # All segments between k cuts have (k + 2)(k + 3) / 6 times the program's operations.
@@ -73,17 +83,12 @@ class Places:
 
     def crossing(self) -> tuple[list[int], list[int]]:
         """Bytes and number of the row maps that cross before every operation."""
-        operations, program = self.whole.operations, self.whole.program
-        last_use = {v: len(operations) for v in program.outputs if isinstance(v, int)}
-        for i, equation in enumerate(operations):
-            last_use.update((v, max(i, last_use.get(v, 0))) for v in values_of(equation))
+        avals, operations = self.whole.program.avals, self.whole.operations
         steps = np.zeros((2, len(operations) + 2), np.int64)
-        for i, equation in enumerate(operations):
-            for v in equation.outputs:
-                if v in self.whole.row_axis and last_use.get(v, i) > i:
-                    change = size_bytes(program.avals[v]), 1
-                    steps[:, i + 1] += change
-                    steps[:, last_use[v] + 1] -= change
+        for v, made in self.made_at.items():
+            change = size_bytes(avals[v]), 1
+            steps[:, made + 1] += change
+            steps[:, self.last_use[v] + 1] -= change
         width, count = np.cumsum(steps, axis=1)[:, : len(operations)].tolist()
         return width, count
 
