@@ -32,9 +32,10 @@ COLUMN, CHECKPOINT = Choice("column"), Choice("checkpoint")
 # Rows of a step, at the least: below, launching kernels costs more than what they compute.
 LEAST_ROWS = 8
 MOST_BLOCKS = 1024
-# How often an offloaded map crosses the link: it is written, and read in two passes; its gradient
-# is written and read.
-_TRANSFERS = 5
+# How often an offloaded map crosses the link. It is written, and read in two passes, its gradient
+# written and read, and halos are read twice; compiled programs take as long as ten (VGG-16 at 4096
+# x 4096 behind its second pool: 60 ms more by their roofline than five crossings would).
+_TRANSFERS = 10
 # Seconds of a row loop over whole maps', at the least.
 _LOOP = 1.01
 

@@ -24,8 +24,10 @@ MIB = 2**20
 MOST_OVERPREDICTED = 1.4
 # Seconds that a faster plan must save, as a fraction.
 _WORTHWHILE = 0.02
-# Parts of the budget within which simple plans must be predicted, when nothing else fits.
-_LADDER = (0.85, 0.6, 0.4, 0.25)
+# Parts of the budget within which simple plans must be predicted: when nothing else fits; and when
+# something does, the second for plans that would be much faster.
+_LADDER, _BOLD = (0.85, 0.6, 0.4, 0.25), (1.0, 1.25)
+_MUCH = 0.1
 
 
 class BudgetTooSmallError(memory.DoesNotFitError):
@@ -235,15 +237,16 @@ class Prover:
 
     def climb(self, limits: Limits, on_progress: OnProgress) -> None:
         """Compile the simple plans that are faster than what is known to fit, and may fit."""
-        parts = _LADDER if self.best_known(limits) is None else (1.0, 1.0)
+        parts = _LADDER if self.best_known(limits) is None else _BOLD
         for part in parts:
-            rung = self.rung(limits, part * min(limits.budget, self.room))
+            by = _MUCH if part > 1 else _WORTHWHILE
+            rung = self.rung(limits, part * min(limits.budget, self.room), by)
             if rung is not None:
                 self.verify(rung, on_progress)
                 if part < 1 and self.best_known(limits) is not None:
                     break
 
-    def rung(self, limits: Limits, budget: float) -> Steps | None:
+    def rung(self, limits: Limits, budget: float, by: float) -> Steps | None:
         """The fastest simple plan that was not compiled yet and is predicted to be worth it."""
         best = self.best_known(limits)
         simple = (
@@ -252,15 +255,15 @@ class Prover:
             if all(step.kind in limits.kinds for step in steps)
             and steps not in self.proofs
             and self.model.peak_bytes(steps) <= budget
-            and self.is_faster(steps, best)
+            and self.is_faster(steps, best, by)
         )
         return min(simple, key=lambda steps: self.model.seconds(*steps), default=None)
 
-    def is_faster(self, steps: Steps, other: Steps | None) -> bool:
-        """Whether it is predicted to be faster than a plan that was compiled, by enough."""
+    def is_faster(self, steps: Steps, other: Steps | None, by: float = _WORTHWHILE) -> bool:
+        """Whether it is predicted to be faster than a plan that was compiled, by this part."""
         if other is None:
             return True
-        return self.model.seconds(*steps) < (1 - _WORTHWHILE) * self.proofs[other].seconds
+        return self.model.seconds(*steps) < (1 - by) * self.proofs[other].seconds
 
     def best_known(self, limits: Limits) -> Steps | None:
         """The fastest of the plans compiled so far that fits."""

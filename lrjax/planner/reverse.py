@@ -9,7 +9,7 @@ from lrjax.loop.rowloop import RowLoop
 from lrjax.planner.adjoint import Adjoint
 from lrjax.planner.compilers import compiled, in_main_memory
 from lrjax.planner.kernels import kernel_seconds, seconds
-from lrjax.planner.liveness import Liveness, bytes_beside
+from lrjax.planner.liveness import Kind, Liveness, Operation, bytes_beside
 from lrjax.planner.loops import accumulator_bytes, program_liveness
 from lrjax.planner.steps import Step, kernels_read, line_bytes, row_bytes
 from lrjax.planner.whole import values
@@ -127,6 +127,23 @@ def _step(loop: RowLoop, moving: Collection[int], target: str) -> Liveness:
         kept.update(loop.wholes)  # added to the accumulators when all branches are done
     pieces = frozenset(p for v in kept for p in adjoint.pieces.get(v, []))
     size.update(dict.fromkeys(outside, 0.0))
-    operations = compiled((*step.operations, *adjoint.operations), size, adjoint.next, target)
+    forward = with_residuals(step, adjoint.operations)
+    operations = compiled((*forward, *adjoint.operations), size, adjoint.next, target)
     moved = {**outside, **step.moved}
     return Liveness(operations, size, before=frozenset(given), after=pieces, moved=moved)
+
+
+def with_residuals(step: Step, reverse: Sequence[Operation]) -> list[Operation]:
+    """A step's operations, where what the reverse of a branch reads exists.
+
+    The residuals of a ``cond`` are among its results, so XLA can't fuse them into their readers.
+    """
+    read = {v for operation in reverse for v in operation.inputs}
+    return [
+        dataclasses.replace(operation, kind=Kind.ROOT)
+        if i in step.conditional
+        and operation.kind is Kind.FUSED
+        and not read.isdisjoint(operation.outputs)
+        else operation
+        for i, operation in enumerate(step.operations)
+    ]

@@ -150,7 +150,8 @@ class Model:
         whole = self.candidates.span(0, last)
         for kind in every_kind():
             if kind.strategy.by_rows and kind == Kind(kind.strategy):
-                plans += [(Step(0, last, choice),) for choice in whole.choices(kind)]
+                ratio = 2 if kind.strategy.streams else 4
+                plans += [(Step(0, last, choice),) for choice in whole.choices(kind, ratio)]
         return list(dict.fromkeys(plans))
 
     @property

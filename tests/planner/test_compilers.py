@@ -6,8 +6,10 @@ import pytest
 from jax import lax
 
 from experiments.plans import parse
+from lrjax.planner.adjoint import Adjoint
 from lrjax.planner.compilers import compiled, convolution_scratch
 from lrjax.planner.liveness import Kind, Operation
+from lrjax.planner.reverse import with_residuals
 from lrjax.planner.steps import Step
 from lrjax.planner.whole import joint_program
 from lrjax.rowgraph.segments import split
@@ -58,11 +60,20 @@ def segment_of(convolutions, height, width=32, channels=16):
 
 
 @pytest.mark.parametrize(("height", "has_branches"), [(32, True), (256, False)])
-def test_what_a_branch_reads_exists_until_it_is_done(height, has_branches):
+def test_what_the_reverse_of_a_branch_reads_exists(height, has_branches):
     (loop,) = filter(None, TwoPhase().execution(segment_of(12, height), 8, ()).rows.loops)
     step = Step(loop)
+    adjoint = Adjoint(step.size, {*loop.wholes, *step.older.values()}, step.next)
+    for node in loop.nodes:
+        if node.is_reduction:
+            adjoint.seed(node.equation.outputs[0])
+    adjoint.reverse(step.operations)
+    read = {v for operation in adjoint.operations for v in operation.inputs}
+    fused = [o for o in step.operations if o.kind is Kind.FUSED and read.intersection(o.outputs)]
+    still = [o for o in with_residuals(step, adjoint.operations) if o in fused]
+    assert fused
     assert bool(step.conditional) == has_branches
-    assert any(o.what == "branch" for o in step.operations) == has_branches
+    assert len(still) < len(fused) if has_branches else still == fused
 
 
 def test_tpu_copies_for_a_kernel_gradient_fit_its_vector_memory_or_exist():
