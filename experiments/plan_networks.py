@@ -9,7 +9,8 @@ be there. Six networks of ``lrjax.models``, six written as other people write th
 column's; programs compiled and seconds of planning, compilations included, from nothing (processor
 time beside it: the machine does other things too); and of the simple plans (column, checkpoints at
 few cuts, one strategy for all in a few numbers of blocks) the fastest that is predicted to fit,
-compiled. Results: ``results/plan_networks.json`` and ``.md``.
+compiled. Where no plan fits: the smallest peak that was found, over column's; None where arguments
+and gradients alone are more than the budget. Results: ``results/plan_networks.json`` and ``.md``.
 """
 
 import argparse
@@ -41,7 +42,7 @@ TARGET = "h200"
 HALF = jnp.bfloat16
 
 LINEN: dict[str, Callable[[], Any]] = {
-    "vgg16": lambda: models.VGG16(dtype=HALF),
+    "vgg16": lambda: models.VGG16(head="gap", dtype=HALF),
     "resnet50-frozen": lambda: models.ResNet50(norm="frozen", dtype=HALF),
     "resnet50-group": lambda: models.ResNet50(norm="group", dtype=HALF),
     "unet": lambda: models.UNet(dtype=HALF),

@@ -166,6 +166,7 @@ class Candidates:
         self.bounds = self.places.bounds
         self._spans: dict[tuple[int, int], Span] = {}
         self._between: dict[int, float] = {}
+        self._offloadable: dict[tuple[int, int], float] = {}
         self._costs: dict[tuple[int, int, Choice], SegmentCost] = {}
 
     @property
@@ -223,7 +224,6 @@ class Candidates:
 
     # --- Maps on the host ------------------------------------------------------------------------
 
-    @functools.cache  # noqa: B019 - candidates live as long as their costs
     def offloadable_bytes(self, start: int, stop: int) -> float:
         """Of the maps that a span gives, what may wait in the host's memory.
 
@@ -232,6 +232,11 @@ class Candidates:
         """
         if isinstance(find(self.target), CpuTarget) or stop == self.last:
             return 0.0
+        if (start, stop) not in self._offloadable:
+            self._offloadable[start, stop] = self._offloadable_bytes(start, stop)
+        return self._offloadable[start, stop]
+
+    def _offloadable_bytes(self, start: int, stop: int) -> float:
         program, row_axis = self.whole.program, self.whole.row_axis
         first, after = self.bounds[stop], self.bounds[stop + 1]
         later = {v for e in self.whole.operations[after:] for v in values_of(e)}
