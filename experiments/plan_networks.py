@@ -9,8 +9,10 @@ be there. Six networks of ``lrjax.models``, six written as other people write th
 column's; programs compiled and seconds of planning, compilations included, from nothing (processor
 time beside it: the machine does other things too); and of the simple plans (column, checkpoints at
 few cuts, one strategy for all in a few numbers of blocks) the fastest that is predicted to fit,
-compiled. Where no plan fits: the smallest peak that was found, over column's; None where arguments
-and gradients alone are more than the budget. Results: ``results/plan_networks.json`` and ``.md``.
+compiled. The two cores were shared with other compilations when this was measured, two to four
+programs at a time, and VGG-16's quarter before a second plan that is too large was allowed. Where
+no plan fits: the smallest peak that was found, over column's; None where arguments and gradients
+alone are more than the budget. Results: ``results/plan_networks.json`` and ``.md``.
 """
 
 import argparse

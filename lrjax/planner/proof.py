@@ -215,8 +215,10 @@ class Prover:
     def approach(self, limits: Limits, last: int, on_progress: OnProgress) -> None:
         """Search within the bytes at which the last prediction's error meets the budget.
 
-        It ends with the first plan that is no improvement on one that fits.
+        It ends with the first plan that fits and is no improvement, or the second that does not fit
+        when another does.
         """
+        misses = 0
         fixed, too_much = self.problem.fixed_bytes, math.inf
         within = min(limits.budget, self.room)
         while self.compilations < last:
@@ -228,7 +230,9 @@ class Prover:
             error = (proof.peak - fixed) / max(proof.predicted - fixed, 1)
             right = fixed + 0.98 * (min(budget, self.room) - fixed) / error
             if best is not None and self.best_known(limits) == best:
-                return
+                misses += 1
+                if misses > 1 or self.fits(found, budget):
+                    return
             if self.fits(found, budget):
                 within = min(right, MOST_OVERPREDICTED * budget, 0.98 * too_much)
             else:
