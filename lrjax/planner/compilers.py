@@ -162,13 +162,14 @@ def _with_pool_gradients(
     """XLA:GPU's gradient of a max pool: a scatter of values to places that are found first.
 
     What it scatters into is a copy of zeros, made where a ReLU of a map of the same shape first
-    compares with zeros. Where the pool's gradient is an operation of the program, and not of a
-    step that is differentiated, the ReLU's own zeros come to exist as well.
+    compares with zeros; the ReLU's own zeros come to exist as well. In a step of a row loop it is
+    elementwise work instead (``rules.pool_gradients``).
     """
+    if any(operation.what == WINDOW for operation in operations):
+        return tuple(operations)
     new = _Rewrite(operations, size, fresh)
     added = {v for o in operations if o.what in _SUMS for v in o.inputs}
     maker = {v: o for o in operations for v in o.outputs}
-    is_step = any(o.what == WINDOW for o in operations)  # rows outside the image are zeros too
     shared: set[Any] = set()
     for i, operation in enumerate(operations):
         if operation.what not in POOL_GRADIENTS or operation.like is None:
@@ -180,7 +181,7 @@ def _with_pool_gradients(
         users = [
             j
             for j, o in enumerate(operations)
-            if o.what in _ZEROS and _shape_of(o) == shape and (is_step or not _is_scaled(o, maker))
+            if o.what in _ZEROS and _shape_of(o) == shape and not _is_scaled(o, maker)
         ]
         if made in added or not users or users[0] > i:
             continue
