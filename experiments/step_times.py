@@ -130,8 +130,8 @@ ROWS = (
 
 def measure(row: Row, target: str) -> dict[str, Any]:
     """Peak, time and what they are made of."""
-    step = jax.value_and_grad(_of_params(row.function()), has_aux=True)
-    compiled = memory.compile_for(step, *_split(TASKS[row.task].arguments()), target=target)
+    step = jax.value_and_grad(of_params(row.function()), has_aux=True)
+    compiled = memory.compile_for(step, *split(TASKS[row.task].arguments()), target=target)
     found = lrjax.roofline.roofline_of(compiled.as_text(), lrjax.roofline.rates_of(target))
     return {
         "peak_mib": round(memory.peak_bytes(compiled) / MIB, 1),
@@ -144,14 +144,14 @@ def measure(row: Row, target: str) -> dict[str, Any]:
     }
 
 
-def _of_params(function: Callable[..., Any]) -> Callable[..., Any]:
+def of_params(function: Callable[..., Any]) -> Callable[..., Any]:
     def of_params(params: Any, others: Any, images: Any, labels: Any) -> Any:
         return function({**others, "params": params}, images, labels)
 
     return of_params
 
 
-def _split(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+def split(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
     variables, *rest = arguments
     others = {name: value for name, value in variables.items() if name != "params"}
     return variables["params"], others, *rest
