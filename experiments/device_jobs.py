@@ -41,6 +41,7 @@ from lrjax.plan import Plan
 from lrjax.roofline import Roofline, rates_of, roofline_of
 from lrjax.rules.pool_gradients import Pooling
 
+NETWORKS = ("vgg16", "resnet50")
 FRACTIONS = {"half": 0.5, "tenth": 0.1}
 MOST_ROUNDS, TIMING_S = 9, 8.0
 PROFILED_STEPS = 3
@@ -95,9 +96,9 @@ class Program:
             return fun
         return lrjax.rowwise(fun, in_axes=(None, None, 1, None), **self.options)
 
-    def compile(self) -> jax.stages.Compiled:
+    def lowered(self) -> jax.stages.Lowered:
         step = jax.value_and_grad(self.function, has_aux=True)
-        return jax.jit(step).lower(*split(self.task.arguments())).compile()
+        return jax.jit(step).lower(*split(self.task.arguments()))
 
 
 def programs(session: Session, part: str) -> list[Program]:
@@ -127,7 +128,12 @@ def compiled(session: Session, chosen: Sequence[Program]) -> dict[Program, jax.s
     found = {}
     start = time.monotonic()
     with ThreadPoolExecutor(max(1, len(os.sched_getaffinity(0)) // 2)) as pool:
-        pending = {pool.submit(program.compile): program for program in chosen}
+        pending = {}
+        for program in chosen:  # traced here, one after the other
+            try:
+                pending[pool.submit(program.lowered().compile)] = program
+            except Exception as error:
+                session.emit(program=str(program), error=message_of(error))
         for future in as_completed(pending):
             program = pending[future]
             try:
@@ -315,7 +321,8 @@ def planned(session: Session, network: str, fraction: str, target: str) -> None:
             column.function,
             *arguments,
             in_axes=(None, None, 1, None),
-            budget=int(FRACTIONS[fraction] * peak_bytes),
+            # Of tiny steps, arguments and gradients are more than a tenth.
+            budget=int(max(FRACTIONS[fraction], 0.3 * session.quick) * peak_bytes),
             target=target,
             wrt=0,
         )
@@ -332,18 +339,16 @@ def column_of(session: Session, network: str) -> Program:
     return Program(network, 128 if session.quick else 4096, "column", None, session.quick)
 
 
-def plans(session: Session) -> None:
-    """What plans that are there take, beside column."""
-    for network in ("vgg16", "resnet50"):
-        column = column_of(session, network)
-        chosen = [column]
-        for name in FRACTIONS:
-            path = session.out / f"plan_{network}_{name}.json"
-            if path.exists():
-                options = {"plan": Plan.load(path)}
-                chosen.append(dataclasses.replace(column, way=name, options=options))
-        if len(chosen) > 1:
-            measure(session, chosen)
+def plans(session: Session, network: str) -> list[Program]:
+    """Steps by the plans that are there, beside column; none without a plan."""
+    column = column_of(session, network)
+    paths = {name: session.out / f"plan_{network}_{name}.json" for name in FRACTIONS}
+    found = [
+        dataclasses.replace(column, way=name, options={"plan": Plan.load(path)})
+        for name, path in paths.items()
+        if path.exists()
+    ]
+    return [column, *found] if found else []
 
 
 def main() -> None:
@@ -353,20 +358,24 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true")
     options = parser.parse_args()
     part, *arguments = options.job.split(":")
-    session = Session(options.out, "steps" if part == "compile" else part, options.quick)
+    session = Session(options.out, arguments[0] if part == "compile" else part, options.quick)
     if part == "environment":
         session.emit(**report.environment(), target=session.target)
     elif part == "checks":
         for record in checked(*arguments):
             session.emit(**record)
-    elif part == "compile":
+    elif options.job == "compile:steps":
         compiled(session, programs(session, "steps"))
+    elif part == "compile":
+        compiled(session, [p for network in NETWORKS for p in plans(session, network)])
     elif part in ("steps", "graphs"):
         measure(session, programs(session, part))
     elif part == "plan":
         planned(session, *arguments)
+    elif part == "plans":
+        measure(session, plans(session, *arguments))
     else:
-        {"profile": profile, "pools": pools, "plans": plans}[part](session)
+        {"profile": profile, "pools": pools}[part](session)
 
 
 if __name__ == "__main__":
