@@ -53,15 +53,15 @@ class Part:
 SHARING = (("XLA_PYTHON_CLIENT_PREALLOCATE", "false"),)
 CHECKS = tuple(f"checks:{network}:{dtype}" for dtype in DTYPES for network in NETWORKS)
 PARTS = (
-    Part(("environment",), 15, 10, SHARING),
-    Part(CHECKS, 80, 190, SHARING, side_by_side=True),
-    Part(("compile:steps",), 75, 45),
-    Part(("steps",), 30, 20),
-    Part(("profile",), 30, 15),
-    Part(("pools",), 18, 10),
-    Part(("graphs",), 42, 45, (("XLA_FLAGS", COMMAND_BUFFERS),)),
+    Part(("environment",), 15, 5, SHARING),
+    Part(CHECKS, 80, 245, SHARING, side_by_side=True),
+    Part(("compile:steps",), 75, 42),
+    Part(("steps",), 30, 12),
+    Part(("profile",), 30, 10),
+    Part(("pools",), 18, 7),
+    Part(("graphs",), 42, 35, (("XLA_FLAGS", COMMAND_BUFFERS),)),
     # A process per network: of one that takes less than the other the peak would not be seen.
-    Part(("compile:plans", *(f"plans:{network}" for network in PLANNED)), 118, 70),
+    Part(("compile:plans", *(f"plans:{network}" for network in PLANNED)), 118, 50),
 )
 
 
