@@ -16,8 +16,10 @@ import jax.numpy as jnp
 
 from experiments import vgg16_stack
 from lrjax import memory, models
+from lrjax.memory.targets import GpuTarget
 from lrjax.plan import Choice
 from lrjax.planner.cost import peak_bytes, segment_cost
+from lrjax.roofline import rates_of, roofline_of
 from lrjax.rowgraph.graph import size_bytes
 from lrjax.rowgraph.segments import Cuttable, Segment, split
 from lrjax.rowgraph.tracing import trace
@@ -186,15 +188,19 @@ def wrt_of(plan: Plan, segment: Segment) -> list[int]:
     ]
 
 
-def predicted_bytes(plan: Plan) -> float:
-    """The peak by the cost model."""
+def predicted(plan: Plan) -> tuple[float, float]:
+    """The peak, and seconds, by the cost model."""
     args = plan.step.arguments(plan.size)
     fixed = sum(size_bytes(leaf) for leaf in jax.tree.leaves((args, args[0])))
     costs = [segment_cost(s, c, wrt_of(plan, s), plan.target) for s, c in plan.as_compiled()]
-    return peak_bytes(costs, fixed)
+    return peak_bytes(costs, fixed), sum(cost.seconds for cost in costs)
 
 
-def compiled_bytes(plan: Plan) -> int:
-    """The peak by XLA."""
+def compiled(plan: Plan) -> tuple[int, float | None]:
+    """The peak by XLA; seconds by the compiled program's roofline, for a GPU."""
     args = plan.step.arguments(plan.size)
-    return memory.peak_bytes(memory.compile_for(plan.gradient(), *args, target=plan.target))
+    found = memory.compile_for(plan.gradient(), *args, target=plan.target)
+    seconds = None
+    if isinstance(memory.TARGETS[plan.target], GpuTarget):
+        seconds = roofline_of(str(found.as_text()), rates_of(plan.target)).seconds
+    return memory.peak_bytes(found), seconds

@@ -13,6 +13,7 @@ The answers go to ``results/step_times.json`` and, as a table, ``.md``.
 
 import argparse
 import os
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -88,7 +89,8 @@ class Row:
 
     ``method`` is ``"column"``, ``"remat"`` (``nn.remat`` around every block), ``"remat-stages"``
     (the same, and of the blocks' outputs only those that end a stage are kept), ``"checkpoint"``
-    (``jax.checkpoint`` around everything) or a strategy, in ``num_blocks``.
+    (``jax.checkpoint`` around everything), ``"plan"`` (``lrjax.plan`` for ``num_blocks`` hundredths
+    of column's peak) or a strategy, in ``num_blocks``.
     """
 
     task: str
@@ -99,6 +101,7 @@ class Row:
         return "/".join(str(part) for part in (self.task, self.method, self.num_blocks) if part)
 
     def function(self) -> Callable[..., Any]:
+        """The loss, in all ways but by a plan."""
         task = TASKS[self.task]
         if self.method == "remat":
             return task.with_remat
@@ -125,12 +128,63 @@ ROWS = (
     *(Row("resnet50-batch-8x1024", *way) for way in (("column",), ("remat",), ("stream", 4))),
     *(Row("unet-none-2048", *way) for way in (("column",), ("stream", 4), ("stream", 16))),
     *(Row("convnext-4096", *way) for way in (("column",), ("remat",), ("stream", 8))),
+    *(Row("vgg16-4096", "plan", share) for share in (50, 30, 10, 4)),
+    *(Row("vgg16-2048", "plan", share) for share in (50, 30)),
+    *(Row("vgg16-1024", "plan", share) for share in (50, 30)),
+    *(Row("resnet50-frozen-4096", "plan", share) for share in (50, 30, 12)),
+    *(Row("resnet50-batch-8x1024", "plan", share) for share in (50, 25)),
+    *(Row("unet-none-2048", "plan", share) for share in (50, 30, 10)),
+    *(Row("convnext-4096", "plan", share) for share in (50, 30, 12)),
 )
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A loss under a plan, and what planning took."""
+
+    function: Callable[..., Any]
+    told: dict[str, Any]
+
+
+def planned(row: Row, target: str) -> Planned:
+    """The loss of a row's task by the fastest plan within a share of column's peak."""
+    task = TASKS[row.task]
+    assert row.num_blocks is not None
+    args = split(task.arguments())
+    column = jax.value_and_grad(of_params(task), has_aux=True)
+    peak = memory.peak_bytes(memory.compile_for(column, *args, target=target))
+    in_axes = (None, None, *task.in_axes[1:])
+    start = time.perf_counter()
+    plan = lrjax.plan(
+        of_params(task),
+        *args,
+        in_axes=in_axes,
+        budget=int(peak * row.num_blocks / 100),
+        target=target,
+        wrt=0,
+    )
+    ways = [
+        one.choice.strategy.name + (f"/{one.choice.num_blocks}" if one.height else "")
+        for one in plan.segments
+    ]
+    told = {
+        "planning_s": round(time.perf_counter() - start, 1),
+        "compilations": plan.compilations,
+        "segments": ", ".join(ways),
+    }
+    return Planned(lrjax.rowwise(of_params(task), in_axes=in_axes, plan=plan), told)
 
 
 def measure(row: Row, target: str) -> dict[str, Any]:
     """Peak, time and what they are made of."""
-    step = jax.value_and_grad(of_params(row.function()), has_aux=True)
+    if row.method == "plan":
+        found = planned(row, target)
+        return {**_measured(found.function, row, target), **found.told}
+    return _measured(of_params(row.function()), row, target)
+
+
+def _measured(function: Callable[..., Any], row: Row, target: str) -> dict[str, Any]:
+    step = jax.value_and_grad(function, has_aux=True)
     compiled = memory.compile_for(step, *split(TASKS[row.task].arguments()), target=target)
     found = lrjax.roofline.roofline_of(compiled.as_text(), lrjax.roofline.rates_of(target))
     return {
@@ -167,10 +221,12 @@ def table(results: dict[str, Any]) -> str:
                 f"{found[key] / column[key]:.3f}" if column else "" for key in ("peak_mib", "ms")
             ]
             kinds = ", ".join(f"{kind} {ms}" for kind, ms in [*found["kinds_ms"].items()][:4])
+            if "segments" in found:
+                kinds = f"{found['segments']} (planned in {found['planning_s']} s)"
             keys = ("peak_mib", "ms", "launches", "tflop", "gb", "conditionals")
             lines.append([version, name, *ratios, *(found[key] for key in keys), kinds])
     header = ["jax", "program", "peak / column", "time / column", "peak MiB", "ms", "launches"]
-    header += ["TFLOP", "GB", "conditionals", "longest kinds, ms"]
+    header += ["TFLOP", "GB", "conditionals", "longest kinds, ms; a plan's segments"]
     return "\n\n".join(
         [
             "# Step time and peak memory, compiled for an H200",

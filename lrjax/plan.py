@@ -26,7 +26,7 @@ from lrjax.rules.geometry import ceil_div
 from lrjax.strategies import MicroBatches, Strategy, named
 from lrjax.text import MIB, aligned
 
-FORMAT = 3
+FORMAT = 4
 
 
 @dataclasses.dataclass(frozen=True, init=False)
@@ -189,6 +189,7 @@ class SegmentPlan:
       forward_bytes, backward_bytes: the most that is alive while its passes run, without what
         other segments hold, arguments and gradients.
       offloaded_bytes: of the maps it gives, what waits in the host's memory.
+      seconds: predicted, of both passes.
     """
 
     start: int
@@ -201,6 +202,7 @@ class SegmentPlan:
     forward_bytes: float
     backward_bytes: float
     offloaded_bytes: float = 0.0
+    seconds: float = 0.0
 
     @property
     def blocks(self) -> tuple[int, ...]:
@@ -237,6 +239,9 @@ class Plan:
       column_operations: floating-point operations of the gradient in ordinary execution.
       compilations: programs compiled to find it.
       host_bytes: what XLA sets aside of the host's memory, for maps that wait there.
+      predicted_seconds: the cost model's time of the gradient.
+      roofline_seconds: the time of the compiled program by ``lrjax.roofline``; None for targets
+        other than GPUs.
     """
 
     fingerprint: Fingerprint
@@ -251,6 +256,8 @@ class Plan:
     column_operations: float
     compilations: int
     host_bytes: int = 0
+    predicted_seconds: float = 0.0
+    roofline_seconds: float | None = None
 
     @property
     def cuts(self) -> tuple[int, ...]:
@@ -265,6 +272,11 @@ class Plan:
     def operations(self) -> float:
         """Operations as a multiple of ordinary execution's."""
         return sum(s.operations for s in self.segments) / max(self.column_operations, 1.0)
+
+    @property
+    def seconds(self) -> float:
+        """Of the compiled program, where its time is known; else predicted."""
+        return self.predicted_seconds if self.roofline_seconds is None else self.roofline_seconds
 
     @property
     def is_column(self) -> bool:
@@ -343,7 +355,7 @@ class Plan:
 
     @property
     def summary(self) -> str:
-        """One line: peak, budget, operations."""
+        """One line: peak, budget, time, operations."""
         where = self.target or "the default device"
         verified = self.verified_peak_bytes
         peak = (
@@ -354,7 +366,9 @@ class Plan:
         host = f"{_mib(self.host_bytes)} MiB of the host's, " if self.host_bytes else ""
         return (
             f"plan for {where}, jax {self.jax_version}: {peak} of {_mib(self.budget_bytes)} MiB, "
-            f"{host}{self.operations:.3f} x column's operations, {self.compilations} compilations"
+            f"{host}{self.seconds * 1e3:,.2f} ms"
+            f"{' (predicted)' if self.roofline_seconds is None else ' by its roofline'}, "
+            f"{self.operations:.3f} x column's operations, {self.compilations} compilations"
         )
 
 
@@ -362,7 +376,10 @@ def _mib(count: float) -> str:
     return f"{count / MIB:,.1f}"
 
 
-_COLUMNS = ("segment", "operations", "strategy", "blocks", "saved MiB", "forward", "backward", "")
+_COLUMNS = (
+    *("segment", "operations", "strategy", "blocks"),
+    *("ms", "saved MiB", "forward", "backward", ""),
+)
 
 
 def _table(segments: Sequence[SegmentPlan]) -> list[str]:
@@ -372,8 +389,9 @@ def _table(segments: Sequence[SegmentPlan]) -> list[str]:
         size = f"{len(blocks)} of {blocks[0]} rows" if blocks else ""
         numbers = (segment.saved_bytes, segment.forward_bytes, segment.backward_bytes)
         span = f"{segment.start}-{segment.stop - 1}"
-        rows.append([str(i), span, choice.text, size, *map(_mib, numbers), segment.fate])
-    return aligned(rows, left=(2, 3, 7))
+        time = f"{segment.seconds * 1e3:,.2f}"
+        rows.append([str(i), span, choice.text, size, time, *map(_mib, numbers), segment.fate])
+    return aligned(rows, left=(2, 3, 8))
 
 
 # --- Reading -------------------------------------------------------------------------------------
@@ -409,7 +427,7 @@ def _plan_of(data: dict[str, Any]) -> Plan:
     if stops != sorted(set(stops)):
         raise ValueError("its segments are empty")
     found = {name: _list(data["fingerprint"], name) for name in ("inputs", "operations")}
-    verified = data["verified_peak_bytes"]
+    verified, roofline = data["verified_peak_bytes"], data["roofline_seconds"]
     target = data["target"]
     return Plan(
         fingerprint=Fingerprint(**{name: tuple(map(str, x)) for name, x in found.items()}),
@@ -419,6 +437,8 @@ def _plan_of(data: dict[str, Any]) -> Plan:
         jax_version=str(data["jax_version"]),
         verified_peak_bytes=None if verified is None else int(verified),
         column_operations=float(data["column_operations"]),
+        predicted_seconds=float(data["predicted_seconds"]),
+        roofline_seconds=None if roofline is None else float(roofline),
         **{
             name: int(data[name])
             for name in (
@@ -446,7 +466,7 @@ def _segment_of(data: dict[str, Any]) -> SegmentPlan:
         raise ValueError(f"offload is {choice.offload!r}, neither true nor false")
     numbers = (
         *("operations", "saved_bytes", "forward_bytes"),
-        *("backward_bytes", "offloaded_bytes"),
+        *("backward_bytes", "seconds", "offloaded_bytes"),
     )
     return SegmentPlan(
         start=int(data["start"]),

@@ -56,16 +56,6 @@ class GpuTarget:
     host_bytes_per_s: int
 
     @property
-    def operations_per_byte_of_host(self) -> float:
-        """Floating-point operations done while a byte goes to the host or comes from it.
-
-        Convolutions in half precision, on tensor cores, are taken to run at four times the rate of
-        the FP32 lanes: an order of magnitude, not a measurement.
-        """
-        lanes = self.multiprocessors * self.fp32_lanes
-        return 4 * lanes * 2 * self.clock_ghz * 1e9 / self.host_bytes_per_s
-
-    @property
     def is_in_cuda13(self) -> bool:
         """Whether CUDA 13 can compile for it: CUDA 12 was the last for Volta and before."""
         return self.compute_capability >= (7, 5)
@@ -93,11 +83,6 @@ class TpuTarget:
     memory_bytes: int
     operations_per_s: float
     host_bytes_per_s: int = 16_000_000_000
-
-    @property
-    def operations_per_byte_of_host(self) -> float:
-        """Floating-point operations done while a byte goes to the host or comes from it."""
-        return self.operations_per_s / self.host_bytes_per_s
 
 
 @dataclass(frozen=True)

@@ -76,7 +76,10 @@ class Adjoint:
             read = tuple(w for w in needed if w != v) if separate else needed
             kind = self._kind(operation, v)
             what, like = GradientOf(operation.what), self.like.get(v)
-            self.operations.append(Operation(what, (*given, *read), (share,), kind, like, True))
+            flops = operation.flops
+            self.operations.append(
+                Operation(what, (*given, *read), (share,), kind, like, True, flops=flops)
+            )
             self.pieces.setdefault(v, []).append(share)
 
     def _kind(self, operation: Operation, value: int) -> Kind:

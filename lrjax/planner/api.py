@@ -9,10 +9,10 @@ from lrjax.memory.compile import device_of
 from lrjax.plan import Plan
 from lrjax.planner.budget import parse_budget
 from lrjax.planner.problem import Problem, problem_of
-from lrjax.planner.proof import MIB, BudgetTooSmallError, OnProgress, prover_of
+from lrjax.planner.proof import MIB, BudgetTooSmallError, OnProgress, Progress, prover_of
 from lrjax.planner.search import Limits
 
-MOST_COMPILATIONS = 8
+MOST_COMPILATIONS = 5
 OBJECTIVES = ("time",)
 
 
@@ -42,8 +42,10 @@ def plan(
         default.
       wrt: numbers of the positional arguments that are differentiated; by default those without
         rows. Arrays of integers are left out.
-      objective: "time", the fewest operations.
-      on_progress: called before and after every compilation with a ``Progress``.
+      objective: "time", the least of it: by a roofline of the compiled program for a GPU, by the
+        cost model for other targets.
+      on_progress: called with a ``Progress`` while tracing and searching, and before and after
+        every compilation.
 
     Returns:
       A ``Plan``: print it, save it, run it with ``lrjax.rowwise(fun, in_axes=in_axes, plan=plan)``.
@@ -62,12 +64,12 @@ def plan(
         raise ValueError(f"objective={objective!r} is unknown; choose one of {OBJECTIVES}.")
     device_of(target)
     allowed = parse_budget(budget, target)
+    tell = on_progress or (lambda progress: None)
     problem = problem_of(fun, args, in_axes, target, wrt)
     check_floor(problem, allowed)
+    tell(Progress("tracing", 0))
     prover = prover_of(problem)
-    found = prover.fastest(
-        Limits(allowed, allowed), MOST_COMPILATIONS, on_progress or (lambda progress: None)
-    )
+    found = prover.fastest(Limits(allowed), MOST_COMPILATIONS, tell)
     return prover.plan(found, allowed)
 
 

@@ -1,4 +1,4 @@
-"""What the planner may choose from: where a program may be cut, and how each segment may run."""
+"""What the planner may choose from: segments between places, how each may run, what it costs."""
 
 from __future__ import annotations
 
@@ -6,21 +6,20 @@ import dataclasses
 import functools
 import itertools
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 
 import jax.numpy as jnp
-import numpy as np
 
 from lrjax.memory.compile import target_name
-from lrjax.memory.targets import TARGETS, GpuTarget, TpuTarget
+from lrjax.memory.targets import CpuTarget, find
 from lrjax.plan import Choice
 from lrjax.planner.cost import SegmentCost, segment_cost
-from lrjax.planner.operations import OperationCounts
-from lrjax.program.inline import FlatEquation, FlatProgram
+from lrjax.planner.places import Places, values_of
+from lrjax.program.inline import FlatProgram
+from lrjax.roofline import rates_of
 from lrjax.rowgraph.graph import RowGraph, build, size_bytes
 from lrjax.rowgraph.segments import Cuttable, Segment
-from lrjax.rules.windows import POOLINGS
-from lrjax.strategies import Strategy
+from lrjax.strategies import Strategy, registered
 from lrjax.strategies.micro_batches import (
     BATCH_AXIS,
     DividedSegment,
@@ -29,15 +28,58 @@ from lrjax.strategies.micro_batches import (
     micro_batches,
 )
 
-COLUMN = Choice("column")
-MOST_CUTS = 18
+COLUMN, CHECKPOINT = Choice("column"), Choice("checkpoint")
 # Rows of a step, at the least: below, launching kernels costs more than what they compute.
 LEAST_ROWS = 8
-FEWEST_BLOCKS = 4
 MOST_BLOCKS = 1024
-# How often an offloaded map crosses the link: it is written, and read in two passes; its gradient
-# is written and read.
-_TRANSFERS = 5
+# How often an offloaded map crosses the link. It is written, and read in two passes, its gradient
+# written and read, and halos are read twice; compiled programs take as long as ten (VGG-16 at 4096
+# x 4096 behind its second pool: 60 ms more by their roofline than five crossings would).
+_TRANSFERS = 10
+# Seconds of a row loop over whole maps', at the least.
+_LOOP = 1.01
+
+
+@dataclasses.dataclass(frozen=True)
+class Kind:
+    """How a segment may run, whatever the number of its blocks and micro-batches.
+
+    Attributes:
+      strategy: that runs it, or one part of its batch after the other.
+      is_divided: in micro-batches.
+      offload: what it gives waits in the host's memory.
+    """
+
+    strategy: Strategy
+    is_divided: bool = False
+    offload: bool = False
+
+    @classmethod
+    def of(cls, choice: Choice) -> Kind:
+        return cls(choice.strategy, choice.micro_batches > 1, choice.offload)
+
+    @property
+    def is_plain(self) -> bool:
+        """Whole maps of all images, on the device."""
+        return not (self.strategy.by_rows or self.is_divided or self.offload)
+
+    def __str__(self) -> str:
+        notes = ["micro-batches"] * self.is_divided + ["offload"] * self.offload
+        return self.strategy.name + (f" ({', '.join(notes)})" if notes else "")
+
+
+def every_kind() -> tuple[Kind, ...]:
+    """All ways to run a segment, under the strategies that have a name.
+
+    Only what starts from a segment's inputs is divided: all else keeps maps of all images. Maps
+    wait in the host's memory between row loops: around whole maps XLA's peaks were above column's.
+    """
+    return tuple(
+        Kind(strategy, is_divided, offload)
+        for offload, is_divided in itertools.product((False, True), repeat=2)
+        for strategy in registered()
+        if (strategy.starts_from_inputs or not is_divided) and (strategy.streams or not offload)
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,7 +91,6 @@ class Span:
       wrt: inputs of the segment that are differentiated.
       output_bytes: what it gives to later segments, or to the caller.
       moving_bytes: row maps it takes whose gradients it gives.
-      flops: operations of its forward pass.
       may_divide: its operations take every image by itself.
     """
 
@@ -57,16 +98,11 @@ class Span:
     wrt: tuple[int, ...]
     output_bytes: float
     moving_bytes: float
-    flops: float
     may_divide: bool
 
     @functools.cached_property
     def graph(self) -> RowGraph:
         return build(self.segment.program, self.segment.axes)
-
-    @functools.cached_property
-    def has_rows(self) -> bool:
-        return any(node.op is not None and node.op.flops > 0 for node in self.graph.nodes)
 
     @property
     def is_scalar(self) -> bool:
@@ -83,35 +119,35 @@ class Span:
             return 1
         return count
 
-    def parts(self, count: int) -> DividedSegment:
-        """The span in parts of its batch."""
-        if count not in self._parts:
-            self._parts[count] = micro_batches(self.segment, count)
-        return self._parts[count]
-
     @functools.cached_property
-    def _parts(self) -> dict[int, DividedSegment]:
+    def parts(self) -> dict[int, DividedSegment]:
+        """The span in parts of its batch, as far as they were asked for."""
         return {}
 
-    def block_counts(self, strategy: Strategy) -> list[int]:
-        """Numbers of blocks to choose from, rising; few rows a step come last."""
-        if not self.has_rows:
+    def choices(self, kind: Kind, ratio: int = 4) -> Iterator[Choice]:
+        """The choices of one kind, in numbers of blocks by a ratio, from much memory to little."""
+        parts = [1]
+        if kind.is_divided:
+            parts = [n for n in range(2, self.batch + 1) if self.batch % n == 0]
+        for count in self.block_counts(kind.strategy, ratio) if kind.strategy.by_rows else [1]:
+            # Row loops make a part as small as blocks are many: images one by one, if at all.
+            for part in parts[-1:] if kind.strategy.by_rows else parts:
+                yield Choice(kind.strategy, count, part, kind.offload)
+
+    def block_counts(self, strategy: Strategy, ratio: int) -> list[int]:
+        if not any(node.op is not None and node.op.flops > 0 for node in self.graph.nodes):
             return []
-        most, first = strategy.most_blocks(self.graph), 2
-        if strategy.streams:
-            most, first = most // LEAST_ROWS, FEWEST_BLOCKS
-        most = min(most, MOST_BLOCKS)
-        ladder = sorted(m * 2**k for k in range(20) for m in (2, 3))
-        return [count for count in ladder if first <= count <= most]
+        most = strategy.most_blocks(self.graph)
+        most = min(most // LEAST_ROWS if strategy.streams else most, MOST_BLOCKS)
+        counts = [4 * ratio**k for k in range(10)]
+        return [count for count in counts if count <= most] or [2] * (most >= 2)
 
 
 class Candidates:
     """Spans of one program and their costs, each made when it is asked for.
 
     Attributes:
-      bounds: operations on rows before each place where the program may be cut, from 0 to all.
-      operations_per_byte: that the target could do while a byte goes to or comes from the host;
-        0 where nothing is offloaded: a CPU has no other memory.
+      places: where it may be cut; ``bounds`` are they.
     """
 
     def __init__(
@@ -123,14 +159,11 @@ class Candidates:
     ):
         self.whole = Cuttable.of(program, axes)
         self.target = target_name(target)
-        device = TARGETS.get(self.target)
-        self.operations_per_byte = (
-            device.operations_per_byte_of_host if isinstance(device, GpuTarget | TpuTarget) else 0.0
-        )
+        self.rates = rates_of(self.target)
         self.moving = _moving_values(program, {program.inputs[i] for i in wrt})
-        self.counts = OperationCounts(program, axes, wrt, self.moving)
         self.independent = independent_operations(self.whole, axes)
-        self.bounds = (0, *self._cuts(), len(self.whole.operations))
+        self.places = Places(self.whole, axes)
+        self.bounds = self.places.bounds
         self._spans: dict[tuple[int, int], Span] = {}
         self._between: dict[int, float] = {}
         self._offloadable: dict[tuple[int, int], float] = {}
@@ -140,6 +173,13 @@ class Candidates:
     def last(self) -> int:
         """The number of the last bound."""
         return len(self.bounds) - 1
+
+    def spans(self, kind: Kind) -> Iterator[tuple[int, int]]:
+        """Bounds between which segments of a kind may run."""
+        bounds = range(self.last + 1) if kind.is_plain else self.places.row_bounds
+        for start, stop in itertools.combinations(bounds, 2):
+            if not kind.offload or self.offloadable_bytes(start, stop):
+                yield start, stop
 
     def span(self, start: int, stop: int) -> Span:
         """The span between two bounds, by their numbers."""
@@ -152,27 +192,45 @@ class Candidates:
         """The cost model's answer for a span."""
         key = start, stop, choice
         if key not in self._costs:
-            if choice.offload:
-                self._costs[key] = self._offloaded(start, stop, choice)
-                return self._costs[key]
-            span = self.span(start, stop)
-            found = self._bytes(start, stop, choice)
-            equations = self.whole.operations[self.bounds[start] : self.bounds[stop]]
-            operations = self.counts.of(equations, choice, found, span.graph)
-            self._costs[key] = dataclasses.replace(found, operations=operations)
+            self._costs[key] = self._cost(start, stop, choice)
         return self._costs[key]
 
-    def transfer_operations(self, start: int, stop: int) -> float:
-        """Operations that could be done while what a span gives goes to the host and comes back."""
-        return _TRANSFERS * self.offloadable_bytes(start, stop) * self.operations_per_byte
+    def _cost(self, start: int, stop: int, choice: Choice) -> SegmentCost:
+        if choice.offload:
+            return self._offloaded(start, stop, choice)
+        if stop - start > 1 and not choice.strategy.by_rows and choice.micro_batches == 1:
+            return self._by_whole_maps(start, stop, choice)
+        span = self.span(start, stop)
+        if choice.micro_batches > 1:
+            found = self._by_micro_batches(span, choice)
+        else:
+            found = segment_cost(span.segment, choice, span.wrt, self.target)
+        backward = found.backward_bytes + self._waiting_bytes(start, stop)
+        # Fewer bytes may seem to move by rows, but what whole maps find in caches is not known.
+        least = _LOOP * self.cost(start, stop, COLUMN).seconds if choice.strategy.by_rows else 0.0
+        return dataclasses.replace(
+            found, backward_bytes=backward, seconds=max(found.seconds, least)
+        )
+
+    def _waiting_bytes(self, start: int, stop: int) -> float:
+        """Gradients of maps that later spans read and earlier ones made, which wait meanwhile."""
+        first, after = self.bounds[start], self.bounds[stop]
+        avals = self.whole.program.avals
+        return sum(
+            size_bytes(avals[v])
+            for v, made in self.places.made_at.items()
+            if made < first and self.places.last_use[v] >= after and v in self.moving
+        )
+
+    # --- Maps on the host ------------------------------------------------------------------------
 
     def offloadable_bytes(self, start: int, stop: int) -> float:
-        """Of the maps that a span gives, what may wait in the host's memory; 0 without a link.
+        """Of the maps that a span gives, what may wait in the host's memory.
 
         Maps of numbers that are read between this bound and the next alone, so that one segment
-        reads them, wherever the next cut is.
+        reads them, wherever the next cut is. A CPU has no other memory.
         """
-        if not self.operations_per_byte or stop == self.last:
+        if isinstance(find(self.target), CpuTarget) or stop == self.last:
             return 0.0
         if (start, stop) not in self._offloadable:
             self._offloadable[start, stop] = self._offloadable_bytes(start, stop)
@@ -181,9 +239,9 @@ class Candidates:
     def _offloadable_bytes(self, start: int, stop: int) -> float:
         program, row_axis = self.whole.program, self.whole.row_axis
         first, after = self.bounds[stop], self.bounds[stop + 1]
-        later = {v for e in self.whole.operations[after:] for v in _values(e)}
+        later = {v for e in self.whole.operations[after:] for v in values_of(e)}
         later.update(v for v in program.outputs if isinstance(v, int))
-        soon = {v for e in self.whole.operations[first:after] for v in _values(e)}
+        soon = {v for e in self.whole.operations[first:after] for v in values_of(e)}
         return sum(
             size_bytes(program.avals[v])
             for v in self.span(start, stop).segment.made
@@ -198,41 +256,39 @@ class Candidates:
         found = self.cost(start, stop, dataclasses.replace(choice, offload=False))
         given = self.offloadable_bytes(start, stop)
         by_rows = given if choice.strategy.streams and choice.micro_batches == 1 else 0.0
-        return SegmentCost(
-            found.operations + self.transfer_operations(start, stop),
-            found.saved_bytes - given,
-            max(found.forward_bytes - by_rows, 0.0),
-            max(found.backward_bytes - by_rows, 0.0),
-            given,
+        return dataclasses.replace(
+            found,
+            saved_bytes=found.saved_bytes - given,
+            forward_bytes=max(found.forward_bytes - by_rows, 0.0),
+            backward_bytes=max(found.backward_bytes - by_rows, 0.0),
+            offloaded_bytes=given,
+            seconds=found.seconds + _TRANSFERS * given / self.rates.host_bytes_per_s,
         )
 
-    def _bytes(self, start: int, stop: int, choice: Choice) -> SegmentCost:
-        span = self.span(start, stop)
-        if choice.micro_batches > 1:
-            return self._by_micro_batches(span, choice)
-        if stop - start > 1 and not choice.strategy.by_rows:
-            return self._by_whole_maps(start, stop, choice)
-        return segment_cost(span.segment, choice, span.wrt, self.target)
+    # --- Spans of several ------------------------------------------------------------------------
 
     def _by_whole_maps(self, start: int, stop: int, choice: Choice) -> SegmentCost:
         """From the spans between neighbouring bounds: their passes follow each other."""
+        kept = [self.cost(k, k + 1, COLUMN) for k in range(start, stop)]
+        own = [self.cost(k, k + 1, choice) for k in range(start, stop)]
         saved = forward = backward = 0.0
-        for k in range(start, stop):
-            kept = self.cost(k, k + 1, COLUMN)
-            forward = max(forward, saved + kept.forward_bytes)
-            backward = max(backward, saved + kept.backward_bytes)
-            saved += kept.saved_bytes + (self._saved_between(k) if k > start else 0.0)
+        for k, cost in zip(range(start, stop), kept, strict=True):
+            forward = max(forward, saved + cost.forward_bytes)
+            backward = max(backward, saved + cost.backward_bytes)
+            saved += cost.saved_bytes + (self._saved_between(k) if k > start else 0.0)
         # XLA:CPU keeps what should be done again (see ``cost``).
-        if not choice.strategy.recomputes or self.target == "cpu":
-            return SegmentCost(0.0, saved, forward, backward)
-        again = [self.cost(k, k + 1, choice) for k in range(start, stop)]
-        pairs = itertools.pairwise(again)
-        return SegmentCost(
-            0.0,
-            again[-1].saved_bytes,
+        if choice.strategy.recomputes and self.target != "cpu":
+            saved = self.span(start, stop).output_bytes
             # What one span gives the next takes.
-            max(again[0].forward_bytes, *(b.forward_bytes + a.saved_bytes for a, b in pairs)),
+            pairs = itertools.pairwise(own)
+            forward = max(b.forward_bytes + a.saved_bytes for a, b in pairs)
+            forward = max(forward, own[0].forward_bytes)
+        return SegmentCost(
+            sum(c.operations for c in own),
+            saved,
+            forward,
             backward,
+            seconds=sum(c.seconds for c in own),
         )
 
     def _saved_between(self, bound: int) -> float:
@@ -248,109 +304,41 @@ class Candidates:
 
     def _by_micro_batches(self, span: Span, choice: Choice) -> SegmentCost:
         """One part's passes beside the whole maps that enter and leave, and the gradients' sums."""
-        parts = choice.micro_batches
-        own = span.parts(parts)
-        once = segment_cost(
-            own.part, dataclasses.replace(choice, micro_batches=1), span.wrt, self.target
-        )
+        count = choice.micro_batches
+        if count not in span.parts:
+            span.parts[count] = micro_batches(span.segment, count)
+        own, single = span.parts[count], dataclasses.replace(choice, micro_batches=1)
+        once = segment_cost(own.part, single, span.wrt, self.target)
         structs = span.segment.program.structs
         sums = sum(4.0 * math.prod(structs[i].shape) for i in span.wrt if i not in own.divided)
-        taken = sum(size_bytes(structs[i]) for i in own.divided) / parts
+        taken = sum(size_bytes(structs[i]) for i in own.divided) / count
+        around = span.output_bytes + span.moving_bytes + sums + taken
         return SegmentCost(
-            once.operations * parts,
+            once.operations * count,
             span.output_bytes,
             span.output_bytes + once.forward_bytes + taken,
-            span.output_bytes
-            + span.moving_bytes
-            + sums
-            + taken
-            + max(once.backward_bytes, once.forward_bytes),
+            around + max(once.backward_bytes, once.forward_bytes),
+            seconds=count * (once.seconds + 3 * sums / self.rates.bytes_per_s),
         )
-
-    # --- Where to cut ----------------------------------------------------------------------------
-
-    def _cuts(self) -> list[int]:
-        """Positions behind which few bytes cross, and before operations that cost something."""
-        operations = self.whole.operations
-        width, count = self._crossing()
-        heavy = [i for i, e in enumerate(operations) if self._weight(e) > 0]
-        places = heavy[1:]
-        # Not where more crosses than at a neighbour: inside a residual block.
-        narrow = [
-            p
-            for k, p in enumerate(places)
-            if any(
-                measure[p] <= measure[places[max(k - 1, 0)]]
-                and measure[p] <= measure[places[min(k + 1, len(places) - 1)]]
-                for measure in (width, count)
-            )
-        ]
-        while len(narrow) > MOST_CUTS:
-            narrow.remove(self._least_missed(narrow))
-        return narrow
-
-    def _weight(self, equation: FlatEquation) -> float:
-        """Operations of convolutions and the like, and of windows; 0 for what is elementwise."""
-        flops = self.counts.forward.get(equation.outputs[0], 0.0)
-        if equation.primitive in POOLINGS:
-            return max(flops, 1.0)
-        size = max(math.prod(self.whole.program.avals[v].shape) for v in equation.outputs)
-        return flops if flops > 4 * size else 0.0
-
-    def _crossing(self) -> tuple[list[int], list[int]]:
-        """Bytes and number of the row maps that cross before every operation."""
-        operations, program = self.whole.operations, self.whole.program
-        last_use = {v: len(operations) for v in program.outputs if isinstance(v, int)}
-        for i, equation in enumerate(operations):
-            last_use.update((v, max(i, last_use.get(v, 0))) for v in _values(equation))
-        steps = np.zeros((2, len(operations) + 2), np.int64)
-        for i, equation in enumerate(operations):
-            for v in equation.outputs:
-                if v in self.whole.row_axis and last_use.get(v, i) > i:
-                    change = size_bytes(program.avals[v]), 1
-                    steps[:, i + 1] += change
-                    steps[:, last_use[v] + 1] -= change
-        width, count = np.cumsum(steps, axis=1)[:, : len(operations)].tolist()
-        return width, count
-
-    def _least_missed(self, places: list[int]) -> int:
-        """The place between whose neighbours the least is done."""
-        operations = self.whole.operations
-        work = [0.0]
-        for equation in operations:
-            work.append(work[-1] + self.counts.forward.get(equation.outputs[0], 0.0))
-        bounds = [0, *places, len(operations)]
-        between = {p: work[bounds[k + 2]] - work[bounds[k]] for k, p in enumerate(places)}
-        return min(places, key=between.__getitem__)
-
-    # --- Spans -----------------------------------------------------------------------------------
 
     def _span(self, start: int, stop: int) -> Span:
         segment = self.whole.between(start, stop)
         program, avals = segment.program, self.whole.program.avals
         maps = [v for v, a in zip(program.inputs, segment.axes, strict=True) if a is not None]
-        own = [
-            self.counts.forward.get(e.outputs[0], 0.0) for e in self.whole.operations[start:stop]
-        ]
         return Span(
             segment=segment,
             wrt=tuple(i for i, v in enumerate(program.inputs) if v in self.moving),
             output_bytes=sum(size_bytes(avals[v]) for v in segment.made),
             moving_bytes=sum(size_bytes(avals[v]) for v in maps if v in self.moving),
-            flops=sum(own),
             may_divide=all(self.independent[start:stop]),
         )
-
-
-def _values(equation: FlatEquation) -> list[int]:
-    return [v for v in equation.inputs if isinstance(v, int)]
 
 
 def _moving_values(program: FlatProgram, wrt: set[int]) -> set[int]:
     """Values through which gradients flow."""
     moving = {v for v in wrt if jnp.issubdtype(program.avals[v].dtype, jnp.inexact)}
     for equation in program.equations:
-        if moving.intersection(_values(equation)):
+        if moving.intersection(values_of(equation)):
             moving.update(
                 v for v in equation.outputs if jnp.issubdtype(program.avals[v].dtype, jnp.inexact)
             )

@@ -15,7 +15,7 @@ from jax import lax
 from jax.extend.core import primitives as public
 
 from lrjax.memory.targets import GpuTarget, TpuTarget, find
-from lrjax.planner.liveness import GradientOf, Kind, Liveness, Operation
+from lrjax.planner.liveness import GradientOf, Kind, Operation
 from lrjax.program.inline import FlatEquation, FlatProgram
 from lrjax.rowgraph.graph import size_bytes
 from lrjax.rules.base import traits_of
@@ -53,7 +53,7 @@ def compiled(
     operations = _computed_once(operations)
     if is_gpu(target):
         return _with_pool_gradients(operations, size, fresh)
-    return _on_tpu(operations, size, fresh) if is_tpu(target) else _on_cpu(operations, size, fresh)
+    return tuple(operations) if is_tpu(target) else _on_cpu(operations, size, fresh)
 
 
 def is_gpu(target: str) -> bool:
@@ -162,16 +162,15 @@ def _with_pool_gradients(
     """XLA:GPU's gradient of a max pool: a scatter of values to places that are found first.
 
     What it scatters into is a copy of zeros, made where a ReLU of a map of the same shape first
-    compares with zeros. Where the pool's gradient is an operation of the program, and not of a
-    step that is differentiated, the ReLU's own zeros come to exist as well.
+    compares with zeros; the ReLU's own zeros come to exist as well. In a step of a row loop it is
+    elementwise work instead (``rules.pool_gradients``).
     """
+    if any(operation.what == WINDOW for operation in operations):
+        return tuple(operations)
     new = _Rewrite(operations, size, fresh)
     added = {v for o in operations if o.what in _SUMS for v in o.inputs}
     maker = {v: o for o in operations for v in o.outputs}
-    is_step = any(o.what == WINDOW for o in operations)  # rows outside the image are zeros too
     shared: set[Any] = set()
-    beside_skip: list[tuple[float, int]] = []
-    in_step: list[tuple[float, int, int]] = []
     for i, operation in enumerate(operations):
         if operation.what not in POOL_GRADIENTS or operation.like is None:
             continue
@@ -182,12 +181,8 @@ def _with_pool_gradients(
         users = [
             j
             for j, o in enumerate(operations)
-            if o.what in _ZEROS and _shape_of(o) == shape and (is_step or not _is_scaled(o, maker))
+            if o.what in _ZEROS and _shape_of(o) == shape and not _is_scaled(o, maker)
         ]
-        if made in added and operation.what is _POOL_GRADIENT:
-            beside_skip.append((pooled * 4 * INDEX_BYTES, i))
-        if is_step and operation.what is _POOL_GRADIENT:
-            in_step.append((pooled * 4 * INDEX_BYTES, i, operation.inputs[-1]))
         if made in added or not users or users[0] > i:
             continue
         target = new.value(size[made])
@@ -199,10 +194,6 @@ def _with_pool_gradients(
             zeros = new.value(size[made])
             new.make(users[0], zeros)
             new.read(users[-1], zeros)
-    if in_step:
-        _find_when_known(new, *max(in_step))
-    else:
-        _find_early(new, sorted(beside_skip)[:-1])
     return new.result()
 
 
@@ -219,31 +210,6 @@ def _is_scaled(operation: Operation, maker: Mapping[int, Operation]) -> bool:
         if made is not None and made.kind is Kind.FUSED:
             behind += made.inputs
     return False
-
-
-def _find_when_known(new: _Rewrite, size: float, index: int, pooled: int) -> None:
-    """Places in the largest map that a step pools, found as soon as the map's rows exist."""
-    lives = Liveness(tuple(new.operations), new.size)
-    is_fused = pooled in lives.maker and pooled not in lives.existing
-    behind = lives.sources[lives.maker[pooled]] if is_fused else {pooled}
-    places = new.value(size)
-    new.make(1 + max((lives.maker.get(v, -1) for v in behind), default=-1), places)
-    new.read(index, places)
-    new.change(index, scratch=new.operations[index].scratch - size)
-
-
-def _find_early(new: _Rewrite, pools: Sequence[tuple[float, int]]) -> None:
-    """Places in maps that a skip connection reads too.
-
-    What such a gradient is scattered into is the skip's, so XLA:GPU schedules the search for the
-    places, which needs the forward pass alone, at its end. It does not do so for the largest map.
-    """
-    backward = [i for i, o in enumerate(new.operations) if o.is_backward]
-    for size, i in pools if backward else ():
-        places = new.value(size)
-        new.make(backward[0], places)
-        new.read(i, places)
-        new.change(i, scratch=new.operations[i].scratch - size)
 
 
 # --- CPU -----------------------------------------------------------------------------------------
@@ -312,72 +278,3 @@ def _keep_differences(new: _Rewrite) -> None:
             kept = new.value(new.size[operation.outputs[0]])
             new.insert(i + 1, dataclasses.replace(operation, outputs=(kept,), kind=Kind.ROOT))
             new.read(last[operation.outputs[0]], kept)
-
-
-# --- TPU -----------------------------------------------------------------------------------------
-
-
-def _on_tpu(
-    operations: Sequence[Operation], size: MutableMapping[int, float], fresh: int
-) -> tuple[Operation, ...]:
-    """XLA:TPU makes sums over maps of one shape together, at the last of them.
-
-    Those are gradients of biases and of normalisations' scales, which nothing waits for. What they
-    are made from is held until then: a U-Net's last maps and their cotangents until the gradient of
-    its first convolution. A kernel gradient that could not free its cotangent waits as well, for
-    the first that can.
-    """
-    new = _Rewrite(operations, size, fresh)
-    like = {v: o.like for o in operations for v in o.outputs}
-    sources = Liveness(tuple(operations), size).sources
-    together: dict[Any, list[int]] = {}
-    for i in _sums_for_parameters(operations):
-        summed = like.get(operations[i].inputs[0])
-        if summed is not None:
-            together.setdefault(summed.shape, []).append(i)
-    held: dict[int, int] = {}
-    for *others, last in together.values():
-        waiting = {v for i in others for v in sources[i]}
-        held.update((v, max(last, held.get(v, 0))) for v in waiting)
-        for v in waiting:
-            new.read(last, v)
-    cotangents = {
-        v: max((held.get(w, 0) for w in (v, *sources[i])), default=0)
-        for i, o in enumerate(operations)
-        if o.is_backward
-        for v in o.outputs
-    }
-    return _with_late_kernel_gradients(new.result(), cotangents)
-
-
-def _with_late_kernel_gradients(
-    operations: Sequence[Operation], held: Mapping[int, int]
-) -> tuple[Operation, ...]:
-    """Kernel gradients of held cotangents, run before the first that frees its own."""
-    read = {v for o in operations if o.kind is not Kind.FUSED for v in o.inputs}
-    found: list[Operation] = []
-    late: list[Operation] = []
-    for i, operation in enumerate(operations):
-        is_kernel = operation.is_backward and operation.kind is Kind.LIBRARY
-        if is_kernel and read.isdisjoint(operation.outputs):
-            if any(held.get(v, 0) > i for v in operation.inputs):
-                late.append(operation)
-                continue
-            found += late
-            late = []
-        found.append(operation)
-    return (*found, *late)
-
-
-def _sums_for_parameters(operations: Sequence[Operation]) -> list[int]:
-    """Sums in the backward pass from which no map is made."""
-    for_maps: set[int] = set()
-    found = []
-    for i in reversed(range(len(operations))):
-        operation = operations[i]
-        is_map = operation.like is not None and math.prod(operation.like.shape[:-1]) > 1
-        if is_map or not for_maps.isdisjoint(operation.outputs):
-            for_maps.update(operation.inputs)
-        elif operation.is_backward and operation.what is lax.reduce_sum_p:
-            found.append(i)
-    return found[::-1]

@@ -10,6 +10,7 @@ import dataclasses
 from collections.abc import Callable, Sequence
 
 from lrjax.plan import Choice
+from lrjax.planner.kernels import seconds
 from lrjax.planner.loops import program_liveness
 from lrjax.planner.reverse import differentiated_bytes
 from lrjax.planner.segment_programs import (
@@ -20,6 +21,7 @@ from lrjax.planner.segment_programs import (
     repetition,
 )
 from lrjax.planner.whole import column_liveness, forward_liveness, values, without_outputs
+from lrjax.roofline import rates_of
 from lrjax.rowgraph.segments import Segment
 from lrjax.strategies.programs import DifferentiatedRows, RowPrograms, WholeMaps
 
@@ -44,6 +46,7 @@ class SegmentCost:
     forward_bytes: float
     backward_bytes: float
     offloaded_bytes: float = 0.0
+    seconds: float = 0.0
 
 
 def peak_bytes(costs: Sequence[SegmentCost], fixed_bytes: float) -> float:
@@ -100,6 +103,7 @@ def _kept_cost(segment: Segment, wrt: tuple[int, ...], target: str) -> SegmentCo
         sum(lives.size.get(v, 0.0) for v in saved),
         max(lives.peak(0, border) - waiting, 0.0),
         lives.peak(border),
+        seconds=seconds(lives, rates_of(target)),
     )
 
 
@@ -113,7 +117,9 @@ def _recomputed_cost(segment: Segment, wrt: tuple[int, ...], target: str) -> Seg
     joint = without_outputs(joint_of(segment, wrt))
     lives = column_liveness(joint, segment.axes, wrt, target)
     saved = sum(forward.size.get(v, 0.0) for v in values(segment.program.outputs))
-    return SegmentCost(operations, saved, forward.peak(), lives.peak())
+    rates = rates_of(target)
+    time = seconds(forward, rates) + seconds(lives, rates)
+    return SegmentCost(operations, saved, forward.peak(), lives.peak(), seconds=time)
 
 
 def _row_programs_cost(
@@ -125,7 +131,8 @@ def _row_programs_cost(
     if found.backward is None:
         gradients = set(values(first.outputs[count:]))
         both = program_liveness(found.forward, own | gradients, target)
-        return SegmentCost(operations_of(found.forward), 0.0, both.peak(), 0.0)
+        time = seconds(both, rates_of(target))
+        return SegmentCost(operations_of(found.forward), 0.0, both.peak(), 0.0, seconds=time)
     forward = program_liveness(found.forward, own, target)
     saved = sum(forward.size.get(v, 0.0) for v in set(values(first.outputs)) - own)
     second = found.backward.graph.program
@@ -136,7 +143,9 @@ def _row_programs_cost(
             free.add(v)
     backward = program_liveness(found.backward, free, target)
     operations = operations_of(found.forward) + operations_of(found.backward)
-    return SegmentCost(operations, saved, forward.peak(), backward.peak())
+    rates = rates_of(target)
+    time = seconds(forward, rates) + seconds(backward, rates)
+    return SegmentCost(operations, saved, forward.peak(), backward.peak(), seconds=time)
 
 
 def _differentiated_cost(
@@ -146,7 +155,10 @@ def _differentiated_cost(
     rows = execution.rows
     found = differentiated_bytes(rows, segment.axes, wrt, target)
     operations = column_operations(segment, wrt) + program_operations(segment.program)
-    return SegmentCost(operations * repetition(rows), found.saved, found.forward, found.backward)
+    operations *= repetition(rows)
+    return SegmentCost(
+        operations, found.saved, found.forward, found.backward, seconds=found.seconds
+    )
 
 
 # By the kind of execution; whatever strategy it is.

@@ -17,9 +17,10 @@ from jax import lax
 from lrjax import memory
 from lrjax.memory.compile import device_of
 from lrjax.plan import MIB, Plan
+from lrjax.planner.candidates import Kind
 from lrjax.planner.problem import Problem, problem_of
 from lrjax.planner.proof import OnProgress, Prover, planned, prover_of
-from lrjax.planner.search import Kind, Limits
+from lrjax.planner.search import Limits
 from lrjax.planner.timing import median_seconds
 from lrjax.strategies import Checkpoint, Column
 from lrjax.text import aligned, shortened
@@ -168,15 +169,15 @@ def frontier(
     device_of(target)
     problem = problem_of(fun, args, in_axes, target, wrt)
     prover, tell = prover_of(problem), on_progress or (lambda progress: None)
-    column = prover.verify(prover.column, tell)
-    everything = Limits(math.inf, math.inf)
+    column = prover.verify(prover.model.column, tell).peak
+    everything = Limits(math.inf)
     own = _curve(prover, everything, column, steps, "lrjax", tell)
     if not own:
-        raise prover.too_small(prover.column, column)
+        raise prover.too_small(prover.model.column, column)
     whole = dataclasses.replace(everything, kinds=_WHOLE_MAPS)
     checkpoint = _curve(prover, whole, column, max(2, steps // 3), "checkpoint", tell)
-    note = "no room; predicted" if prover.column.steps in prover.refused else ""
-    first = Point("column", None, column, 1.0, note, prover.plan(prover.column, column))
+    note = "no room; predicted" if prover.proofs[prover.model.column].is_refused else ""
+    first = Point("column", None, column, 1.0, note, prover.plan(prover.model.column, column))
     points = [first, *checkpoint, *_accumulation(problem), *own]
     return Frontier(target, tuple(_timed(problem, points) if timed else points))
 
@@ -208,13 +209,10 @@ def _curve(
     prover: Prover, limits: Limits, most: int, steps: int, method: str, tell: OnProgress
 ) -> list[Point]:
     smallest = prover.smallest(limits, tell)
-    if smallest.steps in prover.refused:
+    if prover.proofs[smallest].is_refused:
         return []
-    least = prover.verified[smallest.steps]
-    every = [
-        dataclasses.replace(limits, budget=budget, hoped=budget)
-        for budget in budgets(most, least, steps)
-    ]
+    least = prover.proofs[smallest].peak
+    every = [dataclasses.replace(limits, budget=budget) for budget in budgets(most, least, steps)]
     # From little memory to much: what fits in little is known to fit in more.
     for own in reversed(every):
         prover.fastest(own, MOST_COMPILATIONS, tell)
@@ -224,7 +222,7 @@ def _curve(
         found, budget = prover.best_known(own), int(own.budget)
         assert found is not None
         made = prover.plan(found, budget)
-        detail = " + ".join(str(step.kind) for step in found.steps)
+        detail = " + ".join(str(step.kind) for step in found)
         assert made.verified_peak_bytes is not None
         points.append(
             Point(method, budget, made.verified_peak_bytes, made.operations, detail, made)

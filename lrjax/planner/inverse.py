@@ -12,9 +12,10 @@ from collections.abc import Callable
 
 import numpy as np
 
+from lrjax.planner.candidates import Kind, every_kind
 from lrjax.planner.problem import Problem
 from lrjax.planner.proof import MIB, OnProgress, Prover
-from lrjax.planner.search import Found, Kind, Limits, Step, every_kind
+from lrjax.planner.search import Limits, Step, Steps
 from lrjax.strategies import Checkpoint, Column
 
 MOST_COMPILATIONS = 5
@@ -81,9 +82,9 @@ class _Largest:
     def __init__(self, question: Question, method: str, on_progress: OnProgress):
         self.question, self.method, self.on_progress = question, method, on_progress
         self.provers: dict[int, Prover] = {}
-        self.limits = Limits(math.inf, math.inf, kinds=METHODS[method]())
-        self.least: dict[int, Found] = {}
-        self.fitting: dict[int, tuple[Prover, Found]] = {}
+        self.limits = Limits(math.inf, kinds=METHODS[method]())
+        self.least: dict[int, Steps] = {}
+        self.fitting: dict[int, tuple[Prover, Steps]] = {}
         self.too_large = (_MOST_STEPS + 1) * question.step
 
     def prover(self, size: int) -> Prover:
@@ -119,32 +120,27 @@ class _Largest:
         return Largest(
             self.method,
             size,
-            prover.verified[found.steps],
+            prover.proofs[found].peak,
             prover.operations(found),
             compilations,
-            " + ".join(str(step.kind) for step in found.steps),
+            " + ".join(str(step.kind) for step in found),
         )
 
     def tried(self, reference: int, size: int) -> int:
         prover = self.prover(size)
         found = self.scaled(reference, size)
-        peak = prover.verify(found, self.on_progress)
+        peak = prover.verify(found, self.on_progress).peak
         if peak <= self.question.memory_bytes:
             self.fitting[size] = prover, found
         return peak
 
     def predicted(self, reference: int, size: int) -> float:
-        """The cost model's own prediction, without what compilations taught."""
-        prover = self.prover(size)
-        known, prover.model.factors = prover.model.factors, {}
-        peak = prover.model.peak_bytes(self.scaled(reference, size))
-        prover.model.factors = known
-        return peak
+        return self.prover(size).model.peak_bytes(self.scaled(reference, size))
 
-    def scaled(self, reference: int, size: int) -> Found:
+    def scaled(self, reference: int, size: int) -> Steps:
         """The plan of least memory at the reference, with as many rows a step at another size."""
         steps = []
-        for step in self.reference_plan(reference).steps:
+        for step in self.reference_plan(reference):
             count = step.choice.num_blocks
             if self.question.grows_rows and count > 1:
                 count = max(1, round(count * size / reference))
@@ -153,14 +149,14 @@ class _Largest:
                 parts = _parts(size, reference // parts)
             choice = dataclasses.replace(step.choice, num_blocks=count, micro_batches=parts)
             steps.append(Step(step.start, step.stop, choice))
-        return Found(tuple(steps), 0.0)
+        return tuple(steps)
 
-    def reference_plan(self, reference: int) -> Found:
+    def reference_plan(self, reference: int) -> Steps:
         prover = self.prover(reference)
         if self.method == "column":
-            return prover.column
+            return prover.model.column
         if reference not in self.least:
-            self.least[reference] = prover.smallest_predicted(self.limits) or prover.column
+            self.least[reference] = prover.smallest_predicted(self.limits) or prover.model.column
         return self.least[reference]
 
     def predicted_size(self, reference: int, error: float) -> int:

@@ -36,6 +36,8 @@ class Operation:
       is_backward: it belongs to the backward pass.
       scratch: bytes that exist only while it runs.
       overwrites: an input whose place the result takes, if nobody reads it afterwards.
+      flops: floating-point operations.
+      seconds: of what is no single kernel: a row loop.
     """
 
     what: Any
@@ -46,6 +48,8 @@ class Operation:
     is_backward: bool = False
     scratch: float = 0.0
     overwrites: int | None = None
+    flops: float = 0.0
+    seconds: float = 0.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,6 +70,7 @@ class Liveness:
     before: frozenset[int] = frozenset()
     after: frozenset[int] = frozenset()
     hosts: Mapping[int, float] = dataclasses.field(default_factory=dict)
+    moved: Mapping[int, float] = dataclasses.field(default_factory=dict)
 
     @functools.cached_property
     def maker(self) -> dict[int, int]:

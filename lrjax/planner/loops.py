@@ -7,9 +7,11 @@ from typing import Any
 
 from lrjax.loop.rowloop import RowLoop
 from lrjax.planner.compilers import compiled, in_main_memory, is_gpu, is_tpu
+from lrjax.planner.kernels import kernel_seconds, seconds
 from lrjax.planner.liveness import Kind, Liveness, Operation
 from lrjax.planner.steps import Step, kernels_read, line_bytes, row_bytes
-from lrjax.planner.whole import values
+from lrjax.planner.whole import equation_operations, values
+from lrjax.roofline import rates_of
 from lrjax.rowgraph.graph import Node, RowGraph, size_bytes
 from lrjax.rules.base import traits_of
 from lrjax.rules.block_sums import accumulator_dtype
@@ -57,7 +59,8 @@ class _Events:
         equation = node.equation
         what, kind = equation.primitive, traits_of(equation.primitive).kind
         like, read = self.avals[equation.outputs[0]], values(equation.inputs)
-        self.operations.append(Operation(what, read, equation.outputs, kind, like))
+        flops = equation_operations(self.program, equation)
+        self.operations.append(Operation(what, read, equation.outputs, kind, like, flops=flops))
 
     def run_loop(self, loop: RowLoop) -> None:
         read = dict.fromkeys((*loop.arrays, *loop.wholes, *self._kernel_copies(loop)))
@@ -66,9 +69,15 @@ class _Events:
         # On TPUs both are counted: predictions are nearer so. Whether XLA holds both is not known.
         given = sums if is_tpu(self.target) else [v for v in sums if v not in wide]
         made = (*loop.row_outputs, *given, *wide.values())
-        step = in_main_memory(Step(loop).liveness(self.target).peak(), self.target)
-        inside = line_bytes(loop) + step + _ring_copy(loop, self.target)
-        loops = Operation("row loop", tuple(read), made, Kind.LIBRARY, scratch=inside)
+        lives = Step(loop).liveness(self.target)
+        step = in_main_memory(lives.peak(), self.target)
+        inside = line_bytes(loop) + step
+        if len(loop.bands) == 1:
+            # Rows that shift are written to a second buffer and copied back when the step is done;
+            # the results of branches are that second buffer.
+            inside += line_bytes(loop, shifting_only=True)
+        time = loop_seconds(loop, lives, self.target)
+        loops = Operation("row loop", tuple(read), made, Kind.LIBRARY, scratch=inside, seconds=time)
         self.operations.append(loops)
         for v in (v for v in sums if v not in given):
             like = self.avals[v]
@@ -93,23 +102,33 @@ class _Events:
         outputs = frozenset(values(self.program.outputs))
         inputs = frozenset(self.program.inputs)
         operations = compiled(self.operations, self.size, self.next, self.target)
+        moved = {v: self.bytes_of(v) for v in self.free}
         hosts = {v: self.bytes_of(v) for v in outputs.intersection(self.free) - inputs}
-        return Liveness(operations, self.size, before=inputs, after=outputs, hosts=hosts)
+        return Liveness(
+            operations, self.size, before=inputs, after=outputs, hosts=hosts, moved=moved
+        )
 
 
-def _ring_copy(loop: RowLoop, target: str) -> float:
-    """XLA:TPU copies a ring to write a slab into it, as 32 bits an element; the largest counts."""
-    if not is_tpu(target):
-        return 0.0
+def loop_seconds(loop: RowLoop, step: Liveness, target: str) -> float:
+    """All steps of a loop: the kernels of a step, and what it does to what outlives it."""
+    rates = rates_of(target)
     graph, avals = loop.graph, loop.graph.program.avals
-    return max(
-        (
-            4 / avals[v].dtype.itemsize * row_bytes(graph, v) * loop.line_rows(v)
-            for v in loop.producer
-            if loop.line_rows(v) and loop.is_ring(v)
-        ),
-        default=0.0,
-    )
+    branches = sum((b.first, b.last) != (0, loop.steps - 1) for b in loop.bands)
+    total = seconds(step, rates) + branches * rates.branch_s
+    for v in loop.producer:
+        rows = loop.line_rows(v)
+        slab = row_bytes(graph, v) * loop.track(v).rows
+        if rows and loop.is_ring(v):
+            total += kernel_seconds(rates, 0.0, 2 * slab)
+        elif rows:
+            total += kernel_seconds(rates, 0.0, 2 * row_bytes(graph, v) * rows)
+        if v in loop.row_outputs:
+            total += kernel_seconds(rates, 0.0, 2 * slab)
+    for node in loop.nodes:
+        for v in node.equation.outputs if node.is_reduction else ():
+            moved = 2 * accumulator_bytes(avals[v]) + size_bytes(avals[v])
+            total += kernel_seconds(rates, 0.0, moved)
+    return loop.steps * total
 
 
 def accumulator_bytes(aval: Any) -> float:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
 from collections import OrderedDict
 from collections.abc import Callable
@@ -12,26 +11,23 @@ from typing import Any
 import jax
 
 from lrjax import memory
+from lrjax.memory.targets import GpuTarget, find
 from lrjax.plan import Plan, SegmentPlan
 from lrjax.planner.candidates import COLUMN, Candidates
 from lrjax.planner.problem import Problem
-from lrjax.planner.search import Found, Limits, Model, Step, search
+from lrjax.planner.search import Limits, Model, Step, Steps, search
+from lrjax.roofline import roofline_of
 from lrjax.transform import rowwise
 
 MIB = 2**20
-# A plan that uses this much of the budget is not improved further.
-WELL_USED = 0.85
 # How far above a plan's peak its prediction may lie, for the plan to be tried all the same.
 MOST_OVERPREDICTED = 1.4
-_OVERPREDICTION_STEP = 1.04
-# Compilations that may fail while a plan that fits is improved, but for plans that are much faster
-# than one that leaves much of the budget.
-_MOST_FAILURES = 2
-# Operations that a faster plan must save, as a fraction.
-_WORTHWHILE = 2e-3
-# Where the budget is well used, plans are tried that save this fraction of all operations; last,
-# one that is predicted to exceed the budget by no more than this factor.
-_MUCH_FASTER, _BOLD = 0.08, 1.25
+# Seconds that a faster plan must save, as a fraction.
+_WORTHWHILE = 0.02
+# Parts of the budget within which simple plans must be predicted: when nothing else fits; and when
+# something does, the second for plans that would be much faster.
+_LADDER, _BOLD = (0.85, 0.6, 0.4, 0.25), (1.0, 1.25)
+_MUCH = 0.1
 
 
 class BudgetTooSmallError(memory.DoesNotFitError):
@@ -51,32 +47,59 @@ class Progress:
     """What the planner tells while it works.
 
     Attributes:
+      doing: "tracing", "searching", "compiling" or "compiled".
       compilations: programs compiled so far, this one included.
-      strategies: of the plan's segments.
+      strategies: of the plan's segments; none while there is no plan.
       operations: as a multiple of column's.
-      predicted_bytes: the cost model's peak.
-      verified_bytes: XLA's; None before it is compiled.
+      predicted_bytes, predicted_seconds: the cost model's peak and time.
+      verified_bytes: XLA's peak; None before it is compiled.
+      roofline_seconds: of the compiled program; None before, and for targets other than GPUs.
     """
 
+    doing: str
     compilations: int
-    strategies: tuple[str, ...]
-    operations: float
-    predicted_bytes: int
-    verified_bytes: int | None
+    strategies: tuple[str, ...] = ()
+    operations: float = 0.0
+    predicted_bytes: int = 0
+    predicted_seconds: float = 0.0
+    verified_bytes: int | None = None
+    roofline_seconds: float | None = None
 
 
 OnProgress = Callable[[Progress], None]
 
 
+@dataclasses.dataclass(frozen=True)
+class Proof:
+    """What is known of a plan that was compiled.
+
+    Attributes:
+      peak: XLA's bytes; a prediction where it found no room.
+      predicted: the cost model's bytes, before.
+      predicted_seconds: the cost model's, before.
+      roofline_seconds: of the compiled program, where it was read.
+      host: bytes of the host's memory.
+      is_refused: the compiler found no room.
+    """
+
+    peak: int
+    predicted: int
+    predicted_seconds: float
+    roofline_seconds: float | None = None
+    host: int = 0
+    is_refused: bool = False
+
+    @property
+    def seconds(self) -> float:
+        return self.predicted_seconds if self.roofline_seconds is None else self.roofline_seconds
+
+
 class Prover:
-    """Everything known about one problem, in this process: costs, corrections, peaks.
+    """Everything known about one problem, in this process: costs, corrections, proofs.
 
     Attributes:
       model: the cost model, corrected.
-      verified: XLA's peaks of plans that were compiled.
-      refused: those for which the compiler found no room; their peaks are predictions.
-      host: bytes of the host's memory that they take.
-      predicted: the cost model's, before.
+      proofs: of plans that were compiled.
       compilations: programs compiled.
     """
 
@@ -85,201 +108,233 @@ class Prover:
         program, axes = problem.traced.program, problem.traced.axes
         candidates = Candidates(program, axes, problem.wrt, problem.target)
         self.model = Model(candidates, problem.fixed_bytes)
-        self.verified: dict[tuple[Step, ...], int] = {}
-        self.refused: set[tuple[Step, ...]] = set()
-        self.host: dict[tuple[Step, ...], int] = {}
-        self.predicted: dict[tuple[Step, ...], int] = {}
+        self.proofs: dict[Steps, Proof] = {}
         self.compilations = 0
-
-    @functools.cached_property
-    def column(self) -> Found:
-        candidates = self.model.candidates
-        return Found((Step(0, candidates.last, COLUMN),), self.model.column_ahead[0])
 
     # --- Verification ----------------------------------------------------------------------------
 
-    def verify(self, found: Found, on_progress: OnProgress) -> int:
-        """XLA's peak of a plan; teaches the model."""
-        if found.steps not in self.verified:
-            self.predicted[found.steps] = math.ceil(self.model.peak_bytes(found))
+    def verify(self, steps: Steps, on_progress: OnProgress) -> Proof:
+        """XLA's word on a plan; teaches the model how long it takes."""
+        if steps not in self.proofs:
             self.compilations += 1
-            on_progress(self.progress(found))
-            self.verified[found.steps] = self.compiled_peak(found)
-            on_progress(self.progress(found))
-        peak = self.verified[found.steps]
-        self.model.learn(found, peak)
-        return peak
+            on_progress(self.progress("compiling", steps))
+            proof = self.proofs[steps] = self.compiled(steps)
+            if proof.roofline_seconds is not None:
+                self.model.learn_seconds(steps, proof.roofline_seconds)
+            on_progress(self.progress("compiled", steps))
+        return self.proofs[steps]
 
-    def compiled_peak(self, found: Found) -> int:
-        problem, draft = self.problem, self.plan(found, 0)
-        by_rows = planned(problem, draft)
+    def compiled(self, steps: Steps) -> Proof:
+        problem, by_rows = self.problem, planned(self.problem, self.plan(steps, 0))
+        seconds = self.model.seconds(*steps)
+        proof = Proof(0, math.ceil(self.model.peak_bytes(steps)), seconds)
         try:
-            compiled = memory.compile_for(
+            found = memory.compile_for(
                 problem.gradient(by_rows), *problem.args, target=problem.target
             )
         except memory.DoesNotFitError:
             # The compiler gave up and does not say by how much.
-            self.refused.add(found.steps)
             capacity = memory.device_memory_bytes(problem.target) or 0
-            return max(self.predicted[found.steps], math.ceil(1.1 * capacity))
-        self.host[found.steps] = memory.host_bytes(compiled)
-        return memory.peak_bytes(compiled)
+            peak = max(proof.predicted, math.ceil(1.1 * capacity))
+            return dataclasses.replace(proof, peak=peak, is_refused=True)
+        return dataclasses.replace(
+            proof,
+            peak=memory.peak_bytes(found),
+            host=memory.host_bytes(found),
+            roofline_seconds=self.roofline_seconds(found),
+        )
+
+    def roofline_seconds(self, compiled: jax.stages.Compiled) -> float | None:
+        candidates = self.model.candidates
+        if not isinstance(find(candidates.target), GpuTarget):
+            return None
+        try:
+            return roofline_of(str(compiled.as_text()), candidates.rates).seconds
+        except ValueError:  # a loop of the function's own, which may end at any time
+            return None
 
     @property
     def room(self) -> float:
         """Bytes beyond which the compiler finds no room, once it has said so."""
-        capacity = memory.device_memory_bytes(self.problem.target)
-        return capacity if self.refused and capacity else math.inf
+        is_refused = any(proof.is_refused for proof in self.proofs.values())
+        return (is_refused and memory.device_memory_bytes(self.problem.target)) or math.inf
 
-    def fits(self, found: Found, budget: float) -> bool:
+    def fits(self, steps: Steps, budget: float) -> bool:
         """Whether XLA said so of a plan that was compiled."""
-        return found.steps not in self.refused and self.verified[found.steps] <= budget
+        return not self.proofs[steps].is_refused and self.proofs[steps].peak <= budget
 
-    def progress(self, found: Found) -> Progress:
+    def progress(self, doing: str, steps: Steps = ()) -> Progress:
+        if not steps:
+            return Progress(doing, self.compilations)
+        proof = self.proofs.get(steps)
         return Progress(
+            doing=doing,
             compilations=self.compilations,
-            strategies=tuple(str(step.kind) for step in found.steps),
-            operations=self.operations(found),
-            predicted_bytes=self.predicted[found.steps],
-            verified_bytes=self.verified.get(found.steps),
+            strategies=tuple(str(step.kind) for step in steps),
+            operations=self.operations(steps),
+            predicted_bytes=proof.predicted if proof else int(self.model.peak_bytes(steps)),
+            predicted_seconds=proof.predicted_seconds if proof else self.model.seconds(*steps),
+            verified_bytes=proof.peak if proof else None,
+            roofline_seconds=proof.roofline_seconds if proof else None,
         )
 
-    def operations(self, found: Found) -> float:
+    def operations(self, steps: Steps) -> float:
         """As a multiple of column's."""
-        costs = (self.model.candidates.cost(s.start, s.stop, s.choice) for s in found.steps)
+        costs = (self.model.candidates.cost(s.start, s.stop, s.choice) for s in steps)
         return sum(cost.operations for cost in costs) / max(self.column_operations, 1.0)
 
-    @functools.cached_property
+    @property
     def column_operations(self) -> float:
         return self.model.candidates.cost(0, self.model.candidates.last, COLUMN).operations
 
     # --- Plans under a budget --------------------------------------------------------------------
 
-    def fastest(self, limits: Limits, most_compilations: int, on_progress: OnProgress) -> Found:
+    def fastest(self, limits: Limits, most_compilations: int, on_progress: OnProgress) -> Steps:
         """The fastest plan that XLA confirms to fit in ``limits.budget``.
+
+        What the search does not find the simple plans may give.
 
         Raises:
           BudgetTooSmallError: there is none.
         """
-        budget = min(limits.budget, self.room)
-        is_close = self.model.peak_bytes(self.column) <= MOST_OVERPREDICTED * budget
-        if is_close:
-            self.verify(self.column, on_progress)
-            if self.fits(self.column, budget):
-                return self.column
-            budget = min(budget, self.room)
+        column = self.model.column
+        on_progress(self.progress("searching"))
+        if self.model.peak_bytes(column) <= MOST_OVERPREDICTED * limits.budget:
+            self.verify(column, on_progress)
+            if self.fits(column, limits.budget):
+                return self.best_known(limits) or column
+        self.approach(limits, self.compilations + most_compilations, on_progress)
+        self.climb(limits, on_progress)
         best = self.best_known(limits)
-        # A plan that another budget left here may be more frugal than it must.
-        worthwhile = 0.0
-        hoped, failures, last = budget, 0, self.compilations + most_compilations
-        is_bold = False
-        while self.compilations < last and failures < _MOST_FAILURES:
-            budget = min(budget, self.room)
-            limits = dataclasses.replace(limits, budget=budget)
-            is_well_used = best is not None and self.verified[best.steps] >= WELL_USED * budget
-            if is_well_used:
-                worthwhile = _MUCH_FASTER
-            below = best.score * (1 - worthwhile) if best else math.inf
-            worthwhile = _WORTHWHILE
-            found = search(self.model, dataclasses.replace(limits, hoped=hoped, below=below))
-            if found is None or (found.steps in self.verified and not self.fits(found, budget)):
-                # Corrections may have been too harsh.
-                if is_well_used and is_bold:
-                    break
-                is_bold = is_well_used
-                hoped = _BOLD * budget if is_well_used else hoped * _OVERPREDICTION_STEP
-                if hoped > MOST_OVERPREDICTED * budget:
-                    break
-                continue
-            peak = self.verify(found, on_progress)
-            if self.fits(found, budget):
-                best, hoped, failures, is_bold = found, budget, 0, False
-            elif is_bold:
-                break
-            else:
-                is_much_faster = best is None or found.score < (1 - _MUCH_FASTER) * best.score
-                if is_much_faster:
-                    # Until something as fast fits, what has not been tried is believed to be as
-                    # far off.
-                    hoped = min(hoped, budget * max(self.predicted[found.steps] / peak, 0.5))
-                failures += is_well_used or not is_much_faster
         if best is None:
             best = self.smallest(limits, on_progress)
-            if not self.fits(best, budget):
-                raise self.too_small(best, budget)
+            if not self.fits(best, limits.budget):
+                raise self.too_small(best, limits.budget)
         return best
 
-    def best_known(self, limits: Limits) -> Found | None:
-        """The fastest of the plans compiled so far that fits."""
-        fitting = [found for found in self.known(limits) if self.fits(found, limits.budget)]
-        return min(fitting, key=lambda found: found.score, default=None)
+    def approach(self, limits: Limits, last: int, on_progress: OnProgress) -> None:
+        """Search within the bytes at which the last prediction's error meets the budget.
 
-    def known(self, limits: Limits) -> list[Found]:
-        """The plans compiled so far, of these strategies."""
-        return [
-            Found(steps, self.model.score(steps))
-            for steps in self.verified
+        It ends with the first plan that fits and is no improvement, or the second that does not fit
+        when another does.
+        """
+        misses = 0
+        fixed, too_much = self.problem.fixed_bytes, math.inf
+        within = min(limits.budget, self.room)
+        while self.compilations < last:
+            found = search(self.model, dataclasses.replace(limits, budget=within))
+            best = self.best_known(limits)
+            if found is None or found in self.proofs or not self.is_faster(found, best):
+                return
+            budget, proof = min(limits.budget, self.room), self.verify(found, on_progress)
+            error = (proof.peak - fixed) / max(proof.predicted - fixed, 1)
+            right = fixed + 0.98 * (min(budget, self.room) - fixed) / error
+            if best is not None and self.best_known(limits) == best:
+                misses += 1
+                if misses > 1 or self.fits(found, budget):
+                    return
+            if self.fits(found, budget):
+                within = min(right, MOST_OVERPREDICTED * budget, 0.98 * too_much)
+            else:
+                too_much = min(too_much, proof.predicted)
+                within = min(right, 0.95 * too_much)
+
+    def climb(self, limits: Limits, on_progress: OnProgress) -> None:
+        """Compile the simple plans that are faster than what is known to fit, and may fit."""
+        parts = _LADDER if self.best_known(limits) is None else _BOLD
+        for part in parts:
+            by = _MUCH if part > 1 else _WORTHWHILE
+            rung = self.rung(limits, part * min(limits.budget, self.room), by)
+            if rung is not None:
+                self.verify(rung, on_progress)
+                if part < 1 and self.best_known(limits) is not None:
+                    break
+
+    def rung(self, limits: Limits, budget: float, by: float) -> Steps | None:
+        """The fastest simple plan that was not compiled yet and is predicted to be worth it."""
+        best = self.best_known(limits)
+        simple = (
+            steps
+            for steps in self.model.simple_plans
             if all(step.kind in limits.kinds for step in steps)
-        ]
+            and steps not in self.proofs
+            and self.model.peak_bytes(steps) <= budget
+            and self.is_faster(steps, best, by)
+        )
+        return min(simple, key=lambda steps: self.model.seconds(*steps), default=None)
+
+    def is_faster(self, steps: Steps, other: Steps | None, by: float = _WORTHWHILE) -> bool:
+        """Whether it is predicted to be faster than a plan that was compiled, by this part."""
+        if other is None:
+            return True
+        return self.model.seconds(*steps) < (1 - by) * self.proofs[other].seconds
+
+    def best_known(self, limits: Limits) -> Steps | None:
+        """The fastest of the plans compiled so far that fits."""
+        fitting = [steps for steps in self.known(limits) if self.fits(steps, limits.budget)]
+        return min(fitting, key=lambda steps: self.proofs[steps].seconds, default=None)
+
+    def known(self, limits: Limits) -> list[Steps]:
+        """The plans compiled so far, of these strategies."""
+        return [s for s in self.proofs if all(step.kind in limits.kinds for step in s)]
 
     # --- Without a budget ------------------------------------------------------------------------
 
-    def smallest(self, limits: Limits, on_progress: OnProgress, attempts: int = 3) -> Found:
+    def smallest(self, limits: Limits, on_progress: OnProgress, attempts: int = 3) -> Steps:
         """About the smallest peak that any plan reaches, confirmed by XLA."""
         for _ in range(attempts):
             found = self.smallest_predicted(limits)
-            if found is None or found.steps in self.verified:
+            if found is None or found in self.proofs:
                 break
             self.verify(found, on_progress)
         if not self.known(limits):
-            self.verify(self.column, on_progress)
+            self.verify(self.model.column, on_progress)
         return min(
             self.known(limits),
-            key=lambda found: (found.steps in self.refused, self.verified[found.steps]),
+            key=lambda steps: (self.proofs[steps].is_refused, self.proofs[steps].peak),
         )
 
-    def smallest_predicted(self, limits: Limits) -> Found | None:
-        low, high = self.model.fixed_bytes, 1.5 * self.model.peak_bytes(self.column)
+    def smallest_predicted(self, limits: Limits) -> Steps | None:
+        low, high = self.model.fixed_bytes, 1.5 * self.model.peak_bytes(self.model.column)
         best = None
         while high > 1.02 * low:
             middle = math.sqrt(low * high) if low else high / 2
-            found = search(self.model, dataclasses.replace(limits, budget=middle, hoped=middle))
+            found = search(self.model, dataclasses.replace(limits, budget=middle))
             if found is None:
                 low = middle
             else:
                 best, high = found, min(middle, self.model.peak_bytes(found))
         return best
 
-    def too_small(self, found: Found, budget: float) -> BudgetTooSmallError:
+    def too_small(self, steps: Steps, budget: float) -> BudgetTooSmallError:
         """The error that names the smallest plan's peak, and what holds it."""
-        if found.steps in self.refused:
+        if self.proofs[steps].is_refused:
             return BudgetTooSmallError(
                 f"budget={budget / MIB:,.1f} MiB: XLA found no room for any plan on "
                 f"{self.problem.target or 'the device'}. Give smaller images or a smaller batch."
             )
-        peak = self.verified[found.steps]
-        step, number, held, own = max(
-            self.model.passes(found), key=lambda entry: entry[2] + entry[3]
-        )
-        segment = 1 + found.steps.index(step)
-        name = ("forward", "backward")[number]
+        peak = self.proofs[steps].peak
+        top = max(self.model.passes(steps), key=lambda one: one.peak)
+        name = ("forward", "backward")[top.number]
         fixed = self.problem.fixed_bytes
         return BudgetTooSmallError(
             f"budget={budget / MIB:,.1f} MiB: no plan fits. The smallest budget that works "
             f"is {peak / MIB:,.1f} MiB ({peak:,} bytes). There the peak is in the {name} pass of "
-            f"segment {segment} of {len(found.steps)} ({step.choice.strategy.name}), which takes "
-            f"{own / MIB:,.1f} MiB; arguments and gradients are {fixed / MIB:,.1f} MiB, and what "
-            f"earlier segments hold {(held - fixed) / MIB:,.1f} MiB. Give that budget, smaller "
-            "images or a smaller batch.",
+            f"segment {1 + steps.index(top.step)} of {len(steps)} "
+            f"({top.step.choice.strategy.name}), which takes about {top.own / MIB:,.1f} MiB; "
+            f"arguments and gradients are {fixed / MIB:,.1f} MiB, and what earlier segments hold "
+            f"{(top.held - fixed) / MIB:,.1f} MiB. Give that budget, smaller images or a smaller "
+            "batch.",
             peak,
         )
 
     # --- Plans -----------------------------------------------------------------------------------
 
-    def plan(self, found: Found, budget: int) -> Plan:
+    def plan(self, steps: Steps, budget: int) -> Plan:
         """A plan as a value."""
-        steps = found.steps
-        peak = None if steps in self.refused else self.verified.get(steps)
+        proof = self.proofs.get(steps) or Proof(
+            0, int(self.model.peak_bytes(steps)), self.model.seconds(*steps), is_refused=True
+        )
         return Plan(
             fingerprint=self.problem.fingerprint,
             wrt=self.problem.wrt,
@@ -288,11 +343,13 @@ class Prover:
             jax_version=jax.__version__,
             budget_bytes=budget,
             fixed_bytes=self.problem.fixed_bytes,
-            predicted_peak_bytes=self.predicted.get(steps) or int(self.model.peak_bytes(found)),
-            verified_peak_bytes=peak,
+            predicted_peak_bytes=proof.predicted,
+            verified_peak_bytes=None if proof.is_refused else proof.peak,
             column_operations=self.column_operations,
             compilations=self.compilations,
-            host_bytes=self.host.get(steps, 0),
+            host_bytes=proof.host,
+            predicted_seconds=proof.predicted_seconds,
+            roofline_seconds=proof.roofline_seconds,
         )
 
     def segment_plan(self, step: Step) -> SegmentPlan:
@@ -316,6 +373,7 @@ class Prover:
             saved_bytes=cost.saved_bytes,
             forward_bytes=forward,
             backward_bytes=backward,
+            seconds=self.model.seconds(step),
             offloaded_bytes=cost.offloaded_bytes,
         )
 

@@ -8,10 +8,12 @@ from collections.abc import Collection, Sequence
 from lrjax.loop.rowloop import RowLoop
 from lrjax.planner.adjoint import Adjoint
 from lrjax.planner.compilers import compiled, in_main_memory
+from lrjax.planner.kernels import kernel_seconds, seconds
 from lrjax.planner.liveness import Kind, Liveness, Operation, bytes_beside
 from lrjax.planner.loops import accumulator_bytes, program_liveness
 from lrjax.planner.steps import Step, kernels_read, line_bytes, row_bytes
 from lrjax.planner.whole import values
+from lrjax.roofline import rates_of
 from lrjax.rowgraph.graph import size_bytes
 from lrjax.strategies.programs import RowProgram
 
@@ -23,6 +25,7 @@ class DifferentiatedBytes:
     saved: float
     forward: float
     backward: float
+    seconds: float
 
 
 def differentiated_bytes(
@@ -44,18 +47,44 @@ def differentiated_bytes(
             moving.update(node.equation.outputs)
     params = {program.inputs[i] for i in wrt if axes[i] is None}
     held = set(values(program.outputs)) - own
-    lines, most = 0.0, 0.0
+    lines, most, time = 0.0, 0.0, 0.0
     for loop in filter(None, rows.loops):
         lines += loop.steps * line_bytes(loop)
         held |= {v for v in (*loop.arrays, *loop.wholes) if v not in own}
         moved = {v for v in loop.arrays if v in moving}
         cotangents = sum(size_bytes(avals[v]) for v in moved.union(loop.row_outputs))
         around = lines + sum(size_bytes(avals[v]) for v in held) + cotangents
-        inner = _weight_bytes(loop, moving, params) + _step_bytes(loop, moving, target)
+        step = _step(loop, moving, target)
+        inner = _weight_bytes(loop, moving, params) + in_main_memory(step.peak(), target)
         most = max(most, around + line_bytes(loop) + inner)
+        time += reverse_seconds(loop, step, moving, target)
     saved = lines + sum(size_bytes(avals[v]) for v in held)
-    forward = program_liveness(rows, own, target).peak() + lines
-    return DifferentiatedBytes(saved, forward, most)
+    forward = program_liveness(rows, own, target)
+    time += seconds(forward, rates_of(target))
+    return DifferentiatedBytes(saved, forward.peak() + lines, most, time)
+
+
+def reverse_seconds(loop: RowLoop, step: Liveness, moving: Collection[int], target: str) -> float:
+    """All steps in reverse: forward again and differentiated."""
+    rates, graph = rates_of(target), loop.graph
+    avals = graph.program.avals
+    branches = sum((b.first, b.last) != (0, loop.steps - 1) for b in loop.bands)
+    total = seconds(step, rates) + 2 * branches * rates.branch_s
+    for v in loop.producer:
+        lines = row_bytes(graph, v) * loop.line_rows(v)
+        if lines:
+            # Read, shifted, and their gradients; and in the forward pass saved.
+            total += 2 * kernel_seconds(rates, 0.0, 2 * lines)
+        if v in loop.row_outputs:
+            total += kernel_seconds(rates, 0.0, 2 * row_bytes(graph, v) * loop.track(v).rows)
+    for v in (v for v in loop.wholes if v in moving):
+        moved = 2 * accumulator_bytes(avals[v]) + size_bytes(avals[v])
+        total += kernel_seconds(rates, 0.0, moved)
+    for s in loop.sliced:
+        if s.value in moving:
+            start, stop = loop.window(s, 0)
+            total += kernel_seconds(rates, 0.0, 3 * row_bytes(graph, s.value) * (stop - start))
+    return loop.steps * total
 
 
 def _weight_bytes(loop: RowLoop, moving: Collection[int], params: Collection[int]) -> float:
@@ -76,8 +105,8 @@ def _weight_bytes(loop: RowLoop, moving: Collection[int], params: Collection[int
     return bytes_beside(sizes, hosts.values())
 
 
-def _step_bytes(loop: RowLoop, moving: Collection[int], target: str) -> float:
-    """Most bytes alive in one step: forward, then its adjoint."""
+def _step(loop: RowLoop, moving: Collection[int], target: str) -> Liveness:
+    """One step: forward, then its adjoint."""
     avals = loop.graph.program.avals
     step = Step(loop)
     size = step.size
@@ -100,8 +129,8 @@ def _step_bytes(loop: RowLoop, moving: Collection[int], target: str) -> float:
     size.update(dict.fromkeys(outside, 0.0))
     forward = with_residuals(step, adjoint.operations)
     operations = compiled((*forward, *adjoint.operations), size, adjoint.next, target)
-    lives = Liveness(operations, size, before=frozenset(given), after=pieces)
-    return in_main_memory(lives.peak(), target)
+    moved = {**outside, **step.moved}
+    return Liveness(operations, size, before=frozenset(given), after=pieces, moved=moved)
 
 
 def with_residuals(step: Step, reverse: Sequence[Operation]) -> list[Operation]:

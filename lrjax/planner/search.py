@@ -1,76 +1,28 @@
 """The fastest plan whose predicted peak is within a limit: dynamic programming over the cuts.
 
 A label at a cut is what has been chosen from the input up to it: the bytes that those segments hold
-until their backward passes, and a score, their operations. A segment fits where fixed bytes, what
-the segments before it hold, and the most that is alive in its own passes are within the limit; what
-follows it does not matter, because its own passes enclose theirs. Of two labels at a cut, one that
-neither holds less nor scores lower (by more than a trifle) is dropped.
+until their backward passes, and their seconds. A segment fits where fixed bytes, what the segments
+before it hold, and the most that is alive in its own passes are within the limit; what follows it
+does not matter, because its own passes enclose theirs. Of two labels at a cut, one that neither
+holds less nor is faster is dropped (label setting, as for shortest paths under a constraint).
 
-Labels are taken up in the order of their score plus a lower bound of what is to come (every
-operation once: column), so the first to reach the end is the best. Costs are asked for only when a
-label is taken up, and only where cheap lower bounds leave hope.
+Numbers of blocks are searched in steps of four, and then refined in steps of two.
 """
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
-import gc
-import heapq
 import itertools
 import math
-from collections.abc import Iterator
+import statistics
+from collections.abc import Callable, Iterable, Iterator
 
 from lrjax.plan import Choice
-from lrjax.planner.candidates import COLUMN, Candidates, Span
-from lrjax.strategies import Strategy, registered
+from lrjax.planner.candidates import CHECKPOINT, COLUMN, Candidates, Kind, every_kind
 
-# Of equal operations, the simpler: fractions of a segment's operations, for a row loop, for every
-# doubling of its blocks, and for doing operations again. Too small to outweigh real operations.
-_LOOP, _DOUBLING, _AGAIN = 2e-4, 1e-4, 1e-4
-# Labels that hold about as much for about as many operations are one.
-_ALIKE_BYTES, _ALIKE_SCORE = 1.002, 1.0005
-
-
-@dataclasses.dataclass(frozen=True)
-class Kind:
-    """How a segment may run, whatever the number of its blocks and micro-batches.
-
-    Attributes:
-      strategy: that runs it, or one part of its batch after the other.
-      is_divided: in micro-batches.
-      offload: what it gives waits in the host's memory.
-    """
-
-    strategy: Strategy
-    is_divided: bool = False
-    offload: bool = False
-
-    @classmethod
-    def of(cls, choice: Choice) -> Kind:
-        return cls(choice.strategy, choice.micro_batches > 1, choice.offload)
-
-    def __str__(self) -> str:
-        notes = ["micro-batches"] * self.is_divided + ["offload"] * self.offload
-        return self.strategy.name + (f" ({', '.join(notes)})" if notes else "")
-
-
-def every_kind() -> tuple[Kind, ...]:
-    """All ways to run a segment, under the strategies that have a name.
-
-    Only what starts from a segment's inputs is divided or offloaded: all else keeps maps of all
-    images, or copies of what waits on the host.
-    """
-    plain = [Kind(strategy) for strategy in registered()]
-    from_inputs = [kind.strategy for kind in plain if kind.strategy.starts_from_inputs]
-    divided = [Kind(strategy, is_divided=True) for strategy in from_inputs]
-    hosted = [
-        Kind(strategy, is_divided, offload=True)
-        for is_divided in (False, True)
-        for strategy in from_inputs
-    ]
-    return (*plain, *divided, *hosted)
+# Labels that hold about as much are one.
+_ALIKE_BYTES = 1.002
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,296 +48,213 @@ class Step:
 
 
 Shape = tuple[int, int, Kind]
+Steps = tuple[Step, ...]
 
 
 @dataclasses.dataclass(frozen=True)
-class Found:
-    """A plan as the search sees it."""
+class Pass:
+    """A segment's forward or backward pass: bytes that are held before it, and its own."""
 
-    steps: tuple[Step, ...]
-    score: float
+    step: Step
+    number: int
+    held: float
+    own: float
+
+    @property
+    def peak(self) -> float:
+        return self.held + self.own
 
 
 class Model:
-    """The cost model with what compilations have taught about it.
+    """The cost model of plans, with what compilations have taught about seconds.
 
     Attributes:
       candidates: spans and their costs.
       fixed_bytes: arguments and gradients.
-      factors: per shape of a step, factors of the bytes of its forward and backward pass.
-      tried: steps that were compiled with the pass of the peak in them.
+      time_factors: of the seconds of a step, by its shape.
+      time_ratios: compiled seconds over predicted ones, of all plans; 1 before there are any.
     """
 
     def __init__(self, candidates: Candidates, fixed_bytes: float):
         self.candidates = candidates
         self.fixed_bytes = fixed_bytes
-        self.factors: dict[Shape, tuple[float, float]] = {}
-        self.tried: set[Step] = set()
+        self.time_factors: dict[Shape, float] = {}
+        self.time_ratios = [1.0]
+
+    # --- Predictions -----------------------------------------------------------------------------
 
     def own_bytes(self, step: Step) -> tuple[float, float]:
-        """Bytes of a step's forward and backward pass, corrected."""
+        """Bytes of a step's forward and backward pass."""
         cost = self.candidates.cost(step.start, step.stop, step.choice)
-        forward, backward = self.factors.get(step.shape, (1.0, 1.0))
-        forward, backward = cost.forward_bytes * forward, cost.backward_bytes * backward
+        forward, backward = cost.forward_bytes, cost.backward_bytes
         if step.choice.strategy.streams or step.choice.micro_batches > 1:
             # Gradients of what is read from the host go there too.
             return forward, max(backward - step.arriving_bytes, 0.0)
         return forward + step.arriving_bytes, backward + step.arriving_bytes
 
-    def passes(self, found: Found) -> list[tuple[Step, int, float, float]]:
-        """Step, pass, bytes held before, own bytes: of every pass, as predicted."""
-        result, held = [], self.fixed_bytes
-        for step in found.steps:
-            for i, own in enumerate(self.own_bytes(step)):
-                result.append((step, i, held, own))
-            held += self.candidates.cost(step.start, step.stop, step.choice).saved_bytes
-        return result
-
-    def peak_bytes(self, found: Found) -> float:
-        return max(held + own for _, _, held, own in self.passes(found))
-
-    def learn(self, found: Found, peak: float) -> None:
-        """Correct the passes that the verified peak contradicts.
-
-        The pass of the predicted peak answers for what was missing; every pass whose prediction
-        was above the peak is brought down to it.
-        """
-        passes = self.passes(found)
-        top = max(passes, key=lambda entry: entry[2] + entry[3])
-        self.tried.add(top[0])
-        for entry in passes:
-            step, i, held, own = entry
-            if own <= 0 or (held + own <= peak and entry is not top):
-                continue
-            factors = list(self.factors.get(step.shape, (1.0, 1.0)))
-            factors[i] *= max(peak - held, 0.05 * own) / own
-            self.factors[step.shape] = (factors[0], factors[1])
-
-    def score(self, steps: tuple[Step, ...]) -> float:
-        """What the search minimises."""
+    def seconds(self, *steps: Step) -> float:
+        """Of all steps, corrected."""
+        usual = statistics.geometric_mean(self.time_ratios)
         return sum(
-            self.candidates.cost(s.start, s.stop, s.choice).operations * (1 + penalty(s.choice))
+            self.candidates.cost(s.start, s.stop, s.choice).seconds
+            * self.time_factors.get(s.shape, usual)
             for s in steps
         )
 
-    @functools.cached_property
-    def column_ahead(self) -> list[float]:
-        """Operations of everything behind each bound, done once."""
-        ahead = [0.0]
-        for k in reversed(range(self.candidates.last)):
-            ahead.append(ahead[-1] + self.candidates.cost(k, k + 1, COLUMN).operations)
-        return ahead[::-1]
+    def passes(self, steps: Steps) -> list[Pass]:
+        result, held = [], self.fixed_bytes
+        for step in steps:
+            result += [Pass(step, i, held, own) for i, own in enumerate(self.own_bytes(step))]
+            held += self.candidates.cost(step.start, step.stop, step.choice).saved_bytes
+        return result
+
+    def peak_bytes(self, steps: Steps) -> float:
+        return max(one.peak for one in self.passes(steps))
+
+    # --- What compilations teach -----------------------------------------------------------------
+
+    def learn_seconds(self, steps: Steps, seconds: float) -> None:
+        """All steps of a plan are corrected by what it takes as a whole."""
+        costs = (self.candidates.cost(s.start, s.stop, s.choice) for s in steps)
+        ratio = seconds / sum(cost.seconds for cost in costs)
+        self.time_ratios.append(ratio)
+        self.time_factors.update((step.shape, ratio) for step in steps)
+
+    # --- What there is to choose -----------------------------------------------------------------
+
+    def steps(
+        self, kind: Kind, among: Callable[[int, int], bool] = lambda start, stop: True
+    ) -> Iterator[Step]:
+        """All segments of a kind, between such bounds."""
+        for start, stop in self.candidates.spans(kind):
+            if among(start, stop):
+                for choice in self.candidates.span(start, stop).choices(kind):
+                    yield Step(start, stop, choice)
+
+    def least(self, start: int, stop: int) -> float:
+        """Seconds of a plan that runs one segment by rows, at the least."""
+        again = COLUMN if self.candidates.span(start, stop).is_scalar else CHECKPOINT
+        once = self.seconds(Step(start, stop, COLUMN))
+        return self.seconds(*self.column) - once + self.seconds(Step(start, stop, again))
 
     @functools.cached_property
-    def column_held(self) -> list[float]:
-        """Bytes that column holds of everything before each bound."""
-        saved = (
-            self.candidates.cost(k, k + 1, COLUMN).saved_bytes for k in range(self.candidates.last)
-        )
-        return list(itertools.accumulate(saved, initial=0.0))
+    def simple_plans(self) -> list[Steps]:
+        """Plans that people write by hand: one strategy for all, or checkpoints at few cuts."""
+        last, rows = self.candidates.last, self.candidates.places.row_bounds
+        every = range(last + 1)
+        cuts = [every, every[:: max(round(math.sqrt(last)), 1)], rows, rows[::2]]
+        plans = [self.column]
+        for places in cuts:
+            bounds = sorted({0, *places, last})
+            plans.append(tuple(Step(a, b, CHECKPOINT) for a, b in itertools.pairwise(bounds)))
+        whole = self.candidates.span(0, last)
+        for kind in every_kind():
+            if kind.strategy.by_rows and kind == Kind(kind.strategy):
+                ratio = 2 if kind.strategy.streams else 4
+                plans += [(Step(0, last, choice),) for choice in whole.choices(kind, ratio)]
+        return list(dict.fromkeys(plans))
 
-    def least_operations(self, start: int, stop: int, kind: Kind) -> float:
-        """Operations of a span that no cost lies below, without asking for the cost."""
-        once = self.column_ahead[start] - self.column_ahead[stop]
-        if kind.offload:
-            moved = self.candidates.transfer_operations(start, stop)
-            kept = dataclasses.replace(kind, offload=False)
-            return moved + self.least_operations(start, stop, kept)
-        span, streams = self.candidates.span(start, stop), kind.strategy.streams
-        is_one_pass = streams and span.is_scalar and not kind.is_divided
-        if not kind.strategy.recomputes or is_one_pass:
-            return once
-        # What stream holds between stages need not be done again.
-        return once + (0.9 if streams else 1.0) * span.flops
-
-    def least_bytes(self, start: int, stop: int, kind: Kind) -> float:
-        """Own bytes of a span that no cost lies far below, without asking for the cost."""
-        if kind.offload:
-            return 0.0
-        span = self.candidates.span(start, stop)
-        if not kind.strategy.by_rows and not kind.is_divided:
-            kept = self.column_held[stop] - self.column_held[start]
-            return max(span.output_bytes, 0.9 * kept)
-        return span.output_bytes + span.moving_bytes
-
-
-def penalty(choice: Choice) -> float:
-    """What a choice costs beyond its operations, as a fraction of them."""
-    if not choice.strategy.by_rows:
-        return _AGAIN if choice.strategy.recomputes else 0.0
-    return _LOOP + _DOUBLING * math.log2(choice.num_blocks * choice.micro_batches)
+    @property
+    def column(self) -> Steps:
+        return (Step(0, self.candidates.last, COLUMN),)
 
 
 @dataclasses.dataclass(frozen=True)
 class Limits:
-    """What a search may use.
-
-    Attributes:
-      budget: bytes, for steps that held the peak of a plan that was compiled.
-      hoped: bytes, for steps whose prediction has not been tried. Where it is less than the budget,
-        predictions are thought to be too low; those of a shape that was corrected are not.
-      below: scores of interest are lower than this.
-      kinds: to choose from.
-    """
+    """What a search may use: bytes, and kinds to choose from."""
 
     budget: float
-    hoped: float
-    below: float = math.inf
     kinds: tuple[Kind, ...] = dataclasses.field(default_factory=every_kind)
 
+
+@dataclasses.dataclass(frozen=True)
+class _Label:
+    """What was chosen up to a cut."""
+
+    held: float
+    seconds: float
+    steps: Steps
+
     @property
-    def most(self) -> float:
-        return max(self.budget, self.hoped)
+    def offloads(self) -> bool:
+        return bool(self.steps) and self.steps[-1].choice.offload
 
 
-def search(model: Model, limits: Limits) -> Found | None:
-    """The plan of the lowest score within the limits, or None."""
-    with _rare_collections():
-        return _Search(model, limits).run()
+def search(model: Model, limits: Limits) -> Steps | None:
+    """The fastest plan within the limits, or None."""
+    steps = [step for kind in limits.kinds if kind.is_plain for step in model.steps(kind)]
+    best = _cheapest(model, limits, steps)
+    others = (kind for kind in limits.kinds if not kind.is_plain)
+    # Rows take long to trace, and never less time than whole maps that are computed again.
+    bound = math.inf if best is None else best.seconds
+    more = [
+        step for kind in others for step in model.steps(kind, lambda *at: model.least(*at) < bound)
+    ]
+    if more:
+        best = _cheapest(model, limits, steps + more)
+    return None if best is None else refined(model, limits, best.steps)
 
 
-@contextlib.contextmanager
-def _rare_collections() -> Iterator[None]:
-    """Costs trace segments: millions of objects, few of them garbage in cycles.
+def _cheapest(model: Model, limits: Limits, steps: Iterable[Step]) -> _Label | None:
+    labels: list[list[_Label]] = [[] for _ in model.candidates.bounds]
+    labels[0].append(_Label(0.0, 0.0, ()))
+    options: list[list[tuple[Step, float]]] = [[] for _ in model.candidates.bounds]
+    for step in steps:
+        options[step.start].append((step, model.seconds(step)))
+    for node in range(model.candidates.last):
+        for label in _best(labels[node]):
+            for step, seconds in options[node]:
+                found = _extended(model, limits, label, step, seconds)
+                if found is not None:
+                    labels[step.stop].append(found)
+    return min(labels[-1], key=lambda label: label.seconds, default=None)
 
-    Looking for that garbage as often as Python does takes a fifth of a search.
-    """
-    usual = gc.get_threshold()
-    gc.set_threshold(200_000, 20, 50)
-    try:
-        yield
-    finally:
-        gc.set_threshold(*usual)
+
+def _best(labels: Iterable[_Label]) -> list[_Label]:
+    """Labels of which none is both faster and holds less than another."""
+    found: list[_Label] = []
+    least = {True: math.inf, False: math.inf}
+    for label in sorted(labels, key=lambda label: (label.seconds, label.held)):
+        if label.held * _ALIKE_BYTES < least[label.offloads]:
+            least[label.offloads] = label.held
+            found.append(label)
+    return found
 
 
-class _Search:
-    def __init__(self, model: Model, limits: Limits):
-        self.model, self.limits = model, limits
-        self.candidates = model.candidates
-        self.settled: list[list[tuple[float, float]]] = [[] for _ in self.candidates.bounds]
-        self.count = itertools.count()
-        self.queue: list[tuple] = []  # type: ignore[type-arg]
-
-    def run(self) -> Found | None:
-        self.push(0, 0.0, 0.0, (), None)
-        while self.queue:
-            _, _, node, held, score, steps, move = heapq.heappop(self.queue)
-            if move is not None:
-                self.try_step(node, held, score, steps, move)
-                continue
-            if self.is_dominated(node, held, score):
-                continue
-            self.settled[node].append((held, score))
-            if node == self.candidates.last:
-                return Found(steps, score)
-            self.extend(node, held, score, steps)
-        return None
-
-    def push(
-        self,
-        node: int,
-        held: float,
-        score: float,
-        steps: tuple[Step, ...],
-        move: tuple[int, Kind] | None,
-    ) -> None:
-        """Queue a label, or with ``move`` a step from it to another bound."""
-        if move is None:
-            promise = score + self.model.column_ahead[node]
-        else:
-            stop, kind = move
-            promise = score + self.model.least_operations(node, stop, kind)
-            promise += self.model.column_ahead[stop]
-        if promise < self.limits.below:
-            entry = (promise, next(self.count), node, held, score, steps, move)
-            heapq.heappush(self.queue, entry)
-
-    def is_dominated(self, node: int, held: float, score: float) -> bool:
-        return any(
-            h <= held * _ALIKE_BYTES and s <= score * _ALIKE_SCORE for h, s in self.settled[node]
-        )
-
-    def extend(self, node: int, held: float, score: float, steps: tuple[Step, ...]) -> None:
-        before = steps[-1].kind if steps else None
-        arrives = bool(steps) and steps[-1].choice.offload
-        for stop in reversed(range(node + 1, self.candidates.last + 1)):
-            for kind in self.limits.kinds:
-                # Two segments that keep all their maps, behind each other, are one.
-                if kind == before and not kind.strategy.recomputes:
-                    continue
-                # What does not start from its inputs keeps a copy of what arrives from the host.
-                if arrives and not kind.strategy.starts_from_inputs:
-                    continue
-                if kind.offload and not self.candidates.offloadable_bytes(node, stop):
-                    continue
-                least = self.model.least_bytes(node, stop, kind)
-                if self.model.fixed_bytes + held + least <= self.limits.most:
-                    self.push(node, held, score, steps, (stop, kind))
-
-    def try_step(
-        self,
-        node: int,
-        held: float,
-        score: float,
-        steps: tuple[Step, ...],
-        move: tuple[int, Kind],
-    ) -> None:
-        """Take a step from a label, in as few blocks as fit."""
-        stop, kind = move
-        step = self.fewest_blocks(node, stop, kind, held, steps)
-        if step is None:
-            return
-        cost = self.candidates.cost(node, stop, step.choice)
-        score += cost.operations * (1 + penalty(step.choice))
-        held += cost.saved_bytes
-        if not self.is_dominated(stop, held, score):
-            self.push(stop, held, score, (*steps, step), None)
-
-    def fewest_blocks(
-        self, start: int, stop: int, kind: Kind, held: float, before: tuple[Step, ...]
-    ) -> Step | None:
-        span = self.candidates.span(start, stop)
-        # The paper's orders do the same operations again; they are asked where stream is too large.
-        if kind.strategy.by_rows and not kind.strategy.streams:
-            for other in self.limits.kinds:
-                if other.strategy.streams and other == Kind(other.strategy):
-                    streamed = step_choices(span, other)
-                    if streamed and self.fits(Step(start, stop, streamed[-1]), held):
-                        return None
-        choices = step_choices(span, kind)
-        arriving = self.arriving_bytes(before)
-        steps = [Step(start, stop, choice, arriving) for choice in choices]
-        # More blocks take less memory, up to some number: the most are judged first.
-        if not steps or not self.fits(steps[-1], held):
+def _extended(
+    model: Model, limits: Limits, label: _Label, step: Step, seconds: float
+) -> _Label | None:
+    if label.steps:
+        before, strategy = label.steps[-1], step.choice.strategy
+        # Two segments that keep all their maps, behind each other, are one.
+        if before.kind == step.kind and not strategy.recomputes:
             return None
-        low, high = 0, len(steps) - 1
-        while low < high:
-            middle = (low + high) // 2
-            low, high = (low, middle) if self.fits(steps[middle], held) else (middle + 1, high)
-        return steps[high]
-
-    def arriving_bytes(self, before: tuple[Step, ...]) -> float:
-        """Of what a segment behind these takes, what waits in the host's memory."""
-        if not before or not before[-1].choice.offload:
-            return 0.0
-        return self.candidates.offloadable_bytes(before[-1].start, before[-1].stop)
-
-    def fits(self, step: Step, held: float) -> bool:
-        limit = self.limits.hoped
-        if step in self.model.tried:
-            limit = self.limits.budget
-        elif step.shape in self.model.factors:
-            limit = self.limits.most
-        return self.model.fixed_bytes + held + max(self.model.own_bytes(step)) <= limit
+        if before.choice.offload:
+            # What does not start from its inputs keeps a copy of what arrives from the host.
+            if not strategy.starts_from_inputs:
+                return None
+            arriving = model.candidates.offloadable_bytes(before.start, before.stop)
+            step = dataclasses.replace(step, arriving_bytes=arriving)
+    if model.fixed_bytes + label.held + max(model.own_bytes(step)) > limits.budget:
+        return None
+    saved = model.candidates.cost(step.start, step.stop, step.choice).saved_bytes
+    return _Label(label.held + saved, label.seconds + seconds, (*label.steps, step))
 
 
-def step_choices(span: Span, kind: Kind) -> list[Choice]:
-    """The choices of one kind for a span, from much memory to little."""
-    parts = [1]
-    if kind.is_divided:
-        parts = [n for n in range(2, span.batch + 1) if span.batch % n == 0]
-    if not kind.strategy.by_rows:
-        return [Choice(kind.strategy, 1, n, kind.offload) for n in parts]
-    # Row loops make a part as small as blocks are many: images one by one, if at all.
-    counts = span.block_counts(kind.strategy) if parts else []
-    return [Choice(kind.strategy, count, parts[-1], kind.offload) for count in counts]
+def refined(model: Model, limits: Limits, steps: Steps) -> Steps:
+    """The plan with numbers of blocks that were not searched, as long as that makes it faster."""
+    while True:
+        best = steps
+        for i, step in enumerate(steps):
+            span = model.candidates.span(step.start, step.stop)
+            for choice in span.choices(step.kind, ratio=2):
+                count = choice.num_blocks
+                if count in (2 * step.choice.num_blocks, step.choice.num_blocks // 2):
+                    other = dataclasses.replace(step, choice=choice)
+                    changed = (*steps[:i], other, *steps[i + 1 :])
+                    is_faster = model.seconds(*changed) < model.seconds(*best)
+                    if is_faster and model.peak_bytes(changed) <= limits.budget:
+                        best = changed
+        if best == steps:
+            return steps
+        steps = best

@@ -10,10 +10,9 @@ import functools
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-from lrjax.planner.whole import Joint, joint_program
-from lrjax.program.inline import FlatEquation, FlatProgram
+from lrjax.planner.whole import Joint, equation_operations, joint_program
+from lrjax.program.inline import FlatProgram
 from lrjax.rowgraph.segments import Segment
-from lrjax.rules.base import Equation, Operand, traits_of
 from lrjax.strategies.programs import RowProgram
 
 # Segments whose programs are kept. A search that cuts at a hundred places has no use for old ones.
@@ -58,32 +57,26 @@ def column_operations(segment: Segment, wrt: tuple[int, ...]) -> float:
 
 def program_operations(program: FlatProgram) -> float:
     """Operations of a flat program, counted as the rules count a row graph's."""
-    return sum(_equation_operations(program, equation) for equation in program.equations)
-
-
-def _equation_operations(program: FlatProgram, equation: FlatEquation) -> float:
-    described = Equation(
-        equation.primitive,
-        equation.params,
-        tuple(Operand(a.shape, a.dtype, None) for a in map(program.aval, equation.inputs)),
-        tuple(program.avals[v] for v in equation.outputs),
-    )
-    return traits_of(equation.primitive).operations(described)
+    return sum(equation_operations(program, equation) for equation in program.equations)
 
 
 def operations_of(rows: RowProgram) -> float:
-    """Operations of the row loops, those that are done again in later stages included."""
-    graph = rows.graph
-    nodes = (node for stage in graph.loops for node in graph.stage_nodes(stage))
-    return sum(n.op.flops * n.op.height for n in nodes if n.op is not None)
+    """Operations of the row loops' steps, rows beyond the image included."""
+    return _executed(rows)[0]
 
 
 def repetition(rows: RowProgram) -> float:
-    """Operations of the steps, overlapping rows included, over those of the image's rows."""
+    """Operations of the steps over those of the image's rows."""
+    done, once = _executed(rows)
+    return done / once if once else 1.0
+
+
+def _executed(rows: RowProgram) -> tuple[float, float]:
+    """Operations of all steps, and of the image's rows alone."""
     done, once = 0.0, 0.0
     for loop in filter(None, rows.loops):
         for node, track in zip(loop.nodes, loop.schedule.tracks, strict=True):
             assert node.op is not None
             once += node.op.flops * node.op.height
             done += node.op.flops * max(loop.steps * track.rows, node.op.height)
-    return done / once if once else 1.0
+    return done, once

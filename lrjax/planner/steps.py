@@ -19,9 +19,13 @@ def row_bytes(graph: RowGraph, value: int) -> float:
     return size_bytes(graph.program.avals[value]) / max(graph.height(value), 1)
 
 
-def line_bytes(loop: RowLoop) -> float:
-    """Bytes of all line buffers of a loop."""
-    return sum(row_bytes(loop.graph, v) * loop.line_rows(v) for v in loop.producer)
+def line_bytes(loop: RowLoop, *, shifting_only: bool = False) -> float:
+    """Bytes of all line buffers of a loop, or of those that are no rings."""
+    return sum(
+        row_bytes(loop.graph, v) * loop.line_rows(v)
+        for v in loop.producer
+        if not (shifting_only and loop.is_ring(v))
+    )
 
 
 class Step:
@@ -45,10 +49,12 @@ class Step:
         self.avals = loop.graph.program.avals
         self.operations: list[Operation] = []
         self.size: dict[int, float] = {}
+        self.moved: dict[int, float] = {}
         self.kept: set[int] = set()
         self.older: dict[int, int] = {}
         self.slab: dict[int, int] = {}
         self.next = len(self.avals)
+        self.moved.update((v, float(size_bytes(self.avals[v]))) for v in loop.wholes)
         for v in loop.producer:
             self._place(v)
         branches = {band.nodes[-1]: band for band in loop.bands if self._is_branch(band)}
@@ -64,7 +70,7 @@ class Step:
 
     def liveness(self, target: str) -> Liveness:
         operations = compiled(self.operations, self.size, self.next, target)
-        return Liveness(operations, self.size, after=frozenset(self.kept))
+        return Liveness(operations, self.size, after=frozenset(self.kept), moved=self.moved)
 
     def fresh(self, size: float) -> int:
         self.size[self.next] = size
@@ -81,6 +87,7 @@ class Step:
             self.size[value] = per_row * track.depth
             self.slab[value] = self.fresh(per_row * track.rows)
             self.older[value] = self.fresh(0.0)
+            self.moved[self.older[value]] = per_row * (track.depth - track.rows)
         else:
             self.size[value] = per_row * track.rows
 
@@ -99,7 +106,9 @@ class Step:
         kind = traits_of(what).kind
         if node.is_reduction and what is lax.conv_general_dilated_p:
             what = KERNEL_GRADIENT
-        self.operations.append(Operation(what, inputs, made, kind, like))
+        assert node.op is not None
+        flops = node.op.flops * track.rows
+        self.operations.append(Operation(what, inputs, made, kind, like, flops=flops))
         for v in node.equation.outputs:
             if v in self.slab:
                 self._extend(v)

@@ -21,7 +21,7 @@ from lrjax.program.inline import (
     without_dead_equations,
 )
 from lrjax.rowgraph.graph import size_bytes
-from lrjax.rules.base import traits_of
+from lrjax.rules.base import Equation, Operand, traits_of
 
 
 def values(atoms: Sequence[Any]) -> tuple[int, ...]:
@@ -93,9 +93,26 @@ def operations_of(program: FlatProgram, border: int, target: str) -> list[Operat
             program.avals[e.outputs[0]] if e.outputs else None,
             i >= border,
             convolution_scratch(program, e, target),
+            flops=equation_operations(program, e),
         )
         for i, e in enumerate(program.equations)
     ]
+
+
+def moved_bytes(program: FlatProgram) -> dict[int, float]:
+    """Bytes of every value, arguments and gradients included."""
+    return {v: float(size_bytes(aval)) for v, aval in enumerate(program.avals)}
+
+
+def equation_operations(program: FlatProgram, equation: FlatEquation) -> float:
+    """Floating-point operations of an equation on whole maps."""
+    described = Equation(
+        equation.primitive,
+        equation.params,
+        tuple(Operand(a.shape, a.dtype, None) for a in map(program.aval, equation.inputs)),
+        tuple(program.avals[v] for v in equation.outputs),
+    )
+    return traits_of(equation.primitive).operations(described)
 
 
 def made_sizes(program: FlatProgram, target: str) -> dict[int, float]:
@@ -122,7 +139,14 @@ def column_liveness(
         operations_of(program, joint.border, target), size, len(program.avals), target
     )
     given = frozenset(values(gradients))
-    return Liveness(operations, size, before=frozenset(joint.cotangents), after=given, hosts=hosts)
+    return Liveness(
+        operations,
+        size,
+        before=frozenset(joint.cotangents),
+        after=given,
+        hosts=hosts,
+        moved=moved_bytes(program),
+    )
 
 
 def forward_liveness(program: FlatProgram, target: str) -> Liveness:
@@ -130,7 +154,8 @@ def forward_liveness(program: FlatProgram, target: str) -> Liveness:
     size = made_sizes(program, target)
     listed = operations_of(program, len(program.equations), target)
     operations = compiled(listed, size, len(program.avals), target)
-    return Liveness(operations, size, after=frozenset(values(program.outputs)))
+    after = frozenset(values(program.outputs))
+    return Liveness(operations, size, after=after, moved=moved_bytes(program))
 
 
 def without_outputs(joint: Joint) -> Joint:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from lrjax.memory.compile import compile_for, target_name
+from lrjax.memory.targets import GpuTarget, find
 from lrjax.roofline.model import Kernel, Roofline, roofline_of
 from lrjax.roofline.rates import Rates, rates_of
 
@@ -38,6 +39,12 @@ def estimate(
 
         print(lrjax.roofline.estimate(jax.grad(loss), params, images, target="h200"))
     """
-    own = rates or rates_of(target_name(target))
+    name = target_name(target)
+    if rates is None and not isinstance(find(name), GpuTarget):
+        raise ValueError(
+            f"target={name!r}: programs for GPUs alone are read, by names in lrjax.memory.TARGETS "
+            "such as 'h200'. lrjax.memory.profile tells its memory."
+        )
+    own = rates or rates_of(name)
     compiled = compile_for(fun, *args, target=target, **options)
     return roofline_of(str(compiled.as_text()), own, unknown_trip_count=unknown_trip_count)

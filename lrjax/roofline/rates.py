@@ -7,8 +7,10 @@ launch costs, are assumptions; none was measured.
 from __future__ import annotations
 
 import dataclasses
+import functools
+import os
 
-from lrjax.memory.targets import GpuTarget, find
+from lrjax.memory.targets import CpuTarget, GpuTarget, TpuTarget, find
 
 _HALF, _SINGLE, _DOUBLE = "half", "float32", "float64"
 _PRECISION = {
@@ -29,6 +31,11 @@ _PEAKS: dict[str, dict[str, float]] = {
     "rtx3080": {_HALF: 59e12, _SINGLE: 30e12, _DOUBLE: 0.47e12},
     "v100": {_HALF: 125e12, _SINGLE: 15.7e12, _DOUBLE: 7.8e12},
 }
+# Bytes in a second of a TPU's memory (Google's system architecture pages; of a v4 one core's half).
+_TPU_BANDWIDTHS = {"tpu-v4": 614e9, "tpu-v5e": 819e9, "tpu-v5p": 2765e9, "tpu-v6e": 1640e9}
+# A processor's core, an order of magnitude: XLA:CPU's convolutions in float32, copies of all cores,
+# and the least time of an operation.
+_CPU_CORE_OPERATIONS, _CPU_BANDWIDTH, _CPU_LAUNCH = 25e9, 10e9, 5e-6
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,8 +73,11 @@ class Rates:
         )
 
 
+@functools.cache
 def rates_of(target: str, *, of_peak: float = 0.48, of_bandwidth: float = 0.8) -> Rates:
     """Rates of a target.
+
+    Those of CPUs and TPUs are orders of magnitude, good for comparing plans with each other.
 
     Args:
       target: a name in ``lrjax.memory.TARGETS``.
@@ -78,6 +88,16 @@ def rates_of(target: str, *, of_peak: float = 0.48, of_bandwidth: float = 0.8) -
       ValueError: no such target, or none with rates.
     """
     row = find(target)
+    if isinstance(row, CpuTarget):
+        rate = _CPU_CORE_OPERATIONS * (os.cpu_count() or 1)
+        peaks = {_HALF: rate, _SINGLE: rate, _DOUBLE: rate / 2}
+        return Rates(target, peaks, _CPU_BANDWIDTH, _CPU_BANDWIDTH, _CPU_LAUNCH, _CPU_LAUNCH)
+    if isinstance(row, TpuTarget) and target in _TPU_BANDWIDTHS:
+        # In float32 products take six passes in bfloat16 at the most, three by default.
+        rate = of_peak * row.operations_per_s
+        peaks = {_HALF: rate, _SINGLE: rate / 3, _DOUBLE: rate / 36}
+        bandwidth = of_bandwidth * _TPU_BANDWIDTHS[target]
+        return Rates(target, peaks, bandwidth, float(row.host_bytes_per_s), 1e-6, 1e-6)
     if not isinstance(row, GpuTarget) or target not in _PEAKS:
         known = ", ".join(sorted(_PEAKS))
         raise ValueError(

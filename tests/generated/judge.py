@@ -49,6 +49,7 @@ class Report:
 # Refusals that are right: there is nothing to run by rows, or nothing to cut.
 _REFUSALS = (
     ("no operation that is local in rows", "nothing by rows"),
+    ("no operation on an argument that carries rows", "nothing by rows"),
     ("operations on rows; ask for at most", "too many segments"),
     ("entries for", "segments merged"),
     ("cuts:", "names do not cut"),

@@ -10,7 +10,7 @@ from jax import lax
 from lrjax.plan import Choice, Plan
 from lrjax.planner.problem import problem_of
 from lrjax.planner.proof import Prover
-from lrjax.planner.search import Found, Step
+from lrjax.planner.search import Step
 
 CHANNELS = (8, 8, 16, 16)
 
@@ -53,7 +53,7 @@ def plan_by_hand(fun, args, choices, places, in_axes=(None, 1)) -> Plan:
     prover = Prover(problem)
     bounds = [0, *places, prover.model.candidates.last]
     steps = map(Step, bounds, bounds[1:], choices)
-    return prover.plan(Found(tuple(steps), 0.0), 2**30)
+    return prover.plan(tuple(steps), 2**30)
 
 
 def with_choice(plan: Plan, choice: Choice) -> Plan:

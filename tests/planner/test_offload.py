@@ -158,8 +158,8 @@ def test_costs_are_bytes_of_the_device_and_time_of_the_link(target):
     )
     kept, waiting = (candidates.cost(0, stop, Choice("stream", 32, 1, x)) for x in (False, True))
     assert kept.saved_bytes - waiting.saved_bytes == MAP_BYTES == waiting.offloaded_bytes
-    moved = 5 * MAP_BYTES * TARGETS[target].operations_per_byte_of_host
-    assert waiting.operations - kept.operations == pytest.approx(moved)
+    moved = 10 * MAP_BYTES / TARGETS[target].host_bytes_per_s
+    assert waiting.seconds - kept.seconds == pytest.approx(moved)
     # By whole maps, what waits comes back for either pass.
     behind = Step(stop, candidates.last, Choice("checkpoint"))
     arrived = dataclasses.replace(behind, arriving_bytes=float(MAP_BYTES))

@@ -240,7 +240,7 @@ def test_plans_know_a_new_strategy(page):
     kind = Kind(strategy)
     assert kind in every_kind()
     prover = Prover(problem_of(network, ARGS, IN_AXES, "h200", None))
-    found = search(prover.model, Limits(1e12, 1e12, kinds=(kind,)))
+    found = search(prover.model, Limits(1e12, kinds=(kind,)))
     plan = prover.plan(found, 10**12)
     assert strategy.fate in str(plan)
     assert '"strategy": "keep-convolutions"' in plan.to_json()

@@ -113,17 +113,22 @@ def _planned(
 
 
 def _tell(status: Any, progress: Any) -> None:
-    status.update(f"compiling {progress.compilations}: {_told(progress)}")
+    if not progress.strategies:
+        status.update(f"{progress.doing} ...")
+        return
+    status.update(f"{progress.doing} {progress.compilations}: {_told(progress)}")
     if progress.verified_bytes is not None:
         console.print(_told(progress), highlight=False)
 
 
 def _told(progress: Any) -> str:
-    peaks = f"predicted {progress.predicted_bytes / 2**20:,.0f} MiB"
+    told = f"predicted {progress.predicted_bytes / 2**20:,.0f} MiB"
+    told += f" and {progress.predicted_seconds * 1e3:,.2f} ms"
     if progress.verified_bytes is not None:
-        peaks += f", XLA {progress.verified_bytes / 2**20:,.0f} MiB"
-    strategies = " + ".join(progress.strategies)
-    return f"{strategies}: {progress.operations:.3f} x column's operations, {peaks}"
+        told += f", XLA {progress.verified_bytes / 2**20:,.0f} MiB"
+    if progress.roofline_seconds is not None:
+        told += f" and {progress.roofline_seconds * 1e3:,.2f} ms"
+    return f"{' + '.join(progress.strategies)}: {told}"
 
 
 def _budget(text: str) -> str | float | int:
