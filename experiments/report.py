@@ -62,6 +62,18 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
     partial.replace(path)
 
 
+def append_json_line(path: Path, record: Mapping[str, Any]) -> None:
+    """Add a line, whole even where several processes write."""
+    with path.open("a") as file:
+        file.write(json.dumps(record) + "\n")
+
+
+def json_lines(path: Path) -> list[dict[str, Any]]:
+    """All whole lines of a file, which need not be there; one cut short by a kill is left out."""
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
 def merge(path: Path, version: str, parts: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     """Put ``parts`` (part -> row -> result) of one version of jax into the results at ``path``.
 

@@ -150,13 +150,13 @@ def planned(row: Row, target: str) -> Planned:
     """The loss of a row's task by the fastest plan within a share of column's peak."""
     task = TASKS[row.task]
     assert row.num_blocks is not None
-    args = _split(task.arguments())
-    column = jax.value_and_grad(_of_params(task), has_aux=True)
+    args = split(task.arguments())
+    column = jax.value_and_grad(of_params(task), has_aux=True)
     peak = memory.peak_bytes(memory.compile_for(column, *args, target=target))
     in_axes = (None, None, *task.in_axes[1:])
     start = time.perf_counter()
     plan = lrjax.plan(
-        _of_params(task),
+        of_params(task),
         *args,
         in_axes=in_axes,
         budget=int(peak * row.num_blocks / 100),
@@ -172,7 +172,7 @@ def planned(row: Row, target: str) -> Planned:
         "compilations": plan.compilations,
         "segments": ", ".join(ways),
     }
-    return Planned(lrjax.rowwise(_of_params(task), in_axes=in_axes, plan=plan), told)
+    return Planned(lrjax.rowwise(of_params(task), in_axes=in_axes, plan=plan), told)
 
 
 def measure(row: Row, target: str) -> dict[str, Any]:
@@ -180,12 +180,12 @@ def measure(row: Row, target: str) -> dict[str, Any]:
     if row.method == "plan":
         found = planned(row, target)
         return {**_measured(found.function, row, target), **found.told}
-    return _measured(_of_params(row.function()), row, target)
+    return _measured(of_params(row.function()), row, target)
 
 
 def _measured(function: Callable[..., Any], row: Row, target: str) -> dict[str, Any]:
     step = jax.value_and_grad(function, has_aux=True)
-    compiled = memory.compile_for(step, *_split(TASKS[row.task].arguments()), target=target)
+    compiled = memory.compile_for(step, *split(TASKS[row.task].arguments()), target=target)
     found = lrjax.roofline.roofline_of(compiled.as_text(), lrjax.roofline.rates_of(target))
     return {
         "peak_mib": round(memory.peak_bytes(compiled) / MIB, 1),
@@ -198,14 +198,14 @@ def _measured(function: Callable[..., Any], row: Row, target: str) -> dict[str, 
     }
 
 
-def _of_params(function: Callable[..., Any]) -> Callable[..., Any]:
+def of_params(function: Callable[..., Any]) -> Callable[..., Any]:
     def of_params(params: Any, others: Any, images: Any, labels: Any) -> Any:
         return function({**others, "params": params}, images, labels)
 
     return of_params
 
 
-def _split(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+def split(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
     variables, *rest = arguments
     others = {name: value for name, value in variables.items() if name != "params"}
     return variables["params"], others, *rest

@@ -4,6 +4,7 @@ import importlib.util
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import jax
@@ -11,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments.device_jobs import Job
+from experiments import device_profile, report
 from experiments.gradcheck import excess_error, max_error
 from experiments.vgg16_stack import COLUMN, Method, parse_method
 from lrjax.models import UNet
@@ -26,17 +27,12 @@ def _script(name):
     return module
 
 
-bench_device = _script("bench_device")
+device_check = _script("device_check")
 
 
 @pytest.mark.parametrize("method", [COLUMN, Method("stream", 128), Method("checkpoint-block")])
 def test_methods_are_written_as_they_are_read(method):
     assert parse_method(str(method)) == method
-
-
-def test_jobs_survive_json():
-    job = Job("measure", 256, "float32", ("column", "2ps/4"))
-    assert Job.from_json(job.to_json()) == job
 
 
 class TestErrors:
@@ -63,60 +59,99 @@ class TestErrors:
         )
 
 
-class TestDeviceBenchmark:
-    def test_ratios_are_to_column_of_the_same_size(self):
-        with_ratios = bench_device.with_ratios(
-            [
-                {"size": 1, "method": "column", "step_s": 2.0, "xla_peak_bytes": 8},
-                {"size": 1, "method": "stream/2", "step_s": 3.0, "xla_peak_bytes": 2},
-                {"size": 2, "method": "column", "out_of_memory": True, "xla_peak_bytes": 8},
-                {"size": 2, "method": "stream/2", "step_s": 3.0, "xla_peak_bytes": 4},
-            ]
-        )
-        assert [m.get("step_s_ratio") for m in with_ratios] == [1.0, 1.5, None, None]
-        assert [m["xla_peak_bytes_ratio"] for m in with_ratios] == [1.0, 0.25, 1.0, 0.5]
+class TestDeviceCheck:
+    COMMAND = ("bash", SCRIPTS / "device_check.sh")
 
-    def test_a_record_cut_short_is_dropped(self):
-        assert bench_device._complete_records('noise\n{"a": 1}\n{"b": {"c": 2}') == [{"a": 1}]
+    @pytest.fixture(autouse=True)
+    def on_cpu(self, monkeypatch):
+        monkeypatch.setenv("JAX_PLATFORMS", "cpu")
+        monkeypatch.setenv("PYTHON", sys.executable)
 
-    def test_every_size_has_its_baselines_and_at_least_two_blocks(self):
-        *jobs, last = bench_device.planned_jobs("gpu", (1024, 4096), "bfloat16")
-        assert last.kind == "predict"
-        assert len(last.methods) >= 8
-        assert [job.size for job in jobs] == [1024, 1024, 4096, 4096]
-        assert [job.methods for job in jobs][::2] == [bench_device.BASELINES] * 2
-        blocks = [parse_method(method).num_blocks for job in jobs[1::2] for method in job.methods]
-        assert min(blocks) >= 2
-
-    @pytest.mark.parametrize(("source", "ratio"), [("memory_stats", 1.5), ("RSS growth", 3.0)])
-    def test_growth_of_a_process_is_compared_without_arguments(self, source, ratio):
-        prediction = {"predicted_bytes": 100, "argument_bytes": 50, "peak_bytes": 150}
-        assert bench_device.predicted_ratio({**prediction, "peak_source": source}) == ratio
-
-    def test_spent_budget_skips_and_starts_nothing(self, monkeypatch):
-        monkeypatch.setattr(bench_device, "run_job", lambda *_: pytest.fail("started a job"))
-        benchmark = bench_device.Benchmark(budget_s=0, out=None)
-        benchmark.run(Job("check"), jobs_left=1)
-        assert [outcome["status"] for outcome in benchmark.outcomes] == ["skipped"]
+    def test_cheap_parts_on_tiny_sizes(self, tmp_path):
+        command = [*self.COMMAND, tmp_path, "--quick", "--only", "pools"]
+        process = subprocess.run(command, capture_output=True, text=True)
+        assert process.returncode == 0, process.stdout + process.stderr
+        assert process.stdout.endswith("no GPU: times and peaks were not judged\n")
+        found = report.json_lines(tmp_path / "results.jsonl")
+        pools = [record for record in found if record["part"] == "pools"]
+        assert [record["pool"]["size"] for record in pools] == [2, 3]
+        assert pools[0]["norm_error"] == 0
+        jobs = [record["job"] for record in found if record["part"] == "outcome"]
+        assert jobs == ["environment", "pools"]
 
     @pytest.mark.slow
-    def test_a_job_over_its_time_is_ended_and_keeps_what_it_found(self, monkeypatch):
-        monkeypatch.setenv("JAX_PLATFORMS", "cpu")
-        job = Job("measure", 1024, "float32", ("column",))
-        records, outcome = bench_device.run_job(job, timeout_s=25)
-        assert outcome["status"] == "timed out"
-        assert outcome["seconds"] < 40
-        assert [set(record) for record in records] == [{"environment"}]
+    def test_a_run_that_is_killed_keeps_what_it_found(self, tmp_path):
+        command = [*self.COMMAND, tmp_path, "--quick", "--only", "checks:vgg:float32"]
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+        path = tmp_path / "results.jsonl"
+        while not any(r["part"] == "checks" for r in report.json_lines(path)):
+            assert process.poll() is None
+            time.sleep(0.1)
+        process.terminate()
+        process.wait()
+        command = [sys.executable, SCRIPTS / "device_check.py", tmp_path, "--summary"]
+        printed = subprocess.run(command, capture_output=True, text=True).stdout
+        assert "checks passed" in printed
+        assert "0 of 0" not in printed
 
     @pytest.mark.slow
-    def test_a_measuring_job_on_cpu(self, monkeypatch):
-        monkeypatch.setenv("JAX_PLATFORMS", "cpu")
-        job = Job("measure", 64, "float32", ("column", "checkpoint-block"))
-        records, outcome = bench_device.run_job(job, timeout_s=300)
-        assert outcome["status"] == "done", outcome["stderr"]
-        measurements = [record for record in records if "method" in record]
-        assert {m["method"] for m in measurements} == set(job.methods)
-        assert all(m["step_s"] > 0 and m["peak_source"] == "RSS growth" for m in measurements)
+    def test_a_job_over_its_time_is_recorded(self, tmp_path):
+        command = [*self.COMMAND, tmp_path, "--quick", "--only", "steps", "--limit", "6"]
+        assert subprocess.run(command, stdout=subprocess.DEVNULL).returncode == 1
+        found = report.json_lines(tmp_path / "results.jsonl")
+        assert found[-1]["job"] == "steps"
+        assert found[-1]["status"] == "timed out"
+
+    def test_every_part_has_its_time(self):
+        for seconds in ("budget_s", "quick_s"):
+            assert (
+                sum(getattr(part, seconds) for part in device_check.PARTS) <= device_check.LIMIT_S
+            )
+
+    def test_a_record_cut_short_is_left_out(self, tmp_path):
+        path = tmp_path / "results.jsonl"
+        assert report.json_lines(path) == []
+        path.write_text('{"a": 1}\n{"b": {"c": 2}')
+        assert report.json_lines(path) == [{"a": 1}]
+
+    @pytest.mark.parametrize(("step_s", "is_right"), [(1.2, True), (1.3, False), (0.7, False)])
+    def test_predictions_are_judged_on_gpus(self, step_s, is_right):
+        step = {"part": "steps", "program": "vgg16-2048/column", "step_s": step_s}
+        found = [{**step, "roofline_s": 1.0, "peak_bytes": 8, "xla_peak_bytes": 8}]
+        for platform in ("gpu", "cpu"):
+            text, right = device_check.summary(
+                [{"part": "environment", "platform": platform}, *found]
+            )
+            assert right == (is_right or platform == "cpu")
+            assert ("time is" in text) != right
+
+    @pytest.mark.parametrize(
+        "record",
+        [
+            {"part": "outcome", "job": "graphs", "status": "failed (-6)"},
+            {"part": "steps", "program": "vgg16-2048/column", "error": "out of memory"},
+            {"part": "plan", "plan": "vgg16-4096/half", "error": "no plan"},
+            {"part": "checks", "passed": False, "error": "differs"}
+            | {"network": "vgg", "dtype": "float32", "way": "stream"},
+        ],
+    )
+    def test_what_went_wrong_is_told(self, record):
+        text, right = device_check.summary([{"part": "environment", "platform": "cpu"}, record])
+        assert not right
+        assert "1 things are not right" in text
+
+    def test_kernels_are_grouped_by_name(self):
+        events = [
+            ("cudnn-conv-bw-filter.3", "sm90_xmma_wgrad_implicit_gemm", 0.0, 3e6),
+            ("cudnn-conv.1", "sm90_xmma_fprop_implicit_gemm", 4e6, 3e6),
+            ("input_scatter_fusion", "input_scatter_fusion", 7e6, 3e6),
+            ("loop_convert_fusion", "loop_convert_fusion", 8e6, 3e6),
+        ]
+        found = device_profile.by_kernel(events, steps=1)
+        groups = {name: own["ms"] for name, own in found["groups"].items()}
+        names = ("weight gradients", "convolution", "scatter", "elementwise")
+        assert groups == dict.fromkeys(names, 3.0)
+        assert found["gaps_ms"] == 1.0
 
 
 class TestOnePass:
