@@ -156,6 +156,12 @@ def _shape_of(operation: Operation) -> Any:
     return None if like is None else (like.shape, like.dtype)
 
 
+def _is_step(operations: Sequence[Operation]) -> bool:
+    """Whether these are of a step of a row loop, where a pool's gradient is elementwise work
+    (``rules.pool_gradients``)."""
+    return any(operation.what in (WINDOW, EXTEND) for operation in operations)
+
+
 def _with_pool_gradients(
     operations: Sequence[Operation], size: MutableMapping[int, float], fresh: int
 ) -> tuple[Operation, ...]:
@@ -165,7 +171,7 @@ def _with_pool_gradients(
     compares with zeros; the ReLU's own zeros come to exist as well. In a step of a row loop it is
     elementwise work instead (``rules.pool_gradients``).
     """
-    if any(operation.what == WINDOW for operation in operations):
+    if _is_step(operations):
         return tuple(operations)
     new = _Rewrite(operations, size, fresh)
     added = {v for o in operations if o.what in _SUMS for v in o.inputs}
@@ -218,14 +224,14 @@ def _is_scaled(operation: Operation, maker: Mapping[int, Operation]) -> bool:
 def _on_cpu(
     operations: Sequence[Operation], size: MutableMapping[int, float], fresh: int
 ) -> tuple[Operation, ...]:
-    new = _Rewrite(operations, size, fresh)
+    new, is_step = _Rewrite(operations, size, fresh), _is_step(operations)
     for i, operation in enumerate(operations):
         if operation.what in POOLINGS:
             new.change(i, kind=Kind.LIBRARY)
         if operation.what == KERNEL_GRADIENT:
             # In loops its operands are transposed first: see ``rules.convolution``.
             new.change(i, scratch=sum(size.get(v, 0.0) for v in operation.inputs))
-        if operation.what in POOL_GRADIENTS and operation.like is not None:
+        if operation.what in POOL_GRADIENTS and operation.like is not None and not is_step:
             _find_places(new, i)
     _keep_differences(new)
     return new.result()

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from typing import Any
 
 from lrjax.loop.rowloop import RowLoop
+from lrjax.loop.small_sums import MOST_ELEMENTS
 from lrjax.planner.compilers import compiled, in_main_memory, is_gpu, is_tpu
 from lrjax.planner.kernels import kernel_seconds, seconds
 from lrjax.planner.liveness import Kind, Liveness, Operation
 from lrjax.planner.steps import Step, kernels_read, line_bytes, row_bytes
 from lrjax.planner.whole import equation_operations, values
-from lrjax.roofline import rates_of
+from lrjax.roofline import Rates, rates_of
 from lrjax.rowgraph.graph import Node, RowGraph, size_bytes
 from lrjax.rules.base import traits_of
 from lrjax.rules.block_sums import accumulator_dtype
@@ -124,11 +125,20 @@ def loop_seconds(loop: RowLoop, step: Liveness, target: str) -> float:
             total += kernel_seconds(rates, 0.0, 2 * row_bytes(graph, v) * rows)
         if v in loop.row_outputs:
             total += kernel_seconds(rates, 0.0, 2 * slab)
-    for node in loop.nodes:
-        for v in node.equation.outputs if node.is_reduction else ():
-            moved = 2 * accumulator_bytes(avals[v]) + size_bytes(avals[v])
+    sums = [avals[v] for n in loop.nodes if n.is_reduction for v in n.equation.outputs]
+    return loop.steps * (total + accumulation_seconds(sums, rates))
+
+
+def accumulation_seconds(sums: Iterable[Any], rates: Rates) -> float:
+    """Of adding up arrays in a step; the small ones are one vector (``loop.small_sums``)."""
+    total = small = 0.0
+    for aval in sums:
+        moved = 2 * accumulator_bytes(aval) + size_bytes(aval)
+        if aval.size <= MOST_ELEMENTS:
+            small += moved
+        else:
             total += kernel_seconds(rates, 0.0, moved)
-    return loop.steps * total
+    return total + (kernel_seconds(rates, 0.0, small) if small else 0.0)
 
 
 def accumulator_bytes(aval: Any) -> float:

@@ -10,7 +10,7 @@ from lrjax.planner.adjoint import Adjoint
 from lrjax.planner.compilers import compiled, in_main_memory
 from lrjax.planner.kernels import kernel_seconds, seconds
 from lrjax.planner.liveness import Kind, Liveness, Operation, bytes_beside
-from lrjax.planner.loops import accumulator_bytes, program_liveness
+from lrjax.planner.loops import accumulation_seconds, accumulator_bytes, program_liveness
 from lrjax.planner.steps import Step, kernels_read, line_bytes, row_bytes
 from lrjax.planner.whole import values
 from lrjax.roofline import rates_of
@@ -77,9 +77,7 @@ def reverse_seconds(loop: RowLoop, step: Liveness, moving: Collection[int], targ
             total += 2 * kernel_seconds(rates, 0.0, 2 * lines)
         if v in loop.row_outputs:
             total += kernel_seconds(rates, 0.0, 2 * row_bytes(graph, v) * loop.track(v).rows)
-    for v in (v for v in loop.wholes if v in moving):
-        moved = 2 * accumulator_bytes(avals[v]) + size_bytes(avals[v])
-        total += kernel_seconds(rates, 0.0, moved)
+    total += accumulation_seconds((avals[v] for v in loop.wholes if v in moving), rates)
     for s in loop.sliced:
         if s.value in moving:
             start, stop = loop.window(s, 0)

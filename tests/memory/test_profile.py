@@ -129,7 +129,8 @@ class TestRowLoops:
         assert min(layers["conv0"], layers["conv1"]) > 0
         lines = [b for b in profile.buffers if b.kind == "line buffers" and b.bytes >= 4096]
         assert bool(lines) == (strategy != "overl")
-        assert all(b.shape[1] < 256 for b in lines)  # never the image's height
+        maps = [b for b in lines if len(b.shape) == 4]  # small sums, a vector, start like lines
+        assert all(b.shape[1] < 256 for b in maps)  # never the image's height
 
     def test_source_lines_are_the_functions_own(self):
         way = lrjax.rowwise(two_convolutions, in_axes=(None, 1), num_blocks=8)
