@@ -73,8 +73,9 @@ def reverse_seconds(loop: RowLoop, step: Liveness, moving: Collection[int], targ
     for v in loop.producer:
         lines = row_bytes(graph, v) * loop.line_rows(v)
         if lines:
-            # Read, shifted, and their gradients; and in the forward pass saved.
-            total += 2 * kernel_seconds(rates, 0.0, 2 * lines)
+            # Saved in the forward pass; windows are cut from it, and its gradient from theirs, within
+            # what reads them.
+            total += kernel_seconds(rates, 0.0, 2 * lines)
         if v in loop.row_outputs:
             total += kernel_seconds(rates, 0.0, 2 * row_bytes(graph, v) * loop.track(v).rows)
     total += accumulation_seconds((avals[v] for v in loop.wholes if v in moving), rates)
