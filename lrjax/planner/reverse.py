@@ -73,8 +73,8 @@ def reverse_seconds(loop: RowLoop, step: Liveness, moving: Collection[int], targ
     for v in loop.producer:
         lines = row_bytes(graph, v) * loop.line_rows(v)
         if lines:
-            # Saved in the forward pass; windows are cut from it, and its gradient from theirs, within
-            # what reads them.
+            # Saved in the forward pass; windows are cut from it, and its gradient from theirs,
+            # within what reads them.
             total += kernel_seconds(rates, 0.0, 2 * lines)
         if v in loop.row_outputs:
             total += kernel_seconds(rates, 0.0, 2 * row_bytes(graph, v) * loop.track(v).rows)
