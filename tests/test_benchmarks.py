@@ -198,13 +198,14 @@ def test_a_trace_keeps_the_compile_times_of_the_same_program(tmp_path):
     def record(equations, trace, **compiled):
         times = {"trace_s": trace, "lower_s": 0.0, "equations": equations, **compiled}
         own = {"network": "unet", "target": "cpu", "label": ""}
-        return {**own, "column": dict(times), "stream": dict(times), "trace_ratio": 1.0}
+        ratios = {"trace_ratio": trace} | ({"total_ratio": 9.0} if compiled else {})
+        return {**own, "column": dict(times), "stream": dict(times), **ratios}
 
     path = tmp_path / "times.json"
     path.write_text(json.dumps({"records": [record(10, 3.0, compile_s=7.0, peak_bytes=5)]}))
     (same,) = bench.merged(path, [record(10, 2.0)])
     assert same["stream"] == record(10, 2.0, compile_s=7.0, peak_bytes=5)["stream"]
-    assert same["total_ratio"] == 1.0
+    assert (same["trace_ratio"], same["total_ratio"]) == (2.0, 9.0)
     (other,) = bench.merged(path, [record(11, 2.0)])
     assert "compile_s" not in other["stream"]
     assert "total_ratio" not in other
