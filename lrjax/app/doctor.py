@@ -185,9 +185,10 @@ def _requirements(extra: str) -> Iterator[Requirement]:
 
 def _python_wanted() -> str:
     try:
-        return importlib.metadata.metadata("lrjax").get("Requires-Python") or ""
+        metadata = importlib.metadata.metadata("lrjax")
     except importlib.metadata.PackageNotFoundError:
         return ""
+    return str(metadata.json.get("requires_python", ""))
 
 
 def _package(name: str, requirement: Requirement | None) -> Package:
