@@ -34,11 +34,14 @@ NEEDS_A_GPUS_COMPILER = {
     "docs/roofline.md",
 }
 # Those that take more than five seconds.
-SLOW = NEEDS_A_GPUS_COMPILER | {
+SLOW = {
+    "docs/how-to/absent-device.md",
     "docs/how-to/budget.md",
     "docs/how-to/linen.md",
     "docs/how-to/other-libraries.md",
+    "docs/how-to/read-a-roofline.md",
     "docs/models.md",
+    "docs/planner.md",
     "docs/training.md",
     "docs/tutorial.md",
 }
