@@ -20,12 +20,25 @@ ROOT = Path(__file__).resolve().parents[1]
 OUTSIDE = (
     "CHANGELOG.md",
     "CONTRIBUTING.md",
-    *(str(p.relative_to(ROOT)) for p in sorted((ROOT / "experiments/results").glob("*.md"))),
-    *(str(p.relative_to(ROOT)) for p in sorted((ROOT / "experiments/results").glob("*.png"))),
+    *(
+        str(path.relative_to(ROOT))
+        for path in sorted((ROOT / "experiments/results").rglob("*"))
+        if path.suffix in (".md", ".png", ".svg")
+    ),
 )
 COMMANDS = "<!-- command -->"  # where the subcommands are listed
 _LINK = re.compile(r"(!?)\[((?:[^\[\]]|\[[^\]]*\])*)\]\(([^)\s]+)\)")
 _CODE = re.compile(r"(```.*?```|`[^`\n]*`)", re.DOTALL)
+
+
+def on_config(config: Any) -> Any:
+    """Pages that the navigation does not name stand at the end of the results, by their names."""
+    named = set(re.findall(r"[\w/.-]+\.(?:md|ipynb)", str(config.nav)))
+    inside = (path.relative_to(ROOT / "docs") for path in (ROOT / "docs").rglob("*.md"))
+    pages = {*map(str, inside), *(place for place in OUTSIDE if place.endswith(".md"))}
+    (results,) = (section["Results"] for section in config.nav if "Results" in section)
+    results += sorted(pages - named)
+    return config
 
 
 def on_files(files: Any, config: Any) -> Any:
