@@ -22,6 +22,16 @@ from experiments.report import markdown_table  # noqa: E402
 RESULTS = ROOT / "experiments/results"
 PLACE = re.compile(r"(<!-- results: ([a-z0-9-]+) -->\n).*?(<!-- /results -->)", re.DOTALL)
 
+# Of step_times.
+NETWORKS = {
+    "vgg16-4096": "VGG-16, 4,096",
+    "vgg16-1024": "VGG-16, 1,024",
+    "resnet50-frozen-4096": "ResNet-50, frozen statistics, 4,096",
+    "unet-none-2048": "U-Net, no normalisation, 2,048",
+    "convnext-4096": "ConvNeXt-T, 4,096",
+    "resnet50-batch-8x1024": "ResNet-50, batch statistics, 8 images of 1,024",
+}
+
 
 def read(name: str) -> Any:
     return json.loads((RESULTS / f"{name}.json").read_text())
@@ -94,16 +104,8 @@ def networks_memory() -> str:
 
 def step_times() -> str:
     version, found = newest(read("step_times"))
-    names = {
-        "vgg16-4096": "VGG-16, 4,096",
-        "vgg16-1024": "VGG-16, 1,024",
-        "resnet50-frozen-4096": "ResNet-50, frozen statistics, 4,096",
-        "unet-none-2048": "U-Net, no normalisation, 2,048",
-        "convnext-4096": "ConvNeXt-T, 4,096",
-        "resnet50-batch-8x1024": "ResNet-50, batch statistics, 8 images of 1,024",
-    }
     rows = []
-    for key, name in names.items():
+    for key, name in NETWORKS.items():
         own = {p.removeprefix(key + "/"): r for p, r in found["steps"].items()
                if p.startswith(key + "/")}  # fmt: skip
         column = own.pop("column")
@@ -117,6 +119,29 @@ def step_times() -> str:
             ])  # fmt: skip
     header = ["network", "run as", "peak over column's", "time over column's"]
     note = f"Compiled for an H200 by jax {version}, bfloat16; time by a roofline, not measured."
+    return f"{markdown_table(header, rows)}\n\n{note}"
+
+
+def choices() -> str:
+    """The same, a row per network: whole maps computed again, and plans by their peak."""
+    version, found = newest(read("step_times"))
+    rows = []
+    for key, name in NETWORKS.items():
+        own = {p.removeprefix(key + "/"): r for p, r in found["steps"].items()
+               if p.startswith(key + "/")}  # fmt: skip
+        column = own["column"]
+
+        def ratios(row: dict[str, Any], column: dict[str, Any] = column) -> str:
+            return f"{row['peak_mib'] / column['peak_mib']:.2f} : {row['ms'] / column['ms']:.2f}"
+
+        whole = [r for p, r in own.items() if p.startswith(("remat", "checkpoint"))]
+        plans = [r for p, r in own.items() if p.startswith("plan/")]
+        if plans:
+            plans.sort(key=lambda r: -r["peak_mib"])
+            again = ", ".join(map(ratios, whole))
+            rows.append([name, again, ", ".join(map(ratios, plans))])
+    header = ["network, side of the image", "`nn.remat`, `jax.checkpoint`", "plans"]
+    note = f"Peak : time over column's; H200, jax {version}, bfloat16, time by a roofline."
     return f"{markdown_table(header, rows)}\n\n{note}"
 
 
@@ -219,6 +244,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "vgg16-memory": vgg16_memory,
     "networks-memory": networks_memory,
     "step-times": step_times,
+    "choices": choices,
     "plans": plans,
     "cpu-time": cpu_time,
     "exactness": exactness,

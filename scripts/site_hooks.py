@@ -52,6 +52,8 @@ def on_files(files: Any, config: Any) -> Any:
 def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
     """Point links at pages of the site."""
     own = page.file.src_uri
+    if own.startswith("experiments/"):  # tables, which need the room
+        page.meta.setdefault("hide", ["toc"])
     if COMMANDS in markdown:
         markdown = markdown.replace(COMMANDS, command_tables())
     return relinked(markdown, own, {file.src_uri for file in files})

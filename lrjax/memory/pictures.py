@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from lrjax.files import replacing
 from lrjax.memory import drawing, time_drawing
 from lrjax.memory.page import page
+from lrjax.memory.step_time import check as step_time_check
 
 if TYPE_CHECKING:
     from lrjax.memory.profile import MemoryProfile
@@ -34,12 +35,14 @@ def save_png(
 
     Raises:
       OSError: ``path`` cannot be written; nothing has been drawn then.
+      TypeError: ``step_time`` is no time of a program.
       ImportError: matplotlib is not installed; the message has the command.
 
     Example::
 
         save_png(lrjax.memory.profile(jax.grad(loss), params, images, target="h200"), "step.png")
     """
+    step_time_check(step_time)
     with replacing(path) as file:
         heights = [5.2] if step_time is None else [5.2, 3.0]
         figure = drawing.new_figure(11.5, sum(heights))
@@ -97,10 +100,12 @@ def save_html(
 
     Raises:
       OSError: ``path`` cannot be written; nothing has been done then.
+      TypeError: ``step_time`` is no time of a program.
 
     Example::
 
         save_html(lrjax.memory.profile(jax.grad(loss), params, images, target="h200"), "step.html")
     """
+    step_time_check(step_time)
     with replacing(path) as file:
         file.write(page(profile, step_time).encode("utf-8"))

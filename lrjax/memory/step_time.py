@@ -60,6 +60,19 @@ class StepTime(Protocol):
     def by_bound(self) -> Mapping[str, float]: ...
 
 
+def check(time: StepTime | None) -> None:
+    """Before anything is drawn.
+
+    Raises:
+      TypeError: it is no time of a program.
+    """
+    if time is not None and not callable(getattr(time, "by_kind", None)):
+        raise TypeError(
+            f"step_time={time!r:.60} is a {type(time).__name__}; give what "
+            "lrjax.roofline.estimate returns for the same program."
+        )
+
+
 def seconds_text(seconds: float) -> str:
     """Three digits and a unit: ``"83.5 ms"``, ``"1.24 s"``, ``"3.00 us"``."""
     scale, unit = next(

@@ -108,14 +108,16 @@ def test_run_from_its_folder(monkeypatch):
     assert doctor.extras() == []
 
 
-def test_no_device(monkeypatch):
+@pytest.mark.parametrize("error", [RuntimeError("backend 'tpu' is absent"), AssertionError()])
+def test_no_device(monkeypatch, error):
     def devices():
-        raise RuntimeError("Unable to initialize backend 'tpu'")
+        raise error
 
     monkeypatch.setattr(jax, "devices", devices)
+    monkeypatch.setenv("JAX_PLATFORMS", "tpu")
     result = invoke()
     assert result.exit_code == 1, result.output
-    assert "Unable to initialize" in result.output
+    assert f"no device (JAX_PLATFORMS=tpu): {type(error).__name__} {error}".strip() in result.output
     assert "self-test" not in result.output
 
 

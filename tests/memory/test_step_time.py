@@ -81,6 +81,13 @@ def test_the_png_is_higher_with_a_time(tmp_path, time):
     assert heights[1] > 1.4 * heights[0]
 
 
+@pytest.mark.parametrize("save", [pictures.save_png, pictures.save_html])
+def test_what_is_no_time_is_refused_before_anything_is_written(tmp_path, save):
+    with pytest.raises(TypeError, match=r"step_time=0.5 is a float; give what .*estimate"):
+        save(made_profile(), tmp_path / "picture", step_time=0.5)
+    assert not list(tmp_path.iterdir())
+
+
 @needs_browser
 class TestInBrowser:
     def test_total_kinds_and_kernels_are_shown_as_text(self, opened):

@@ -1,5 +1,6 @@
 """`lrjax doctor`."""
 
+import os
 from typing import Annotated, Any
 
 import typer
@@ -7,6 +8,7 @@ from rich.console import Console
 
 from lrjax.app.commands.console import FAILED, app, console, escaped
 
+_CHOSEN = "JAX_PLATFORMS"
 SelfTest = Annotated[bool, typer.Option(help="Compare gradients of a small network with column's.")]
 
 
@@ -30,8 +32,10 @@ def doctor(self_test: SelfTest = True) -> None:
         wide.print(_devices())
         if hint := checks.idle_accelerator():
             wide.print(f"[bold yellow]note:[/] {escaped(hint)}", soft_wrap=True)
-    except RuntimeError as error:
-        wide.print(f"[bold red]no device:[/] {escaped(error)}")
+    except Exception as error:  # JAX raises an AssertionError too where no platform starts
+        chosen = f" ({_CHOSEN}={os.environ[_CHOSEN]})" if _CHOSEN in os.environ else ""
+        problem = escaped(f"{type(error).__name__} {error}".strip())
+        wide.print(f"[bold red]no device{chosen}:[/] {problem}", soft_wrap=True)
         troubles.append("no device")
         self_test = False
     wide.print(_targets())
