@@ -68,7 +68,7 @@ class SelfTest:
 
 def packages() -> list[Package]:
     """Python and what lrjax always needs, with the versions it asks for."""
-    wanted = {r.name: r for r in _requirements("")}
+    wanted = {r.name: r for r in _requirements("lrjax")}
     python = Package("python", platform.python_version(), _python_wanted(), True)
     if python.wanted:
         fits = Requirement(f"python{python.wanted}").specifier.contains(python.version)
@@ -80,8 +80,8 @@ def extras() -> list[Extra]:
     """The optional sets of packages, those for development left out."""
     found = []
     for extra in EXTRAS:
-        needed = [_package(r.name, r) for r in _requirements(extra)]
-        missing = tuple(f"{p.name}{p.wanted}" for p in needed if not p.suits)
+        needed = [_package(r.name, r) for r in _requirements("lrjax", extra)]
+        missing = tuple(dict.fromkeys(f"{p.name}{p.wanted}" for p in needed if not p.suits))
         if needed:
             found.append(Extra(extra, missing))
     return found
@@ -165,10 +165,13 @@ def _convolution(maps: jax.Array, kernel: jax.Array, stride: int = 1) -> jax.Arr
     )
 
 
-def _requirements(extra: str) -> Iterator[Requirement]:
-    """What lrjax's metadata asks for, always or with an extra; nothing where it has none."""
+def _requirements(package: str, extra: str = "") -> Iterator[Requirement]:
+    """What a package's metadata asks for, always or with an extra; nothing where it has none.
+
+    ``jax[cuda13]`` asks for jax, and for what jax's extra asks for.
+    """
     try:
-        listed = importlib.metadata.requires("lrjax") or []
+        listed = importlib.metadata.requires(package) or []
     except importlib.metadata.PackageNotFoundError:
         return
     for text in listed:
@@ -176,11 +179,17 @@ def _requirements(extra: str) -> Iterator[Requirement]:
             requirement = Requirement(text)
         except InvalidRequirement:
             continue
-        marker = requirement.marker
-        if (marker is None or marker.evaluate({"extra": extra})) and (
-            not extra or (marker is not None and "extra" in str(marker))
-        ):
+        if _is_asked_for(requirement, extra):
             yield requirement
+            for inner in sorted(requirement.extras):
+                yield from _requirements(requirement.name, inner)
+
+
+def _is_asked_for(requirement: Requirement, extra: str) -> bool:
+    marker = requirement.marker
+    if not extra:
+        return marker is None or marker.evaluate({"extra": ""})
+    return marker is not None and "extra" in str(marker) and marker.evaluate({"extra": extra})
 
 
 def _python_wanted() -> str:

@@ -80,6 +80,7 @@ def test_packages_that_are_old_or_missing(monkeypatch, version, verdict):
             raise importlib.metadata.PackageNotFoundError(name)
         return version
 
+    monkeypatch.setattr(importlib.metadata, "requires", lambda name: ["jax>=0.10"])
     monkeypatch.setattr(importlib.metadata, "version", version_of)
     result = invoke("--no-self-test")
     assert result.exit_code == (1 if verdict else 0), result.output
@@ -94,6 +95,15 @@ def test_extras_list_what_is_missing(monkeypatch):
     )
     assert doctor.extras() == [doctor.Extra("cuda", ()), doctor.Extra("tpu", ("absent>=2",))]
     assert 'pip install "lrjax[tpu]"' in invoke("--no-self-test").output
+
+
+def test_an_extra_of_another_package_is_looked_into(monkeypatch):
+    asked = {
+        "lrjax": ['numpy[gpu]; extra == "cuda"'],
+        "numpy": ["jax", 'absent-plugin[all]<9; extra == "gpu"', 'jax>=99; extra == "tpu"'],
+    }
+    monkeypatch.setattr(importlib.metadata, "requires", lambda name: asked.get(name, []))
+    assert doctor.extras() == [doctor.Extra("cuda", ("absent-plugin<9",))]
 
 
 def test_run_from_its_folder(monkeypatch):
