@@ -23,6 +23,10 @@ ROOT = Path(__file__).resolve().parents[2]
 CHROMIUM = next(
     filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
 )
+needs_browser = pytest.mark.skipif(
+    CHROMIUM is None or sync_playwright is None,
+    reason="needs Chromium: apt-get install chromium && pip install playwright",
+)
 
 
 @pytest.fixture
@@ -177,10 +181,21 @@ class TestSite:
         for name in ("train", "doctor", "memory", "plan", "compare-strategies"):
             assert f"lrjax {name}" in text
 
-    @pytest.mark.skipif(
-        CHROMIUM is None or sync_playwright is None,
-        reason="needs Chromium: apt-get install chromium && pip install playwright",
-    )
+    @needs_browser
+    def test_searching_finds_pages(self, site):
+        with sync_playwright() as playwright:
+            browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+            page = browser.new_page(viewport={"width": 1300, "height": 900})
+            page.goto(f"{site[1]}/index.html")
+            page.fill("input[name=query]", "frontiers")
+            page.wait_for_selector(".md-search-result__link", timeout=20_000)
+            links = page.locator(".md-search-result__link").evaluate_all(
+                "links => links.map(link => link.getAttribute('href'))"
+            )
+            browser.close()
+        assert any("theory.html" in link for link in links), links
+
+    @needs_browser
     @pytest.mark.parametrize("width", [390, 1300])
     def test_no_page_scrolls_sideways_or_asks_elsewhere(self, site, width):
         folder, address = site
@@ -196,5 +211,6 @@ class TestSite:
                 assert page.locator("h1").first.inner_text(), path
             browser.close()
         assert errors == []
+        assert len(requests) > 2 * len(list(folder.rglob("*.html")))  # pages and what they need
         own = (address, "data:", "blob:")
         assert [url for url in requests if not url.startswith(own)] == []
