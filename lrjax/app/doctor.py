@@ -5,9 +5,9 @@ from __future__ import annotations
 import dataclasses
 import glob
 import importlib.metadata
-import platform
+import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -69,7 +69,8 @@ class SelfTest:
 def packages() -> list[Package]:
     """Python and what lrjax always needs, with the versions it asks for."""
     wanted = {r.name: r for r in _requirements("lrjax")}
-    python = Package("python", platform.python_version(), _python_wanted(), True)
+    version = ".".join(map(str, sys.version_info[:3]))
+    python = Package("python", version, _python_wanted(), True)
     if python.wanted:
         fits = Requirement(f"python{python.wanted}").specifier.contains(python.version)
         python = dataclasses.replace(python, suits=fits)
@@ -104,10 +105,8 @@ def self_tests() -> Iterator[SelfTest]:
     compared and how is ``lrjax.testing``'s.
     """
     args = _arguments()
-    for name, options in _ways().items():
+    for name, (fun, options) in _ways().items():
         start, error = time.perf_counter(), ""
-        # Parts of a batch cannot have the statistics of all of it.
-        fun = _without_statistics if "parts" in name else _network
         try:
             testing.assert_same_as_column(fun, args, (None, 1), **options)
         except Exception as problem:  # a broken installation may raise anything
@@ -115,17 +114,21 @@ def self_tests() -> Iterator[SelfTest]:
         yield SelfTest(name, time.perf_counter() - start, error)
 
 
-def _ways() -> dict[str, dict[str, Any]]:
-    """Options of ``rowwise`` by what they are called in the table."""
-    ways: dict[str, dict[str, Any]] = {
-        strategy.name: {"strategy": strategy, "num_blocks": 4 if strategy.by_rows else None}
+def _ways() -> dict[str, tuple[Callable[..., jax.Array], dict[str, Any]]]:
+    """A network and options of ``rowwise``, by what they are called in the table."""
+    blocks = {"num_blocks": 4}
+    ways: dict[str, tuple[Callable[..., jax.Array], dict[str, Any]]] = {
+        strategy.name: (_network, {"strategy": strategy, **(blocks if strategy.by_rows else {})})
         for strategy in strategies.registered()
         if strategy != strategies.Column()
     }
-    ways["stream in 2 parts"] = {"strategy": strategies.MicroBatches("stream", 2), "num_blocks": 4}
-    ways["stream, 2ps, cut"] = {"strategy": ("stream", "2ps"), "num_blocks": 4, "cuts": ("pool",)}
+    # Parts of a batch cannot have the statistics of all of it.
+    in_parts = strategies.MicroBatches("stream", 2)
+    ways["stream in 2 parts"] = _without_statistics, {"strategy": in_parts, **blocks}
+    cut = {"cuts": ("pool",), **blocks}
+    ways["stream, 2ps, cut"] = _network, {"strategy": ("stream", "2ps"), **cut}
     if jax.default_backend() in ("gpu", "tpu"):
-        ways["stream, cut, offload"] = {"num_blocks": 4, "cuts": ("pool",), "offload": True}
+        ways["stream, cut, offload"] = _network, {"offload": True, **cut}
     return ways
 
 

@@ -33,11 +33,9 @@ class WrongGradient(strategies.Column):
 
 
 def test_a_healthy_installation(monkeypatch):
-    few = [
-        ("stream", {"num_blocks": 4}),
-        ("stream in 2 parts", doctor._ways()["stream in 2 parts"]),
-    ]
-    monkeypatch.setattr(doctor, "_ways", lambda: dict(few))
+    ways = doctor._ways()
+    few = {name: ways[name] for name in ("stream", "stream in 2 parts")}
+    monkeypatch.setattr(doctor, "_ways", lambda: few)
     result = invoke()
     assert result.exit_code == 0, result.output
     assert "all is well" in result.output
@@ -52,7 +50,9 @@ def test_the_self_test_runs_every_strategy_but_column():
 
 
 def test_a_strategy_whose_gradients_differ_is_named(monkeypatch):
-    monkeypatch.setattr(doctor, "_ways", lambda: {"wrong": {"strategy": WrongGradient()}})
+    monkeypatch.setattr(
+        doctor, "_ways", lambda: {"wrong": (doctor._network, {"strategy": WrongGradient()})}
+    )
     result = invoke()
     assert result.exit_code == 1, result.output
     assert "differs" in result.output
@@ -61,7 +61,9 @@ def test_a_strategy_whose_gradients_differ_is_named(monkeypatch):
 
 
 def test_an_error_of_the_self_test_is_a_result(monkeypatch):
-    monkeypatch.setattr(doctor, "_ways", lambda: {"stream": {"num_blocks": 10**6}})
+    monkeypatch.setattr(
+        doctor, "_ways", lambda: {"stream": (doctor._network, {"num_blocks": 10**6})}
+    )
     result = invoke()
     assert result.exit_code == 1, result.output
     assert "ValueError" in result.output
