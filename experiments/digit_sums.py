@@ -6,6 +6,7 @@ canvas reduced far enough is a few equal dots, whatever its label.
 """
 
 import functools
+import math
 from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -66,10 +67,10 @@ class DigitSums:
             raise ValueError(f"count: got {count}; use 1 or more")
         if not 1 <= sizes[0] <= sizes[1]:
             raise ValueError(f"sizes: got {sizes}; use (smallest, largest), 1 or more")
-        # Digits that are placed first take away at most their box and a margin of one digit around
-        # it, so a place is left for every digit, and drawing one by trial takes few trials.
-        if side < 2 * sizes[1] * np.sqrt(2 * count):
-            least = int(np.ceil(2 * sizes[1] * np.sqrt(2 * count)))
+        # A digit that is placed keeps others from at most twice its largest side, and a pixel more,
+        # each way. This is twice that area for all: drawing places by trial takes few trials.
+        least = math.ceil((2 * sizes[1] + 1) * math.sqrt(2 * count))
+        if side < least:
             raise ValueError(
                 f"side: got {side}; {count} digits of up to {sizes[1]} pixels need {least} or more"
             )

@@ -274,6 +274,7 @@ def table(results: dict[str, Any]) -> str:
     sides = ", ".join(
         f"{side}: {report.mib_exact(peak)}" for side, peak in results["column_peak_bytes"].items()
     )
+    first_map = settings["canvas"] ** 2 * methods.SumNetwork.channels[0] * 4
     size = 1 / np.sqrt(settings["held_out"])
     lines = [
         "# Held-out accuracy at a fixed memory budget",
@@ -284,10 +285,11 @@ def table(results: dict[str, Any]) -> str:
         f"accuracy is within {100 * size:.0f} points). {results['parameters']:,} parameters, "
         f"{settings['steps']} steps of {settings['batch']} images, Adam. The budget, "
         f"{report.mib_exact(results['budget_bytes'])}, is what lrjax's step takes at full "
-        f"resolution, as XLA plans it, one image at a time. Column's step takes, by side: {sides}. "
+        f"resolution, as XLA plans it, one image at a time. Column's step takes, by side: {sides}; "
+        f"the first map alone is {report.mib_exact(first_map)} at full resolution. "
         f"Printed by `python -m experiments.resolution` on {results['date']}, "
-        f"jax {results['environment']['jax']}, {results['environment']['cpus']} CPU cores, shared "
-        "with other work: times are an upper bound.",
+        f"jax {results['environment']['jax']}, {results['environment']['cpus']} CPU cores, on "
+        "which other programs may have run: times are an upper bound.",
         report.markdown_table(header, rows),
     ]
     return "\n\n".join(lines)
@@ -310,7 +312,7 @@ def draw(results: dict[str, Any], path: Path) -> None:
     accuracy.axhline(100 / len(results["sums"]), color="0.6", linestyle=":", label="chance")
     accuracy.set(xscale="log", xlabel="image side given to the method, pixels", ylabel="%")
     accuracy.set(title="held-out accuracy within the budget", ylim=(0, 102))
-    accuracy.legend()
+    accuracy.legend(loc="lower right")
     peaks = [(int(side), peak) for side, peak in results["column_peak_bytes"].items()]
     peaks += [(run["side"], run["peak_bytes"]) for run in runs if run["method"] == COLUMN]
     peaks = sorted(set(peaks))
@@ -318,9 +320,9 @@ def draw(results: dict[str, Any], path: Path) -> None:
     own = sorted((run["side"], run["peak_bytes"]) for run in runs if run["method"] == LRJAX)
     memory.plot([s for s, _ in own], [p / 2**20 for _, p in own], "o-", label=LRJAX)
     memory.axhline(results["budget_bytes"] / 2**20, color="0.6", linestyle=":", label="budget")
-    memory.set(xscale="log", yscale="log", xlabel="image side, pixels", ylabel="MiB")
+    memory.set(xscale="log", ylim=(0, None), xlabel="image side, pixels", ylabel="MiB")
     memory.set(title="peak of a training step, one image")
-    memory.legend()
+    memory.legend(loc="upper left")
     ticks = sorted({canvas, *(run["side"] for run in runs), *(side for side, _ in peaks)})
     for axes in (accuracy, memory):
         axes.set_xticks(ticks, [str(tick) for tick in ticks])
@@ -344,6 +346,10 @@ def main(arguments: list[str] | None = None) -> int:
     if options.quick and not options.out and not options.redraw:
         parser.error("--quick: give --out, so that the committed results stay")
     out = options.out or report.RESULTS / "resolution.json"
+    if out.suffix != ".json":
+        parser.error(f"--out: got {out}; name a .json file, table and figure go beside it")
+    if options.redraw and not out.is_file():
+        parser.error(f"--redraw: {out} is not there; run the experiment first, or give --out")
     if options.redraw:
         results = json.loads(out.read_text())
         write(results, out)

@@ -1,6 +1,7 @@
 """The experiment on resolution: its canvases, its gradients, and what it takes for fitting."""
 
 import dataclasses
+import math
 
 import jax
 import jax.numpy as jnp
@@ -76,7 +77,7 @@ class TestCanvases:
             ({"digits": (0, 10)}, "digits: got"),
             ({"count": 0}, "count: got 0"),
             ({"sizes": (12, 10)}, "sizes: got"),
-            ({"side": 51}, "side: got 51; 2 digits of up to 13 pixels need 52 or more"),
+            ({"side": 53}, "side: got 53; 2 digits of up to 13 pixels need 54 or more"),
         ],
     )
     def test_bad_options_are_refused(self, options, message):
@@ -244,7 +245,22 @@ def test_shortfalls_are_told():
     assert resolution.shortfalls(fits) == ["column fits the budget at 64"]
 
 
-def test_quick_results_do_not_replace_the_committed_ones(capsys):
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--quick"], "--quick: give --out, so that the committed results stay"),
+        (["--quick", "--out", "results.md"], "--out: got results.md; name a .json file"),
+        (["--redraw", "--out", "nowhere.json"], "--redraw: nowhere.json is not there"),
+    ],
+)
+def test_bad_arguments_are_refused(arguments, message, capsys):
     with pytest.raises(SystemExit):
-        resolution.main(["--quick"])
-    assert "--out" in capsys.readouterr().err
+        resolution.main(arguments)
+    assert message in capsys.readouterr().err
+
+
+def test_the_most_crowded_canvas_can_be_drawn():
+    for count, size in ((1, 1), (10, 1), (6, 3)):
+        side = math.ceil((2 * size + 1) * math.sqrt(2 * count))
+        source = DigitSums(side, "train", count=count, sizes=(size, size))
+        assert all(len(source[index].boxes) == count for index in range(20))
