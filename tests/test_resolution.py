@@ -1,6 +1,7 @@
 """The experiment on resolution: its canvases, its gradients, and what it takes for fitting."""
 
 import dataclasses
+import json
 import math
 
 import jax
@@ -264,3 +265,11 @@ def test_the_most_crowded_canvas_can_be_drawn():
         side = math.ceil((2 * size + 1) * math.sqrt(2 * count))
         source = DigitSums(side, "train", count=count, sizes=(size, size))
         assert all(len(source[index].boxes) == count for index in range(20))
+
+
+def test_the_committed_results_hold_what_is_claimed():
+    results = json.loads((resolution.report.RESULTS / "resolution.json").read_text())
+    assert resolution.shortfalls(results) == []
+    assert results["settings"] == json.loads(json.dumps(dataclasses.asdict(resolution.Settings())))
+    committed = (resolution.report.RESULTS / "resolution.md").read_text()
+    assert committed == resolution.table(results) + "\n"
