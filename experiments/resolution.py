@@ -36,9 +36,10 @@ from matplotlib.figure import Figure
 from experiments import report
 from experiments import resolution_methods as methods
 from experiments.digit_sums import DigitSums, shrunk
-from experiments.resolution_methods import COLUMN, LRJAX, CompiledMethod
+from experiments.resolution_methods import COLUMN, LRJAX, PATCHES, PATCHGD, CompiledMethod
 
 LEAST_ACCURACY, LEAST_LEAD = 0.9, 0.2
+COLOURS = {LRJAX: "C0", COLUMN: "C1", PATCHGD: "C2", PATCHES: "C3"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -311,7 +312,8 @@ def draw(results: dict[str, Any], path: Path) -> None:
         own = [run for run in own if run]
         label = f"{name} (all that fits: {own[-1]['side']})" if name == COLUMN else name
         sides = [run["side"] for run in own]
-        accuracy.plot(sides, [100 * run["accuracy"] for run in own], "o-", label=label)
+        heights = [100 * run["accuracy"] for run in own]
+        accuracy.plot(sides, heights, "o-", label=label, color=COLOURS[name])
     accuracy.axhline(100 / len(results["sums"]), color="0.6", linestyle=":", label="chance")
     accuracy.set(xscale="log", xlabel="image side given to the method, pixels", ylabel="%")
     accuracy.set(title="held-out accuracy within the budget", ylim=(0, 102))
@@ -319,9 +321,17 @@ def draw(results: dict[str, Any], path: Path) -> None:
     peaks = [(int(side), peak) for side, peak in results["column_peak_bytes"].items()]
     peaks += [(run["side"], run["peak_bytes"]) for run in runs if run["method"] == COLUMN]
     peaks = sorted(set(peaks))
-    memory.plot([s for s, _ in peaks], [p / 2**20 for _, p in peaks], "o-", label=COLUMN)
+    memory.plot(
+        [s for s, _ in peaks],
+        [p / 2**20 for _, p in peaks],
+        "o-",
+        label=COLUMN,
+        color=COLOURS[COLUMN],
+    )
     own = sorted((run["side"], run["peak_bytes"]) for run in runs if run["method"] == LRJAX)
-    memory.plot([s for s, _ in own], [p / 2**20 for _, p in own], "o-", label=LRJAX)
+    memory.plot(
+        [s for s, _ in own], [p / 2**20 for _, p in own], "o-", label=LRJAX, color=COLOURS[LRJAX]
+    )
     memory.axhline(results["budget_bytes"] / 2**20, color="0.6", linestyle=":", label="budget")
     memory.set(xscale="log", ylim=(0, None), xlabel="image side, pixels", ylabel="MiB")
     memory.set(title="peak of a training step, one image")
