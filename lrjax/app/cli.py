@@ -1,9 +1,9 @@
-"""The `lrjax` command: train a network, compare strategies, profile memory, plan."""
+"""The `lrjax` command: train a network and use it, compare strategies, profile memory, plan."""
 
-from lrjax.app.commands import compare, memory, plan, train
+from lrjax.app.commands import compare, evaluate, memory, plan, predict, train
 from lrjax.app.commands.console import app
 
-__all__ = ["app", "compare", "main", "memory", "plan", "train"]
+__all__ = ["app", "compare", "evaluate", "main", "memory", "plan", "predict", "train"]
 
 
 def main() -> None:
