@@ -94,7 +94,7 @@ def _succeeded(spec: str, code: int) -> None:
 
 
 def _arguments(given: list[str], out: Path, strategy: Any) -> list[str]:
-    """Of `lrjax train`. Nobody goes on with a comparison's runs; what is given comes later, wins."""
+    """Of `lrjax train`. A comparison's runs are not gone on with, unless --keep is given."""
     return ["--keep", "0", *given, "--out", str(out), *_strategy_options(strategy)]
 
 
