@@ -101,6 +101,17 @@ class Checkpoints:
         except Exception as error:
             raise self._cannot_write(error) from error
 
+    def wait(self) -> None:
+        """Returns when everything is written.
+
+        Raises:
+          CannotWriteError: it cannot be.
+        """
+        try:
+            self._manager.wait_until_finished()
+        except Exception as error:
+            raise self._cannot_write(error) from error
+
     def _cannot_write(self, error: Exception) -> CannotWriteError:
         steps = saved_steps(self.directory.parent)
         kept = f"the checkpoint of step {steps[-1]} is whole" if steps else "there is none yet"

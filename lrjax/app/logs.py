@@ -41,7 +41,8 @@ class Log:
         )
         kept = [line for line in read(run) if line["step"] <= after]
         write_whole(run / LOG_FILE, "".join(map(_line, kept)))
-        self._file = (run / LOG_FILE).open("a", encoding="utf-8")
+        self._path = run / LOG_FILE
+        self._file = self._path.open("a", encoding="utf-8")
 
     def __enter__(self) -> "Log":
         return self
@@ -58,8 +59,14 @@ class Log:
 
     def write(self, step: int, numbers: Mapping[str, Any]) -> None:
         """One line; a number's name is `loss`, `validation_accuracy` and the like."""
-        self._file.write(_line({"step": step, **numbers}))
-        self._file.flush()
+        try:
+            self._file.write(_line({"step": step, **numbers}))
+            self._file.flush()
+        except OSError as error:
+            raise OSError(
+                f"{self._path} cannot be written ({error.strerror or error}); earlier checkpoints "
+                "are whole. Make room and go on with --resume."
+            ) from error
         if self._writer is not None:
             for name, value in numbers.items():
                 if isinstance(value, int | float):

@@ -1,5 +1,6 @@
 """A run that is interrupted, however, ends with the bits of one that was not."""
 
+import os
 import random
 import shutil
 import signal
@@ -14,7 +15,6 @@ from tiny_runs import Notes, assert_same_bits, go_on, train
 from lrjax.app import checkpoints, logs, report, saved
 
 SETTINGS = {
-    "plain": {},
     "all": {
         "augment__flip": True,
         "augment__crop": 3,
@@ -25,45 +25,66 @@ SETTINGS = {
         "optimizer__clip_norm": 1.0,
         "data__validation": 0.25,
     },
-    "random": {"optimizer__name": "noisy_sgd", "strategy__name": "stream"},
+    "random keys": {"optimizer__name": "noisy_sgd", "strategy__name": "stream"},
 }
 
 
-@pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
-def test_a_run_goes_on_with_the_same_bits(tmp_path, settings):
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A run of four steps with checkpoints of 2 and 4, not to be changed."""
+    out = tmp_path_factory.mktemp("finished") / "run"
+    train(out)
+    return out
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """The same run, of six steps."""
+    return train(tmp_path_factory.mktemp("whole") / "run", train__steps=6)
+
+
+@pytest.fixture
+def run(finished, tmp_path):
+    """A copy of `finished`."""
+    return shutil.copytree(finished, tmp_path / "run")
+
+
+def test_a_run_goes_on_with_the_same_bits(run, whole):
+    assert_same_bits(go_on(run, train__steps=6), whole)
+    lines = logs.read(run)
+    assert [line["step"] for line in lines] == list(range(1, 7))
+    assert [line["loss"] for line in lines] == list(whole.training.losses)
+
+
+@pytest.mark.parametrize(
+    "settings", [SETTINGS["all"], pytest.param(SETTINGS["random keys"], marks=pytest.mark.slow)]
+)
+def test_everything_that_is_random_goes_on(tmp_path, settings):
     whole = train(tmp_path / "whole", train__steps=7, **settings)
     train(tmp_path / "parts", train__steps=3, **settings)
-    parts = go_on(tmp_path / "parts", train__steps=7)
-    assert_same_bits(parts, whole)
-    lines = [logs.read(tmp_path / name) for name in ("parts", "whole")]
-    assert [line["step"] for line in lines[0] if "loss" in line] == list(range(1, 8))
-    without_times = [[{**line, "seconds": None} for line in own if "loss" in line] for own in lines]
-    assert without_times[0] == without_times[1]
+    assert_same_bits(go_on(tmp_path / "parts", train__steps=7), whole)
 
 
-def test_steps_after_the_checkpoint_are_made_again(tmp_path):
-    """Killed at step 3, the last checkpoint is of step 2."""
-    whole = train(tmp_path / "whole", train__steps=5)
-    train(tmp_path / "run", train__steps=3)
-    shutil.rmtree(tmp_path / "run" / checkpoints.DIRECTORY / "3")
-    assert_same_bits(go_on(tmp_path / "run", train__steps=5), whole)
+def test_steps_after_the_checkpoint_are_made_again(run, whole):
+    """Killed within step 4, the last checkpoint is of step 2."""
+    shutil.rmtree(run / checkpoints.DIRECTORY / "4")
+    assert_same_bits(go_on(run, train__steps=6), whole)
 
 
-def test_a_run_without_checkpoint_starts_at_the_beginning(tmp_path):
-    whole = train(tmp_path / "whole")
-    train(tmp_path / "run", run__keep=0, train__steps=2)
-    assert not (tmp_path / "run" / checkpoints.DIRECTORY).exists()
+def test_a_run_without_checkpoint_starts_at_the_beginning(run, whole):
+    shutil.rmtree(run / checkpoints.DIRECTORY)
     notes = Notes()
-    assert_same_bits(go_on(tmp_path / "run", notes, train__steps=4), whole)
+    assert_same_bits(go_on(run, notes, train__steps=6, run__keep=0), whole)
     assert "no checkpoint yet" in notes.notes[0]
+    assert not (run / checkpoints.DIRECTORY).exists()
 
 
-def test_a_finished_run_writes_its_results_again(tmp_path):
+def test_a_finished_run_writes_its_results_again(run):
     """It may have been killed between the last checkpoint and the results."""
-    whole = train(tmp_path)
-    (tmp_path / report.METRICS_FILE).unlink()
-    assert_same_bits(go_on(tmp_path), whole)
-    assert len(report.read_metrics(tmp_path)["losses"]) == 4
+    before = report.read_metrics(run)
+    (run / report.METRICS_FILE).unlink()
+    go_on(run)
+    assert report.read_metrics(run)["losses"] == before["losses"]
 
 
 def damage_array(checkpoint: Path):
@@ -88,33 +109,29 @@ def empty(checkpoint: Path):
     checkpoint.mkdir()
 
 
-@pytest.mark.parametrize("damage", [damage_array, remove_half, truncate_facts, empty])
-def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(tmp_path, damage):
-    whole = train(tmp_path / "whole", train__steps=6)
-    train(tmp_path / "run")
-    damage(tmp_path / "run" / checkpoints.DIRECTORY / "4")
+@pytest.mark.parametrize(
+    "damage",
+    [
+        damage_array,
+        *(pytest.param(d, marks=pytest.mark.slow) for d in (remove_half, truncate_facts, empty)),
+    ],
+)
+def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(run, whole, damage):
+    damage(run / checkpoints.DIRECTORY / "4")
     notes = Notes()
-    assert_same_bits(go_on(tmp_path / "run", notes, train__steps=6), whole)
+    assert_same_bits(go_on(run, notes, train__steps=6), whole)
     assert "step 4" in notes.notes[0]
     assert "trying the one before" in notes.notes[0]
-    assert (tmp_path / "run" / "damaged" / "4").is_dir()
+    assert (run / "damaged" / "4").is_dir()
     assert "going on after step 2" in notes.notes[-1]
 
 
-def test_no_whole_checkpoint_is_an_error(tmp_path):
-    train(tmp_path)
+@pytest.mark.parametrize("damage", [damage_array, remove_half, truncate_facts, empty])
+def test_no_whole_checkpoint_is_an_error(run, damage):
     for step in (2, 4):
-        damage_array(tmp_path / checkpoints.DIRECTORY / str(step))
+        damage(run / checkpoints.DIRECTORY / str(step))
     with pytest.raises(ValueError, match=r"no checkpoint in .* can be read; step 2"):
-        go_on(tmp_path)
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory):
-    """A run of four steps, not to be changed."""
-    out = tmp_path_factory.mktemp("finished")
-    train(out)
-    return out
+        saved.load(run, print)
 
 
 @pytest.mark.parametrize(
@@ -133,7 +150,7 @@ def test_other_settings_are_refused(finished, settings, message):
 
 
 def test_another_length_is_refused_where_rates_depend_on_it(tmp_path):
-    train(tmp_path, schedule__name="cosine")
+    saved.write_config(tmp_path, tiny_runs.configured(schedule__name="cosine"))
     with pytest.raises(ValueError, match=r"train.steps: 4 in the run, 6 given \(its schedule"):
         go_on(tmp_path, train__steps=6)
 
@@ -148,24 +165,24 @@ def test_no_run_to_go_on_with(tmp_path):
         go_on(tmp_path)
 
 
-def test_a_checkpoint_of_another_version_or_model_is_refused(finished, tmp_path, monkeypatch):
-    shutil.copytree(finished, tmp_path / "run")
+def test_a_checkpoint_of_another_version_is_refused(finished, monkeypatch):
     monkeypatch.setattr(checkpoints, "FORMAT", checkpoints.FORMAT + 1)
     with pytest.raises(ValueError, match="it is of format 1, and this lrjax reads 2"):
-        go_on(tmp_path / "run")
-    monkeypatch.undo()
+        saved.load(finished, print)
+
+
+def test_a_checkpoint_of_another_model_is_refused(finished):
     like = saved.load(finished, print).state
     wider = like._replace(params={**like.params, "more": like.params["conv"]})
     with pytest.raises(ValueError, match="another model or optimizer: state/0/more"):
         checkpoints.restore(finished, 4, wider)
 
 
-def test_other_data_are_refused(finished, tmp_path, monkeypatch):
-    shutil.copytree(finished, tmp_path / "run")
-    path = tmp_path / "run" / saved.CONFIG_FILE
+def test_other_data_are_refused(run):
+    path = run / saved.CONFIG_FILE
     path.write_text(path.read_text().replace('"num_images": 12', '"num_images": 14'))
     with pytest.raises(ValueError, match="the data are not those of the run: images is 14 and was"):
-        go_on(tmp_path / "run")
+        go_on(run)
 
 
 # --- Killed ---------------------------------------------------------------------------------------
@@ -175,10 +192,29 @@ PROGRAM = [sys.executable, str(Path(tiny_runs.__file__))]
 KILLED = ("run.checkpoint_every=1", "optimizer.name=adam", "data.balanced=true")
 
 
-def killed_after(step, seconds, out, *settings):
+ENVIRONMENT = {
+    **os.environ,
+    "XLA_FLAGS": "--xla_backend_optimization_level=0",
+    # Compiled once for all processes.
+    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+}
+
+
+def completed(environment, out, *settings):
+    subprocess.run(
+        [*PROGRAM, str(out), *settings], check=True, capture_output=True, env=environment
+    )
+
+
+def killed_after(step, seconds, environment, out, *settings):
     """Starts the run, and kills it some time after a step; gives whether it was still running."""
     child = subprocess.Popen(
-        [*PROGRAM, str(out), *settings], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [*PROGRAM, str(out), *settings],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment,
     )
     for _, line in zip(range(step), child.stdout, strict=False):
         assert line.strip().isdecimal()
@@ -194,13 +230,14 @@ def killed_after(step, seconds, out, *settings):
 def run_with_kills(tmp_path, kills, steps):
     settings = (*KILLED, f"train.steps={steps}")
     draw = random.Random(0)
-    subprocess.run([*PROGRAM, str(tmp_path / "whole"), *settings], check=True, capture_output=True)
+    environment = {**ENVIRONMENT, "JAX_COMPILATION_CACHE_DIR": str(tmp_path / "compiled")}
+    completed(environment, tmp_path / "whole", *settings)
+    out = tmp_path / "killed"
     hits = 0
     for _ in range(kills):
-        hits += killed_after(
-            draw.randint(1, 4), draw.uniform(0, 0.3), tmp_path / "killed", *settings
-        )
-    subprocess.run([*PROGRAM, str(tmp_path / "killed"), *settings], check=True, capture_output=True)
+        step, seconds = draw.randint(1, 4), draw.uniform(0, 0.3)
+        hits += killed_after(step, seconds, environment, out, *settings)
+    completed(environment, out, *settings)
     whole, killed = (report.read_metrics(tmp_path / name) for name in ("whole", "killed"))
     assert killed["losses"] == whole["losses"]
     for name in (report.PARAMETERS_FILE, report.STATISTICS_FILE):
