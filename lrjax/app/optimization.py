@@ -9,6 +9,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import optax
 import optax.contrib
 
@@ -36,12 +38,12 @@ class Schedule:
 
     Attributes:
       name: `"constant"`; `"warmup"` (linear, then constant); `"cosine"` (to `end` times the rate at
-        the last step); `"step"` (times `factor` at each of `boundaries`); `"exponential"` (times
+        the last step); `"step"` (times `factor` after each of `boundaries`); `"exponential"` (times
         `factor` every `every` steps, smoothly).
       warmup_steps: of a linear start from zero, before any of these; `"warmup"` needs some.
       end: cosine's last rate, as a part of the first.
       factor: of step and exponential.
-      boundaries: steps at which step multiplies.
+      boundaries: numbers of steps after which step multiplies.
       every: steps in which exponential multiplies once; default: all of them.
 
     Raises:
@@ -153,7 +155,9 @@ class Optimizer:
         settings[_rate_parameter(self.name)] = self._rate(schedule, steps)
         try:
             optimizer = _function(self.name)(**settings)
-        except (TypeError, ValueError) as error:
+            if self.name != "lbfgs":  # its line search takes long to trace
+                jax.eval_shape(lambda: _tried(optimizer))
+        except Exception as error:
             raise ValueError(
                 f"optimizer: {self.name} does not accept {dict(self.settings)}: {error}"
             ) from None
@@ -195,6 +199,14 @@ def _functions() -> dict[str, Callable[..., Any]]:
             if _RATES & inspect.signature(function).parameters.keys():
                 found[name] = function
     return found
+
+
+def _tried(optimizer: optax.GradientTransformation) -> Any:
+    """An update of small parameters, so that a setting that fails does so early."""
+    params = {"kernel": jnp.ones((3, 3, 2, 4)), "bias": jnp.ones(4)}
+    update = optax.with_extra_args_support(optimizer).update
+    state = optimizer.init(params)
+    return update(params, state, params, value=jnp.ones(()), grad=params)
 
 
 def _function(name: str) -> Callable[..., Any]:
