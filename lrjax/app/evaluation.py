@@ -11,7 +11,6 @@ import numpy as np
 import optax
 
 from lrjax.app.data import ImageSource, in_order
-from lrjax.app.losses import loss_in_axes
 from lrjax.app.step import batch_structs
 from lrjax.app.strategy import Execution
 
@@ -36,7 +35,7 @@ class Evaluation:
 
 
 class _Sums(NamedTuple):
-    """Per class, `[num_classes]` each, and the loss, a scalar."""
+    """Of each image: the loss, `[B]`, and counts per class, `[B, num_classes]`."""
 
     loss: Any
     right: Any
@@ -64,9 +63,8 @@ class Evaluator:
         """Evaluates every image of a source once."""
         total: _Sums | None = None
         for batch, count in in_order(source, self._batch_size):
-            weights = np.arange(self._batch_size) < count
-            sums = self._call(params, batch["image"], batch["label"], statistics, weights)
-            found = _Sums(*(np.asarray(part, np.float64) for part in sums))
+            sums = self._call(params, batch["image"], batch["label"], statistics)
+            found = _Sums(*(np.asarray(part, np.float64)[:count].sum(axis=0) for part in sums))
             total = found if total is None else _Sums(*map(np.add, total, found))
         if total is None:
             raise ValueError("data: there is no image to evaluate")
@@ -78,36 +76,26 @@ def _sums_function(model: nn.Module, source: ImageSource, execution: Execution) 
     pixels = bool(source.label_shape)
     strategy = execution.without_plan
 
-    def sums_of(logits: jax.Array, labels: jax.Array, weights: jax.Array) -> _Sums:
-        weights = weights.astype(jnp.float32).reshape(-1, *[1] * (labels.ndim - 1))
+    # Images stay apart, so that parts of the batch may run one after the other.
+    def sums_of(logits: jax.Array, labels: jax.Array) -> _Sums:
         losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
         label, chosen = (
-            jax.nn.one_hot(one, classes, dtype=jnp.float32) * weights[..., None]
+            jax.nn.one_hot(one, classes, dtype=jnp.float32)
             for one in (labels, jnp.argmax(logits, axis=-1))
         )
-        axes = tuple(range(labels.ndim))
-        return _Sums(
-            (losses * weights).sum(),
-            (label * chosen).sum(axes),
-            label.sum(axes),
-            chosen.sum(axes),
-        )
+        axes = tuple(range(1, labels.ndim))
+        parts = (losses, label * chosen, label, chosen)
+        return _Sums(*(part.sum(axes) for part in parts))
 
-    def of_pixels(
-        params: Any, images: jax.Array, labels: jax.Array, statistics: Any, weights: jax.Array
-    ) -> _Sums:
-        logits = _logits(model, params, images, statistics)
-        return sums_of(logits, labels, weights)
+    def of_pixels(params: Any, images: jax.Array, labels: jax.Array, statistics: Any) -> _Sums:
+        return sums_of(_logits(model, params, images, statistics), labels)
 
     if pixels:
-        return strategy.by_rows(of_pixels, in_axes=loss_in_axes(labels_pixels=True))
+        return strategy.by_rows(of_pixels, in_axes=(None, 1, 1, None))
     by_rows = strategy.model_by_rows(model)
 
-    def of_images(
-        params: Any, images: jax.Array, labels: jax.Array, statistics: Any, weights: jax.Array
-    ) -> _Sums:
-        logits = _logits(by_rows, params, images, statistics)
-        return sums_of(logits, labels, weights)
+    def of_images(params: Any, images: jax.Array, labels: jax.Array, statistics: Any) -> _Sums:
+        return sums_of(_logits(by_rows, params, images, statistics), labels)
 
     return of_images
 
