@@ -250,5 +250,6 @@ def test_killed_twice_it_ends_with_the_same_bits(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3600)
 def test_killed_twenty_times_it_ends_with_the_same_bits(tmp_path):
-    assert run_with_kills(tmp_path, kills=20, steps=250) == 20
+    assert run_with_kills(tmp_path, kills=20, steps=160) == 20
