@@ -48,6 +48,20 @@ class Checkpoint:
     facts: Mapping[str, Any] = field(repr=False)
 
 
+def check_directory(run: Path) -> None:
+    """Refuses a directory in which orbax would lose arrays: it looks for its files by patterns.
+
+    Raises:
+      ValueError: its path has a character of such patterns.
+    """
+    found = sorted(set("[]*?") & set(str(run.absolute())))
+    if found:
+        raise ValueError(
+            f"out: {run.absolute()} has {' '.join(found)} in its path, and checkpoints cannot be "
+            "read from such directories; give another one, or --keep 0 for no checkpoints"
+        )
+
+
 class Checkpoints:
     """The checkpoints of one run; a context, which waits for the last one to be written.
 

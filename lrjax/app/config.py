@@ -228,7 +228,8 @@ class Config(_Section):
         for name, number in positive.items():
             if number is not None and not number > 0:
                 raise ValueError(f"{name}: got {number}; use 1 or more")
-        for name, number in {"keep": run.keep, "run.samples": run.samples}.items():
+        not_negative = {"keep": run.keep, "run.samples": run.samples, "seed": train.seed}
+        for name, number in not_negative.items():
             if number < 0:
                 raise ValueError(f"{name}: got {number}; use 0 or more")
         if train.steps is not None and train.epochs is not None:

@@ -137,6 +137,8 @@ def run(
     """
     listener = listener or Listener()
     report.check_writable(out)
+    if config.run.keep:
+        checkpoints.check_directory(out)
     _check_directory(out, resume=resume, overwrite=overwrite)
     prepared = prepare(config)
     listener.prepared(prepared)

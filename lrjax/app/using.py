@@ -39,7 +39,7 @@ def evaluate(
     network = saved.load(run, note, step=step)
     source, description = _images_of(network, data)
     if source.class_names != network.class_names or source.image_shape != network.image_shape:
-        check_validation(_shape(network), source)
+        check_validation(_shape(network), source, name="data")
     evaluator = Evaluator(
         network.model,
         source,

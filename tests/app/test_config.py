@@ -86,6 +86,7 @@ def test_assignments_have_types():
         ({"train.epochs": float("inf")}, r"train\.epochs: got inf"),
         ({"train.steps": 3, "train.epochs": 2}, "epochs=2.0 too; give one of them"),
         ({"run.keep": -1}, "keep: got -1; use 0 or more"),
+        ({"train.seed": -1}, "seed: got -1; use 0 or more"),
         ({"data.unreadable": "ignore"}, "'skip' or 'error'"),
         ({"optimizer.name": "adamww"}, "optimizer: got 'adamww'; did you mean 'adamw'"),
         ({"optimizer.name": "dpsgd"}, "it needs the gradient of every image by itself"),

@@ -77,6 +77,13 @@ def test_a_directory_that_cannot_be_written_is_refused_before_anything_is_compil
         train(tmp_path / "file" / "run")
 
 
+@pytest.mark.parametrize("name", ["run [a]", "run*", "what?"])
+def test_a_path_that_checkpoints_would_be_lost_in_is_refused(tmp_path, name):
+    with pytest.raises(ValueError, match="in its path, and checkpoints cannot be read from such"):
+        train(tmp_path / name)
+    assert not (tmp_path / name).exists()
+
+
 # --- Numbers --------------------------------------------------------------------------------------
 
 

@@ -37,8 +37,15 @@ def split(source: ImageSource, fraction: float, *, seed: int) -> tuple[Subset, S
     return Subset(source, training), Subset(source, np.sort(held_out))
 
 
-def check_validation(training: ImageSource, validation: ImageSource) -> None:
+def check_validation(
+    training: ImageSource, validation: ImageSource, *, name: str = "validation"
+) -> None:
     """Refuses held-out images that do not fit the training's.
+
+    Args:
+      training: images of the shape and classes that are learnt.
+      validation: the others.
+      name: of the option that chose them, for messages.
 
     Raises:
       ValueError: their classes, or sizes, are not the training's, or one of its classes is missing.
@@ -51,19 +58,19 @@ def check_validation(training: ImageSource, validation: ImageSource) -> None:
             if names
         ]
         raise ValueError(
-            f"validation: its classes are not the training's, it {' and '.join(differences)}; "
+            f"{name}: its classes are not the training's, it {' and '.join(differences)}; "
             "give a folder with the same classes"
         )
     if validation.image_shape != training.image_shape:
         sizes = [f"{one.image_shape[0]}x{one.image_shape[1]}" for one in (validation, training)]
         raise ValueError(
-            f"validation: images are {sizes[0]} and those to train on {sizes[1]}; give image_size"
+            f"{name}: images are {sizes[0]} and those to train on {sizes[1]}; give image_size"
         )
     missing = _shown(training) - _shown(validation)
     if missing:
         names = ", ".join(training.class_names[label] for label in sorted(missing))
         raise ValueError(
-            f"validation: no held-out image shows {names}; hold more out, take another seed, or "
+            f"{name}: no held-out image shows {names}; hold more out, take another seed, or "
             "give a folder of validation images"
         )
 
