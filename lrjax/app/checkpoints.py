@@ -19,6 +19,7 @@ import orbax.checkpoint as ocp
 from lrjax.app.step import State
 
 DIRECTORY = "checkpoints"
+DAMAGED = "damaged"
 # Raised when a checkpoint of this version could not be read by the one before.
 FORMAT = 1
 
@@ -219,7 +220,7 @@ def newest(run: Path, read: Callable[[int], Any], on_damaged: Callable[[str], No
 
 def set_aside(run: Path, step: int) -> Path:
     """Moves a checkpoint that cannot be read out of the way of the one to come."""
-    place = run / "damaged" / str(step)
+    place = run / DAMAGED / str(step)
     place.parent.mkdir(exist_ok=True)
     number = 1
     while place.exists():

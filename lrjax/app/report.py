@@ -27,6 +27,7 @@ METRICS_FILE = "metrics.json"
 PLOT_FILE = "training.png"
 PARAMETERS_FILE = "params.msgpack"
 STATISTICS_FILE = "statistics.msgpack"
+RESULT_FILES = (METRICS_FILE, PLOT_FILE, PARAMETERS_FILE, STATISTICS_FILE)
 COMPARISON_FILE = "comparison.json"
 COMPARISON_PLOT_FILE = "comparison.png"
 

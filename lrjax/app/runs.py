@@ -150,6 +150,9 @@ def run(
             raise ValueError(
                 f"steps: got {prepared.steps}, and {start.step} are done; use more than that"
             )
+        if start is not None:
+            # The state of step 0 would stay in memory beside the one that is trained.
+            compiled = replace(compiled, state=start.state)
         _begin(prepared, compiled, out, start, overwrite=overwrite)
         return _Run(prepared, compiled, out, start, listener).result(options)
     except DivergedError as error:
@@ -234,8 +237,8 @@ def _begin(
 ) -> None:
     """Makes the directory, with the configuration, the plan and the samples in it."""
     out.mkdir(parents=True, exist_ok=True)
-    if overwrite and start is None:
-        shutil.rmtree(out / checkpoints.DIRECTORY, ignore_errors=True)
+    if start is None:
+        _clear(out, everything=overwrite)
     saved.write_config(out, prepared.config)
     if isinstance(compiled.execution, Planned):
         compiled.execution.plan.save(out / saved.PLAN_FILE)
@@ -249,6 +252,17 @@ def _begin(
             balanced=config.data.balanced,
             augmentation=config.augment.build(),
         )
+
+
+def _clear(out: Path, *, everything: bool) -> None:
+    """Removes what an earlier run left and this one would be taken to have made."""
+    (out / saved.PLAN_FILE).unlink(missing_ok=True)
+    if not everything:
+        return
+    for name in (checkpoints.DIRECTORY, checkpoints.DAMAGED, logs.TENSORBOARD_DIRECTORY):
+        shutil.rmtree(out / name, ignore_errors=True)
+    for name in (logs.LOG_FILE, *report.RESULT_FILES):
+        (out / name).unlink(missing_ok=True)
 
 
 class _Run:

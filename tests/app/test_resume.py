@@ -12,7 +12,7 @@ import pytest
 import tiny_runs
 from tiny_runs import Notes, assert_same_bits, go_on, train
 
-from lrjax.app import checkpoints, logs, report, saved
+from lrjax.app import checkpoints, logs, report, runs, saved
 
 SETTINGS = {
     "all": {
@@ -158,6 +158,14 @@ def test_another_length_is_refused_where_rates_depend_on_it(tmp_path):
 def test_a_run_is_not_overwritten_by_mistake(finished):
     with pytest.raises(ValueError, match="holds a run with checkpoints, the newest of step 4"):
         train(finished)
+
+
+def test_a_run_is_overwritten_when_asked_to(run):
+    (run / saved.PLAN_FILE).write_text("of an earlier run")
+    runs.run(tiny_runs.configured(train__steps=1), run, overwrite=True)
+    assert checkpoints.saved_steps(run) == [1]
+    assert not (run / saved.PLAN_FILE).exists()
+    assert [line["step"] for line in logs.read(run)] == [1]
 
 
 def test_no_run_to_go_on_with(tmp_path):

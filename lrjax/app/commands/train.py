@@ -209,6 +209,7 @@ def _train(
     from lrjax.app import config as configs
     from lrjax.app import runs
     from lrjax.app.commands.progress import TerminalListener
+    from lrjax.app.data import UnreadableImageError
     from lrjax.app.diagnosis import OutOfMemoryError
     from lrjax.app.training import DivergedError
     from lrjax.memory import DoesNotFitError
@@ -236,7 +237,7 @@ def _train(
             )
     except DoesNotFitError as error:
         stop(error, DOES_NOT_FIT)
-    except (DivergedError, OutOfMemoryError, OSError) as error:
+    except (DivergedError, OutOfMemoryError, UnreadableImageError, OSError) as error:
         stop(error, FAILED)
     except (ValueError, TypeError, ImportError) as error:
         stop(error)
