@@ -163,6 +163,8 @@ def read_facts(run: Path, step: int) -> dict[str, Any]:
             f"step {step}: it is of format {facts.get('format')}, and this lrjax reads {FORMAT}; "
             "use the lrjax that wrote it"
         )
+    if not isinstance(facts.get("checksums"), dict) or "position" not in facts:
+        raise CheckpointError(f"step {step}: its facts are not whole")
     return facts
 
 

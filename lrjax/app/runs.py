@@ -18,7 +18,7 @@ from lrjax.app.building import Prepared, prepare
 from lrjax.app.checkpoints import Checkpoint, Checkpoints
 from lrjax.app.config import LENGTH, Config, differences
 from lrjax.app.evaluation import Evaluation, Evaluator
-from lrjax.app.step import CompiledStep, check_step, compile_step
+from lrjax.app.step import CompiledStep, check_step, compile_step, initial_state, keys_of
 from lrjax.app.strategy import Execution, Planned, Strategy
 from lrjax.app.training import DivergedError, Progress, Start, Training, train
 from lrjax.memory import DoesNotFitError
@@ -142,17 +142,10 @@ def run(
     _check_directory(out, resume=resume, overwrite=overwrite)
     prepared = prepare(config)
     listener.prepared(prepared)
+    start = _start(prepared, out, listener) if resume else None
     compiled: CompiledStep | None = None
     try:
-        compiled = _compiled(prepared, out, resume, listener)
-        start = _start(prepared, compiled, out, listener) if resume else None
-        if start is not None and start.step > prepared.steps:
-            raise ValueError(
-                f"steps: got {prepared.steps}, and {start.step} are done; use more than that"
-            )
-        if start is not None:
-            # The state of step 0 would stay in memory beside the one that is trained.
-            compiled = replace(compiled, state=start.state)
+        compiled = _compiled(prepared, out, start, resume, listener)
         _begin(prepared, compiled, out, start, overwrite=overwrite)
         return _Run(prepared, compiled, out, start, listener).result(options)
     except DivergedError as error:
@@ -174,7 +167,9 @@ def _check_directory(out: Path, *, resume: bool, overwrite: bool) -> None:
         )
 
 
-def _compiled(prepared: Prepared, out: Path, resume: bool, listener: Listener) -> CompiledStep:
+def _compiled(
+    prepared: Prepared, out: Path, start: Start | None, resume: bool, listener: Listener
+) -> CompiledStep:
     config = prepared.config
     arguments: dict[str, Any] = {
         "model": prepared.model,
@@ -182,6 +177,7 @@ def _compiled(prepared: Prepared, out: Path, resume: bool, listener: Listener) -
         "optimizer": prepared.optimizer,
         "batch_size": config.train.batch,
         "seed": config.train.seed,
+        "state": start.state if start else None,
     }
     execution = prepared.execution
     if execution is None and resume and (out / saved.PLAN_FILE).exists():
@@ -200,20 +196,27 @@ def _compiled(prepared: Prepared, out: Path, resume: bool, listener: Listener) -
     return budget.compile_within(config.strategy.budget, arguments, planned)
 
 
-def _start(
-    prepared: Prepared, compiled: CompiledStep, out: Path, listener: Listener
-) -> Start | None:
+def _start(prepared: Prepared, out: Path, listener: Listener) -> Start | None:
     """Where the run goes on; None where it has no checkpoint yet.
 
     Raises:
-      ValueError: no checkpoint can be read, or the data are not the run's.
+      ValueError: no checkpoint can be read, it is of another model or version, the data are not
+        the run's, or more steps are done than are asked for.
     """
     if not checkpoints.saved_steps(out):
         listener.note(f"{out} has no checkpoint yet; starting at the beginning")
         return None
+    train = prepared.config.train
+    init_key, dropout_key = keys_of(train.seed)
+    like = jax.eval_shape(
+        lambda key: initial_state(
+            prepared.model, prepared.source, prepared.optimizer, batch_size=train.batch, key=key
+        ),
+        init_key,
+    )
     found: Checkpoint = checkpoints.newest(
         out,
-        lambda step: checkpoints.restore(out, step, compiled.state),
+        lambda step: checkpoints.restore(out, step, like),
         lambda text: listener.note(f"{text}; trying the one before"),
     )
     for name, value in prepared.facts.items():
@@ -222,12 +225,12 @@ def _start(
                 f"resume: the data are not those of the run: {name} is {value} and was "
                 f"{found.facts.get(name)}; restore them, or start a run of its own"
             )
-    random_key = np.asarray(jax.random.key_data(compiled.dropout_key))
-    if not np.array_equal(found.random_key, random_key):
+    if not np.array_equal(found.random_key, np.asarray(jax.random.key_data(dropout_key))):
         raise ValueError("resume: random keys are not the run's; use the same JAX settings")
-    for step in checkpoints.saved_steps(out):
-        if step > found.step:
-            listener.note(f"the damaged checkpoint is now {checkpoints.set_aside(out, step)}")
+    if found.step > prepared.steps:
+        raise ValueError(
+            f"steps: got {prepared.steps}, and {found.step} are done; use more than that"
+        )
     listener.note(f"going on after step {found.step}")
     return Start(found.step, found.state, found.facts["position"])
 
@@ -239,6 +242,10 @@ def _begin(
     out.mkdir(parents=True, exist_ok=True)
     if start is None:
         _clear(out, everything=overwrite)
+    else:
+        for step in checkpoints.saved_steps(out):
+            if step > start.step:  # it could not be read
+                checkpoints.set_aside(out, step)
     saved.write_config(out, prepared.config)
     if isinstance(compiled.execution, Planned):
         compiled.execution.plan.save(out / saved.PLAN_FILE)

@@ -109,6 +109,12 @@ def initial_state(
     return State(params, statistics, jax.jit(optimizer.init)(params))
 
 
+def keys_of(seed: int) -> tuple[jax.Array, jax.Array]:
+    """The random keys of a run: for its parameters and for dropout."""
+    init_key, dropout_key = jax.random.split(jax.random.key(seed))
+    return init_key, dropout_key
+
+
 def compile_step(
     model: nn.Module,
     source: ImageSource,
@@ -117,14 +123,25 @@ def compile_step(
     *,
     batch_size: int,
     seed: int,
+    state: State | None = None,
 ) -> CompiledStep:
     """Initialises the parameters from `seed` and compiles a training step; trains nothing.
+
+    Args:
+      model: takes `[B, H, W, 3]`.
+      source: of the images; only shapes are read.
+      optimizer: optax's.
+      strategy: how the rows run.
+      batch_size: images per step.
+      seed: of the parameters, and of dropout.
+      state: to start from, in place of parameters from the seed.
 
     Raises:
       ValueError: where the model does not take the images, or lrjax not the strategy.
     """
-    init_key, dropout_key = jax.random.split(jax.random.key(seed))
-    state = initial_state(model, source, optimizer, batch_size=batch_size, key=init_key)
+    init_key, dropout_key = keys_of(seed)
+    if state is None:
+        state = initial_state(model, source, optimizer, batch_size=batch_size, key=init_key)
     images, labels = batch_structs(source, batch_size)
     step = _step(strategy.loss(model, labels_pixels=bool(source.label_shape)), optimizer)
     structs = jax.tree.map(_struct, (state, images, labels, dropout_key))

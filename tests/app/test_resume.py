@@ -104,6 +104,10 @@ def truncate_facts(checkpoint: Path):
     path.write_text(path.read_text()[:40])
 
 
+def forget_facts(checkpoint: Path):
+    (checkpoint / "facts" / "metadata").write_text('{"format": 1}')
+
+
 def empty(checkpoint: Path):
     shutil.rmtree(checkpoint)
     checkpoint.mkdir()
@@ -126,7 +130,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(run, whole, da
     assert "going on after step 2" in notes.notes[-1]
 
 
-@pytest.mark.parametrize("damage", [damage_array, remove_half, truncate_facts, empty])
+@pytest.mark.parametrize("damage", [damage_array, remove_half, truncate_facts, forget_facts, empty])
 def test_no_whole_checkpoint_is_an_error(run, damage):
     for step in (2, 4):
         damage(run / checkpoints.DIRECTORY / str(step))
@@ -134,6 +138,12 @@ def test_no_whole_checkpoint_is_an_error(run, damage):
         saved.load(run, print)
 
 
+@pytest.fixture
+def nothing_compiled(monkeypatch):
+    monkeypatch.setattr(runs, "compile_step", None)
+
+
+@pytest.mark.usefixtures("nothing_compiled")
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
@@ -186,6 +196,7 @@ def test_a_checkpoint_of_another_model_is_refused(finished):
         checkpoints.restore(finished, 4, wider)
 
 
+@pytest.mark.usefixtures("nothing_compiled")
 def test_other_data_are_refused(run):
     path = run / saved.CONFIG_FILE
     path.write_text(path.read_text().replace('"num_images": 12', '"num_images": 14'))
