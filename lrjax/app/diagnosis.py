@@ -148,7 +148,12 @@ def is_out_of_memory(error: BaseException) -> bool:
     )
 
 
-def of_memory(error: BaseException, config: Config, compiled: CompiledStep | None) -> str:
+def of_memory(
+    error: BaseException,
+    config: Config,
+    image_shape: tuple[int, int, int],
+    compiled: CompiledStep | None,
+) -> str:
     """What the step needs, what holds it, and which commands find a plan that fits."""
     capacity = memory.device_memory_bytes(None)
     lines = [f"out of memory: {str(error).splitlines()[0][:300]}"]
@@ -157,7 +162,7 @@ def of_memory(error: BaseException, config: Config, compiled: CompiledStep | Non
         lines += _largest_buffers(compiled)
     if capacity is not None:
         lines.append(f"  the device has {capacity / MIB:,.0f} MiB")
-    lines.append(f"  what fits: {plan_command(config, compiled)}")
+    lines.append(f"  what fits: {plan_command(config, image_shape)}")
     lines.append("  to train so: add --budget, such as --budget 0.9, and leave the strategy out")
     return "\n".join(lines)
 
@@ -174,18 +179,17 @@ def _largest_buffers(compiled: CompiledStep) -> list[str]:
     return ["  the largest of it:", *rows]
 
 
-def plan_command(config: Config, compiled: CompiledStep | None) -> str:
+def plan_command(config: Config, image_shape: tuple[int, int, int]) -> str:
     """The `lrjax plan` line for a run's network and images."""
     model = config.model
-    options = [f"--model {model.name}", f"--batch {config.train.batch}", f"--dtype {model.dtype}"]
-    if compiled is not None:
-        _, height, width, _ = compiled.structs[1].shape
-        options.append(f"--image {height}x{width}")
-    elif config.data.image_size:
-        options.append(f"--image {config.data.image_size}")
-    if model.width != 1.0:
-        options.append(f"--width {model.width}")
-    for name in ("head", "norm"):
-        if getattr(model, name):
-            options.append(f"--{name} {getattr(model, name)}")
+    options = [
+        f"--model {model.name}",
+        f"--image {image_shape[0]}x{image_shape[1]}",
+        f"--batch {config.train.batch}",
+        f"--dtype {model.dtype}",
+        f"--width {model.width}",
+    ]
+    options += [
+        f"--{name} {getattr(model, name)}" for name in ("head", "norm") if getattr(model, name)
+    ]
     return " ".join(["lrjax plan", *options, "--budget 0.9"])

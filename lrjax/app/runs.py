@@ -155,7 +155,8 @@ def run(
     except (jax.errors.JaxRuntimeError, DoesNotFitError) as error:
         if not diagnosis.is_out_of_memory(error):
             raise
-        raise diagnosis.OutOfMemoryError(diagnosis.of_memory(error, config, compiled)) from error
+        message = diagnosis.of_memory(error, config, prepared.source.image_shape, compiled)
+        raise diagnosis.OutOfMemoryError(message) from error
 
 
 def _check_directory(out: Path, *, resume: bool, overwrite: bool) -> None:

@@ -193,7 +193,7 @@ def test_out_of_memory_says_what_is_needed_what_holds_it_and_what_fits(tmp_path,
     assert "out of memory: RESOURCE_EXHAUSTED" in message
     assert "the step needs" in message
     assert "VGG16/" in message  # a layer's buffer
-    assert "lrjax plan --model vgg16 --batch 2 --dtype float32 --image 32x32" in message
+    assert "lrjax plan --model vgg16 --image 32x32 --batch 2 --dtype float32" in message
 
 
 def test_another_error_of_xla_is_not_taken_for_it(tmp_path, monkeypatch):
