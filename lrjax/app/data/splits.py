@@ -4,12 +4,15 @@ import numpy as np
 
 from lrjax.app.data.sources import ImageSource, Subset, classes_of
 
+_DRAWS = 100
+
 
 def split(source: ImageSource, fraction: float, *, seed: int) -> tuple[Subset, Subset]:
     """Images to train on, and a fraction of every class that is held out.
 
     Which ones depends on the seed and the source's labels alone. At least one image of each class
-    is on either side; where pixels have labels, images are drawn without regard to their masks.
+    is on either side; where pixels have labels, images are drawn until those held out show every
+    class, a hundred times at most.
 
     Args:
       source: the images.
@@ -21,7 +24,16 @@ def split(source: ImageSource, fraction: float, *, seed: int) -> tuple[Subset, S
     """
     if not 0 < fraction < 1:
         raise ValueError(f"validation: got {fraction}; use a fraction between 0 and 1, or a folder")
-    random = np.random.default_rng(seed)
+    for draw in range(_DRAWS):
+        training, validation = _drawn(source, fraction, np.random.default_rng([seed, draw]))
+        if not _shown(training) - _shown(validation):
+            break
+    return training, validation
+
+
+def _drawn(
+    source: ImageSource, fraction: float, random: np.random.Generator
+) -> tuple[Subset, Subset]:
     held_out: list[int] = []
     for label in np.unique(source.labels):
         own = np.flatnonzero(source.labels == label)
