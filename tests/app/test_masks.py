@@ -162,7 +162,7 @@ def test_held_out_images_show_every_class(folder):
         assert {3} in shown
         assert {0, 1, 2} in shown
         check_validation(training, validation)
-    with pytest.raises(ValueError, match="no held-out image shows .*; hold more out"):
+    with pytest.raises(ValueError, match=r"no held-out image shows .*; hold more out"):
         check_validation(*split(source, 0.25, seed=0))
 
 
