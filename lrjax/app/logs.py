@@ -102,13 +102,20 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _tensorboard_writer(directory: Path, after: int) -> Any:
+def check_tensorboard() -> None:
+    """Raises `ValueError` where TensorBoard's writer is not installed."""
     try:
-        from tensorboardX import SummaryWriter
+        import tensorboardX  # noqa: F401
     except ModuleNotFoundError as error:
         raise ValueError(
             "tensorboard: tensorboardX is not installed; pip install 'lrjax[experiments]'"
         ) from error
+
+
+def _tensorboard_writer(directory: Path, after: int) -> Any:
+    check_tensorboard()
+    from tensorboardX import SummaryWriter
+
     return SummaryWriter(str(directory), purge_step=after + 1)
 
 

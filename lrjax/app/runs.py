@@ -139,6 +139,8 @@ def run(
     report.check_writable(out)
     if config.run.keep:
         checkpoints.check_directory(out)
+    if config.run.tensorboard:
+        logs.check_tensorboard()
     _check_directory(out, resume=resume, overwrite=overwrite)
     prepared = prepare(config)
     listener.prepared(prepared)

@@ -1,6 +1,7 @@
 """Whole runs: what they leave, how they are judged, and how a trained network is used."""
 
 import json
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -270,18 +271,32 @@ def test_options_override_the_file(tmp_path):
     )
     answer = invoke(
         *("train", "--out", tmp_path / "run", "--config", path, "--strategy", "column"),
-        *("--set", "optimizer.momentum=0.5", "--steps", 3, "--tensorboard"),
+        *("--set", "optimizer.momentum=0.5", "--steps", 3),
     )
     assert answer.exit_code == 0, answer.output
     config = saved.read_config(tmp_path / "run")
     assert (config.train.steps, config.train.seed, config.data.image_size) == (3, 7, "16")
     assert config.optimizer.build().settings == {"momentum": 0.5}
-    assert list((tmp_path / "run" / logs.TENSORBOARD_DIRECTORY).iterdir())
     options = report.read_metrics(tmp_path / "run")["options"]
     assert (options["steps"], options["model"], options["optimizer.momentum"]) == (3, "tiny", 0.5)
     again = invoke("train", "--out", tmp_path / "run", "--resume", "--lr", "0.5")
     assert again.exit_code == 2
     assert "optimizer.lr: 0.001 in the run, 0.5 given" in again.output
+
+
+def test_tensorboard_has_its_events(tmp_path):
+    pytest.importorskip("tensorboardX")
+    with logs.Log(tmp_path, tensorboard=True) as log:
+        log.write(1, {"loss": 2.0, "validation_accuracy": 0.5})
+    (events,) = (tmp_path / logs.TENSORBOARD_DIRECTORY).iterdir()
+    assert b"validation/accuracy" in events.read_bytes()
+
+
+def test_tensorboard_that_is_not_installed_says_so(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "tensorboardX", None)
+    with pytest.raises(ValueError, match=r"pip install 'lrjax\[experiments\]'"):
+        train(tmp_path / "run", run__tensorboard=True)
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(
