@@ -53,7 +53,8 @@ def losses(precision: str, run: str) -> list[float]:
     )
     optimizer = optax.sgd(LEARNING_RATE, momentum=MOMENTUM)
     step = compile_step(model, source, optimizer, strategy, batch_size=BATCH, seed=0)
-    step = dataclasses.replace(step, params=initial_parameters(model, precision))
+    state = step.state._replace(params=initial_parameters(model, precision))
+    step = dataclasses.replace(step, state=state)
 
     def on_step(number: int, loss: float, seconds: float) -> None:
         if number % 10 == 0:

@@ -1,9 +1,19 @@
-"""The `lrjax` command: train a network, compare strategies, profile memory, plan, self-test."""
+"""The `lrjax` command: train a network and use it, compare strategies, profile, plan, self-test."""
 
-from lrjax.app.commands import compare, doctor, memory, plan, train
+from lrjax.app.commands import compare, doctor, evaluate, memory, plan, predict, train
 from lrjax.app.commands.console import app
 
-__all__ = ["app", "compare", "doctor", "main", "memory", "plan", "train"]
+__all__ = [
+    "app",
+    "compare",
+    "doctor",
+    "evaluate",
+    "main",
+    "memory",
+    "plan",
+    "predict",
+    "train",
+]
 
 
 def main() -> None:

@@ -16,7 +16,9 @@ import numpy as np
 from matplotlib.figure import Figure
 from rich.table import Table
 
-from lrjax.app.training import Strategy, Training
+from lrjax.app.evaluation import Evaluation
+from lrjax.app.strategy import Execution, Strategy
+from lrjax.app.training import Training
 from lrjax.files import replacing, write_whole
 from lrjax.memory.text import new_table
 from lrjax.text import MIB
@@ -25,6 +27,7 @@ METRICS_FILE = "metrics.json"
 PLOT_FILE = "training.png"
 PARAMETERS_FILE = "params.msgpack"
 STATISTICS_FILE = "statistics.msgpack"
+RESULT_FILES = (METRICS_FILE, PLOT_FILE, PARAMETERS_FILE, STATISTICS_FILE)
 COMPARISON_FILE = "comparison.json"
 COMPARISON_PLOT_FILE = "comparison.png"
 
@@ -45,22 +48,20 @@ class Metrics(TypedDict):
     rss_peak_bytes: int
     device_peak_bytes: int | None
     skipped_files: list[str]
+    validation: dict[str, Any] | None
 
 
 def metrics_of(
     training: Training,
-    strategy: Strategy,
+    strategy: Execution,
     options: Mapping[str, Any],
     skipped_files: Sequence[str] = (),
+    evaluation: Evaluation | None = None,
 ) -> Metrics:
     """Everything measured in a run, and enough of its settings to repeat it."""
     return Metrics(
         label=strategy.label,
-        strategy={
-            "name": strategy.name,
-            "num_blocks": strategy.num_blocks,
-            "cuts": list(strategy.cuts),
-        },
+        strategy=_strategy_of(strategy),
         options=dict(options),
         environment={
             "jax": jax.__version__,
@@ -77,7 +78,31 @@ def metrics_of(
         rss_peak_bytes=training.memory.rss,
         device_peak_bytes=training.memory.device,
         skipped_files=list(skipped_files),
+        validation=validation_numbers(evaluation) if evaluation is not None else None,
     )
+
+
+def _strategy_of(strategy: Execution) -> dict[str, Any]:
+    if not isinstance(strategy, Strategy):
+        blocks = [choice.num_blocks for choice in strategy.plan.choices]
+        return {"name": "plan", "num_blocks": blocks, "cuts": [str(n) for n in strategy.plan.cuts]}
+    return {
+        "name": strategy.name,
+        "num_blocks": strategy.num_blocks,
+        "cuts": list(strategy.cuts),
+    }
+
+
+def validation_numbers(evaluation: Evaluation) -> dict[str, Any]:
+    """What the log and `metrics.json` call the numbers of held-out images."""
+    return {
+        "validation_loss": evaluation.loss,
+        "validation_accuracy": evaluation.accuracy,
+        "validation_mean_iou": evaluation.mean_iou,
+        "validation_accuracy_by_class": [
+            None if np.isnan(part) else part for part in evaluation.accuracy_by_class
+        ],
+    }
 
 
 def write_run(directory: Path, training: Training, metrics: Metrics) -> None:

@@ -9,7 +9,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from lrjax import files
-from lrjax.app import report
+from lrjax.app import checkpoints, logs, report, saved
 from lrjax.app.cli import app
 
 SMALL = [
@@ -26,9 +26,13 @@ def test_train_writes_metrics_plot_and_parameters(tmp_path):
     result = invoke("train", "--out", tmp_path / "run", "--strategy", "column", *SMALL)
     assert result.exit_code == 0, result.output
     assert {path.name for path in (tmp_path / "run").iterdir()} == {
+        checkpoints.DIRECTORY,
+        logs.LOG_FILE,
+        logs.SAMPLES_FILE,
         report.METRICS_FILE,
         report.PARAMETERS_FILE,
         report.PLOT_FILE,
+        saved.CONFIG_FILE,
     }
     metrics = json.loads((tmp_path / "run" / report.METRICS_FILE).read_text())
     assert len(metrics["losses"]) == len(metrics["step_seconds"]) == 2
@@ -102,7 +106,7 @@ def test_unet_learns_every_pixel_and_leaves_its_running_statistics(tmp_path):
         (["--model", "unet", "--data", "."], "unet needs a label for every pixel"),
         (["--dtype", "float8"], "dtype: got 'float8'"),
         (["--width", "0"], "width: got 0"),
-        (["--optimizer", "lion"], "optimizer: got 'lion'"),
+        (["--optimizer", "lions"], "optimizer: got 'lions'; did you mean 'lion'?"),
         (["--lr", "-1"], "lr: got -1"),
         (["--steps", "0"], "steps: got 0"),
         (["--batch", "0"], "batch: got 0"),
@@ -127,12 +131,15 @@ def test_output_that_cannot_be_written_is_refused_before_training(tmp_path):
     assert (tmp_path / "file").read_text() == "in the way"
 
 
-def test_divergence_ends_with_a_message_and_no_files(tmp_path):
+def test_divergence_ends_with_a_message_and_no_results(tmp_path):
     arguments = ["--strategy", "column", *SMALL, "--lr", "1e30", "--steps", "9"]
     result = invoke("train", "--out", tmp_path / "run", *arguments)
     assert result.exit_code == 1
     assert "use a smaller learning rate" in result.output
-    assert not (tmp_path / "run").exists()
+    assert "images: image" in result.output
+    assert "parameters that are not finite before the step: " in result.output
+    assert not (tmp_path / "run" / report.METRICS_FILE).exists()
+    assert not (tmp_path / "run" / report.PARAMETERS_FILE).exists()
 
 
 @pytest.mark.slow

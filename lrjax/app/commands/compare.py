@@ -49,7 +49,7 @@ def compare_strategies(
         stop("give these within --strategy, as name[:blocks][/parts][@cuts]")
 
     arguments = {
-        spec: [*context.args, "--out", str(_directory(out, spec)), *_strategy_options(parsed)]
+        spec: _arguments(context.args, _directory(out, spec), parsed)
         for spec, parsed in zip(strategy, chosen, strict=True)
     }
     # The last run's bad option is known before the first run has trained.
@@ -91,6 +91,11 @@ def _directory(out: Path, spec: str) -> Path:
 def _succeeded(spec: str, code: int) -> None:
     if code:
         stop(f"the run {spec} failed with status {code}", code if code > 0 else FAILED)
+
+
+def _arguments(given: list[str], out: Path, strategy: Any) -> list[str]:
+    """Of `lrjax train`. A comparison's runs are not gone on with, unless --keep is given."""
+    return ["--keep", "0", *given, "--out", str(out), *_strategy_options(strategy)]
 
 
 def _strategy_options(strategy: Any) -> list[str]:

@@ -52,7 +52,7 @@ def memory(
     Ends with status 3 where it does not fit.
     """
     from lrjax import memory
-    from lrjax.app import profiling
+    from lrjax.app import building, profiling
     from lrjax.memory import text
 
     wide = Console(width=max(console.width, 150))
@@ -70,7 +70,7 @@ def memory(
         if function is not None:
             program = profiling.function_program(function, args)
         else:
-            chosen = options.strategy_of(strategy, num_blocks, cuts, micro_batches)
+            chosen = building.strategy_of(strategy, num_blocks, cuts, micro_batches)
             step = options.training_step(str(model), image, batch, dtype, width, head, norm)
             program = profiling.gradient_program(strategy=chosen, **step)
     except (ValueError, OSError) as error:

@@ -1,6 +1,5 @@
 """`lrjax plan`."""
 
-import contextlib
 import functools
 from pathlib import Path
 from typing import Annotated, Any
@@ -45,13 +44,14 @@ def plan(
     With --maximise, the largest square image or batch that fits by column, the best checkpoints and
     lrjax. Ends with status 3 where nothing fits.
     """
+    from lrjax.app import budget as budgets
     from lrjax.memory import DoesNotFitError
 
     wide = Console(width=max(console.width, 150))
     try:
         _check(target, maximise, save, frontier, timed)
         step = options.training_step(model, image, batch, dtype, width, head, norm)
-        amount = 1.0 if budget is None else _budget(budget)
+        amount = 1.0 if budget is None else budgets.amount_of(budget)
         with console.status("planning") as status:
             tell = functools.partial(_tell, status)
             if maximise is not None:
@@ -129,14 +129,6 @@ def _told(progress: Any) -> str:
     if progress.roofline_seconds is not None:
         told += f" and {progress.roofline_seconds * 1e3:,.2f} ms"
     return f"{' + '.join(progress.strategies)}: {told}"
-
-
-def _budget(text: str) -> str | float | int:
-    """Without a unit: bytes where the text is a whole number, else a fraction."""
-    for number in (int, float):
-        with contextlib.suppress(ValueError):
-            return number(text)
-    return text
 
 
 def _print_largest(

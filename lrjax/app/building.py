@@ -1,0 +1,246 @@
+"""From a configuration to what it names: images, network, optimiser. Nothing is compiled."""
+
+import contextlib
+import zlib
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import flax.linen as nn
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from lrjax.app import data
+from lrjax.app.config import Config, DataSection, ModelSection, StrategySection
+from lrjax.app.data import ImageSource
+from lrjax.app.strategy import Planned, Strategy, parse_num_blocks
+from lrjax.models import registry
+from lrjax.plan import Plan
+
+DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """All that a run is made of, checked.
+
+    Attributes:
+      config: where it comes from.
+      source: images to train on.
+      validation: images held out, or None.
+      model: the network.
+      optimizer: optax's.
+      execution: how the rows run; None where a budget is to be planned for.
+      steps: of training.
+      skipped: files that are left out, with reasons.
+    """
+
+    config: Config
+    source: ImageSource
+    validation: ImageSource | None
+    model: nn.Module = field(repr=False)
+    optimizer: optax.GradientTransformation = field(repr=False)
+    execution: Strategy | Planned | None
+    steps: int
+    skipped: tuple[str, ...]
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What a checkpoint must find again in the data to go on."""
+        labels = np.ascontiguousarray(self.source.labels)
+        return {
+            "class_names": list(self.source.class_names),
+            "image_shape": list(self.source.image_shape),
+            "images": len(self.source),
+            "labels_checksum": zlib.crc32(labels.tobytes()),
+        }
+
+
+def prepare(config: Config) -> Prepared:
+    """Opens the data and builds the network, the optimiser and the strategy.
+
+    Raises:
+      ValueError: something does not exist, cannot be read or does not fit; says what to do.
+    """
+    execution = execution_of(config.strategy)
+    registry.network(config.model.name)
+    whole = source_of(config)
+    skipped = [str(file) for file in getattr(whole, "skipped", ())]
+    source, validation = _split(config, whole, skipped)
+    if skipped and config.data.unreadable == "error":
+        raise ValueError(
+            "data: files cannot be read; mend or remove them, or use data.unreadable=skip:\n  "
+            + "\n  ".join(skipped)
+        )
+    augmentation = config.augment.build()
+    if augmentation is not None:
+        augmentation.check(source.image_shape)
+    steps = config.steps(len(source))
+    return Prepared(
+        config=config,
+        source=source,
+        validation=validation,
+        model=network_of(config.model, len(source.class_names)),
+        optimizer=config.optimizer.build().build(config.schedule.build(), steps),
+        execution=execution,
+        steps=steps,
+        skipped=tuple(skipped),
+    )
+
+
+def _split(
+    config: Config, whole: ImageSource, skipped: list[str]
+) -> tuple[ImageSource, ImageSource | None]:
+    """Images to train on and images held out; adds the latter's unreadable files to `skipped`."""
+    wanted = config.data.validation
+    if isinstance(wanted, str):
+        with contextlib.suppress(ValueError):
+            wanted = float(wanted)
+    if wanted is None:
+        return whole, None
+    if isinstance(wanted, float):
+        source, validation = data.split(whole, wanted, seed=config.train.seed)
+        data.check_validation(source, validation)
+        return source, validation
+    folder = folder_of(
+        Path(wanted), config, size=whole.image_shape[:2], num_classes=len(whole.class_names)
+    )
+    data.check_validation(whole, folder)
+    skipped += [str(file) for file in folder.skipped]
+    return whole, folder
+
+
+def source_of(config: Config) -> ImageSource:
+    """The images, with labels of the kind that the model learns from.
+
+    Raises:
+      ValueError: there are none, or not of that kind.
+    """
+    chosen = config.data
+    size = size_of(chosen.image_size) if chosen.image_size else None
+    if chosen.path != "digits":
+        return folder_of(Path(chosen.path), config, size=size)
+    canvases = data.ScatteredDigits(
+        size or (512, 512),
+        num_images=chosen.num_images,
+        seed=config.train.seed,
+        classes=_digit_classes(chosen.digits),
+    )
+    labels_pixels = registry.network(config.model.name).labels_pixels
+    return data.DigitPixels(canvases) if labels_pixels else canvases
+
+
+def folder_of(
+    path: Path,
+    config: Config,
+    *,
+    size: tuple[int, int] | None,
+    num_classes: int | None = None,
+) -> data.ImageFolder | data.SegmentationFolder:
+    """A folder of classes, or of images and masks where the model labels pixels.
+
+    Raises:
+      ValueError: it is not of that kind.
+    """
+    chosen: DataSection = config.data
+    settings: dict[str, Any] = {
+        "image_size": size,
+        "fit": chosen.fit,
+        "max_pixels": chosen.max_pixels,
+    }
+    model = config.model.name
+    if not registry.network(model).labels_pixels:
+        return data.ImageFolder(path, **settings)
+    if chosen.balanced:
+        raise ValueError("balanced: masks have no class that images could take turns by")
+    if path.is_dir() and not ((path / "images").is_dir() and (path / "masks").is_dir()):
+        raise ValueError(
+            f"data: {model} needs a label for every pixel and {path} has no directories images/ "
+            "and masks/; make them, use --data digits, or another model"
+        )
+    return data.SegmentationFolder(path, num_classes=num_classes, **settings)
+
+
+def network_of(chosen: ModelSection, num_classes: int) -> nn.Module:
+    """The network.
+
+    Raises:
+      ValueError: it, or its setting, does not exist.
+    """
+    if chosen.dtype not in DTYPES:
+        raise ValueError(f"dtype: got {chosen.dtype!r}; use {' or '.join(DTYPES)}")
+    return registry.build(
+        chosen.name,
+        num_classes=num_classes,
+        width=chosen.width,
+        dtype=DTYPES[chosen.dtype],
+        head=chosen.head,
+        norm=chosen.norm,
+    )
+
+
+def execution_of(chosen: StrategySection) -> Strategy | Planned | None:
+    """How the rows run; None where a budget is to be planned for.
+
+    Raises:
+      ValueError: a strategy that does not exist, or a file that is no plan.
+    """
+    by_name = strategy_of(chosen.name, chosen.num_blocks, chosen.cuts, chosen.micro_batches)
+    plain = by_name == strategy_of(StrategySection().name, None, None, 1)
+    source = "budget" if chosen.budget else "plan"
+    if (chosen.budget or chosen.plan) and not plain:
+        raise ValueError(
+            f"{source}: the plan chooses strategy, blocks, cuts and micro-batches; leave them out"
+        )
+    if chosen.budget:
+        return None
+    if not chosen.plan:
+        return by_name
+    try:
+        return Planned(Plan.load(chosen.plan))
+    except OSError as error:
+        raise ValueError(f"plan: cannot read {chosen.plan}: {error}") from None
+
+
+def strategy_of(
+    name: str, num_blocks: str | None, cuts: str | None, micro_batches: int
+) -> Strategy:
+    """A strategy from the texts that a command line has.
+
+    Raises:
+      ValueError: it does not exist, or does not take these.
+    """
+    return Strategy(
+        name,
+        parse_num_blocks(num_blocks) if num_blocks else None,
+        tuple(cuts.split(",")) if cuts else (),
+        micro_batches,
+    )
+
+
+def numbers_of(text: str) -> list[int] | None:
+    """Whole numbers with commas between them; None where there are others."""
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        return None
+
+
+def size_of(text: str, name: str = "image-size") -> tuple[int, int]:
+    """`(height, width)` from N or HEIGHTxWIDTH.
+
+    Raises:
+      ValueError: it is neither.
+    """
+    numbers = numbers_of(text.lower().replace("x", ",")) or []
+    if len(numbers) not in (1, 2) or min(numbers) < 1:
+        raise ValueError(f"{name}: got {text!r}; use N or HEIGHTxWIDTH, such as 512 or 512x768")
+    return numbers[0], numbers[-1]
+
+
+def _digit_classes(text: str) -> list[int]:
+    found = numbers_of(text)
+    if found is None:
+        raise ValueError(f"digits: got {text!r}; use digits with commas, such as 0,1,7")
+    return found

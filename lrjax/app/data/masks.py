@@ -1,0 +1,200 @@
+"""A folder of images with a mask each, which has a class for every pixel."""
+
+import os
+import warnings
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from lrjax.app.data import decoding
+from lrjax.app.data.decoding import Fit, SkippedFile, UnreadableImageError
+from lrjax.app.data.sources import CHANNELS, Example
+
+IMAGES = "images"
+MASKS = "masks"
+_MOST_NAMED = 5
+
+
+class SegmentationFolder:
+    """Images in `directory/images/`, and masks of the same names, suffix aside, in its `masks/`.
+
+    A mask is a greyscale or palette image of its image's size; its values are the classes, 0 to
+    one less than their number. Every pair is decoded once, when the folder is opened:
+
+    * a missing directory, an image without a mask or a mask without an image, two files of one
+      name, a mask of another size than its image, and classes with gaps raise `ValueError`;
+    * an unreadable image or mask is left out with its partner and listed in `skipped`;
+    * a pair that breaks *after* the check is replaced by the next readable one, with a warning.
+
+    Args:
+      directory: the folder; images and masks may lie in subdirectories, in the same for both.
+      image_size: `(height, width)` of what is given out. Default: the size all images share.
+      fit: as for `ImageFolder`; masks are scaled by nearest neighbours, and padded with class 0.
+      max_pixels: an image with more is not decoded; read from its header.
+      num_classes: default: one more than the largest value of any mask.
+
+    Raises:
+      ValueError: see above.
+    """
+
+    def __init__(
+        self,
+        directory: str | os.PathLike[str],
+        *,
+        image_size: tuple[int, int] | None = None,
+        fit: Fit = "native",
+        max_pixels: int = decoding.DEFAULT_MAX_PIXELS,
+        num_classes: int | None = None,
+    ) -> None:
+        decoding.check_fit(fit)
+        decoding.lift_pillows_limit()
+        self.directory = Path(directory)
+        self._fit = fit
+        self._max_pixels = max_pixels
+        checked = decoding.checked_in_parallel(
+            lambda pair: _check(*pair, max_pixels), _pairs(self.directory)
+        )
+        self._pairs = [pair for pair in checked if isinstance(pair, _Pair)]
+        self.skipped = tuple(file for file in checked if isinstance(file, SkippedFile))
+        if not self._pairs:
+            reasons = "".join(f"\n  {file}" for file in self.skipped)
+            raise ValueError(f"data: no readable image with a mask in {self.directory}{reasons}")
+        _check_sizes(self._pairs)
+        self.class_names: tuple[str, ...] = _class_names(self._pairs, num_classes)
+        size = decoding.checked_size(image_size or decoding.shared_size(self._pairs))
+        self.image_shape: tuple[int, int, int] = (*size, CHANNELS)
+        self.label_shape: tuple[int, ...] = size
+        self.labels = np.zeros(len(self._pairs), np.int32)
+
+    def __len__(self) -> int:
+        return len(self._pairs)
+
+    def name(self, index: int) -> str:
+        """The image file of a pair."""
+        return str(self._pairs[index].path)
+
+    def classes_of(self, index: int) -> frozenset[int]:
+        """The classes that a mask shows."""
+        return self._pairs[index].classes
+
+    def __getitem__(self, index: int) -> Example:
+        for candidate in range(index, index + len(self)):
+            pair = self._pairs[candidate % len(self)]
+            try:
+                image = decoding.decoded(pair.path, self._max_pixels)
+                mask = decoding.decoded_mask(pair.mask, self._max_pixels)
+                if mask.shape != (image.height, image.width) or mask.max() >= len(self.class_names):
+                    raise UnreadableImageError("its mask was changed")
+            except UnreadableImageError as error:
+                warnings.warn(
+                    f"{pair.path} or its mask was readable when the folder was checked and is not "
+                    f"any more ({error}); the next image takes its place",
+                    stacklevel=2,
+                )
+                continue
+            size = self.image_shape[:2]
+            return Example(
+                image=np.asarray(decoding.fitted(image, size, self._fit)),
+                label=decoding.fitted_mask(mask, size, self._fit),
+            )
+        raise UnreadableImageError(f"no image in {self.directory} is readable any more")
+
+
+@dataclass(frozen=True)
+class _Pair:
+    path: Path
+    mask: Path
+    size: tuple[int, int]  # (height, width), of the image
+    mask_size: tuple[int, int]
+    classes: frozenset[int]
+
+
+def _pairs(directory: Path) -> list[tuple[Path, Path]]:
+    """Every image with its mask.
+
+    Raises:
+      ValueError: a directory is missing or empty, or a file has no partner.
+    """
+    for name in (IMAGES, MASKS):
+        if not (directory / name).is_dir():
+            raise ValueError(
+                f"data: {directory} has no directory {name}; a network that labels every pixel "
+                f"learns from {IMAGES}/ and, under the same names, {MASKS}/"
+            )
+    images, masks = (_by_stem(directory / name) for name in (IMAGES, MASKS))
+    if not images:
+        raise ValueError(f"data: no image in {directory / IMAGES}; add images")
+    without = [images[stem] for stem in sorted(images.keys() - masks.keys())]
+    if without:
+        raise ValueError(f"data: no mask for {_listed(without)}; add masks or remove the images")
+    alone = [masks[stem] for stem in sorted(masks.keys() - images.keys())]
+    if alone:
+        raise ValueError(f"data: no image for {_listed(alone)}; add images or remove the masks")
+    return [(images[stem], masks[stem]) for stem in sorted(images)]
+
+
+def _by_stem(directory: Path) -> dict[str, Path]:
+    files = decoding.image_files(directory)
+    stems = [str(file.relative_to(directory).with_suffix("")) for file in files]
+    twice = {stem for stem, count in Counter(stems).items() if count > 1}
+    if twice:
+        same = [file for stem, file in zip(stems, files, strict=True) if stem in twice]
+        raise ValueError(f"data: files share a name: {_listed(same)}; keep one of each name")
+    return dict(zip(stems, files, strict=True))
+
+
+def _check(path: Path, mask: Path, max_pixels: int) -> _Pair | SkippedFile:
+    try:
+        image = decoding.decoded(path, max_pixels)
+    except UnreadableImageError as error:
+        return SkippedFile(path, str(error))
+    try:
+        classes = decoding.decoded_mask(mask, max_pixels)
+    except UnreadableImageError as error:
+        return SkippedFile(mask, str(error))
+    shown = frozenset(int(value) for value in np.unique(classes))
+    height, width = classes.shape
+    return _Pair(path, mask, (image.height, image.width), (height, width), shown)
+
+
+def _check_sizes(pairs: Sequence[_Pair]) -> None:
+    for pair in pairs:
+        if pair.size != pair.mask_size:
+            raise ValueError(
+                f"data: {pair.mask} is {pair.mask_size[0]}x{pair.mask_size[1]} and {pair.path} "
+                f"{pair.size[0]}x{pair.size[1]} (height x width); a mask has its image's size"
+            )
+
+
+def _class_names(pairs: Sequence[_Pair], num_classes: int | None) -> tuple[str, ...]:
+    """A name for every class, its number.
+
+    Raises:
+      ValueError: a mask has a value that is no class, or no mask has some class.
+    """
+    found = frozenset[int]().union(*(pair.classes for pair in pairs))
+    count = max(found) + 1 if num_classes is None else num_classes
+    allowed = f"values must be classes, 0 to {count - 1}"
+    beyond = sorted(value for value in found if not 0 <= value < count)
+    if beyond:
+        mask = next(pair.mask for pair in pairs if beyond[0] in pair.classes)
+        raise ValueError(f"data: {mask} has the value {beyond[0]}; {allowed}")
+    missing = sorted(set(range(count)) - found)
+    if num_classes is None and missing:
+        largest = next(pair.mask for pair in pairs if count - 1 in pair.classes)
+        raise ValueError(
+            f"data: {largest} has the value {count - 1}, but no mask has {_listed(missing)}; "
+            "number the classes 0, 1, 2 and so on without gaps"
+        )
+    if count < 2:
+        raise ValueError(f"data: all masks in {pairs[0].mask.parent} are 0; at least two classes")
+    return tuple(map(str, range(count)))
+
+
+def _listed(things: Sequence[object]) -> str:
+    text = ", ".join(map(str, things[:_MOST_NAMED]))
+    more = len(things) - _MOST_NAMED
+    return f"{text} and {more} more" if more > 0 else text

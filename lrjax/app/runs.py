@@ -1,0 +1,384 @@
+"""A whole training run: from a configuration to a directory with its log, checkpoints and results.
+
+This is what `lrjax train` does, without a terminal.
+"""
+
+import math
+import shutil
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from lrjax.app import budget, checkpoints, diagnosis, logs, report, saved
+from lrjax.app.building import Prepared, prepare
+from lrjax.app.checkpoints import Checkpoint, Checkpoints
+from lrjax.app.config import LENGTH, Config, differences
+from lrjax.app.evaluation import Evaluation, Evaluator
+from lrjax.app.step import CompiledStep, check_step, compile_step, initial_state, keys_of
+from lrjax.app.strategy import Execution, Planned, Strategy
+from lrjax.app.training import DivergedError, Progress, Start, Training, train
+from lrjax.memory import DoesNotFitError
+from lrjax.plan import Plan
+
+
+class Listener:
+    """Is told how a run goes; says nothing itself. Override what is of interest."""
+
+    def prepared(self, prepared: Prepared) -> None:
+        """Data and network are there."""
+
+    def planned(self, plan: Plan) -> None:
+        """A plan was made for the budget."""
+
+    def compiling(self, label: str) -> None:
+        """The step is compiled next."""
+
+    def note(self, text: str) -> None:
+        """Something that a person should know, and that does not stop the run."""
+
+    def step(self, progress: Progress, steps: int) -> None:
+        """A step of so many is done."""
+
+    def evaluated(self, step: int, evaluation: Evaluation) -> None:
+        """The held-out images were looked at."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a run gave, the parts before an interruption among it.
+
+    Attributes:
+      training: parameters, losses and times of all steps, memory of this process.
+      execution: how the rows ran.
+      metrics: what `metrics.json` holds.
+      evaluation: of the held-out images after the last step, or None.
+    """
+
+    training: Training
+    execution: Execution
+    metrics: report.Metrics = field(repr=False)
+    evaluation: Evaluation | None
+
+
+def check(config: Config) -> None:
+    """Looks whether everything fits, and trains nothing.
+
+    Raises:
+      ValueError: it does not; says what to do.
+    """
+    prepared = prepare(config)
+    # A budget is planned for by compiling, so only model and data are looked at.
+    execution = prepared.execution or Strategy("column")
+    check_step(prepared.model, prepared.source, execution, batch_size=config.train.batch)
+
+
+def config_to_resume(out: Path, given: dict[str, Any]) -> Config:
+    """The configuration of a run that goes on, with the changes that it may have.
+
+    Args:
+      out: the run's directory.
+      given: dotted keys and values that were asked for now.
+
+    Raises:
+      ValueError: there is no run, or a setting differs that would alter its numbers.
+    """
+    before = saved.read_config(out)
+    # One way of saying how long replaces the other.
+    flat = before.flat()
+    if "train.steps" in given:
+        flat["train.epochs"] = None
+    if "train.epochs" in given:
+        flat["train.steps"] = None
+    after = Config.of({**flat, **given})
+    different = differences(before, after)
+    if different:
+        lines = [
+            f"  {key}: {old!r} in the run, {new!r} given"
+            + (" (its schedule depends on the length)" if key in LENGTH else "")
+            for key, (old, new) in different.items()
+        ]
+        raise ValueError(
+            f"resume: the run in {out} has other settings; leave these out, or start a run of "
+            "its own:\n" + "\n".join(lines)
+        )
+    return after
+
+
+def run(
+    config: Config,
+    out: Path,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    options: dict[str, Any] | None = None,
+    listener: Listener | None = None,
+) -> Result:
+    """Trains as configured and leaves everything in `out`.
+
+    Args:
+      config: the run; where it goes on, from `config_to_resume`.
+      out: its directory.
+      resume: go on after the newest checkpoint that is whole, with the same numbers as if the run
+        had not been interrupted; start at the beginning where there is none yet.
+      overwrite: remove the checkpoints of an earlier run in `out`.
+      options: what `metrics.json` calls so; default: the configuration's keys.
+      listener: is told how it goes.
+
+    Raises:
+      ValueError: bad input; nothing was compiled, and nothing written.
+      lrjax.BudgetTooSmallError: no plan fits the budget.
+      DivergedError: a loss or gradient is not finite; says where.
+      lrjax.app.diagnosis.OutOfMemoryError: the step does not fit; says what would.
+      lrjax.app.checkpoints.CannotWriteError: the disk is full, or may not be written to.
+    """
+    listener = listener or Listener()
+    report.check_writable(out)
+    if config.run.keep:
+        checkpoints.check_directory(out)
+    if config.run.tensorboard:
+        logs.check_tensorboard()
+    _check_directory(out, resume=resume, overwrite=overwrite)
+    prepared = prepare(config)
+    listener.prepared(prepared)
+    start = _start(prepared, out, listener) if resume else None
+    compiled: CompiledStep | None = None
+    try:
+        compiled = _compiled(prepared, out, start, resume, listener)
+        _begin(prepared, compiled, out, start, overwrite=overwrite)
+        return _Run(prepared, compiled, out, start, listener).result(options)
+    except DivergedError as error:
+        assert compiled is not None
+        error.args = (diagnosis.of_divergence(error, compiled, prepared.source),)
+        raise
+    except (jax.errors.JaxRuntimeError, DoesNotFitError) as error:
+        if not diagnosis.is_out_of_memory(error):
+            raise
+        message = diagnosis.of_memory(error, config, prepared.source.image_shape, compiled)
+        raise diagnosis.OutOfMemoryError(message) from error
+
+
+def _check_directory(out: Path, *, resume: bool, overwrite: bool) -> None:
+    steps = checkpoints.saved_steps(out)
+    if steps and not resume and not overwrite:
+        raise ValueError(
+            f"out: {out} holds a run with checkpoints, the newest of step {steps[-1]}; go on with "
+            "--resume, name another directory, or replace it with --overwrite"
+        )
+
+
+def _compiled(
+    prepared: Prepared, out: Path, start: Start | None, resume: bool, listener: Listener
+) -> CompiledStep:
+    config = prepared.config
+    arguments: dict[str, Any] = {
+        "model": prepared.model,
+        "source": prepared.source,
+        "optimizer": prepared.optimizer,
+        "batch_size": config.train.batch,
+        "seed": config.train.seed,
+        "state": start.state if start else None,
+    }
+    execution = prepared.execution
+    if execution is None and resume and (out / saved.PLAN_FILE).exists():
+        # The same plan again: another one would round otherwise.
+        execution = Planned(Plan.load(out / saved.PLAN_FILE))
+    if execution is not None:
+        listener.compiling(execution.label)
+        return compile_step(strategy=execution, **arguments)
+    listener.compiling("planning")
+    assert config.strategy.budget is not None
+
+    def planned(plan: Plan) -> None:
+        listener.planned(plan)
+        listener.compiling("plan")
+
+    return budget.compile_within(config.strategy.budget, arguments, planned)
+
+
+def _start(prepared: Prepared, out: Path, listener: Listener) -> Start | None:
+    """Where the run goes on; None where it has no checkpoint yet.
+
+    Raises:
+      ValueError: no checkpoint can be read, it is of another model or version, the data are not
+        the run's, or more steps are done than are asked for.
+    """
+    if not checkpoints.saved_steps(out):
+        listener.note(f"{out} has no checkpoint yet; starting at the beginning")
+        return None
+    train = prepared.config.train
+    init_key, dropout_key = keys_of(train.seed)
+    like = jax.eval_shape(
+        lambda key: initial_state(
+            prepared.model, prepared.source, prepared.optimizer, batch_size=train.batch, key=key
+        ),
+        init_key,
+    )
+    found: Checkpoint = checkpoints.newest(
+        out,
+        lambda step: checkpoints.restore(out, step, like),
+        lambda text: listener.note(f"{text}; trying the one before"),
+    )
+    for name, value in prepared.facts.items():
+        if found.facts.get(name) != value:
+            raise ValueError(
+                f"resume: the data are not those of the run: {name} is {value} and was "
+                f"{found.facts.get(name)}; restore them, or start a run of its own"
+            )
+    if not np.array_equal(found.random_key, np.asarray(jax.random.key_data(dropout_key))):
+        raise ValueError("resume: random keys are not the run's; use the same JAX settings")
+    if found.step > prepared.steps:
+        raise ValueError(
+            f"steps: got {prepared.steps}, and {found.step} are done; use more than that"
+        )
+    listener.note(f"going on after step {found.step}")
+    return Start(found.step, found.state, found.facts["position"])
+
+
+def _begin(
+    prepared: Prepared, compiled: CompiledStep, out: Path, start: Start | None, *, overwrite: bool
+) -> None:
+    """Makes the directory, with the configuration, the plan and the samples in it."""
+    out.mkdir(parents=True, exist_ok=True)
+    if start is None:
+        _clear(out, everything=overwrite)
+    else:
+        for step in checkpoints.saved_steps(out):
+            if step > start.step:  # it could not be read
+                checkpoints.set_aside(out, step)
+    saved.write_config(out, prepared.config)
+    if isinstance(compiled.execution, Planned):
+        compiled.execution.plan.save(out / saved.PLAN_FILE)
+    config = prepared.config
+    if start is None and config.run.samples:
+        logs.write_samples(
+            out / logs.SAMPLES_FILE,
+            prepared.source,
+            count=min(config.run.samples, len(prepared.source)),
+            seed=config.train.seed,
+            balanced=config.data.balanced,
+            augmentation=config.augment.build(),
+        )
+
+
+def _clear(out: Path, *, everything: bool) -> None:
+    """Removes what an earlier run left and this one would be taken to have made."""
+    (out / saved.PLAN_FILE).unlink(missing_ok=True)
+    if not everything:
+        return
+    for name in (checkpoints.DIRECTORY, checkpoints.DAMAGED, logs.TENSORBOARD_DIRECTORY):
+        shutil.rmtree(out / name, ignore_errors=True)
+    for name in (logs.LOG_FILE, *report.RESULT_FILES):
+        (out / name).unlink(missing_ok=True)
+
+
+class _Run:
+    """The loop with all that surrounds it, in one process."""
+
+    def __init__(
+        self,
+        prepared: Prepared,
+        compiled: CompiledStep,
+        out: Path,
+        start: Start | None,
+        listener: Listener,
+    ) -> None:
+        self._prepared, self._compiled, self._out = prepared, compiled, out
+        self._start, self._listener = start, listener
+        self._config = prepared.config
+        self._evaluation: Evaluation | None = None
+        self._evaluator: Evaluator | None = None
+        if prepared.validation is not None:
+            self._evaluator = Evaluator(
+                prepared.model,
+                prepared.validation,
+                compiled.execution,
+                batch_size=self._config.train.batch,
+            )
+
+    def result(self, options: dict[str, Any] | None) -> Result:
+        """Trains, and writes what a finished run leaves."""
+        config, run = self._config, self._config.run
+        with ExitStack() as stack:
+            self._log = stack.enter_context(
+                logs.Log(
+                    self._out,
+                    after=self._start.step if self._start else 0,
+                    tensorboard=run.tensorboard,
+                )
+            )
+            self._checkpoints: Checkpoints | None = None
+            if run.keep:
+                self._checkpoints = stack.enter_context(Checkpoints(self._out, keep=run.keep))
+            training = train(
+                self._compiled,
+                self._prepared.source,
+                batch_size=config.train.batch,
+                steps=self._prepared.steps,
+                seed=config.train.seed,
+                balanced=config.data.balanced,
+                augmentation=config.augment.build(),
+                start=self._start,
+                on_progress=self._after_step,
+            )
+        whole = self._with_earlier_steps(training)
+        metrics = report.metrics_of(
+            whole,
+            self._compiled.execution,
+            options or config.flat(),
+            self._prepared.skipped,
+            self._evaluation,
+        )
+        report.write_run(self._out, whole, metrics)
+        return Result(whole, self._compiled.execution, metrics, self._evaluation)
+
+    def _after_step(self, progress: Progress) -> None:
+        last = progress.step == self._prepared.steps
+        self._log.write(
+            progress.step,
+            {
+                "loss": progress.loss,
+                "gradient_norm": progress.gradient_norm,
+                "seconds": progress.seconds,
+            },
+        )
+        self._listener.step(progress, self._prepared.steps)
+        if self._evaluator is not None and (last or progress.step % self._validate_every == 0):
+            self._evaluate(self._evaluator, progress)
+        if self._checkpoints is not None and (
+            last or progress.step % self._config.run.checkpoint_every == 0
+        ):
+            self._checkpoints.save(self._checkpoint(progress))
+
+    @property
+    def _validate_every(self) -> int:
+        epoch = math.ceil(len(self._prepared.source) / self._config.train.batch)
+        return self._config.train.validate_every or epoch
+
+    def _evaluate(self, evaluator: Evaluator, progress: Progress) -> None:
+        assert self._prepared.validation is not None
+        state = progress.state
+        self._evaluation = evaluator(state.params, state.statistics, self._prepared.validation)
+        self._log.write(progress.step, report.validation_numbers(self._evaluation))
+        self._listener.evaluated(progress.step, self._evaluation)
+
+    def _checkpoint(self, progress: Progress) -> Checkpoint:
+        facts = {
+            "config": self._config.model_dump(mode="json"),
+            "position": progress.position,
+            **self._prepared.facts,
+        }
+        key = np.asarray(jax.random.key_data(self._compiled.dropout_key))
+        return Checkpoint(progress.step, progress.state, key, facts)
+
+    def _with_earlier_steps(self, training: Training) -> Training:
+        """The log has the steps before an interruption too."""
+        lines = [line for line in logs.read(self._out) if "loss" in line]
+        return replace(
+            training,
+            losses=tuple(line["loss"] for line in lines),
+            step_seconds=tuple(line["seconds"] for line in lines),
+        )

@@ -1,0 +1,213 @@
+"""A trained network put to use: evaluated on labelled images, or asked about single ones."""
+
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from lrjax.app import building, report, saved
+from lrjax.app.data import ImageSource, check_validation, decoding
+from lrjax.app.data.decoding import UnreadableImageError
+from lrjax.app.evaluation import Evaluator, Predictor
+from lrjax.app.strategy import Execution, Planned
+from lrjax.files import replacing
+from lrjax.plan import Plan
+
+
+def evaluate(
+    run: Path,
+    data: str | None,
+    *,
+    step: int | None = None,
+    batch: int | None = None,
+    note: Callable[[str], None] = lambda text: None,
+) -> dict[str, Any]:
+    """Numbers of a checkpoint on labelled images.
+
+    Args:
+      run: the run's directory.
+      data: a folder; None: the images that the run held out, or else those it learnt from.
+      step: of the checkpoint; None: the newest.
+      batch: images at a time; None: the run's.
+      note: is told of damaged checkpoints.
+
+    Raises:
+      ValueError: there is no such run, or the images do not fit it.
+    """
+    network = saved.load(run, note, step=step)
+    source, description = _images_of(network, data)
+    if source.class_names != network.class_names or source.image_shape != network.image_shape:
+        check_validation(_shape(network), source, name="data")
+    evaluator = Evaluator(
+        network.model,
+        source,
+        _execution(run, network),
+        batch_size=_batch(network, batch),
+    )
+    found = evaluator(network.state.params, network.state.statistics, source)
+    numbers = report.validation_numbers(found)
+    return {
+        "run": str(run),
+        "step": network.step,
+        "data": description,
+        "images": len(source),
+        **{name.removeprefix("validation_"): value for name, value in numbers.items()},
+        "classes": list(network.class_names),
+    }
+
+
+def _images_of(network: saved.SavedRun, data: str | None) -> tuple[ImageSource, str]:
+    if data is None:
+        prepared = building.prepare(network.config)
+        if prepared.validation is not None:
+            return prepared.validation, "held out by the run"
+        return prepared.source, "what the run learnt from"
+    if data == "digits":
+        digits = {**network.config.flat(), "data.path": "digits"}
+        return building.source_of(building.Config.of(digits)), data
+    size = network.image_shape[:2]
+    folder = building.folder_of(
+        Path(data), network.config, size=size, num_classes=len(network.class_names)
+    )
+    return folder, data
+
+
+def predict(
+    run: Path,
+    images: Sequence[Path],
+    *,
+    out: Path | None = None,
+    step: int | None = None,
+    batch: int | None = None,
+    note: Callable[[str], None] = lambda text: None,
+) -> Iterator[dict[str, Any]]:
+    """What the network says of images, one after another.
+
+    Args:
+      run: the run's directory.
+      images: files, or directories of them.
+      out: where masks go, `<stem>.png`, whose values are the classes; asked for where the network
+        labels pixels, refused where it does not.
+      step, batch, note: as for `evaluate`.
+
+    Yields:
+      `file`, `class`, `probability` and `probabilities` (by class); of pixels `file`, `mask` and
+      `pixels` (by class). For a file that cannot be read, `file` and `error`.
+
+    Raises:
+      ValueError: there is no such run, no image, or no directory for masks.
+    """
+    network = saved.load(run, note, step=step)
+    files = _files(images)
+    if network.labels_pixels:
+        _check_masks(files, out, len(network.class_names))
+    elif out is not None:
+        raise ValueError("out: this network gives a class per image, no masks; leave it out")
+    predictor = Predictor(
+        network.model, _shape(network), _execution(run, network), batch_size=_batch(network, batch)
+    )
+    return _lines(network, predictor, files, out)
+
+
+def _lines(
+    network: saved.SavedRun, predictor: Predictor, files: Sequence[Path], out: Path | None
+) -> Iterator[dict[str, Any]]:
+    """The files are read as the predictor asks for them, so order is kept within a batch."""
+    chosen = network.config.data
+    fit: Any = chosen.fit
+    pending: list[tuple[Path, str | None]] = []
+
+    def readable() -> Iterator[np.ndarray]:
+        for file in files:
+            try:
+                image = decoding.decoded(file, chosen.max_pixels)
+            except UnreadableImageError as error:
+                pending.append((file, str(error)))
+                continue
+            pending.append((file, None))
+            yield np.asarray(decoding.fitted(image, network.image_shape[:2], fit))
+
+    for answer in predictor(network.state.params, network.state.statistics, readable()):
+        yield from _errors(pending)
+        file, _ = pending.pop(0)
+        yield _line(network, file, answer, out)
+    yield from _errors(pending)
+
+
+def _errors(pending: list[tuple[Path, str | None]]) -> Iterator[dict[str, Any]]:
+    while pending and pending[0][1] is not None:
+        file, error = pending.pop(0)
+        yield {"file": str(file), "error": error}
+
+
+def _line(
+    network: saved.SavedRun, file: Path, answer: np.ndarray, out: Path | None
+) -> dict[str, Any]:
+    names = network.class_names
+    if out is None:
+        best = int(answer.argmax())
+        return {
+            "file": str(file),
+            "class": names[best],
+            "probability": float(answer[best]),
+            "probabilities": dict(zip(names, map(float, answer), strict=True)),
+        }
+    place = out / f"{file.stem}.png"
+    with replacing(place) as opened:
+        Image.fromarray(answer).save(opened, format="png")
+    counts = np.bincount(answer.ravel(), minlength=len(names))
+    return {
+        "file": str(file),
+        "mask": str(place),
+        "pixels": dict(zip(names, map(int, counts), strict=True)),
+    }
+
+
+def _files(images: Sequence[Path]) -> list[Path]:
+    files: list[Path] = []
+    for path in images:
+        if not path.exists():
+            raise ValueError(f"images: {path} does not exist; give image files or directories")
+        files += decoding.image_files(path) if path.is_dir() else [path]
+    if not files:
+        raise ValueError(f"images: no image in {', '.join(map(str, images))}; give image files")
+    decoding.lift_pillows_limit()
+    return files
+
+
+def _check_masks(files: Sequence[Path], out: Path | None, classes: int) -> None:
+    if out is None:
+        raise ValueError("out: this network gives a mask per image; give a directory for them")
+    if classes > 256:
+        raise ValueError(f"out: PNG masks hold 256 classes, and this network has {classes}")
+    stems: dict[str, Path] = {}
+    for file in files:
+        if stems.setdefault(file.stem, file) is not file:
+            raise ValueError(
+                f"images: {stems[file.stem]} and {file} would have one mask, {file.stem}.png; "
+                "predict them one after the other, into two directories"
+            )
+    report.check_writable(out)
+    out.mkdir(parents=True, exist_ok=True)
+
+
+def _shape(network: saved.SavedRun) -> saved.ImageShape:
+    label_shape = network.image_shape[:2] if network.labels_pixels else ()
+    return saved.ImageShape(network.image_shape, network.class_names, label_shape)
+
+
+def _execution(run: Path, network: saved.SavedRun) -> Execution:
+    made = run / saved.PLAN_FILE
+    if made.exists():
+        return Planned(Plan.load(made))
+    found = building.execution_of(network.config.strategy)
+    assert found is not None  # a run with a budget leaves its plan
+    return found
+
+
+def _batch(network: saved.SavedRun, batch: int | None) -> int:
+    if batch is not None and batch < 1:
+        raise ValueError(f"batch: got {batch}; use 1 or more")
+    return batch or network.config.train.batch
