@@ -8,6 +8,7 @@ import json
 import re
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import jax
@@ -34,6 +35,7 @@ from experiments.paper import (
 )
 from experiments.paper.search import largest
 from experiments.vgg16_stack import init, loss
+from lrjax.planner import inverse
 
 RESULTS = sorted(record.FOLDER.rglob("*.json"))
 QUICK_ON_CPU = record.Settings(quick=True, target="cpu")
@@ -199,6 +201,29 @@ class TestPrograms:
         assert stream[budget]["size"] > 3 * column[budget]["size"]
         for own in (column[budget], stream[budget]):
             assert own["peak_bytes"] <= limits.QUICK.budgets[budget]
+
+    @pytest.mark.parametrize("searched", [512, 4096])
+    def test_the_planner_is_asked_at_the_largest_size_that_is_known(self, monkeypatch, searched):
+        """Where its own search ends below a method's size, a plan for that size is made."""
+        sizes = {"column": {"a": {"size": 256}}, "stream": {"a": {"size": 1024}}}
+        asked = []
+
+        def search(question, method, tell):
+            assert (question.start, question.memory_bytes, method) == (1024, 7, "lrjax")
+            return inverse.Largest("lrjax", searched, 5, 1.5, 1, "stream 8")
+
+        def plan(fun, params, images, *rest, budget, **options):
+            asked.append((images.shape, budget))
+            choice = types.SimpleNamespace(text="2ps 4")
+            return types.SimpleNamespace(verified_peak_bytes=6, operations=2.0, choices=[choice])
+
+        monkeypatch.setattr(limits.inverse, "largest", search)
+        monkeypatch.setattr(limits.lrjax, "plan", plan)
+        run = limits.Limits(limits.QUICK, "cpu", {}, lambda results: None)
+        found = run.by_planner(limits.QUICK.sweeps["side"], "vgg16", 7, "a", sizes)
+        assert found["size"] == max(searched, 1024)
+        assert found["searched"] == searched
+        assert asked == ([((1, 1024, 1024, 3), 7)] if searched < 1024 else [])
 
 
 @pytest.mark.parametrize("method", ["stream", pytest.param("overl", marks=pytest.mark.slow)])

@@ -1,7 +1,7 @@
 """Peak memory against batch and image side; the largest that 10, 24 and 80 GB hold.
 
     python -m experiments.paper.limits --quick
-    python -m experiments.paper.limits --only vgg16/side --resume
+    python -m experiments.paper.limits --only vgg16/side vgg16/side/planner --resume
 
 VGG-16 and ResNet-50 by every method and by the planner: batches of 224x224 and of 1024x1024 images,
 and the side of one image. The budgets are the memories of an RTX 3080, an RTX 3090 and an A100; all
@@ -12,6 +12,7 @@ largest was compiled and fits. Blocks have a fixed number of rows, so that talle
 import dataclasses
 from typing import Any
 
+import lrjax
 from experiments import report
 from experiments.paper import record
 from experiments.paper.programs import (
@@ -21,7 +22,7 @@ from experiments.paper.programs import (
     Program,
     measured_program,
 )
-from experiments.paper.search import Largest, largest
+from experiments.paper.search import largest
 from lrjax.memory.targets import find
 from lrjax.planner import inverse
 from lrjax.planner.problem import Problem, problem_of
@@ -100,13 +101,17 @@ class Limits:
             self.save(self.results)
         return programs[str(program)]["peak_bytes"]
 
-    def measure(self, sweep_name: str, network: str) -> None:
-        sweep = self.plan.sweeps[sweep_name]
-        own = self.results["largest"].setdefault(sweep_name, {}).setdefault(network, {})
+    def methods(self, sweep: str, network: str) -> None:
+        """The largest by every method."""
+        own = self.results["largest"].setdefault(sweep, {}).setdefault(network, {})
         for method in METHODS:
             if method not in own:
-                own[method] = self.by_method(sweep, network, method)
+                own[method] = self.by_method(self.plan.sweeps[sweep], network, method)
                 self.save(self.results)
+
+    def planner(self, sweep_name: str, network: str) -> None:
+        """The largest by plans; the methods' must be known."""
+        sweep, own = self.plan.sweeps[sweep_name], self.results["largest"][sweep_name][network]
         planned = own.setdefault(PLANNER, {})
         for name, budget in self.plan.budgets.items():
             if name not in planned:
@@ -120,7 +125,7 @@ class Limits:
 
         known = {size: peak(size) for size in sweep.samples}
         return {
-            name: _told(
+            name: dataclasses.asdict(
                 largest(
                     peak,
                     budget,
@@ -136,37 +141,46 @@ class Limits:
     def by_planner(
         self, sweep: Sweep, network: str, budget: int, name: str, methods: dict[str, Any]
     ) -> dict[str, Any]:
-        """The planner's own answer, asked from the largest size that a method reached.
+        """The planner's own answer, searched from the largest size that a method reached.
 
-        A single strategy is a plan too: where the planner's size is smaller, the method's stands.
+        Where that is smaller, ``lrjax.plan`` is asked for a plan at the method's size.
         """
 
-        def problem(size: int) -> Problem:
+        def call(size: int) -> tuple[Any, tuple[Any, ...]]:
             program = sweep.program(network, "column", size, self.plan.width)
-            fun = program.loss()
-            return problem_of(fun, program.arguments(), IN_AXES, self.target, 0)
+            return program.loss(), program.arguments()
+
+        def problem(size: int) -> Problem:
+            fun, args = call(size)
+            return problem_of(fun, args, IN_AXES, self.target, 0)
 
         best = max((m for m in methods if m != PLANNER), key=lambda m: methods[m][name]["size"])
+        reached = methods[best][name]["size"]
         question = inverse.Question(
             problem,
             step=sweep.step,
-            start=max(methods[best][name]["size"], sweep.step),
+            start=max(reached, sweep.step),
             memory_bytes=budget,
             grows_rows=sweep.side is None,
         )
         found = inverse.largest(question, "lrjax", lambda progress: None)
+        if found.size >= reached:
+            return {
+                "size": found.size,
+                "peak_bytes": found.peak_bytes,
+                "operations": round(found.operations, 3),
+                "segments": found.strategies,
+                "searched": found.size,
+            }
+        fun, args = call(reached)
+        plan = lrjax.plan(fun, *args, in_axes=IN_AXES, budget=budget, target=self.target, wrt=0)
         return {
-            "size": found.size,
-            "peak_bytes": found.peak_bytes,
-            "operations": round(found.operations, 3),
-            "compilations": found.compilations,
-            "segments": found.strategies,
-            "best_method": best,
+            "size": reached,
+            "peak_bytes": plan.verified_peak_bytes,
+            "operations": round(plan.operations, 3),
+            "segments": " + ".join(choice.text for choice in plan.choices),
+            "searched": found.size,
         }
-
-
-def _told(found: Largest) -> dict[str, Any]:
-    return dataclasses.asdict(found)
 
 
 def measure(settings: record.Settings, known: record.Results, save: record.Save) -> record.Results:
@@ -175,7 +189,9 @@ def measure(settings: record.Settings, known: record.Results, save: record.Save)
     for network in plan.networks:
         for sweep in plan.sweeps:
             if settings.wants(f"{network}/{sweep}"):
-                limits.measure(sweep, network)
+                limits.methods(sweep, network)
+            if settings.wants(f"{network}/{sweep}/{PLANNER}"):
+                limits.planner(sweep, network)
     return limits.results
 
 
