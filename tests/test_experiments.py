@@ -77,6 +77,10 @@ class TestSearch:
         found = largest(lambda n: 100 * n, 50, step=1, known={1: 100, 2: 200}, degree=1)
         assert (found.size, found.peak_bytes) == (0, 0)
 
+    def test_no_budget_is_refused(self):
+        with pytest.raises(ValueError, match="budget=0: give a positive number of bytes"):
+            largest(lambda n: n, 0, step=1, known={1: 1, 2: 2}, degree=1)
+
     def test_a_curve_needs_points(self):
         with pytest.raises(ValueError, match="known: 1 peaks; give 2 for degree=1"):
             largest(lambda n: n, 5, step=1, known={1: 1}, degree=1)
@@ -128,13 +132,26 @@ class TestRecord:
         with pytest.raises(ValueError, match="holds 'volumes', not 'limits'; measure it again"):
             record.render(limits.EXPERIMENT, path)
 
-    def test_without_results_the_command_says_so(self, tmp_path):
-        command = [sys.executable, "-m", "experiments.paper.limits", "--figures", "--out", tmp_path]
-        process = subprocess.run(
-            command, capture_output=True, text=True, cwd=Path(__file__).parents[1]
-        )
-        assert process.returncode == 1
-        assert "is not there: measure first, without --figures" in process.stderr
+    @pytest.mark.parametrize(
+        ("arguments", "message"),
+        [
+            (["--figures"], "is not there: measure first, without --figures"),
+            (["--only", "vgg16/width"], "invalid choice: 'vgg16/width'"),
+        ],
+    )
+    def test_the_command_says_what_is_wrong(
+        self, arguments, message, tmp_path, monkeypatch, capsys
+    ):
+        monkeypatch.setattr(sys, "argv", ["limits", *arguments, "--out", str(tmp_path)])
+        with pytest.raises(SystemExit) as stopped:
+            record.main(limits.EXPERIMENT, limits.__doc__)
+        assert stopped.value.code
+        assert message in f"{stopped.value.code} {capsys.readouterr().err}"
+
+    def test_nothing_to_draw_is_a_failure(self, tmp_path, monkeypatch, capsys):
+        monkeypatch.setattr(sys, "argv", ["paper", "--figures", "--out", str(tmp_path)])
+        assert evaluation.main() == 1
+        assert "no results in" in capsys.readouterr().err
 
 
 class TestCommittedResults:

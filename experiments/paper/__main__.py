@@ -60,8 +60,12 @@ def main() -> int:
         status = subprocess.run([*command, *(["--quick"] if options.quick else [])]).returncode
         print(f"== {name}: status {status}, {time.perf_counter() - start:.0f} s", flush=True)
         failed += [name] if status else []
-    for path in render_all(options.out):
+    drawn = render_all(options.out)
+    for path in drawn:
         print(f"drawn from {path}")
+    if not drawn:
+        print(f"no results in {options.out}: measure first, with --quick", file=sys.stderr)
+        return 1
     if failed:
         print(f"failed: {', '.join(failed)}", file=sys.stderr)
     return 1 if failed else 0

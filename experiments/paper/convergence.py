@@ -159,7 +159,7 @@ def draw(found: record.Record, figure: Any) -> None:
         axes.legend(fontsize=7)
 
 
-EXPERIMENT = record.Experiment("convergence", measure, table, draw, target="cpu")
+EXPERIMENT = record.Experiment("convergence", measure, table, draw, tuple(NETWORKS), target="cpu")
 
 if __name__ == "__main__":
     record.main(EXPERIMENT, __doc__)

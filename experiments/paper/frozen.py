@@ -159,7 +159,7 @@ def table(found: record.Record) -> str:
     )
 
 
-EXPERIMENT = record.Experiment("frozen", measure, table)
+EXPERIMENT = record.Experiment("frozen", measure, table, parts=tuple(TRAINED))
 
 if __name__ == "__main__":
     record.main(EXPERIMENT, __doc__)

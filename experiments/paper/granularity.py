@@ -111,7 +111,7 @@ def draw(found: record.Record, figure: Any) -> None:
         axes[0].legend(fontsize=7)
 
 
-EXPERIMENT = record.Experiment("granularity", measure, table, draw)
+EXPERIMENT = record.Experiment("granularity", measure, table, draw, ("vgg16", "resnet50"))
 
 if __name__ == "__main__":
     record.main(EXPERIMENT, __doc__)

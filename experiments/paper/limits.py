@@ -266,7 +266,13 @@ def _points(
     return points
 
 
-EXPERIMENT = record.Experiment("limits", measure, table, draw)
+PARTS = tuple(
+    f"{network}/{sweep}{suffix}"
+    for network in FULL.networks
+    for sweep in FULL.sweeps
+    for suffix in ("", f"/{PLANNER}")
+)
+EXPERIMENT = record.Experiment("limits", measure, table, draw, PARTS)
 
 if __name__ == "__main__":
     record.main(EXPERIMENT, __doc__)

@@ -52,6 +52,7 @@ class Experiment:
         earlier run left (same settings, versions and target), so that it can go on from there.
       table: the record as Markdown.
       draw: draws the record into a matplotlib figure; None: a table is all.
+      parts: what may be measured by itself, as ``Settings.only`` names it.
       target: what it compiles for, unless another is named; quick runs without that target's plugin
         compile for the CPU.
     """
@@ -60,6 +61,7 @@ class Experiment:
     measure: Callable[[Settings, Results, Save], Results]
     table: Callable[[Record], str]
     draw: Callable[[Record, Any], None] | None = None
+    parts: tuple[str, ...] = ()
     target: str = "h200"
 
     def path(self, folder: Path, quick: bool) -> Path:
@@ -150,7 +152,13 @@ def main(experiment: Experiment, description: str | None) -> None:
     parser.add_argument("--quick", action="store_true", help="small sizes, on this CPU, in minutes")
     parser.add_argument("--figures", action="store_true", help="only draw again what is there")
     parser.add_argument(
-        "--only", nargs="*", default=[], help="parts to measure, of the full result"
+        "--only",
+        nargs="+",
+        default=[],
+        metavar="PART",
+        choices=experiment.parts,
+        help="measure these parts, beside what is there (implies --resume): "
+        + (", ".join(experiment.parts) or "this experiment has none"),
     )
     parser.add_argument("--resume", action="store_true", help="keep what an earlier run measured")
     parser.add_argument("--target", help="compile for this device")

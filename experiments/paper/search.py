@@ -51,8 +51,10 @@ def largest(
       most_guesses: compilations, at most.
 
     Raises:
-      ValueError: too few sizes are known.
+      ValueError: too few sizes are known, or there is no budget.
     """
+    if budget <= 0:
+        raise ValueError(f"budget={budget}: give a positive number of bytes")
     if len(known) <= degree:
         raise ValueError(f"known: {len(known)} peaks; give {degree + 1} for degree={degree}")
     for _ in range(most_guesses):

@@ -74,7 +74,7 @@ def measure(settings: record.Settings, known: record.Results, save: record.Save)
             save(results)
         return own[str(side)]["peak_bytes"]
 
-    for method in METHODS:
+    for method in METHODS if settings.wants("peaks") else ():
         for side in chosen["sides"]:
             peak(method, side)
     for method in METHODS:
@@ -176,7 +176,7 @@ def draw(found: record.Record, figure: Any) -> None:
     axes.legend()
 
 
-EXPERIMENT = record.Experiment("volumes", measure, table, draw)
+EXPERIMENT = record.Experiment("volumes", measure, table, draw, ("peaks", "largest"))
 
 if __name__ == "__main__":
     record.main(EXPERIMENT, __doc__)
