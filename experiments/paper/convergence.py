@@ -22,7 +22,7 @@ import optax
 
 from experiments import report
 from experiments.paper import record
-from experiments.paper.programs import METHODS, by_method, loss_of
+from experiments.paper.programs import METHODS, by_method, loss_of, quick_jit
 from lrjax import models
 from lrjax.app.data import ScatteredDigits, batches
 
@@ -58,13 +58,13 @@ def train(network: str, run: str, size: dict[str, int]) -> dict[str, Any]:
     optimizer = optax.sgd(RATES[network], momentum=0.9)
     train_on, held_out = sources(size)
     images = jnp.zeros((size["batch"], *train_on.image_shape), jnp.uint8)
-    params = dict(jax.jit(module.init)(jax.random.key(0), images))
+    params = dict(quick_jit(module.init)(jax.random.key(0), images))
     statistics = {k: params[k] for k in params if k != "params"}
     params = params["params"]
     if run == SHIFTED:
         params = jax.tree.map(lambda leaf: jnp.nextafter(leaf, jnp.full_like(leaf, 9)), params)
 
-    @functools.partial(jax.jit, donate_argnums=(0, 1, 2))
+    @quick_jit
     def step(params: Any, statistics: Any, state: Any, images: jax.Array, labels: jax.Array) -> Any:
         (value, statistics), gradients = jax.value_and_grad(loss, has_aux=True)(
             params, images, labels, statistics

@@ -15,7 +15,8 @@ from experiments import report
 from experiments.paper import record
 from experiments.paper.programs import METHODS, MIB, NETWORKS, Program, measured_program
 
-FULL = {"side": 2048, "blocks": (1, 2, 4, 8, 16, 32, 64), "width": 1.0}
+# From coarse to fine, so that a run that was cut short has whole curves.
+FULL = {"side": 2048, "blocks": (4, 16, 64, 1, 2, 8, 32), "width": 1.0}
 QUICK = {"side": 512, "blocks": (1, 4, 16), "width": 0.25}
 BY_ROWS = tuple(name for name, method in METHODS.items() if method.rows is not None)
 WHOLE = ("column", "checkpoint")

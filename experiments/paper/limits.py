@@ -247,10 +247,11 @@ def draw(found: record.Record, figure: Any) -> None:
                 axes.loglog(*zip(*points, strict=True), marker=".", label=label(method))
         for name, budget in results["budgets"].items():
             axes.axhline(budget / 2**30, color="grey", linewidth=0.7, linestyle=":")
-            axes.annotate(name, (axes.get_xlim()[0], budget / 2**30), fontsize=7, color="grey")
+            place = {"transform": axes.get_yaxis_transform(), "va": "bottom", "ha": "right"}
+            axes.text(0.99, budget / 2**30, name, fontsize=7, color="grey", **place)
         axes.set(title=f"{network}: {TITLES[sweep]}", ylabel="peak, GiB")
         axes.set_xlabel("side, pixels" if sweep == "side" else "images of a batch")
-        axes.legend(fontsize=7)
+        axes.legend(fontsize=7, loc="lower right")
 
 
 def _points(
