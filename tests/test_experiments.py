@@ -5,6 +5,7 @@ compared is equal, and committed results that tables and figures are drawn from 
 """
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -415,4 +416,24 @@ def test_all_experiments_run_with_small_settings(tmp_path):
     assert {path.name for path in (tmp_path / "quick").glob("*.json")} == {
         "reversible.json",
         "frozen.json",
+    }
+
+
+@pytest.mark.slow
+def test_figures_are_drawn_again_by_one_command(tmp_path):
+    for path in RESULTS:
+        copy = tmp_path / path.relative_to(record.FOLDER)
+        copy.parent.mkdir(exist_ok=True)
+        copy.write_text(path.read_text())
+    root = Path(__file__).parents[1]
+    process = subprocess.run(
+        ["bash", root / "scripts/regenerate.sh", "--figures", "--out", tmp_path],
+        env={**os.environ, "PYTHON": sys.executable},
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+    )
+    assert process.returncode == 0, process.stderr
+    assert {path.with_suffix("") for path in tmp_path.rglob("*.json")} == {
+        path.with_suffix("") for path in tmp_path.rglob("*.md")
     }

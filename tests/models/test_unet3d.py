@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import lrjax
 from lrjax import models
 from lrjax.testing import assert_same_as_column
 from structure import count_parameters, named_values
@@ -47,6 +48,18 @@ def test_other_arrays_are_refused(shape, message):
         jax.eval_shape(
             models.UNet3D().init, jax.random.key(0), jax.ShapeDtypeStruct(shape, jnp.float32)
         )
+
+
+def test_a_loss_over_voxels_is_one_pass():
+    model = small("none", jnp.float32)
+    volumes = jax.ShapeDtypeStruct((1, 32, 8, 8, 1), jnp.float32)
+    params = jax.eval_shape(model.init, jax.random.key(0), volumes)["params"]
+
+    def loss(params, volumes):
+        return jnp.mean(jnp.square(model.apply({"params": params}, volumes)))
+
+    told = lrjax.explain(loss, params, volumes, in_axes=(None, 1), num_blocks=8)
+    assert [one.name for one in told.segments[0].passes] == ["forward and backward"]
 
 
 @pytest.mark.usefixtures("x64")
