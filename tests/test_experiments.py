@@ -178,7 +178,8 @@ class TestCommittedResults:
                     sizes = [m[budget]["size"] for name, m in own.items() if name != "planner"]
                     assert planned["size"] >= max(sizes), (path, budget)
                     compared += 1
-        assert compared
+        if not compared:
+            pytest.skip("no plans among the committed results")
 
     def test_losses_coincide(self):
         for path in RESULTS:
@@ -242,6 +243,26 @@ class TestPrograms:
         assert found["size"] == max(searched, 1024)
         assert found["searched"] == searched
         assert asked == ([((1, 1024, 1024, 3), 7)] if searched < 1024 else [])
+
+    @pytest.mark.slow
+    def test_plans_reach_what_a_strategy_does(self, monkeypatch):
+        plan = limits.Plan(
+            networks=("vgg16",),
+            sweeps={"side": limits.Sweep(None, 64, (64, 128, 192))},
+            budgets={"12 MiB": 12 * programs.MIB},
+            width=1 / 16,
+            most_guesses=3,
+        )
+        few = {name: programs.METHODS[name] for name in ("column", "stream")}
+        monkeypatch.setattr(limits, "METHODS", few)
+        run = limits.Limits(plan, "cpu", {}, lambda results: None)
+        run.methods("side", "vgg16")
+        run.planner("side", "vgg16")
+        sizes = {
+            m: own["12 MiB"]["size"] for m, own in run.results["largest"]["side"]["vgg16"].items()
+        }
+        assert sizes["planner"] >= max(sizes.values()) > 0
+        assert sizes["stream"] >= sizes["column"]
 
 
 @pytest.mark.parametrize("method", ["stream", pytest.param("overl", marks=pytest.mark.slow)])
@@ -437,3 +458,14 @@ def test_figures_are_drawn_again_by_one_command(tmp_path):
     assert {path.with_suffix("") for path in tmp_path.rglob("*.json")} == {
         path.with_suffix("") for path in tmp_path.rglob("*.md")
     }
+
+
+def test_numbers_in_the_documentation_are_in_the_results():
+    page = (Path(__file__).parents[1] / "docs/experiments.md").read_text()
+    bullets = page.partition("## Measured")[2].split("\n* ")[1:]
+    assert bullets
+    for bullet in bullets:
+        path = re.search(r"\((\.\./experiments/results/paper/[a-z_/]+\.md)\)", bullet)[1]
+        table = (Path(__file__).parents[1] / "docs" / path).read_text()
+        for number in re.findall(r"\b\d{1,3}(?:,\d{3})+\b|\b\d+\.\d+\b", bullet):
+            assert number in table, (number, path)
