@@ -326,6 +326,16 @@ class TestInference:
         assert set(differences) == {"mcunetv2", "mafat", "stream"}
         assert max(differences.values()) <= 1e-6
 
+    def test_what_lies_outside_the_image_is_zero_in_every_layer(self, monkeypatch):
+        """Else a patch at the border would read its halo where column reads padding."""
+        params = init(jax.random.key(0))
+        images = jax.random.normal(jax.random.key(1), (1, 16, 16, 3))
+        group = inference.Group((0, 1), 2)
+        whole = inference.by_patches(params, images, (inference.Group((0, 1), 1),))
+        assert max_error(inference.by_patches(params, images, (group,)), whole) <= 1e-6
+        monkeypatch.setattr(inference, "inside", lambda y, *place: y)
+        assert max_error(inference.by_patches(params, images, (group,)), whole) > 1e-2
+
     def test_halos_are_those_of_the_layers(self):
         """Two convolutions and a pool: two rows on each side of twice the patch."""
         group = inference.Group((0, 1), 2)

@@ -140,9 +140,14 @@ def _patch(
             )
             y = jax.nn.relu(y + bias)
         for axis, start in zip((1, 2), place, strict=True):
-            rows = start * scale + low + lax.broadcasted_iota(jnp.int32, y.shape, axis)
-            y = jnp.where((rows >= 0) & (rows < out * scale), y, jnp.zeros((), y.dtype))
+            y = inside(y, axis, start * scale + low, out * scale)
     return y
+
+
+def inside(y: jax.Array, axis: int, start: jax.Array, size: int) -> jax.Array:
+    """A patch that begins at ``start``, zero where it lies outside the map's ``size``."""
+    places = start + lax.broadcasted_iota(jnp.int32, y.shape, axis)
+    return jnp.where((places >= 0) & (places < size), y, jnp.zeros((), y.dtype))
 
 
 def operations(side: int, groups: tuple[Group, ...]) -> float:
