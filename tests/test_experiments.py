@@ -187,10 +187,10 @@ class TestCommittedResults:
                 continue
             for network, own in json.loads(path.read_text())["results"]["networks"].items():
                 column = own["column"]["losses"]
-                allowed = 10 * convergence.apart(own[convergence.SHIFTED]["losses"], column)
                 for run in programs.METHODS:
                     distance = convergence.apart(own[run]["losses"], column)
-                    assert distance <= max(allowed, 1e-5), (network, run)
+                    assert distance <= 1e-4, (network, run)
+                    assert distance < convergence.apart(own[convergence.SHIFTED]["losses"], column)
 
 
 class TestPrograms:

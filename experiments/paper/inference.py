@@ -253,6 +253,9 @@ def draw(found: record.Record, figure: Any) -> None:
         xs = [side for side, _ in points]
         peaks.loglog(xs, [own["peak_bytes"] / MIB for _, own in points], marker=".", label=name)
         work.semilogx(xs, [own["operations"] for _, own in points], marker=".", label=name)
+    for axes in (peaks, work):
+        axes.set_xticks([int(side) for side in sides], [f"{int(side):,}" for side in sides])
+        axes.xaxis.minorticks_off()
     peaks.set(title="VGG-16, inference", xlabel="side, pixels", ylabel="peak, MiB")
     work.set(title="operations over column's", xlabel="side, pixels")
     peaks.legend()

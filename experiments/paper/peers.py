@@ -149,21 +149,23 @@ def measure(settings: record.Settings, known: record.Results, save: record.Save)
     return results
 
 
+def time_ratio(seconds: dict[str, list[float]], peer: str) -> float:
+    """The median over the turns of a peer's time over plain JAX's."""
+    return statistics.median(a / b for a, b in zip(seconds[peer], seconds["column"], strict=True))
+
+
 def table(found: record.Record) -> str:
     results = found["results"]
-    seconds, grown, rows = results["seconds"], results["rss_bytes"], []
-    for peer, own in seconds.items():
-        turns = zip(own, seconds["column"], strict=True)
-        rows.append(
-            [
-                LABELS[peer],
-                report.mib(grown[peer]),
-                report.ratio(grown[peer] / grown["column"]),
-                f"{statistics.median(own):.2f}",
-                report.ratio(statistics.median(a / b for a, b in turns)),
+    seconds, grown, rows = results.get("seconds", {}), results["rss_bytes"], []
+    for peer, own in grown.items():
+        row = [LABELS[peer], report.mib(own), report.ratio(own / grown["column"])]
+        if peer in seconds:  # a run may have been cut short before
+            row += [
+                f"{statistics.median(seconds[peer]):.2f}",
+                report.ratio(time_ratio(seconds, peer)),
                 f"{results['differences'][peer]:.1e}",
             ]
-        )
+        rows.append(row + [""] * (6 - len(row)))
     header = ["peer", "peak RSS MiB", "ratio", "step s", "ratio", "difference"]
     torch = f" PyTorch {results['torch']}." if "torch" in results else " PyTorch is not installed."
     return "\n\n".join(
@@ -182,9 +184,8 @@ def draw(found: record.Record, figure: Any) -> None:
     results = found["results"]
     figure.set_size_inches(6, 4)
     axes = figure.add_subplot()
-    for peer, own in results["seconds"].items():
-        turns = zip(own, results["seconds"]["column"], strict=True)
-        spent = statistics.median(a / b for a, b in turns)
+    for peer in results.get("seconds", {}):
+        spent = time_ratio(results["seconds"], peer)
         held = results["rss_bytes"][peer] / results["rss_bytes"]["column"]
         axes.scatter(held, spent)
         axes.annotate(LABELS[peer], (held, spent), fontsize=8)
