@@ -19,6 +19,7 @@ from lrjax.loop.dependent_fill import dependency_on
 from lrjax.loop.rowloop import Order, RowLoop, row_loop
 from lrjax.program.comparisons import simpler_comparisons
 from lrjax.program.inline import dependents, flatten, values_of
+from lrjax.program.interpreter import collection_paused
 from lrjax.rowgraph.graph import RowGraph, build, size_bytes
 from lrjax.rules.base import Array
 from lrjax.strategies.rematerialisation import with_rematerialised_reads
@@ -47,6 +48,7 @@ class RowProgram:
         return engine.run_graph(self.graph, self.loops, inputs, run, hosted)
 
 
+@collection_paused()
 def row_program(
     graph: RowGraph,
     order: Order,

@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -27,13 +27,14 @@ from lrjax.loop.line_buffers import Values, reader_of
 from lrjax.loop.offload import instantiated, is_on_host, to_host
 from lrjax.loop.rowloop import Order, RowLoop
 from lrjax.loop.small_sums import SmallSums
-from lrjax.program.inline import FlatEquation, FlatProgram
+from lrjax.program.inline import FlatEquation, FlatProgram, values_of
 from lrjax.program.varying import is_inexact
 from lrjax.rowgraph.graph import build
 from lrjax.rowgraph.segments import Segment
 from lrjax.rules.base import Array, RowOp
 from lrjax.rules.masks import keep_rows
 from lrjax.strategies.base import NOTHING_HOSTED, Function, Strategy
+from lrjax.strategies.frozen import Division, division
 from lrjax.strategies.programs import Axes, DifferentiatedRows, Residuals, RowProgram, row_program
 
 
@@ -50,11 +51,11 @@ class _Tiled(Strategy):
         taken: Mapping[int, int] = NOTHING_HOSTED,
     ) -> Function:
         rows = differentiable_program(segment.program, segment.axes, self.order, num_blocks)
+        again = functools.partial(differentiable_program, order=self.order, num_blocks=num_blocks)
+        run = functools.partial(_differentiable_loop, program_of=again)
 
         def call(*inputs: Array) -> list[Array]:
-            return engine.run_graph(
-                rows.graph, rows.loops, inputs, run=_differentiable_loop, hosted=given
-            )
+            return engine.run_graph(rows.graph, rows.loops, inputs, run=run, hosted=given)
 
         return call
 
@@ -98,8 +99,21 @@ def differentiable_program(
     return row_program(graph, order, num_blocks, is_differentiated=True)
 
 
-def _differentiable_loop(loop: RowLoop, values: Values, hosted: Collection[int] = ()) -> Values:
-    """A row loop whose row outputs exist whole on the device, whatever is ``hosted`` later."""
+ProgramOf = Callable[[FlatProgram, Axes], RowProgram]
+
+
+def _differentiable_loop(
+    loop: RowLoop,
+    values: Values,
+    hosted: Collection[int] = (),
+    *,
+    program_of: ProgramOf | None = None,
+) -> Values:
+    """A row loop whose row outputs exist whole on the device, whatever is ``hosted`` later.
+
+    With ``program_of``, which makes a part of it a differentiable row program, what is frozen runs
+    once (see ``frozen.division``).
+    """
     del hosted
     names = tuple(dict.fromkeys((*loop.arrays, *loop.wholes)))
 
@@ -110,17 +124,42 @@ def _differentiable_loop(loop: RowLoop, values: Values, hosted: Collection[int] 
     def forward(inputs: dict[int, Any]) -> Any:
         perturbed = frozenset(v for v in names if inputs[v].perturbed)
         plain = {v: inputs[v].value for v in names}
+        divided = division(loop, perturbed) if program_of else None
+        if divided is not None and program_of is not None:
+            outputs, pull = _divided_loop(divided, plain, perturbed, program_of)
+            return outputs, Residuals(pull, None)
         outputs, lines = engine.run_steps(loop, plain, saves_lines=True)
         return outputs, Residuals((plain, lines), perturbed)
 
     def backward(residuals: Residuals, cotangents: Values) -> tuple[dict[int, Any]]:
-        inputs, lines = residuals.arrays
-        bars = _ReverseLoop(loop, inputs, cotangents, residuals.static).run(lines)
+        if residuals.static is None:
+            (bars,) = residuals.arrays({v: instantiated(ct) for v, ct in cotangents.items()})
+        else:
+            inputs, lines = residuals.arrays
+            bars = _ReverseLoop(loop, inputs, cotangents, residuals.static).run(lines)
         return ({v: bars.get(v) for v in names},)
 
     call.defvjp(forward, backward, symbolic_zeros=True)
     found, moving = call({v: values[v] for v in names}), loop.graph.moving
     return {v: x if v in moving else _without_tangent(x) for v, x in found.items()}
+
+
+def _divided_loop(
+    divided: Division, values: Values, perturbed: Collection[int], program_of: ProgramOf
+) -> Any:
+    """What a loop gives, and the function from its cotangents to those of ``perturbed`` values."""
+    frozen, trained, graph = divided.frozen, divided.trained, divided.graph
+    first = program_of(frozen, [graph.axis_of(v) for v in frozen.inputs])
+    held = first.run([values[v] for v in frozen.inputs])
+    known = {**values, **dict(zip(values_of(frozen.outputs), held, strict=True))}
+    second = program_of(trained, [graph.axis_of(v) for v in trained.inputs])
+
+    def behind(moving: Values) -> Values:
+        inputs = [moving.get(v, known[v]) for v in trained.inputs]
+        outputs = engine.run_graph(second.graph, second.loops, inputs, run=_differentiable_loop)
+        return dict(zip(values_of(trained.outputs), outputs, strict=True))
+
+    return jax.vjp(behind, {v: values[v] for v in perturbed})
 
 
 def _without_tangent(value: Array) -> Array:
