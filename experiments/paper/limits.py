@@ -1,7 +1,7 @@
 """Peak memory against batch and image side; the largest that 10, 24 and 80 GB hold.
 
     python -m experiments.paper.limits --quick
-    python -m experiments.paper.limits --only vgg16/side vgg16/side/planner --resume
+    python -m experiments.paper.limits --only vgg16/side/planner
 
 VGG-16 and ResNet-50 by every method and by the planner: batches of 224x224 and of 1024x1024 images,
 and the side of one image. The budgets are the memories of an RTX 3080, an RTX 3090 and an A100; all
@@ -110,7 +110,8 @@ class Limits:
                 self.save(self.results)
 
     def planner(self, sweep_name: str, network: str) -> None:
-        """The largest by plans; the methods' must be known."""
+        """The largest by plans, which are searched from the methods'."""
+        self.methods(sweep_name, network)
         sweep, own = self.plan.sweeps[sweep_name], self.results["largest"][sweep_name][network]
         planned = own.setdefault(PLANNER, {})
         for name, budget in self.plan.budgets.items():
