@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import optax
 
 import lrjax
+import lrjax.linen
 from experiments import report
 from experiments.gradcheck import max_error
 from experiments.paper import record
@@ -73,15 +74,18 @@ def loss_by(module: Any, way: str, combination: Combination, num_blocks: int) ->
     strategy: Any = "stream" if way == "stream" else "column"
     if way == "column" and combination.has_cuts:
         strategy = "checkpoint"
-    if combination.parts > 1:
-        strategy = MicroBatches(strategy, combination.parts)
+    blocks = num_blocks if way == "stream" else None
+    if combination.parts > 1:  # of the network: the mean loss mixes the images of a batch
+        parts = MicroBatches(strategy, combination.parts)
+        by_parts = lrjax.linen.rowwise(module, in_axes=1, strategy=parts, num_blocks=blocks)
+        return loss_of(by_parts)
     if way == "column" and strategy == "column":
         return loss_of(module)
     return lrjax.rowwise(
         loss_of(module),
         in_axes=IN_AXES,
         strategy=strategy,
-        num_blocks=num_blocks if way == "stream" else None,
+        num_blocks=blocks,
         cuts=NETWORKS["vgg16"].cuts if combination.has_cuts else (),
         offload=combination.offload,
     )
