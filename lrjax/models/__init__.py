@@ -11,6 +11,7 @@ from lrjax.models.mobilenet import MobileNetV2
 from lrjax.models.registry import NETWORKS, build
 from lrjax.models.resnet import ResNet, ResNet18, ResNet34, ResNet50, ResNet101
 from lrjax.models.unet import UNet
+from lrjax.models.unet3d import UNet3D
 from lrjax.models.vgg import VGG16, VGGFeatures
 
 __all__ = [
@@ -29,6 +30,7 @@ __all__ = [
     "ResNet50",
     "ResNet101",
     "UNet",
+    "UNet3D",
     "VGGFeatures",
     "build",
 ]

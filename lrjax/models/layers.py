@@ -146,7 +146,8 @@ class BlockBatchNorm(nn.Module):
             return self._normalised(x, mean, variance, scale, bias)
         blocks = jnp.array_split(x, min(STATISTICS_BLOCKS, x.shape[1]), axis=1)
         wide = [jnp.asarray(block, jnp.promote_types(x.dtype, jnp.float32)) for block in blocks]
-        statistics = [(b.mean((0, 1, 2)), b.var((0, 1, 2))) for b in wide]
+        axes = tuple(range(x.ndim - 1))
+        statistics = [(b.mean(axes), b.var(axes)) for b in wide]
         if not self.is_initializing():
             for one, values in zip(running, zip(*statistics, strict=True), strict=True):
                 new = sum(values) / len(values)
@@ -190,4 +191,18 @@ def check_images(images: jax.Array, model: str, least: int) -> None:
     if min(height, width) < least:
         raise ValueError(
             f"images: got {height}x{width}; {model} needs height and width of at least {least}"
+        )
+
+
+def check_volumes(volumes: jax.Array, model: str, least: int) -> None:
+    """Raises ValueError unless volumes are `[B, D, H, W, C]`, with `least` voxels each way."""
+    if volumes.ndim != 5:
+        raise ValueError(
+            f"volumes: got shape {volumes.shape}; {model} takes "
+            "[batch, depth, height, width, channels]"
+        )
+    if min(volumes.shape[1:4]) < least:
+        size = "x".join(map(str, volumes.shape[1:4]))
+        raise ValueError(
+            f"volumes: got {size}; {model} needs depth, height and width of at least {least}"
         )
