@@ -8,12 +8,13 @@ from typing import Any
 
 from lrjax.explanation import Explanation, OperationRow, Pass, SegmentReport
 from lrjax.loop.rowloop import RowLoop
-from lrjax.meshes import without_explicit_axes
-from lrjax.options import Cuts, Options, StrategyOption, check_callable, checked_options
+from lrjax.meshes import row_mesh_at_hand, without_explicit_axes
+from lrjax.options import Cuts, MeshOption, Options, StrategyOption, check_callable, checked_options
 from lrjax.plan import Choice
 from lrjax.program.varying import is_inexact
 from lrjax.rowgraph.fallbacks import fallbacks_of, made_by
 from lrjax.rowgraph.graph import ColumnNode, RowGraph, build, size_bytes
+from lrjax.rowgraph.row_mesh import RowMesh
 from lrjax.rowgraph.segments import Segment
 from lrjax.rowgraph.tracing import Traced, trace
 from lrjax.rules.geometry import AnyMap
@@ -30,6 +31,8 @@ def explain(
     cuts: Cuts = (),
     plan: Any = None,
     offload: bool = False,
+    mesh: MeshOption = None,
+    row_mesh_axis: str | None = None,
     **kwargs: Any,
 ) -> Explanation:
     """What ``rowwise(fun, ...)(*args, **kwargs)`` and its gradient will do; nothing is compiled.
@@ -38,7 +41,8 @@ def explain(
     floating-point arguments where there are none).
 
     Args:
-      fun, in_axes, num_blocks, strategy, cuts, plan, offload: as for ``lrjax.rowwise``.
+      fun, in_axes, num_blocks, strategy, cuts, plan, offload, mesh, row_mesh_axis: as for
+        ``lrjax.rowwise``.
       args, kwargs: ``fun``'s arguments, arrays or ``jax.ShapeDtypeStruct``. A keyword argument of
         ``fun`` that is called like an option must be closed over.
 
@@ -53,15 +57,22 @@ def explain(
     """
     check_callable(fun)
     options = checked_options(
-        num_blocks=num_blocks, strategy=strategy, cuts=cuts, plan=plan, offload=offload
+        num_blocks=num_blocks,
+        strategy=strategy,
+        cuts=cuts,
+        plan=plan,
+        offload=offload,
+        mesh=mesh,
+        row_mesh_axis=row_mesh_axis,
     )
+    row_mesh = row_mesh_at_hand(options.mesh, options.row_mesh_axis)
     with without_explicit_axes(args, kwargs) as (own_args, own_kwargs):
-        return explain_with(trace(fun, in_axes, own_args, own_kwargs), options)
+        return explain_with(trace(fun, in_axes, own_args, own_kwargs), options, row_mesh)
 
 
-def explain_with(traced: Traced, options: Options) -> Explanation:
+def explain_with(traced: Traced, options: Options, row_mesh: RowMesh | None) -> Explanation:
     """``explain`` for a traced call and options that are checked already."""
-    segments, choices = segments_and_choices(traced, options)
+    segments, choices = segments_and_choices(traced, options, row_mesh)
     groups = [tuple(group) for group in options.groups(len(segments)) for _ in group]
     hosted = hosted_values(traced, segments, choices)
     return Explanation(

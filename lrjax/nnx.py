@@ -11,7 +11,7 @@ import jax
 from flax import nnx
 
 from lrjax.module_calls import call_rowwise
-from lrjax.options import Cuts, StrategyOption, check_callable, checked_options
+from lrjax.options import Cuts, MeshOption, StrategyOption, check_callable, checked_options
 
 _GRAPH_NODES = (nnx.Module, nnx.Rngs, nnx.RngStream, nnx.Variable)
 
@@ -25,6 +25,8 @@ def rowwise(
     cuts: Cuts = (),
     plan: Any = None,
     offload: bool = False,
+    mesh: MeshOption = None,
+    row_mesh_axis: str | None = None,
 ) -> Callable[..., Any]:
     """A function of NNX modules and arrays, run by blocks of rows.
 
@@ -37,7 +39,7 @@ def rowwise(
         body; or a module, or a method of one, which then is no argument any more.
       in_axes: row axis of the positional arguments, as for :func:`lrjax.rowwise`; None for modules.
         Flags and other arguments that are no arrays stay as they are and take None.
-      num_blocks, strategy, cuts, plan, offload: as for :func:`lrjax.rowwise`.
+      num_blocks, strategy, cuts, plan, offload, mesh, row_mesh_axis: as for :func:`lrjax.rowwise`.
 
     Returns:
       A function with ``fun``'s signature.
@@ -52,7 +54,13 @@ def rowwise(
       >>> logits = run(model, images)
     """
     options = checked_options(
-        num_blocks=num_blocks, strategy=strategy, cuts=cuts, plan=plan, offload=offload
+        num_blocks=num_blocks,
+        strategy=strategy,
+        cuts=cuts,
+        plan=plan,
+        offload=offload,
+        mesh=mesh,
+        row_mesh_axis=row_mesh_axis,
     )
     _check_function(fun)
     call, owner = _unbound(fun)

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from lrjax.loop import devices
 from lrjax.loop.blocks import read_rows, write_rows
 from lrjax.loop.clock import Clock, clock_of
 from lrjax.loop.dependent_fill import Full, full_depending_on, full_like
@@ -31,6 +32,7 @@ from lrjax.loop.line_buffers import (
 )
 from lrjax.loop.offload import empty_on_host, from_host, is_on_host, to_host
 from lrjax.loop.rowloop import Band, RowLoop, Source
+from lrjax.loop.shards import WithHalo
 from lrjax.loop.small_sums import SmallSums
 from lrjax.program.inline import FlatEquation, array_of, values_of
 from lrjax.program.varying import varying_axes, varying_over
@@ -71,14 +73,20 @@ class StepResult:
 jax.tree_util.register_dataclass(StepResult, ["at_hand", "lines", "rows", "partial"], [])
 
 
-def slice_windows(loop: RowLoop, clock: Clock, arrays: Values) -> dict[tuple[int, int], Array]:
+def slice_windows(
+    loop: RowLoop, clock: Clock, arrays: Mapping[int, Array | WithHalo]
+) -> dict[tuple[int, int], Array]:
     """The windows that a step reads from values that exist whole, by (node, operand)."""
     windows = {}
     for s in loop.sliced:
         name, size = ("window", s.node, s.operand), loop.window_rows(s)
         start, bounds = clock[name], clock.bounds(name)
-        fill = _fill(loop, s)
-        window = read_rows(arrays[s.value], start, size, s.read.axis, fill, bounds)
+        fill, array = _fill(loop, s), arrays[s.value]
+        if isinstance(array, WithHalo):
+            window = array.read(start, size, fill, bounds)
+            window = devices.of_image(loop, clock, s, window, fill)
+        else:
+            window = read_rows(array, start, size, s.read.axis, fill, bounds)
         windows[s.node, s.operand] = window
     return windows
 
@@ -159,7 +167,8 @@ class _Step:
                     for operand, atom in enumerate(node.equation.inputs)
                 ]
                 count = loop.schedule.tracks[i].rows
-                rows = Rows(self.clock["start", i], count, loop.is_differentiated)
+                start = self.clock.in_image(("start", i), devices.share_of_node(loop, i))
+                rows = Rows(start, count, loop.is_differentiated)
                 results = node.op.evaluate(operands, rows)
             if node.is_reduction:
                 for v, partial in zip(node.equation.outputs, results, strict=True):
@@ -207,10 +216,13 @@ class _Step:
             back, rows = clock["back", *place], loop.window_rows(source)
             window = at_hand[source.value].window(back, rows, source.read.slack)
             if loop.masked_at_read(source):
-                kept = clock.inside(("window", *place), window.shape[axis], 0, height)
+                share = devices.share(loop, source.value)
+                kept = clock.inside(("window", *place), window.shape[axis], 0, height, share)
                 window = keep(window, kept, axis, loop.fill_of(source))
         else:
             window = self.windows[place]
+        if loop.shards is not None and loop.nodes[source.node].is_reduction:
+            return devices.own_rows(loop, clock, source, window)
         is_driver = source.operand in loop.nodes[source.node].op.drivers
         if is_driver and not loop.schedule.tracks[source.node].is_steady:
             # Rows computed again belong to an earlier step's contribution.
@@ -226,9 +238,9 @@ class _Step:
             return slab
         start, stop = ("start", loop.producer[value]), ("stop", loop.producer[value])
         height, axis = loop.graph.height(value), loop.graph.row_axis[value]
-        if clock.bounds(start)[0] >= 0 and clock.bounds(stop)[1] <= height:
+        if devices.is_inside_image(loop, value, clock.bounds(start)[0], clock.bounds(stop)[1]):
             return slab
-        kept = clock.inside(start, slab.shape[axis], 0, height)
+        kept = clock.inside(start, slab.shape[axis], 0, height, devices.share(loop, value))
         return keep(slab, kept, axis, loop.production_fill[value])
 
 
@@ -251,17 +263,17 @@ _COMBINE: dict[str, Callable[[Array, Array], Array]] = {
 
 def small_sums(loop: RowLoop) -> SmallSums:
     """Which of the loop's sums over rows are added up together."""
-    avals = loop.graph.program.avals
     added = (n for n in loop.nodes if n.op is not None and n.op.reduction == "sum")
     values = (v for node in added for v in node.equation.outputs)
-    return SmallSums((v, avals[v], accumulator_dtype(avals[v].dtype)) for v in values)
+    avals = {v: devices.type_on_device(loop, v) for v in values}
+    return SmallSums((v, aval, accumulator_dtype(aval.dtype)) for v, aval in avals.items())
 
 
 def empty_sums(loop: RowLoop, full: Full) -> Values:
     """Accumulators at their identities."""
     sums = {}
     for v, (equation, reduction) in loop.reductions.items():
-        aval = loop.graph.program.avals[v]
+        aval = devices.type_on_device(loop, v)
         dtype = accumulator_dtype(aval.dtype)
         with equation.origin():
             sums[v] = full_like(full, aval, identity_of(reduction, dtype), dtype=dtype)
@@ -296,7 +308,7 @@ def empty_outputs(loop: RowLoop, full: Full, hosted: Collection[int] = ()) -> Va
                 empty = empty_on_host(avals[v].shape, avals[v].dtype)
                 outputs[v] = typed(loop, v, empty)
             else:
-                outputs[v] = full_like(full, avals[v])
+                outputs[v] = full_like(full, devices.type_on_device(loop, v))
     return outputs
 
 
@@ -339,9 +351,25 @@ def run_steps(
     saves_lines: bool = False,
 ) -> tuple[Values, Values | None]:
     """``run_loop``; with it the line buffers that every step starts with, if they are saved."""
-    clock = clock_of(loop)
+    if loop.shards is not None:
+        return _run_over_devices(loop, values, after, saves_lines=saves_lines)
     arrays = {v: values[v] for v in loop.arrays}
     wholes = {v: values[v] for v in loop.wholes}
+    start = start_of(loop, values, hosted, after)
+    outputs, sums, saved = _scanned(loop, arrays, wholes, start, saves_lines=saves_lines)
+    return {**outputs, **finished_sums(loop, sums)}, saved
+
+
+def _scanned(
+    loop: RowLoop,
+    arrays: Mapping[int, Array | WithHalo],
+    wholes: Values,
+    start: tuple[Values, Values, Values],
+    *,
+    saves_lines: bool,
+) -> tuple[Values, Values, Values | None]:
+    """Row outputs, accumulators and saved line buffers, behind the last step."""
+    clock = clock_of(loop)
 
     def step(carry: tuple[Values, Values, Values], row: Any) -> tuple[Any, Values | None]:
         lines, outputs, sums = carry
@@ -351,9 +379,33 @@ def run_steps(
         saved = lines if saves_lines else None
         return (result.lines, outputs, add_partial(loop, sums, result.partial)), saved
 
-    start = start_of(loop, values, hosted, after)
     (_, outputs, sums), saved = lax.scan(step, start, clock.table())
-    return {**outputs, **finished_sums(loop, sums)}, saved
+    return outputs, sums, saved
+
+
+def _run_over_devices(
+    loop: RowLoop, values: Values, after: Sequence[Any], *, saves_lines: bool
+) -> tuple[Values, Values | None]:
+    """``run_steps`` on every device's share; row outputs have as many rows as all shares have."""
+
+    def on_device(own: Values, wholes: Values, after: Sequence[Any]) -> tuple[Values, Any, Any]:
+        wholes = devices.varying(loop, wholes)
+        arrays = devices.with_halos(loop, own)
+        start = start_of(loop, {**wholes, **own}, (), after)
+        outputs, sums, saved = _scanned(loop, arrays, wholes, start, saves_lines=saves_lines)
+        return outputs, finished_sums(loop, devices.combined(loop, sums)), saved
+
+    outputs, sums, saved = devices.shards_of_loop(loop).run(
+        on_device,
+        (*devices.read_values(loop, values), tuple(after)),
+        (*devices.read_specs(loop), jax.P()),
+        (
+            devices.row_specs(loop, loop.row_outputs),
+            jax.P(),
+            devices.line_specs(loop) if saves_lines else None,
+        ),
+    )
+    return {**outputs, **sums}, saved
 
 
 # --- Whole graphs --------------------------------------------------------------------------------
@@ -384,7 +436,8 @@ def run_graph(
     copies: Values = {}
     values: Values = {v: jnp.asarray(c) for v, c in graph.program.constants.items()}
     values.update(zip(graph.program.inputs, inputs, strict=True))
-    whole = ChainMap(copies, values)
+    images: Values = {}  # of row outputs that have rows behind the image too
+    whole = ChainMap(copies, images, values)
     for stage, loop in enumerate(loops):
         for node in graph.column_nodes(stage):
             copies.update(_copies(graph, whole, node.equation.values))
@@ -393,7 +446,8 @@ def run_graph(
             copies.update(_copies(graph, whole, loop.wholes))
             taken = {v: whole[v] for v in loop.wholes}
             values.update(run(loop, {**values, **taken}, wanted))
-    results = [array_of(v, values) for v in graph.program.outputs]
+            images.update(devices.cropped(loop, values))
+    results = [array_of(v, ChainMap(images, values)) for v in graph.program.outputs]
     for i, axis in hosted.items():
         if not is_on_host(results[i]):
             results[i] = to_host(results[i], axis)

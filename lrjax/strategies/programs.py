@@ -17,9 +17,11 @@ import jax
 from lrjax.loop import engine
 from lrjax.loop.dependent_fill import dependency_on
 from lrjax.loop.rowloop import Order, RowLoop, row_loop
+from lrjax.loop.shards import shards_of
 from lrjax.program.comparisons import simpler_comparisons
 from lrjax.program.inline import dependents, flatten, values_of
 from lrjax.rowgraph.graph import RowGraph, build, size_bytes
+from lrjax.rowgraph.row_mesh import RowMesh
 from lrjax.rules.base import Array
 from lrjax.strategies.rematerialisation import with_rematerialised_reads
 
@@ -53,6 +55,7 @@ def row_program(
     num_blocks: int,
     *,
     is_differentiated: bool = False,
+    row_mesh: RowMesh | None = None,
 ) -> RowProgram:
     """A row loop per stage.
 
@@ -61,7 +64,9 @@ def row_program(
       order: of the rows.
       num_blocks: steps.
       is_differentiated: steps are differentiated one by one.
+      row_mesh: the devices that the rows are divided among, each of which takes so many steps.
     """
+    shards = None if row_mesh is None else shards_of(graph, row_mesh)
     made: dict[tuple[int, int], RowLoop] = {}
 
     def loop_of(graph: RowGraph, stage: int) -> RowLoop:
@@ -73,6 +78,7 @@ def row_program(
                 order=order,
                 num_blocks=num_blocks,
                 is_differentiated=is_differentiated,
+                shards=shards,
             )
         return made[key]
 

@@ -19,22 +19,23 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from lrjax.loop import engine
+from lrjax.loop import devices, engine
 from lrjax.loop.blocks import read_rows, write_rows
 from lrjax.loop.clock import Clock, clock_of
 from lrjax.loop.dependent_fill import full_depending_on, full_like
 from lrjax.loop.line_buffers import Values, reader_of
 from lrjax.loop.offload import instantiated, is_on_host, to_host
 from lrjax.loop.rowloop import Order, RowLoop
+from lrjax.loop.shards import WithHalo
 from lrjax.loop.small_sums import SmallSums
-from lrjax.program.inline import FlatEquation, FlatProgram
+from lrjax.program.inline import FlatEquation
 from lrjax.program.varying import is_inexact
 from lrjax.rowgraph.graph import build
 from lrjax.rowgraph.segments import Segment
 from lrjax.rules.base import Array, RowOp
 from lrjax.rules.masks import keep_rows
 from lrjax.strategies.base import NOTHING_HOSTED, Function, Strategy
-from lrjax.strategies.programs import Axes, DifferentiatedRows, Residuals, RowProgram, row_program
+from lrjax.strategies.programs import DifferentiatedRows, Residuals, RowProgram, row_program
 
 
 class _Tiled(Strategy):
@@ -49,7 +50,7 @@ class _Tiled(Strategy):
         given: Mapping[int, int] = NOTHING_HOSTED,
         taken: Mapping[int, int] = NOTHING_HOSTED,
     ) -> Function:
-        rows = differentiable_program(segment.program, segment.axes, self.order, num_blocks)
+        rows = differentiable_program(segment, self.order, num_blocks)
 
         def call(*inputs: Array) -> list[Array]:
             return engine.run_graph(
@@ -62,8 +63,7 @@ class _Tiled(Strategy):
         self, segment: Segment, num_blocks: int, wrt: Sequence[int]
     ) -> DifferentiatedRows:
         del wrt
-        program, axes = segment.program, segment.axes
-        return DifferentiatedRows(differentiable_program(program, axes, self.order, num_blocks))
+        return DifferentiatedRows(differentiable_program(segment, self.order, num_blocks))
 
 
 class TwoPhase(_Tiled):
@@ -90,12 +90,10 @@ def _differentiable_in_blocks(equation: FlatEquation, op: RowOp) -> str | None:
     return op.undifferentiable()
 
 
-def differentiable_program(
-    program: FlatProgram, axes: Axes, order: Order, num_blocks: int
-) -> RowProgram:
+def differentiable_program(segment: Segment, order: Order, num_blocks: int) -> RowProgram:
     """The forward program as row loops whose steps can be differentiated one by one."""
-    graph = build(program, axes, _differentiable_in_blocks)
-    return row_program(graph, order, num_blocks, is_differentiated=True)
+    graph = build(segment.program, segment.axes, _differentiable_in_blocks)
+    return row_program(graph, order, num_blocks, is_differentiated=True, row_mesh=segment.row_mesh)
 
 
 def _differentiable_loop(loop: RowLoop, values: Values, hosted: Collection[int] = ()) -> Values:
@@ -115,7 +113,9 @@ def _differentiable_loop(loop: RowLoop, values: Values, hosted: Collection[int] 
 
     def backward(residuals: Residuals, cotangents: Values) -> tuple[dict[int, Any]]:
         inputs, lines = residuals.arrays
-        bars = _ReverseLoop(loop, inputs, cotangents, residuals.static).run(lines)
+        given = {v: instantiated(ct) for v, ct in cotangents.items()}
+        reverse = _reverse_over_devices if loop.shards is not None else _reverse
+        bars = reverse(loop, inputs, given, residuals.static, lines)
         return ({v: bars.get(v) for v in names},)
 
     call.defvjp(forward, backward, symbolic_zeros=True)
@@ -151,8 +151,67 @@ class Cotangents:
     """
 
     lines: Values
-    arrays: Values
+    arrays: Mapping[int, Array | WithHalo]
     wholes: Values
+
+
+def _reverse(
+    loop: RowLoop, values: Values, cotangents: Values, perturbed: frozenset[int], lines: Values
+) -> Values:
+    """Cotangents of what the loop reads, from the line buffers that every step started with."""
+    arrays = {v: values[v] for v in loop.arrays}
+    wholes = {v: values[v] for v in loop.wholes}
+    reverse = _ReverseLoop(loop, arrays, wholes, cotangents, perturbed)
+    found = reverse.run(lines)
+    bars = reverse.finished_wholes(found.wholes)
+    for v, bar in found.arrays.items():
+        assert not isinstance(bar, WithHalo)
+        bars[v] = bars[v] + bar if v in bars else bar
+        if is_on_host(values[v]):
+            bars[v] = to_host(bars[v], loop.graph.row_axis[v])
+    return bars
+
+
+def _reverse_over_devices(
+    loop: RowLoop, values: Values, cotangents: Values, perturbed: frozenset[int], lines: Values
+) -> Values:
+    """``_reverse`` on every device's share: what a device reads of others' rows, it sends back."""
+    shards = devices.shards_of_loop(loop)
+    moving = {v: ct for v, ct in cotangents.items() if is_inexact(ct)}
+    is_sum = {v: v in loop.reductions for v in moving}
+
+    def on_device(own: Values, wholes: Values, cotangents: Values, lines: Values) -> Any:
+        arrays, wholes = devices.with_halos(loop, own), devices.varying(loop, wholes)
+        sums = devices.varying(loop, {v: ct for v, ct in cotangents.items() if is_sum[v]})
+        reverse = _ReverseLoop(loop, arrays, wholes, {**cotangents, **sums}, perturbed)
+        found = reverse.run(lines)
+        added = shards.combined("sum", found.wholes)
+        return devices.with_returned_halos(loop, found.arrays), reverse.finished_wholes(added)
+
+    array_specs, whole_specs = devices.read_specs(loop)
+    rows = devices.row_specs(loop, (v for v in moving if not is_sum[v]))
+    arrays, bars = shards.run(
+        on_device,
+        (*devices.read_values(loop, values), moving, lines),
+        (
+            array_specs,
+            whole_specs,
+            {v: rows.get(v, jax.P()) for v in moving},
+            devices.line_specs(loop),
+        ),
+        ({v: array_specs[v] for v in _moving_arrays(loop, perturbed)}, jax.P()),
+    )
+    for v, bar in arrays.items():
+        (axis,) = {s.read.axis for s in loop.sliced if s.value == v}
+        own = lax.slice_in_dim(bar, 0, values[v].shape[axis], axis=axis)
+        bars[v] = bars[v] + own if v in bars else own
+    return bars
+
+
+def _moving_arrays(loop: RowLoop, perturbed: frozenset[int]) -> list[int]:
+    """Arrays that are read by rows and whose cotangents are wanted."""
+    avals = loop.graph.program.avals
+    return [v for v in loop.arrays if v in perturbed and is_inexact(avals[v])]
 
 
 class _ReverseLoop:
@@ -160,20 +219,26 @@ class _ReverseLoop:
 
     Args:
       loop: whose steps are differentiated.
-      values: the arrays it reads.
+      arrays: that it reads by rows.
+      wholes: that it reads whole.
       cotangents: of its outputs.
-      perturbed: the arrays whose cotangents are wanted.
+      perturbed: the values whose cotangents are wanted.
     """
 
     def __init__(
-        self, loop: RowLoop, values: Values, cotangents: Values, perturbed: frozenset[int]
+        self,
+        loop: RowLoop,
+        arrays: Mapping[int, Array | WithHalo],
+        wholes: Values,
+        cotangents: Values,
+        perturbed: frozenset[int],
     ):
-        self.loop, self.values, self.clock = loop, values, clock_of(loop)
+        self.loop, self.clock = loop, clock_of(loop)
+        self.arrays, self.wholes = arrays, wholes
         self.full = full_depending_on(cotangents.values())
-        self.cotangents = {v: instantiated(ct) for v, ct in cotangents.items()}
-        self.moving_arrays = [v for v in _inexact(values) if v in loop.arrays and v in perturbed]
-        self.wholes = {v: values[v] for v in loop.wholes}
-        self.moving_wholes = {v: a for v, a in _inexact(self.wholes).items() if v in perturbed}
+        self.cotangents = cotangents
+        self.moving_arrays = _moving_arrays(loop, perturbed)
+        self.moving_wholes = {v: a for v, a in _inexact(wholes).items() if v in perturbed}
         self.readers = {v: reader_of(loop, v) for v in self.moving_wholes}
         self.small = SmallSums(
             (v, x, engine.accumulator_dtype(x.dtype)) for v, x in self.moving_wholes.items()
@@ -181,14 +246,17 @@ class _ReverseLoop:
         read = [s for s in loop.sliced if s.value in self.moving_arrays]
         self.moving_windows = {(s.node, s.operand): s for s in read}
 
-    def run(self, saved: Values) -> Values:
-        """Cotangents of the arrays, from the line buffers that every step started with."""
+    def run(self, saved: Values) -> Cotangents:
+        """What the first step gives, from the line buffers that every step started with."""
         scanned = (self.clock.table(), saved)
         found, _ = lax.scan(self.step, self.start(saved), scanned, reverse=True)
-        return self.finished(found)
+        return found
 
     def start(self, saved: Values) -> Cotangents:
-        arrays = {v: full_like(self.full, self.values[v]) for v in self.moving_arrays}
+        arrays = {
+            v: jax.tree.map(lambda part: full_like(self.full, part), self.arrays[v])
+            for v in self.moving_arrays
+        }
         wholes = {}
         for v, a in self.moving_wholes.items():
             with self.readers[v].origin():
@@ -199,7 +267,7 @@ class _ReverseLoop:
     def step(self, below: Cotangents, row_and_lines: Any) -> tuple[Cotangents, None]:
         loop, (row, lines) = self.loop, row_and_lines
         now = self.clock.at(row)
-        windows = engine.slice_windows(loop, now, self.values)
+        windows = engine.slice_windows(loop, now, self.arrays)
 
         def function(lines_in: Values, windows_in: Any, wholes_in: Values) -> Any:
             inputs = {**lines, **lines_in}, {**windows, **windows_in}, {**self.wholes, **wholes_in}
@@ -219,31 +287,28 @@ class _ReverseLoop:
                 added[v] = below.wholes[v] + bar
         return Cotangents(line_bars, arrays, added), None
 
-    def with_windows(self, arrays: Values, window_bars: Any, now: Clock) -> Values:
+    def with_windows(
+        self, arrays: Mapping[int, Array | WithHalo], window_bars: Any, now: Clock
+    ) -> dict[int, Array | WithHalo]:
         """The cotangents of whole arrays with those of a step's windows added."""
         found = {**arrays}
         for name, source in self.moving_windows.items():
-            found[source.value] = write_rows(
-                found[source.value],
-                window_bars[name],
-                now["window", *name],
-                source.read.axis,
-                now.bounds(("window", *name)),
-                jnp.add,
-            )
+            key, bar, own = ("window", *name), window_bars[name], found[source.value]
+            start, bounds = now[key], now.bounds(key)
+            if isinstance(own, WithHalo):
+                found[source.value] = own.plus(bar, start, bounds)
+                continue
+            axis = source.read.axis
+            found[source.value] = write_rows(own, bar, start, axis, bounds, jnp.add)
         return found
 
-    def finished(self, found: Cotangents) -> Values:
-        """In the values' own precision, and memory."""
+    def finished_wholes(self, sums: Values) -> Values:
+        """Cotangents of what is read whole, in the values' own precision."""
         avals = self.loop.graph.program.avals
         bars = {}
-        for v, bar in self.small.unpacked(found.wholes).items():
+        for v, bar in self.small.unpacked(sums).items():
             with self.readers[v].origin():
                 bars[v] = bar.astype(avals[v].dtype)
-        for v, bar in found.arrays.items():
-            bars[v] = bars[v] + bar if v in bars else bar
-            if is_on_host(self.values[v]):
-                bars[v] = to_host(bars[v], self.loop.graph.row_axis[v])
         return bars
 
 

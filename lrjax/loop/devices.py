@@ -1,0 +1,181 @@
+"""What a row loop reads and gives, where devices own shares of its rows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from lrjax.loop.clock import Clock
+from lrjax.loop.rowloop import RowLoop, Source
+from lrjax.loop.shards import Shards, WithHalo
+from lrjax.program.varying import struct, varying_axes, varying_over
+from lrjax.rules.base import Array, with_at
+from lrjax.rules.masks import keep, keep_rows
+
+Values = dict[int, Array]
+
+
+def share(loop: RowLoop, value: int) -> int:
+    """Rows of a value that a device owns: all, where rows are not divided among devices."""
+    if loop.shards is None:
+        return loop.graph.height(value)
+    return loop.shards.rows(loop.graph.rate[value])
+
+
+def share_of_node(loop: RowLoop, index: int) -> int:
+    """Likewise of what a node makes, or of what drives it where it is a reduction."""
+    return loop.schedule.tasks[index].height
+
+
+def type_on_device(loop: RowLoop, value: int) -> Any:
+    """The type of what a device holds of a value within the loop."""
+    aval = loop.graph.program.avals[value]
+    if loop.shards is None:
+        return aval
+    shape = aval.shape
+    if value in loop.graph.row_axis:
+        shape = with_at(shape, loop.graph.row_axis[value], share(loop, value))
+    return struct(shape, aval.dtype, axes_within(loop, value))
+
+
+def axes_within(loop: RowLoop, value: int) -> frozenset[str]:
+    """Mesh axes over which a value may differ between devices within the loop."""
+    aval = loop.graph.program.avals[value]
+    is_number = not jnp.issubdtype(aval.dtype, jax.dtypes.extended)  # random keys have no such
+    own = frozenset({loop.shards.axis} if loop.shards is not None and is_number else ())
+    return varying_axes(aval) | own
+
+
+def is_inside_image(loop: RowLoop, value: int, first: int, stop: int) -> bool:
+    """Whether rows of a value, as devices count them, are rows of the image on every device."""
+    devices = 1 if loop.shards is None else loop.shards.count
+    beyond = stop + (devices - 1) * share(loop, value)
+    return first >= 0 and beyond <= loop.graph.height(value)
+
+
+def halo(loop: RowLoop, value: int) -> tuple[int, int]:
+    """Rows before and behind a share that a device reads of a value that exists whole."""
+    top = bottom = 0
+    for s in loop.sliced:
+        if s.value == value:
+            first, stop = loop.needs[s.node]
+            top = max(top, -int(s.read.row_map.first(first)))
+            bottom = max(bottom, int(s.read.row_map.end(stop)) - share(loop, value))
+    return top, bottom
+
+
+def row_specs(loop: RowLoop, values: Iterable[int], leading: int = 0) -> dict[int, jax.P]:
+    """How values are divided among devices that carry rows, behind some ``leading`` axes."""
+    shards = shards_of_loop(loop)
+    return {v: shards.spec(loop.graph.row_axis[v] + leading) for v in values}
+
+
+def line_specs(loop: RowLoop) -> dict[int, jax.P]:
+    """How line buffers are divided that are saved for every step: every device has its own."""
+    return row_specs(loop, (v for v in loop.producer if loop.line_rows(v)), leading=1)
+
+
+def read_specs(loop: RowLoop) -> tuple[dict[int, jax.P], jax.P]:
+    """How the two that ``read_values`` gives are divided."""
+    shards = shards_of_loop(loop)
+    axis_of = {s.value: s.read.axis for s in loop.sliced}
+    return {v: shards.spec(axis) for v, axis in axis_of.items()}, jax.P()
+
+
+def read_values(loop: RowLoop, values: Mapping[int, Array]) -> tuple[Values, Values]:
+    """The arrays that are read by rows, with as many as all shares have, and those read whole."""
+    arrays = {s.value: padded(loop, s.value, values[s.value], s.read.axis) for s in loop.sliced}
+    return arrays, {v: values[v] for v in loop.wholes}
+
+
+def padded(loop: RowLoop, value: int, array: Array, axis: int) -> Array:
+    """A value with as many rows as all shares have."""
+    return shards_of_loop(loop).padded(array, axis, share(loop, value))
+
+
+def cropped(loop: RowLoop, values: Mapping[int, Array]) -> Values:
+    """Row outputs of the loop without the rows behind the image, where they have such."""
+    if loop.shards is None:
+        return {}
+    found = {}
+    for v in loop.row_outputs:
+        axis, height = loop.graph.row_axis[v], loop.graph.height(v)
+        if values[v].shape[axis] > height:
+            found[v] = lax.slice_in_dim(values[v], 0, height, axis=axis)
+    return found
+
+
+def with_halos(loop: RowLoop, own: Mapping[int, Array]) -> dict[int, WithHalo]:
+    """Shards of arrays that are read by rows, each with the rows that neighbours lend."""
+    shards = shards_of_loop(loop)
+    axis_of = {s.value: s.read.axis for s in loop.sliced}
+    return {v: shards.with_halo(x, axis_of[v], *halo(loop, v)) for v, x in own.items()}
+
+
+def of_image(loop: RowLoop, clock: Clock, source: Source, window: Array, fill: Any) -> Array:
+    """A window of a shard and its halo, of which rows outside the image hold ``fill``.
+
+    What is there else are rows behind the image that fill up the last shares.
+    """
+    name, axis, value = ("window", source.node, source.operand), source.read.axis, source.value
+    low, high = clock.bounds(name)
+    matters = loop.is_differentiated or loop.fill_of(source) is not None
+    if not matters or is_inside_image(loop, value, low, high + window.shape[axis]):
+        return window
+    height = loop.graph.height(value)
+    kept = clock.inside(name, window.shape[axis], 0, height, share(loop, value))
+    return keep(window, kept, axis, fill)
+
+
+def own_rows(loop: RowLoop, clock: Clock, source: Source, window: Array) -> Array:
+    """What a reduction reads, without rows that are other devices' or outside the image.
+
+    Of what the drivers meet, rows behind those that the own ones meet may never be computed.
+    """
+    track, axis = loop.schedule.tracks[source.node], source.read.axis
+    name, row_map = ("window", source.node, source.operand), source.read.row_map
+    low: Any = row_map.first(0)
+    high: Any = row_map.end(share_of_node(loop, source.node))
+    if source.operand in loop.nodes[source.node].op.drivers and not track.is_steady:
+        # Rows computed again belong to an earlier step's contribution.
+        low = jnp.maximum(clock["owned", source.node], low)
+        high = jnp.minimum(clock["stop", source.node], high)
+    begin = clock.in_image(name, share(loop, source.value)) - clock[name]  # where row 0 is
+    low = jnp.maximum(low, -begin)
+    high = jnp.maximum(jnp.minimum(high, loop.graph.height(source.value) - begin), low)
+    return keep_rows(window, clock[name], axis, low, high, source.read.fill)
+
+
+def with_returned_halos(loop: RowLoop, bars: Mapping[int, Any]) -> Values:
+    """Cotangents of shards, with those that neighbours send back of rows they were lent."""
+    shards = shards_of_loop(loop)
+    return {v: shards.with_returned_halo(bar, *halo(loop, v)) for v, bar in bars.items()}
+
+
+def varying(loop: RowLoop, values: Mapping[int, Array]) -> Values:
+    """Values that are alike on all devices, as such that may differ: no step adds up gradients."""
+    return {v: varying_over(x, axes_within(loop, v)) for v, x in values.items()}
+
+
+def shards_of_loop(loop: RowLoop) -> Shards:
+    assert loop.shards is not None
+    return loop.shards
+
+
+def combined(loop: RowLoop, sums: Mapping[int, Any]) -> dict[int, Any]:
+    """Accumulators of all devices together, with one collective for each kind of reduction.
+
+    Negative numbers are those of vectors of small sums.
+    """
+    kinds: dict[str, dict[int, Any]] = {}
+    for v, partial in sums.items():
+        kind = "sum" if v < 0 else loop.reductions[v][1]
+        kinds.setdefault(kind, {})[v] = partial
+    shards, found = shards_of_loop(loop), dict[int, Any]()
+    for kind, partials in kinds.items():
+        found.update(shards.combined(kind, partials))
+    return found
