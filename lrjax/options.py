@@ -253,7 +253,8 @@ def checked_segments(options: Options, segments: Sequence[Segment]) -> list[Choi
         refusal = choice.runner.refusal(segment)
         if refusal is not None:
             raise ValueError(f"strategy {choice.runner.name!r}{place}: {refusal}")
-        count = choice.runner.block_count(number, graph, place)
+        devices = 1 if segment.row_mesh is None else segment.row_mesh.count
+        count = choice.runner.block_count(number, graph, place, devices)
         choices.append(dataclasses.replace(choice, num_blocks=count))
     return choices
 

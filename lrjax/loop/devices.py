@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -50,22 +50,41 @@ def axes_within(loop: RowLoop, value: int) -> frozenset[str]:
     return varying_axes(aval) | own
 
 
+class Division(NamedTuple):
+    """A value that exists whole, divided along an axis for those who read its rows at one rate."""
+
+    value: int
+    axis: int
+    share: int
+
+
+def division_of(loop: RowLoop, source: Source) -> Division:
+    """How a value is divided that a node reads by rows."""
+    own = share_of_node(loop, source.node) * source.read.row_map.rate
+    return Division(source.value, source.read.axis, int(own))
+
+
+def array_key(loop: RowLoop, source: Source) -> Any:
+    """By which a loop finds the array that a node reads by rows: its value, or its division."""
+    return source.value if loop.shards is None else division_of(loop, source)
+
+
+def halo(loop: RowLoop, division: Division) -> tuple[int, int]:
+    """Rows before and behind its share that a device reads."""
+    top = bottom = 0
+    for s in loop.sliced:
+        if division_of(loop, s) == division:
+            first, stop = loop.needs[s.node]
+            top = max(top, -int(s.read.row_map.first(first)))
+            bottom = max(bottom, int(s.read.row_map.end(stop)) - division.share)
+    return top, bottom
+
+
 def is_inside_image(loop: RowLoop, value: int, first: int, stop: int) -> bool:
-    """Whether rows of a value, as devices count them, are rows of the image on every device."""
+    """Whether rows that a step makes, as devices count them, are rows of the image on each."""
     devices = 1 if loop.shards is None else loop.shards.count
     beyond = stop + (devices - 1) * share(loop, value)
     return first >= 0 and beyond <= loop.graph.height(value)
-
-
-def halo(loop: RowLoop, value: int) -> tuple[int, int]:
-    """Rows before and behind a share that a device reads of a value that exists whole."""
-    top = bottom = 0
-    for s in loop.sliced:
-        if s.value == value:
-            first, stop = loop.needs[s.node]
-            top = max(top, -int(s.read.row_map.first(first)))
-            bottom = max(bottom, int(s.read.row_map.end(stop)) - share(loop, value))
-    return top, bottom
 
 
 def row_specs(loop: RowLoop, values: Iterable[int], leading: int = 0) -> dict[int, jax.P]:
@@ -79,22 +98,27 @@ def line_specs(loop: RowLoop) -> dict[int, jax.P]:
     return row_specs(loop, (v for v in loop.producer if loop.line_rows(v)), leading=1)
 
 
-def read_specs(loop: RowLoop) -> tuple[dict[int, jax.P], jax.P]:
+def read_specs(loop: RowLoop) -> tuple[dict[Division, jax.P], jax.P]:
     """How the two that ``read_values`` gives are divided."""
     shards = shards_of_loop(loop)
-    axis_of = {s.value: s.read.axis for s in loop.sliced}
-    return {v: shards.spec(axis) for v, axis in axis_of.items()}, jax.P()
+    divisions = (division_of(loop, s) for s in loop.sliced)
+    return {division: shards.spec(division.axis) for division in divisions}, jax.P()
 
 
-def read_values(loop: RowLoop, values: Mapping[int, Array]) -> tuple[Values, Values]:
+def read_values(
+    loop: RowLoop, values: Mapping[int, Array]
+) -> tuple[dict[Division, Array], dict[int, Array]]:
     """The arrays that are read by rows, with as many as all shares have, and those read whole."""
-    arrays = {s.value: padded(loop, s.value, values[s.value], s.read.axis) for s in loop.sliced}
+    shards, avals = shards_of_loop(loop), loop.graph.program.avals
+    arrays = {}
+    for division in dict.fromkeys(division_of(loop, s) for s in loop.sliced):
+        value, axis, own = division
+        array = values[value]
+        if array.shape[axis] != shards.count * own:
+            array = lax.slice_in_dim(array, 0, avals[value].shape[axis], axis=axis)
+            array = shards.padded(array, axis, own)
+        arrays[division] = array
     return arrays, {v: values[v] for v in loop.wholes}
-
-
-def padded(loop: RowLoop, value: int, array: Array, axis: int) -> Array:
-    """A value with as many rows as all shares have."""
-    return shards_of_loop(loop).padded(array, axis, share(loop, value))
 
 
 def cropped(loop: RowLoop, values: Mapping[int, Array]) -> Values:
@@ -109,11 +133,10 @@ def cropped(loop: RowLoop, values: Mapping[int, Array]) -> Values:
     return found
 
 
-def with_halos(loop: RowLoop, own: Mapping[int, Array]) -> dict[int, WithHalo]:
+def with_halos(loop: RowLoop, own: Mapping[Division, Array]) -> dict[Division, WithHalo]:
     """Shards of arrays that are read by rows, each with the rows that neighbours lend."""
     shards = shards_of_loop(loop)
-    axis_of = {s.value: s.read.axis for s in loop.sliced}
-    return {v: shards.with_halo(x, axis_of[v], *halo(loop, v)) for v, x in own.items()}
+    return {d: shards.with_halo(x, d.axis, *halo(loop, d)) for d, x in own.items()}
 
 
 def of_image(loop: RowLoop, clock: Clock, source: Source, window: Array, fill: Any) -> Array:
@@ -121,14 +144,13 @@ def of_image(loop: RowLoop, clock: Clock, source: Source, window: Array, fill: A
 
     What is there else are rows behind the image that fill up the last shares.
     """
-    name, axis, value = ("window", source.node, source.operand), source.read.axis, source.value
+    name, (value, axis, own) = ("window", source.node, source.operand), division_of(loop, source)
+    height, rows = loop.graph.program.avals[value].shape[axis], window.shape[axis]
     low, high = clock.bounds(name)
-    matters = loop.is_differentiated or loop.fill_of(source) is not None
-    if not matters or is_inside_image(loop, value, low, high + window.shape[axis]):
+    is_inside = low >= 0 and high + rows + (shards_of_loop(loop).count - 1) * own <= height
+    if is_inside or not (loop.is_differentiated or loop.fill_of(source) is not None):
         return window
-    height = loop.graph.height(value)
-    kept = clock.inside(name, window.shape[axis], 0, height, share(loop, value))
-    return keep(window, kept, axis, fill)
+    return keep(window, clock.inside(name, rows, 0, height, own), axis, fill)
 
 
 def own_rows(loop: RowLoop, clock: Clock, source: Source, window: Array) -> Array:
@@ -136,7 +158,7 @@ def own_rows(loop: RowLoop, clock: Clock, source: Source, window: Array) -> Arra
 
     Of what the drivers meet, rows behind those that the own ones meet may never be computed.
     """
-    track, axis = loop.schedule.tracks[source.node], source.read.axis
+    track, (value, axis, own) = loop.schedule.tracks[source.node], division_of(loop, source)
     name, row_map = ("window", source.node, source.operand), source.read.row_map
     low: Any = row_map.first(0)
     high: Any = row_map.end(share_of_node(loop, source.node))
@@ -144,16 +166,17 @@ def own_rows(loop: RowLoop, clock: Clock, source: Source, window: Array) -> Arra
         # Rows computed again belong to an earlier step's contribution.
         low = jnp.maximum(clock["owned", source.node], low)
         high = jnp.minimum(clock["stop", source.node], high)
-    begin = clock.in_image(name, share(loop, source.value)) - clock[name]  # where row 0 is
+    begin = clock.in_image(name, own) - clock[name]  # the row of the image that is row 0 here
+    height = loop.graph.program.avals[value].shape[axis]
     low = jnp.maximum(low, -begin)
-    high = jnp.maximum(jnp.minimum(high, loop.graph.height(source.value) - begin), low)
+    high = jnp.maximum(jnp.minimum(high, height - begin), low)
     return keep_rows(window, clock[name], axis, low, high, source.read.fill)
 
 
-def with_returned_halos(loop: RowLoop, bars: Mapping[int, Any]) -> Values:
+def with_returned_halos(loop: RowLoop, bars: Mapping[Division, WithHalo]) -> dict[Division, Array]:
     """Cotangents of shards, with those that neighbours send back of rows they were lent."""
     shards = shards_of_loop(loop)
-    return {v: shards.with_returned_halo(bar, *halo(loop, v)) for v, bar in bars.items()}
+    return {d: shards.with_returned_halo(bar, *halo(loop, d)) for d, bar in bars.items()}
 
 
 def varying(loop: RowLoop, values: Mapping[int, Array]) -> Values:

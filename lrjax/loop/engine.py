@@ -74,14 +74,14 @@ jax.tree_util.register_dataclass(StepResult, ["at_hand", "lines", "rows", "parti
 
 
 def slice_windows(
-    loop: RowLoop, clock: Clock, arrays: Mapping[int, Array | WithHalo]
+    loop: RowLoop, clock: Clock, arrays: Mapping[Any, Array | WithHalo]
 ) -> dict[tuple[int, int], Array]:
     """The windows that a step reads from values that exist whole, by (node, operand)."""
     windows = {}
     for s in loop.sliced:
         name, size = ("window", s.node, s.operand), loop.window_rows(s)
         start, bounds = clock[name], clock.bounds(name)
-        fill, array = _fill(loop, s), arrays[s.value]
+        fill, array = _fill(loop, s), arrays[devices.array_key(loop, s)]
         if isinstance(array, WithHalo):
             window = array.read(start, size, fill, bounds)
             window = devices.of_image(loop, clock, s, window, fill)
@@ -362,7 +362,7 @@ def run_steps(
 
 def _scanned(
     loop: RowLoop,
-    arrays: Mapping[int, Array | WithHalo],
+    arrays: Mapping[Any, Array | WithHalo],
     wholes: Values,
     start: tuple[Values, Values, Values],
     *,
@@ -388,10 +388,11 @@ def _run_over_devices(
 ) -> tuple[Values, Values | None]:
     """``run_steps`` on every device's share; row outputs have as many rows as all shares have."""
 
-    def on_device(own: Values, wholes: Values, after: Sequence[Any]) -> tuple[Values, Any, Any]:
+    def on_device(own: Any, wholes: Values, after: Sequence[Any]) -> tuple[Values, Any, Any]:
         wholes = devices.varying(loop, wholes)
         arrays = devices.with_halos(loop, own)
-        start = start_of(loop, {**wholes, **own}, (), after)
+        shards = {division.value: array for division, array in own.items()}
+        start = start_of(loop, {**wholes, **shards}, (), after)
         outputs, sums, saved = _scanned(loop, arrays, wholes, start, saves_lines=saves_lines)
         return outputs, finished_sums(loop, devices.combined(loop, sums)), saved
 

@@ -193,11 +193,7 @@ class WithHalo:
 
 
 def shards_of(graph: RowGraph, row_mesh: RowMesh) -> Shards:
-    """Shares of a row graph's values: as small as they can be with every row owned by a device.
-
-    Raises:
-      ValueError: rows of one map are read at two rates, so that no share fits both.
-    """
+    """Shares of a row graph's values: as small as they can be with every row owned by a device."""
     multiple: dict[int, int] = {}  # of a root's rows, in which every value has whole rows
     least: dict[int, int] = {}
     made_whole = frozenset[int]().union(*graph.stages.made_whole)
@@ -223,12 +219,7 @@ def shards_of(graph: RowGraph, row_mesh: RowMesh) -> Shards:
             for one in maps:
                 own *= one.rate
                 divide(root, own)
-            if graph.rate.get(v, (root, own)) != (root, own):
-                raise ValueError(
-                    f"row_mesh_axis={row_mesh.axis!r}: {node.equation.primitive.name} reads the "
-                    f"rows of a map of shape {graph.program.avals[v].shape} at another rate than "
-                    "they are read at elsewhere, so a device's share of them is not the same for "
-                    "both. Make the two from separate arguments, or leave row_mesh_axis out."
-                )
+            if v not in graph.streamed:  # it may be read at several rates
+                cover(root, own, graph.program.avals[v].shape[read.axis])
     rows = {root: round_up(least.get(root, 1), multiple[root]) for root in multiple}
     return Shards(row_mesh, rows)

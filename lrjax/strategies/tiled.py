@@ -151,7 +151,7 @@ class Cotangents:
     """
 
     lines: Values
-    arrays: Mapping[int, Array | WithHalo]
+    arrays: Mapping[Any, Array | WithHalo]
     wholes: Values
 
 
@@ -180,13 +180,14 @@ def _reverse_over_devices(
     moving = {v: ct for v, ct in cotangents.items() if is_inexact(ct)}
     is_sum = {v: v in loop.reductions for v in moving}
 
-    def on_device(own: Values, wholes: Values, cotangents: Values, lines: Values) -> Any:
+    def on_device(own: Any, wholes: Values, cotangents: Values, lines: Values) -> Any:
         arrays, wholes = devices.with_halos(loop, own), devices.varying(loop, wholes)
         sums = devices.varying(loop, {v: ct for v, ct in cotangents.items() if is_sum[v]})
         reverse = _ReverseLoop(loop, arrays, wholes, {**cotangents, **sums}, perturbed)
         found = reverse.run(lines)
         added = shards.combined("sum", found.wholes)
-        return devices.with_returned_halos(loop, found.arrays), reverse.finished_wholes(added)
+        returned = devices.with_returned_halos(loop, found.arrays)
+        return returned, reverse.finished_wholes(added)
 
     array_specs, whole_specs = devices.read_specs(loop)
     rows = devices.row_specs(loop, (v for v in moving if not is_sum[v]))
@@ -199,19 +200,25 @@ def _reverse_over_devices(
             {v: rows.get(v, jax.P()) for v in moving},
             devices.line_specs(loop),
         ),
-        ({v: array_specs[v] for v in _moving_arrays(loop, perturbed)}, jax.P()),
+        ({d: array_specs[d] for d in _moving_arrays(loop, perturbed)}, jax.P()),
     )
-    for v, bar in arrays.items():
-        (axis,) = {s.read.axis for s in loop.sliced if s.value == v}
-        own = lax.slice_in_dim(bar, 0, values[v].shape[axis], axis=axis)
-        bars[v] = bars[v] + own if v in bars else own
+    for (v, axis, _), bar in arrays.items():
+        whole = _with_height(bar, values[v].shape[axis], axis)
+        bars[v] = bars[v] + whole if v in bars else whole
     return bars
 
 
-def _moving_arrays(loop: RowLoop, perturbed: frozenset[int]) -> list[int]:
-    """Arrays that are read by rows and whose cotangents are wanted."""
+def _with_height(array: Array, height: int, axis: int) -> Array:
+    """An array with rows behind the image cut off, or more of them, which are zero."""
+    edges = [(0, (height - array.shape[axis]) * (a == axis), 0) for a in range(array.ndim)]
+    return lax.pad(array, jnp.zeros((), array.dtype), edges) if any(map(any, edges)) else array
+
+
+def _moving_arrays(loop: RowLoop, perturbed: frozenset[int]) -> list[Any]:
+    """Keys of the arrays that are read by rows and whose cotangents are wanted."""
     avals = loop.graph.program.avals
-    return [v for v in loop.arrays if v in perturbed and is_inexact(avals[v])]
+    moving = [s for s in loop.sliced if s.value in perturbed and is_inexact(avals[s.value])]
+    return [*dict.fromkeys(devices.array_key(loop, s) for s in moving)]
 
 
 class _ReverseLoop:
@@ -228,7 +235,7 @@ class _ReverseLoop:
     def __init__(
         self,
         loop: RowLoop,
-        arrays: Mapping[int, Array | WithHalo],
+        arrays: Mapping[Any, Array | WithHalo],
         wholes: Values,
         cotangents: Values,
         perturbed: frozenset[int],
@@ -243,7 +250,7 @@ class _ReverseLoop:
         self.small = SmallSums(
             (v, x, engine.accumulator_dtype(x.dtype)) for v, x in self.moving_wholes.items()
         )
-        read = [s for s in loop.sliced if s.value in self.moving_arrays]
+        read = [s for s in loop.sliced if devices.array_key(loop, s) in self.moving_arrays]
         self.moving_windows = {(s.node, s.operand): s for s in read}
 
     def run(self, saved: Values) -> Cotangents:
@@ -288,18 +295,18 @@ class _ReverseLoop:
         return Cotangents(line_bars, arrays, added), None
 
     def with_windows(
-        self, arrays: Mapping[int, Array | WithHalo], window_bars: Any, now: Clock
-    ) -> dict[int, Array | WithHalo]:
+        self, arrays: Mapping[Any, Array | WithHalo], window_bars: Any, now: Clock
+    ) -> dict[Any, Array | WithHalo]:
         """The cotangents of whole arrays with those of a step's windows added."""
         found = {**arrays}
         for name, source in self.moving_windows.items():
-            key, bar, own = ("window", *name), window_bars[name], found[source.value]
-            start, bounds = now[key], now.bounds(key)
+            key, place = devices.array_key(self.loop, source), ("window", *name)
+            own, bar = found[key], window_bars[name]
+            start, bounds = now[place], now.bounds(place)
             if isinstance(own, WithHalo):
-                found[source.value] = own.plus(bar, start, bounds)
-                continue
-            axis = source.read.axis
-            found[source.value] = write_rows(own, bar, start, axis, bounds, jnp.add)
+                found[key] = own.plus(bar, start, bounds)
+            else:
+                found[key] = write_rows(own, bar, start, source.read.axis, bounds, jnp.add)
         return found
 
     def finished_wholes(self, sums: Values) -> Values:
