@@ -251,7 +251,7 @@ def _shardings_with_rows(
     graph = build(traced.program, traced.axes)
     count, results = mesh.shape[row_mesh_axis], graph.program.outputs
     shardings = []
-    for one, v in zip(jax.tree.leaves(out), results, strict=False):
+    for one, v in zip(closed.out_avals, results, strict=False):
         spec, axis = [*one.sharding.spec], graph.axis_of(v)
         spec += [None] * (len(one.shape) - len(spec))
         if axis is not None and spec[axis] is None and one.shape[axis] % count == 0:

@@ -186,7 +186,8 @@ def _reverse_over_devices(
         reverse = _ReverseLoop(loop, arrays, wholes, {**cotangents, **sums}, perturbed)
         found = reverse.run(lines)
         added = shards.combined("sum", found.wholes)
-        returned = devices.with_returned_halos(loop, found.arrays)
+        bars: Any = found.arrays
+        returned = devices.with_returned_halos(loop, bars)
         return returned, reverse.finished_wholes(added)
 
     array_specs, whole_specs = devices.read_specs(loop)
