@@ -80,6 +80,14 @@ def halo(loop: RowLoop, division: Division) -> tuple[int, int]:
     return top, bottom
 
 
+def fetched_rows(loop: RowLoop) -> int:
+    """The most rows of an array that a device fetches on one side; none on one device."""
+    if loop.shards is None:
+        return 0
+    halos = (halo(loop, division_of(loop, s)) for s in loop.sliced)
+    return max((max(one) for one in halos), default=0)
+
+
 def is_inside_image(loop: RowLoop, value: int, first: int, stop: int) -> bool:
     """Whether rows that a step makes, as devices count them, are rows of the image on each."""
     devices = 1 if loop.shards is None else loop.shards.count
