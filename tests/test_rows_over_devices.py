@@ -333,7 +333,10 @@ SEGMENTED = {
 
 
 @in_child
-@pytest.mark.parametrize("name", SEGMENTED)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=[] if name == "mixed" else pytest.mark.slow) for name in SEGMENTED],
+)
 def test_with_cuts_groups_and_micro_batches(name):
     options = {"num_blocks": 2, **SEGMENTED[name]}
     args = PARAMS, image_of(37, batch=2)
@@ -350,9 +353,24 @@ TRANSFORMATIONS = {
 }
 
 
+FAST_TRANSFORMATIONS = ("stream", "vmap"), ("2ps", "jvp")
+
+
 @in_child
-@pytest.mark.parametrize("name", TRANSFORMATIONS)
-@pytest.mark.parametrize("strategy", ["stream", pytest.param("2ps", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("strategy", "name"),
+    [
+        pytest.param(
+            strategy,
+            name,
+            marks=[]
+            if (strategy, name) in {("stream", "vmap"), ("2ps", "jvp")}
+            else pytest.mark.slow,
+        )
+        for strategy in ("stream", "2ps", "overl")
+        for name in TRANSFORMATIONS
+    ],
+)
 def test_under_transformations(name, strategy):
     transform = TRANSFORMATIONS[name]
     options = over_devices(2, strategy=strategy, num_blocks=2)
@@ -363,6 +381,7 @@ def test_under_transformations(name, strategy):
 
 
 @in_child
+@pytest.mark.slow
 def test_outside_of_jit():
     row_fun = lrjax.rowwise(chain, in_axes=(None, 1), num_blocks=2, **over_devices(2))
     args = PARAMS, image_of(12)
@@ -411,16 +430,19 @@ def both(kind):
 SPECS = {"both": P("data", "rows"), "data": P("data"), "rows": P(None, "rows")}
 
 
+DIVIDED = [
+    (kind, strategy, name)
+    for kind in (AxisType.Auto, AxisType.Explicit)
+    for strategy in ("stream", "2ps", "overl")
+    for name in SPECS
+]
+FAST_DIVIDED = (AxisType.Auto, "stream", "both"), (AxisType.Explicit, "stream", "both")
+
+
 @in_child
-@pytest.mark.parametrize("name", SPECS)
 @pytest.mark.parametrize(
-    ("kind", "strategy"),
-    [
-        (AxisType.Auto, "stream"),
-        (AxisType.Explicit, "stream"),
-        pytest.param(AxisType.Auto, "2ps", marks=pytest.mark.slow),
-        pytest.param(AxisType.Explicit, "overl", marks=pytest.mark.slow),
-    ],
+    ("kind", "strategy", "name"),
+    [pytest.param(*one, marks=[] if one in FAST_DIVIDED else pytest.mark.slow) for one in DIVIDED],
 )
 def test_batch_and_rows_divided_by_jit_alone(kind, strategy, name):
     mesh = both(kind)
@@ -449,7 +471,8 @@ def test_batch_and_rows_divided_by_jit_alone(kind, strategy, name):
 @in_child
 @pytest.mark.parametrize("check_vma", [True, pytest.param(False, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
-    "strategy", ["stream", "2ps", pytest.param("overl", marks=pytest.mark.slow)]
+    "strategy",
+    ["stream", *(pytest.param(one, marks=pytest.mark.slow) for one in ("2ps", "overl"))],
 )
 def test_rows_divided_within_shard_map_over_the_batch(strategy, check_vma):
     options = {"num_blocks": 2, "row_mesh_axis": "rows", "strategy": strategy}
@@ -486,3 +509,128 @@ def test_parameters_divided_by_their_own_sharding():
         jax.jit(jax.grad(f))(p, image_of(32)) for f, p in ((row_fun, params), (chain, PARAMS))
     )
     check(Results(found), Results(expected))
+
+
+# --- Bad input -----------------------------------------------------------------------------------
+
+TALL = jax.ShapeDtypeStruct((1, 64, 6, 1), np.float64)
+
+
+def of_other_axes():
+    return jax.make_mesh((4, 2), ("data", "rows"), (AxisType.Auto,) * 2)
+
+
+REFUSED = {
+    "no mesh": ({"row_mesh_axis": "rows"}, "there is no mesh; give mesh="),
+    "no such axis": ({**over_devices(1), "row_mesh_axis": "columns"}, r"it has \('rows',\)"),
+    "no axis": ({"mesh": mesh_of(1)}, "name the axis along which rows are divided"),
+    "no mesh at all": ({**over_devices(1), "mesh": "rows"}, "is no mesh; give what jax.make_mesh"),
+    "two axes": ({**over_devices(1), "row_mesh_axis": ("rows", "data")}, "the name of one mesh"),
+    "offload": ({**over_devices(1), "offload": True, "cuts": 2}, "stay on the devices"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_options_that_do_not_fit(name):
+    options, message = REFUSED[name]
+    with pytest.raises(ValueError, match=message):
+        jax.eval_shape(lrjax.rowwise(chain, in_axes=(None, 1), **options), PARAMS, TALL)
+
+
+def test_a_plan_is_for_one_device():
+    plan = lrjax.plan(chain, PARAMS, TALL, in_axes=(None, 1), budget="1GiB", target="cpu")
+    with pytest.raises(ValueError, match="a plan is made for one device"):
+        lrjax.rowwise(chain, in_axes=(None, 1), plan=plan, **over_devices(1))
+
+
+@in_child
+@pytest.mark.parametrize(
+    ("height", "options", "message"),
+    [
+        (7, {}, "7 rows cannot be divided among 8 devices; use a mesh with at most 7"),
+        (64, {"num_blocks": 9}, "num_blocks=9 is more than the 8 input rows .* each of 8 devices"),
+    ],
+)
+def test_too_few_rows(height, options, message):
+    row_fun = lrjax.rowwise(chain, in_axes=(None, 1), **over_devices(**options))
+    with pytest.raises(ValueError, match=message):
+        jax.eval_shape(row_fun, PARAMS, jax.ShapeDtypeStruct((1, height, 6, 1), np.float64))
+
+
+@in_child
+def test_another_mesh_than_the_one_at_hand():
+    row_fun = lrjax.rowwise(chain, in_axes=(None, 1), **over_devices())
+    with jax.set_mesh(of_other_axes()), pytest.raises(ValueError, match="leave mesh out"):
+        jax.eval_shape(row_fun, PARAMS, TALL)
+
+
+@in_child
+def test_rows_that_shard_map_divides_already():
+    row_fun = lrjax.rowwise(chain, in_axes=(None, 1), **over_devices())
+    specs = {"in_specs": (P(), P(None, "rows")), "out_specs": P()}
+    mapped = jax.shard_map(row_fun, mesh=mesh_of(8), **specs)
+    with pytest.raises(ValueError, match="leave the axis out of axis_names"):
+        jax.eval_shape(mapped, PARAMS, TALL)
+
+
+@in_child
+def test_rows_divided_along_another_axis():
+    mesh = of_other_axes()
+    image = jax.device_put(image_of(64), NamedSharding(mesh, P(None, "data")))
+    options = {"mesh": mesh, "row_mesh_axis": "rows"}
+    with pytest.raises(ValueError, match=r"args\[1\]: its row axis 1 is divided .* 'data'"):
+        lrjax.rowwise(chain, in_axes=(None, 1), **options)(PARAMS, image)
+
+
+# --- What is said of them ------------------------------------------------------------------------
+
+
+@in_child
+def test_explain_tells_of_the_devices():
+    options = {"in_axes": (None, 1), "num_blocks": 4}
+    found = lrjax.explain(far_reaching, PARAMS, TALL, **options, **over_devices())
+    plain = lrjax.explain(far_reaching, PARAMS, TALL, **options)
+    assert "among 8 devices, along the mesh axis 'rows'" in str(found)
+    assert "at most 25 rows fetched of each neighbour" in str(found)
+    assert "devices" not in str(plain)
+    again = [sum(o.recomputed_rows for o in e.segments[0].passes[0].operations)
+             for e in (plain, found)]  # fmt: skip
+    assert again == [0, 7 * 2 * 2]  # a convolution and tanh, on both sides of seven boundaries
+
+
+@in_child
+def test_a_profile_for_several_devices():
+    def step(params, image):
+        row_fun = lrjax.rowwise(chain, in_axes=(None, 1), num_blocks=2, row_mesh_axis="rows")
+        return jax.grad(row_fun)(params, image)
+
+    specs = {"mesh_shape": {"rows": 8}, "in_specs": (P(), P(None, "rows"))}
+    args = PARAMS, jax.ShapeDtypeStruct((1, 512, 64, 1), np.float64)
+    found = lrjax.memory.profile(step, *args, target="cpu", **specs)
+    alone = lrjax.memory.profile(jax.grad(chain), *args, target="cpu")
+    assert found.devices == 8
+    assert found.argument_bytes < alone.argument_bytes / 4
+    kinds = Counter(one.kind for one in found.collectives)
+    assert kinds == {"collective-permute": 2, "all-reduce": kinds["all-reduce"]}
+    assert not any(one.is_in_loop for one in found.collectives)
+    halo = next(one for one in found.collectives if one.kind == "collective-permute")
+    assert halo.bytes == 5 * 64 * 8  # five rows, of a width of 64, in float64
+    assert "collective-permute: 2" in str(found)
+    assert lrjax.memory.MemoryProfile.from_json(found.to_json()) == found
+
+
+@in_child
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"mesh_shape": {"rows": 9}}, "wants 9 devices and there are 8"),
+        ({"mesh_shape": {}}, "must name axes and sizes"),
+        ({"in_specs": (P(), P())}, "without mesh_shape"),
+        ({"mesh_shape": {"rows": 8}, "in_specs": (P(),)}, "one entry for each of 2 arguments"),
+        ({"mesh_shape": {"rows": 8}, "in_specs": (P(), P("columns"))}, "does not fit the mesh"),
+        ({"mesh_shape": {"rows": 2}, "target": "tpu-v5e"}, "is a TPU, .*choose a GPU"),
+    ],
+)
+def test_profiles_that_cannot_be(options, message):
+    with pytest.raises(ValueError, match=message):
+        lrjax.memory.profile(chain, PARAMS, TALL, **{"target": "cpu", **options})
