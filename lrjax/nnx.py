@@ -68,11 +68,7 @@ def rowwise(
 
     @functools.wraps(call)
     def rowwise_call(*args: Any, **kwargs: Any) -> Any:
-        nodes: dict[str, Any] = {
-            "args": {i: arg for i, arg in enumerate(args) if _holds_nodes(arg)},
-            "kwargs": {key: arg for key, arg in kwargs.items() if _holds_nodes(arg)},
-            "self": owner,
-        }
+        nodes = _nodes(args, kwargs, owner)
         positional = [None if i in nodes["args"] else arg for i, arg in enumerate(args)]
         keyword = {key: arg for key, arg in kwargs.items() if key not in nodes["kwargs"]}
         graph, state = nnx.split(nodes)
@@ -90,11 +86,7 @@ def rowwise(
                     "(sow does), which a row loop cannot carry out of itself; return the value "
                     "instead, or create the variable beforehand and assign to it."
                 )
-            return outputs, {
-                path: leaves
-                for path, leaves in _by_path(state_after).items()
-                if any(new is not old for new, old in zip(leaves, before[path], strict=True))
-            }
+            return outputs, _changed(before, _by_path(state_after))
 
         outputs, changed = call_rowwise(
             pure,
@@ -131,6 +123,24 @@ def _unbound(fun: Any) -> tuple[Callable[..., Any], nnx.Module | None]:
     if inspect.ismethod(fun) and isinstance(fun.__self__, nnx.Module):
         return fun.__func__, fun.__self__
     return fun, None
+
+
+def _nodes(args: Sequence[Any], kwargs: dict[str, Any], owner: Any) -> dict[str, Any]:
+    """What holds modules among the arguments, and the module whose method is called."""
+    return {
+        "args": {i: arg for i, arg in enumerate(args) if _holds_nodes(arg)},
+        "kwargs": {key: arg for key, arg in kwargs.items() if _holds_nodes(arg)},
+        "self": owner,
+    }
+
+
+def _changed(before: dict[str, list[Any]], after: dict[str, list[Any]]) -> dict[str, list[Any]]:
+    """Variables that were assigned to, by path."""
+    return {
+        path: leaves
+        for path, leaves in after.items()
+        if any(new is not old for new, old in zip(leaves, before[path], strict=True))
+    }
 
 
 def _holds_nodes(arg: Any) -> bool:

@@ -7,7 +7,7 @@ The gradient of the mean square of VGG-16's last map, bfloat16, batch 1, with re
 parameters, compiled for one device and for eight. Prints a table in Markdown: XLA's peak of one
 device in MiB, and collectives of a step (in loops: none is the aim). ``column`` is the function as
 it is, divided by XLA alone; an image as high on one device as a share on eight tells what dividing
-rows costs.
+rows costs. In the last line the width is divided instead, by XLA, and rows run as on one device.
 """
 
 import argparse
@@ -53,28 +53,36 @@ def main() -> None:
     print("| strategy | image | devices | MiB a device | collectives, MiB | in loops |")
     print("|---|---|---|---|---|---|")
     for name, height, devices, options in cases:
-        found = measured(own, height, devices, options)
+        found = measured(own, (height, size), devices, options)
         print(f"| {name} | {height}x{size} | {devices} | {cells(found)} |", flush=True)
+    found = measured(own, (size, tall), DEVICES, {"strategy": "stream"}, divides_width=True)
+    print(f"| stream, width divided | {size}x{tall} | {DEVICES} | {cells(found)} |", flush=True)
 
 
 def measured(
-    own: argparse.Namespace, height: int, devices: int, options: dict[str, Any] | None
+    own: argparse.Namespace,
+    shape: tuple[int, int],
+    devices: int,
+    options: dict[str, Any] | None,
+    *,
+    divides_width: bool = False,
 ) -> MemoryProfile:
     model = VGGFeatures(own.width, jnp.bfloat16, jnp.bfloat16)
-    image = jax.ShapeDtypeStruct((1, height, own.size, 3), jnp.bfloat16)
+    image = jax.ShapeDtypeStruct((1, *shape, 3), jnp.bfloat16)
     params = jax.eval_shape(model.init, jax.random.key(0), image)
 
     def loss(params: Any, image: jax.Array) -> jax.Array:
         return jnp.square(model.apply(params, image).astype(jnp.float32)).mean()
 
     by_rows: Callable[..., Any] = loss
-    over = {} if devices == 1 else {"row_mesh_axis": AXIS}
+    over = {} if devices == 1 or divides_width else {"row_mesh_axis": AXIS}
     if options is not None:
         blocks = {"num_blocks": own.blocks}
         by_rows = lrjax.rowwise(loss, in_axes=(None, 1), **options, **blocks, **over)
     specs: dict[str, Any] = {}
     if devices > 1:
-        specs = {"mesh_shape": {AXIS: devices}, "in_specs": (jax.P(), jax.P(None, AXIS))}
+        of_image = jax.P(None, None, AXIS) if divides_width else jax.P(None, AXIS)
+        specs = {"mesh_shape": {AXIS: devices}, "in_specs": (jax.P(), of_image)}
     return profile(jax.grad(by_rows), params, image, target=own.target, **specs)
 
 
