@@ -43,8 +43,9 @@ def on_auto_axes(
       ValueError: rows are divided along another axis, or ``fun`` closes over an array on the mesh.
     """
     arrays, arguments_of = arrays_in((args, kwargs))
-    _check_rows(in_axes, args, row_mesh_axis)
     explicit = _explicit_axes(arrays)
+    if explicit or row_mesh_axis is not None:
+        _check_rows(in_axes, args, row_mesh_axis)
     if not explicit:
         return call(args, kwargs)
 
@@ -118,8 +119,6 @@ def _check_rows(in_axes: Any, args: tuple[Any, ...], row_mesh_axis: str | None) 
         over = None if axis is None or not is_array(leaf) else _divided_over(leaf, axis)
         if over is None or over == row_mesh_axis:
             continue
-        if row_mesh_axis is None and _mesh_of(leaf) is None:
-            continue  # XLA divides the work of a single device's loops
         raise ValueError(
             f"args{jax.tree_util.keystr(path)}: its row axis {axis} is divided over the mesh "
             f"axis {over!r}, and a step of a row loop needs whole rows on every device. "

@@ -75,9 +75,9 @@ def compile_for(
         compiled = compile_for(jax.grad(loss), params, images, target="h200")
         print(peak_bytes(compiled) / 2**20, "MiB")
     """
+    mesh = None if mesh_shape is None else mesh_for(target, mesh_shape)
     device = device_of(target)
     static = _normalised(static_argnums, len(args))
-    mesh = None if mesh_shape is None else mesh_for(target, mesh_shape)
     shardings: Any = jax.sharding.SingleDeviceSharding(device)
     if in_specs is not None and mesh is None:
         raise ValueError("in_specs is given without mesh_shape; give the mesh's axes and sizes.")

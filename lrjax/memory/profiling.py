@@ -108,7 +108,6 @@ def profile(
         profile = lrjax.memory.profile(jax.grad(loss), params, images, target="rtx3090")
         print(profile.peak_bytes, profile.fits, profile.by_kind())
     """
-    device = device_of(target)
     with tempfile.TemporaryDirectory(prefix="lrjax-profile-") as dump:
         with _without_cache(), _quietly():
             compiled = compile_for(
@@ -121,6 +120,7 @@ def profile(
                 mesh_shape=mesh_shape,
                 in_specs=in_specs,
             )
+        device = device_of(target)
         try:
             assignment = read_dump(dump)
         except (OSError, ValueError) as error:
