@@ -380,6 +380,25 @@ def test_under_transformations(name, strategy):
     check(Results(found), Results(expected))
 
 
+def fine_tuned(trained, frozen, image):
+    for kernel in (*frozen, *trained):
+        image = jnp.tanh(convolve(image, kernel))
+    return image
+
+
+@in_child
+@pytest.mark.parametrize(
+    ("strategy", "height"),
+    [("2ps", 19), *(pytest.param(one, 24, marks=pytest.mark.slow) for one in ("overl", "stream"))],
+)
+def test_layers_that_are_not_trained(strategy, height):
+    kernels = [normal(3, 3, 4, 4, seed=i) / 6 for i in range(7)]
+    args = kernels[6:], kernels[:6], normal(2, height, 5, 4)
+    options = over_devices(3, strategy=strategy, num_blocks=2)
+    for argnums in [(0,), (0, 2)]:
+        assert_same_as_column(fine_tuned, args, (None, None, 1), argnums=argnums, **options)
+
+
 @in_child
 @pytest.mark.slow
 def test_outside_of_jit():

@@ -77,7 +77,8 @@ def halo(loop: RowLoop, division: Division) -> tuple[int, int]:
             first, stop = loop.needs[s.node]
             top = max(top, -int(s.read.row_map.first(first)))
             bottom = max(bottom, int(s.read.row_map.end(stop)) - division.share)
-    return top, bottom
+    most = (shards_of_loop(loop).count - 1) * division.share
+    return min(top, most), min(bottom, most)
 
 
 def fetched_rows(loop: RowLoop) -> int:
@@ -129,16 +130,26 @@ def read_values(
     return arrays, {v: values[v] for v in loop.wholes}
 
 
-def cropped(loop: RowLoop, values: Mapping[int, Array]) -> Values:
-    """Row outputs of the loop without the rows behind the image, where they have such."""
+def images(loop: RowLoop, values: Mapping[int, Array]) -> Values:
+    """Values without the rows behind the image, where loops gave such."""
     if loop.shards is None:
-        return {}
-    found = {}
-    for v in loop.row_outputs:
-        axis, height = loop.graph.row_axis[v], loop.graph.height(v)
-        if values[v].shape[axis] > height:
-            found[v] = lax.slice_in_dim(values[v], 0, height, axis=axis)
-    return found
+        return dict(values)
+    avals = loop.graph.program.avals
+    return {
+        v: x if x.shape == avals[v].shape else lax.slice(x, (0,) * x.ndim, avals[v].shape)
+        for v, x in values.items()
+    }
+
+
+def shared(loop: RowLoop, values: Mapping[int, Array]) -> Values:
+    """Values with as many rows as all shares have, as a loop gives its row outputs."""
+    if loop.shards is None:
+        return dict(values)
+    row_outputs, axes, shards = loop.row_outputs, loop.graph.row_axis, loop.shards
+    return {
+        v: shards.padded(x, axes[v], share(loop, v)) if v in row_outputs else x
+        for v, x in values.items()
+    }
 
 
 def with_halos(loop: RowLoop, own: Mapping[Division, Array]) -> dict[Division, WithHalo]:

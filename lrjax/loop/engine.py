@@ -447,7 +447,7 @@ def run_graph(
             copies.update(_copies(graph, whole, loop.wholes))
             taken = {v: whole[v] for v in loop.wholes}
             values.update(run(loop, {**values, **taken}, wanted))
-            images.update(devices.cropped(loop, values))
+            images.update(devices.images(loop, {v: values[v] for v in loop.row_outputs}))
     results = [array_of(v, ChainMap(images, values)) for v in graph.program.outputs]
     for i, axis in hosted.items():
         if not is_on_host(results[i]):

@@ -131,16 +131,16 @@ def shared_schedule(tasks: Sequence[Task], *, is_share: bool = False) -> Schedul
     Where the rows are one device's share of an image (``is_share``), there are rows before row 0
     too, and the first steps make those that the share's own rows depend on.
     """
-    before, needed = 0, needed_rows(tasks)
+    before, needed = 0, needed_rows(tasks) if is_share else []
     while True:
         eager = _eager_frontiers(tasks, before)
         lazy = _held_back(tasks, eager, before)
         missing = [
             (int(rows[0]) - first) / task.speed
-            for task, rows, (first, _) in zip(tasks, lazy, needed, strict=True)
+            for task, rows, (first, _) in zip(tasks, lazy, needed, strict=False)
             if rows[0] > first
         ]
-        if not is_share or not missing:
+        if not missing:
             return _with_tracks(tasks, lazy)
         before += max(1, math.ceil(max(missing)))
 

@@ -1,17 +1,20 @@
-"""What stream saves of a part that is not trained.
+"""What is saved of a part that is not trained.
 
-Column runs frozen early layers once. Stream would run them in both passes, to make again what the
-trained part reads of them; saved, it is read. Which maps cross is a minimum cut again, bytes held
-against operations done again.
+Column runs frozen early layers once. A strategy that does the forward pass again would run them
+twice, to make again what the trained part reads of them; saved, it is read. Which maps cross is a
+minimum cut again, bytes held against operations done again.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import dataclasses
+from collections.abc import Collection, Sequence
 
-from lrjax.program.inline import dependents
-from lrjax.rowgraph.graph import RowGraph, stage_problem
+from lrjax.loop.rowloop import RowLoop
+from lrjax.program.inline import FlatProgram, dependents, without_dead_equations
+from lrjax.rowgraph.graph import RowGraph, build, stage_problem
 from lrjax.rowgraph.stages import MinimumCuts, Problem
+from lrjax.strategies.joint import made_from
 
 # Frozen operations may be done again for up to this fraction of what column does.
 MOST_REPEATED = 0.1
@@ -47,6 +50,50 @@ def worth_saving(graph: RowGraph, wrt: Sequence[int]) -> frozenset[int]:
         if _repeated(problem, wanted, held) <= MOST_REPEATED * column:
             break
     return held
+
+
+@dataclasses.dataclass(frozen=True)
+class Division:
+    """A row loop in two: what runs once, and what is differentiated.
+
+    Attributes:
+      frozen: takes what the loop takes; gives values that are held.
+      trained: takes some of both, by their numbers; gives what the loop gives.
+      graph: the loop's operations, with the row axes of all.
+    """
+
+    frozen: FlatProgram
+    trained: FlatProgram
+    graph: RowGraph
+
+
+def division(loop: RowLoop, perturbed: Collection[int]) -> Division | None:
+    """Divide a loop where a part of it is frozen whose results are worth saving.
+
+    Args:
+      loop: any loop.
+      perturbed: of the values that it takes, those that are differentiated.
+
+    Returns:
+      None where the loop had better run as it is.
+    """
+    names = tuple(dict.fromkeys((*loop.arrays, *loop.wholes)))
+    equations = tuple(node.equation for node in loop.nodes)
+    if len(perturbed) == len(names) or any(e.has_effects for e in equations):
+        return None
+    outputs = (*loop.row_outputs, *loop.reductions)
+    program = dataclasses.replace(
+        loop.graph.program, equations=equations, inputs=names, outputs=outputs, constants={}
+    )
+    axes = [loop.graph.row_axis.get(v) if v in loop.arrays else None for v in names]
+    graph = build(program, axes)
+    saved = worth_saving(graph, [i for i, v in enumerate(names) if v in perturbed])
+    if not saved:
+        return None
+    moving = dependents(equations, perturbed)
+    held = tuple(dict.fromkeys((*sorted(saved), *(v for v in outputs if v not in moving))))
+    frozen = without_dead_equations(dataclasses.replace(program, outputs=held))
+    return Division(frozen, made_from(program, 0, held, outputs), graph)
 
 
 def _repeated(problem: Problem, wanted: frozenset[int], held: frozenset[int]) -> float:

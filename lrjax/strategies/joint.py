@@ -52,7 +52,7 @@ class Joint:
         """
         program, border = self.program, self._border
         gradients = program.outputs[self.count :]
-        backward = _from(program, border, saved, gradients, self.cotangents)
+        backward = made_from(program, border, saved, gradients, self.cotangents)
         taken = backward.inputs[: len(backward.inputs) - len(self.cotangents)]
         forward = dataclasses.replace(
             program,
@@ -118,12 +118,12 @@ def _is_reference(value: Any) -> bool:
     return hasattr(jax.typeof(value), "inner_aval")
 
 
-def _from(
+def made_from(
     program: FlatProgram,
     border: int,
     saved: Collection[int],
     outputs: Sequence[Any],
-    last: Sequence[int],
+    last: Sequence[int] = (),
 ) -> FlatProgram:
     """What gives ``outputs``, and effects behind ``border``, from saved values and from inputs.
 

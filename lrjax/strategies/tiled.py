@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -28,14 +28,16 @@ from lrjax.loop.offload import instantiated, is_on_host, to_host
 from lrjax.loop.rowloop import Order, RowLoop
 from lrjax.loop.shards import WithHalo
 from lrjax.loop.small_sums import SmallSums
-from lrjax.program.inline import FlatEquation
+from lrjax.program.inline import FlatEquation, FlatProgram, values_of
 from lrjax.program.varying import is_inexact
 from lrjax.rowgraph.graph import build
+from lrjax.rowgraph.row_mesh import RowMesh
 from lrjax.rowgraph.segments import Segment
 from lrjax.rules.base import Array, RowOp
 from lrjax.rules.masks import keep_rows
 from lrjax.strategies.base import NOTHING_HOSTED, Function, Strategy
-from lrjax.strategies.programs import DifferentiatedRows, Residuals, RowProgram, row_program
+from lrjax.strategies.frozen import Division, division
+from lrjax.strategies.programs import Axes, DifferentiatedRows, Residuals, RowProgram, row_program
 
 
 class _Tiled(Strategy):
@@ -50,12 +52,17 @@ class _Tiled(Strategy):
         given: Mapping[int, int] = NOTHING_HOSTED,
         taken: Mapping[int, int] = NOTHING_HOSTED,
     ) -> Function:
-        rows = differentiable_program(segment, self.order, num_blocks)
+        again = functools.partial(
+            differentiable_program,
+            order=self.order,
+            num_blocks=num_blocks,
+            row_mesh=segment.row_mesh,
+        )
+        rows = again(segment.program, segment.axes)
+        run = functools.partial(_differentiable_loop, program_of=again)
 
         def call(*inputs: Array) -> list[Array]:
-            return engine.run_graph(
-                rows.graph, rows.loops, inputs, run=_differentiable_loop, hosted=given
-            )
+            return engine.run_graph(rows.graph, rows.loops, inputs, run=run, hosted=given)
 
         return call
 
@@ -63,7 +70,10 @@ class _Tiled(Strategy):
         self, segment: Segment, num_blocks: int, wrt: Sequence[int]
     ) -> DifferentiatedRows:
         del wrt
-        return DifferentiatedRows(differentiable_program(segment, self.order, num_blocks))
+        program, axes, row_mesh = segment.program, segment.axes, segment.row_mesh
+        return DifferentiatedRows(
+            differentiable_program(program, axes, self.order, num_blocks, row_mesh)
+        )
 
 
 class TwoPhase(_Tiled):
@@ -90,14 +100,33 @@ def _differentiable_in_blocks(equation: FlatEquation, op: RowOp) -> str | None:
     return op.undifferentiable()
 
 
-def differentiable_program(segment: Segment, order: Order, num_blocks: int) -> RowProgram:
+def differentiable_program(
+    program: FlatProgram,
+    axes: Axes,
+    order: Order,
+    num_blocks: int,
+    row_mesh: RowMesh | None = None,
+) -> RowProgram:
     """The forward program as row loops whose steps can be differentiated one by one."""
-    graph = build(segment.program, segment.axes, _differentiable_in_blocks)
-    return row_program(graph, order, num_blocks, is_differentiated=True, row_mesh=segment.row_mesh)
+    graph = build(program, axes, _differentiable_in_blocks)
+    return row_program(graph, order, num_blocks, is_differentiated=True, row_mesh=row_mesh)
 
 
-def _differentiable_loop(loop: RowLoop, values: Values, hosted: Collection[int] = ()) -> Values:
-    """A row loop whose row outputs exist whole on the device, whatever is ``hosted`` later."""
+ProgramOf = Callable[[FlatProgram, Axes], RowProgram]
+
+
+def _differentiable_loop(
+    loop: RowLoop,
+    values: Values,
+    hosted: Collection[int] = (),
+    *,
+    program_of: ProgramOf | None = None,
+) -> Values:
+    """A row loop whose row outputs exist whole on the device, whatever is ``hosted`` later.
+
+    With ``program_of``, which makes a part of it a differentiable row program, what is frozen runs
+    once (see ``frozen.division``).
+    """
     del hosted
     names = tuple(dict.fromkeys((*loop.arrays, *loop.wholes)))
 
@@ -108,19 +137,50 @@ def _differentiable_loop(loop: RowLoop, values: Values, hosted: Collection[int] 
     def forward(inputs: dict[int, Any]) -> Any:
         perturbed = frozenset(v for v in names if inputs[v].perturbed)
         plain = {v: inputs[v].value for v in names}
+        divided = division(loop, perturbed) if program_of else None
+        if divided is not None and program_of is not None:
+            outputs, pull = _divided_loop(loop, divided, plain, perturbed, program_of)
+            return outputs, Residuals(pull, None)
         outputs, lines = engine.run_steps(loop, plain, saves_lines=True)
         return outputs, Residuals((plain, lines), perturbed)
 
     def backward(residuals: Residuals, cotangents: Values) -> tuple[dict[int, Any]]:
-        inputs, lines = residuals.arrays
         given = {v: instantiated(ct) for v, ct in cotangents.items()}
-        reverse = _reverse_over_devices if loop.shards is not None else _reverse
-        bars = reverse(loop, inputs, given, residuals.static, lines)
+        if residuals.static is None:
+            (bars,) = residuals.arrays(given)
+        else:
+            inputs, lines = residuals.arrays
+            reverse = _reverse if loop.shards is None else _reverse_over_devices
+            bars = reverse(loop, inputs, given, residuals.static, lines)
         return ({v: bars.get(v) for v in names},)
 
     call.defvjp(forward, backward, symbolic_zeros=True)
     found, moving = call({v: values[v] for v in names}), loop.graph.moving
     return {v: x if v in moving else _without_tangent(x) for v, x in found.items()}
+
+
+def _divided_loop(
+    loop: RowLoop,
+    divided: Division,
+    values: Values,
+    perturbed: Collection[int],
+    program_of: ProgramOf,
+) -> Any:
+    """What a loop gives, and the function from its cotangents to those of ``perturbed`` values."""
+    frozen, trained, graph = divided.frozen, divided.trained, divided.graph
+    first = program_of(frozen, [graph.axis_of(v) for v in frozen.inputs])
+    images = devices.images(loop, values)
+    held = first.run([images[v] for v in frozen.inputs])
+    known = {**images, **dict(zip(values_of(frozen.outputs), held, strict=True))}
+    second = program_of(trained, [graph.axis_of(v) for v in trained.inputs])
+
+    def behind(moving: Values) -> Values:
+        own = devices.images(loop, moving)
+        inputs = [own.get(v, known[v]) for v in trained.inputs]
+        outputs = engine.run_graph(second.graph, second.loops, inputs, run=_differentiable_loop)
+        return devices.shared(loop, dict(zip(values_of(trained.outputs), outputs, strict=True)))
+
+    return jax.vjp(behind, {v: values[v] for v in perturbed})
 
 
 def _without_tangent(value: Array) -> Array:
