@@ -135,13 +135,18 @@ def _check_rows(in_axes: Any, args: tuple[Any, ...], row_mesh_axis: str | None) 
 
 def _divided_over(array: Any, axis: int) -> Any:
     """The mesh axis, or axes, over which an array is divided along one of its axes, if known."""
-    kind = array.sharding if is_concrete(array) else getattr(jax.typeof(array), "sharding", None)
+    kind = array.sharding if _is_concrete(array) else getattr(jax.typeof(array), "sharding", None)
     spec = kind.spec if isinstance(kind, NamedSharding) else ()
     over = spec[axis] if axis < len(spec) else None
     return over or None
 
 
-def is_concrete(array: Any) -> bool:
+def _names(over: Any) -> tuple[str, ...]:
+    """The mesh axes that an entry of a partition names."""
+    return over if isinstance(over, tuple) else () if over is None else (over,)
+
+
+def _is_concrete(array: Any) -> bool:
     """An array of numbers on devices, whose sharding is known though its axes be Auto."""
     return isinstance(array, jax.Array) and not isinstance(array, jax.core.Tracer)
 
@@ -236,8 +241,8 @@ def _shardings_with_rows(
     def struct(array: Any) -> Any:
         aval, kind = jax.typeof(array), getattr(jax.typeof(array), "sharding", None)
         spec = kind.spec if isinstance(kind, NamedSharding) else ()
-        kept = jax.P(*(None if over == row_mesh_axis else over for over in spec))
-        sharding = NamedSharding(partly, kept)
+        kept = (tuple(n for n in _names(over) if n != row_mesh_axis) or None for over in spec)
+        sharding = NamedSharding(partly, jax.P(*kept))
         return jax.ShapeDtypeStruct(
             aval.shape, aval.dtype, weak_type=aval.weak_type, sharding=sharding
         )

@@ -36,6 +36,7 @@ FACADES = ("tests/test_facades.py",)
 CHECKER = ("tests/test_checker.py",)
 CONTRACTS = ("tests/rules/test_rule_contracts.py",)
 PLANS = ("tests/planner/test_plan_value.py",)
+DEVICES = ("tests/test_rows_over_devices.py",)
 # Of the named geometries, in order of what they cost.
 STREAM = "same_as_column and stream and resnet"
 TWO_PHASE = "same_as_column and 2ps and resnet"
@@ -995,9 +996,49 @@ TOOLS = (
     ),
 )
 
+SHARES = (
+    Mutation(
+        "halo-not-sent-back",
+        "devices keep what the gradients add to rows that neighbours lent them",
+        "lrjax/loop/devices.py",
+        "shards.with_returned_halo(bar, *halo(loop, d))",
+        "bar.pieces[0]",
+        DEVICES,
+        "on_eight_devices and not slow",
+    ),
+    Mutation(
+        "neighbours-rows-added",
+        "a sum over rows takes a row of the next device too",
+        "lrjax/loop/devices.py",
+        "high: Any = row_map.end(share_of_node(loop, source.node))",
+        "high: Any = row_map.end(share_of_node(loop, source.node) + 1)",
+        DEVICES,
+        "on_eight_devices and not slow",
+    ),
+    Mutation(
+        "no-steps-before-the-share",
+        "rows above a share are read before they are made",
+        "lrjax/loop/schedule.py",
+        "before += max(1, math.ceil(max(missing)))",
+        "return _with_tracks(tasks, lazy)",
+        DEVICES,
+        "on_eight_devices and not slow",
+    ),
+    Mutation(
+        "padding-in-the-image",
+        "rows that fill up the last share are taken for rows of the image",
+        "lrjax/loop/clock.py",
+        "self[name] + self.device * share",
+        "self[name]",
+        DEVICES,
+        "on_eight_devices and not slow",
+    ),
+)
+
 MUTATIONS = (
     *ROW_MAPS,
     *SCHEDULES,
+    *SHARES,
     *LINE_BUFFERS,
     *MASKS,
     *SUMS,

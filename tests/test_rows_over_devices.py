@@ -446,7 +446,12 @@ def both(kind):
     return jax.make_mesh((2, 4), ("data", "rows"), (kind, kind))
 
 
-SPECS = {"both": P("data", "rows"), "data": P("data"), "rows": P(None, "rows")}
+SPECS = {
+    "both": P("data", "rows"),
+    "data": P("data"),
+    "rows": P(None, "rows"),
+    "batch on all": P(("data", "rows")),
+}
 
 
 DIVIDED = [
@@ -466,7 +471,7 @@ FAST_DIVIDED = (AxisType.Auto, "stream", "both"), (AxisType.Explicit, "stream", 
 def test_batch_and_rows_divided_by_jit_alone(kind, strategy, name):
     mesh = both(kind)
     params = jax.device_put(PARAMS, NamedSharding(mesh, P()))
-    image = jax.device_put(image_of(32, batch=4), NamedSharding(mesh, SPECS[name]))
+    image = jax.device_put(image_of(32, batch=8), NamedSharding(mesh, SPECS[name]))
     options = {"num_blocks": 2, "row_mesh_axis": "rows"}
     row_fun = lrjax.rowwise(batch_norm, in_axes=(None, 1), strategy=strategy, **options)
 
@@ -479,7 +484,7 @@ def test_batch_and_rows_divided_by_jit_alone(kind, strategy, name):
 
     with jax.set_mesh(mesh):
         found = step(row_fun)(params, image)
-    check(Results(found), Results(step(batch_norm)(PARAMS, image_of(32, batch=4))))
+    check(Results(found), Results(step(batch_norm)(PARAMS, image_of(32, batch=8))))
     if kind == AxisType.Explicit:  # the types that column would have, and rows divided
         (param_bars, image_bars), out = found
         assert jax.typeof(image_bars) == jax.typeof(image)

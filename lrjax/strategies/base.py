@@ -65,8 +65,9 @@ class Strategy(abc.ABC):
         """The segment as a function of its inputs, differentiable once in reverse mode.
 
         Args:
-          segment: its program, and the row axes of its inputs.
-          num_blocks: steps of its row loops.
+          segment: its program, the row axes of its inputs, and the devices that share its rows, if
+            several do (``segment.row_mesh``); where a strategy ignores these, XLA divides the work.
+          num_blocks: steps of its row loops, on every device.
           given: numbers of the outputs to put in the host's memory, with their row axes.
           taken: numbers of the inputs that come in the host's memory, with their row axes.
         """
