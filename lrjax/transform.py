@@ -23,6 +23,7 @@ from lrjax.options import (
 from lrjax.plan import Choice
 from lrjax.program.compatibility import checkpoint, strongly_typed, weakly_typed
 from lrjax.program.inline import array_of, values_of
+from lrjax.program.interpreter import with_room_for_calls
 from lrjax.program.varying import is_inexact
 from lrjax.rowgraph.row_mesh import RowMesh
 from lrjax.rowgraph.segments import Segment, split, split_at
@@ -112,6 +113,7 @@ def rowwise_with(fun: Callable[..., Any], in_axes: Any, options: Options) -> Cal
         if is_within_rowwise():
             return fun(*args, **kwargs)
 
+        @with_room_for_calls
         def by_rows(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             return run(trace(fun, in_axes, args, kwargs), options)
 

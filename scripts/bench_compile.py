@@ -9,7 +9,8 @@ runs on the machine counts little. ``build`` is how often a row graph was typed 
 ``traces`` how often ``jax.make_jaxpr`` ran. JAX's caches are empty before each program.
 
 The table is ``experiments/results/compile_times.md``; runs of single networks or targets replace
-their own rows. ``--label before`` keeps rows beside those of a later version.
+their own rows; with ``--only-trace`` compile times stay those of the last run that compiled
+programs of as many equations. ``--label before`` keeps rows beside those of a later version.
 """
 
 import argparse
@@ -252,11 +253,22 @@ def merged(path: Path, new: list[dict[str, Any]]) -> list[dict[str, Any]]:
         return record["network"], record["target"], record["label"]
 
     old = json.loads(path.read_text())["records"] if path.exists() else []
-    found = {key(r): r for r in (*old, *new)}
+    found = {key(r): r for r in old}
+    found.update((key(r), _with_compile_times(r, found.get(key(r)))) for r in new)
     order = [*NETWORKS]
     return sorted(
         found.values(), key=lambda r: (order.index(r["network"]), r["target"], not r["label"])
     )
+
+
+def _with_compile_times(record: dict[str, Any], old: dict[str, Any] | None) -> dict[str, Any]:
+    """A record of a run that did not compile, with what the last one that did found for programs of
+    as many equations."""
+    ways = ("column", "stream")
+    if old is None or any(record[way]["equations"] != old[way]["equations"] for way in ways):
+        return record
+    # The ratio of all phases is of times that were measured together.
+    return {**old, **record, **{way: {**old[way], **record[way]} for way in ways}}
 
 
 def main() -> None:

@@ -190,3 +190,22 @@ def test_cpu_benchmark_writes_what_it_prints(tmp_path):
     assert result["methods"][0]["time_ratio"] == result["methods"][0]["temp_ratio"] == 1.0
     assert result["methods"][1]["gradient_error"] <= 1e-5
     assert all(m["method"] in process.stdout for m in result["methods"])
+
+
+def test_a_trace_keeps_the_compile_times_of_the_same_program(tmp_path):
+    bench = _script("bench_compile")
+
+    def record(equations, trace, **compiled):
+        times = {"trace_s": trace, "lower_s": 0.0, "equations": equations, **compiled}
+        own = {"network": "unet", "target": "cpu", "label": ""}
+        ratios = {"trace_ratio": trace} | ({"total_ratio": 9.0} if compiled else {})
+        return {**own, "column": dict(times), "stream": dict(times), **ratios}
+
+    path = tmp_path / "times.json"
+    path.write_text(json.dumps({"records": [record(10, 3.0, compile_s=7.0, peak_bytes=5)]}))
+    (same,) = bench.merged(path, [record(10, 2.0)])
+    assert same["stream"] == record(10, 2.0, compile_s=7.0, peak_bytes=5)["stream"]
+    assert (same["trace_ratio"], same["total_ratio"]) == (2.0, 9.0)
+    (other,) = bench.merged(path, [record(11, 2.0)])
+    assert "compile_s" not in other["stream"]
+    assert "total_ratio" not in other

@@ -35,6 +35,7 @@ from lrjax.loop.rowloop import Band, RowLoop, Source
 from lrjax.loop.shards import WithHalo
 from lrjax.loop.small_sums import SmallSums
 from lrjax.program.inline import FlatEquation, array_of, values_of
+from lrjax.program.interpreter import collection_paused
 from lrjax.program.varying import varying_axes, varying_over
 from lrjax.rowgraph.graph import RowGraph
 from lrjax.rules.base import Array, Rows, with_at
@@ -155,9 +156,9 @@ class _Step:
     def run(self, band: Band, done: StepResult) -> StepResult:
         """What the band makes."""
         loop, made = self.loop, StepResult()
+        at_hand = ChainMap(made.at_hand, done.at_hand)
         for i in band.nodes:
             node = loop.nodes[i]
-            at_hand = {**done.at_hand, **made.at_hand}
             sources = {s.operand: s for s in loop.sources_of(i)}
             with node.equation.origin():
                 operands = [
@@ -379,7 +380,8 @@ def _scanned(
         saved = lines if saves_lines else None
         return (result.lines, outputs, add_partial(loop, sums, result.partial)), saved
 
-    (_, outputs, sums), saved = lax.scan(step, start, clock.table())
+    with collection_paused():
+        (_, outputs, sums), saved = lax.scan(step, start, clock.table())
     return outputs, sums, saved
 
 

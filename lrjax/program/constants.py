@@ -64,13 +64,17 @@ class Constants:
         if value in self.program.constants:
             return _key_of_array(self.program.constants[value])
         equation = self.producer.get(value)
-        if equation is None or not _is_plain(equation):
+        if equation is None:
+            return None
+        found: list[bytes] = []
+        for v in equation.inputs:
+            key = self._key(v)
+            if key is None:
+                return None
+            found.append(key)
+        if not _is_plain(equation):
             return None
         if any(math.prod(self.program.avals[v].shape) > LARGEST for v in equation.outputs):
-            return None
-        inputs = [self._key(v) for v in equation.inputs]
-        found = [key for key in inputs if key is not None]
-        if len(found) < len(inputs):
             return None
         position = equation.outputs.index(value)
         return _digest(equation.primitive.name, sorted(equation.params.items()), position, *found)

@@ -217,11 +217,14 @@ class _Boundaries:
             found = self.cuts.cheapest(stage, wanted, demand.free, EXCHANGE_RATES[rate])
             return found | demand.whole
 
-        def fits(rate: int) -> bool:
-            held = self.problem.bytes_of(at(rate) | after | demand.outputs)
-            return held + demand.input_bytes <= budget
+        def fits(held: frozenset[int]) -> bool:
+            known = self.problem.bytes_of(held | after | demand.outputs)
+            return known + demand.input_bytes <= budget
 
-        return at(_first(fits, len(EXCHANGE_RATES) - 1))
+        last = len(EXCHANGE_RATES) - 1
+        if not fits(demand.whole):
+            return at(last)  # no cut holds less
+        return at(_first(lambda rate: fits(at(rate)), last))
 
     def _members(
         self, stage: int, targets: frozenset[int], whole: frozenset[int]
@@ -315,9 +318,10 @@ class MinimumCuts:
         number = itertools.count(2)
         for own in operations:
             for i in own:
-                self.again[i] = next(number)
-                made = problem.operations[i].outputs
-                self.vertex.update((v, next(number)) for v in made if v in problem.size)
+                made = [v for v in problem.operations[i].outputs if v in problem.size]
+                if made:
+                    self.again[i] = next(number)
+                    self.vertex.update((v, next(number)) for v in made)
             self.vertices.append(2 + len(self.again) + len(self.vertex))
         edges = np.array([*self._edges(home)]).reshape(-1, 6)
         order = np.lexsort((edges[:, 1], edges[:, 0]))
@@ -330,10 +334,10 @@ class MinimumCuts:
     def _edges(self, home: Sequence[int]) -> Iterator[tuple[int, int, float, float, int, int]]:
         """Tail, head, cost in bytes and in operations, stage, and the value held."""
         for i, operation in enumerate(self.problem.operations):
+            if i not in self.again:
+                continue
             again = self.again[i]
             made = [v for v in operation.outputs if v in self.vertex]
-            if not made:
-                continue
             # A unit cost breaks ties against recomputation.
             never = math.inf if self.problem.kept.intersection(made) else 0.0
             yield again, SINK, never, 1.0 + operation.flops, home[i], -1

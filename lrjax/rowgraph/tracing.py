@@ -18,6 +18,7 @@ from lrjax.program.inline import (
     is_moving,
     replaced_at,
 )
+from lrjax.program.interpreter import collection_paused
 from lrjax.program.manual_axes import with_casts_outside
 from lrjax.rowgraph.graph import build
 
@@ -33,7 +34,7 @@ def is_within_rowwise() -> bool:
 
 def full_trace(fun: Callable[..., Any], arrays: Sequence[Any]) -> tuple[Any, Any]:
     """The jaxpr and the result's types; row-wise functions in ``fun`` are what they are made of."""
-    with _IS_TRACING(True):
+    with _IS_TRACING(True), collection_paused():
         return jax.make_jaxpr(fun, return_shape=True)(*arrays)
 
 

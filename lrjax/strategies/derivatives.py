@@ -17,10 +17,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero, zero_from_primal
-from jax.extend.core import Primitive, jaxpr_as_fun
+from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
 from lrjax.program.inline import FlatProgram, flatten, function_of, replaced_at
+from lrjax.program.interpreter import with_room_for_calls
 from lrjax.program.varying import is_inexact, struct, struct_like, varying_axes
 from lrjax.rowgraph.graph import build
 from lrjax.rowgraph.row_mesh import RowMesh
@@ -134,9 +135,9 @@ def with_derivatives(function: Function, programs: Programs) -> Function:
     call = jax.custom_jvp(function)
 
     def rule(primals: Sequence[Any], tangents: Sequence[Any]) -> tuple[Any, Any]:
-        passes = _Passes(function, programs, primals, _moving(tangents))
+        passes = _Passes(function, programs, _moving(tangents))
         outputs, saved = passes.forward(*primals)
-        return outputs, passes.tangents(saved, primals, tangents)
+        return outputs, passes.tangents(outputs, saved, primals, tangents)
 
     call.defjvp(rule, symbolic_zeros=True)
     return call
@@ -146,36 +147,25 @@ class _Passes:
     """Forward and backward pass of a function. What the one saves for the other moves with nothing:
     the derivative of the backward pass is that of the gradient, a function of the inputs."""
 
-    def __init__(
-        self,
-        function: Function,
-        programs: Programs,
-        primals: Sequence[Any],
-        moving: tuple[int, ...],
-    ):
+    def __init__(self, function: Function, programs: Programs, moving: tuple[int, ...]):
         self.function, self.programs, self.moving = function, programs, moving
-        tree: Any = None
-
-        def both(*inputs: Array) -> tuple[Sequence[Array], Sequence[Array]]:
-            nonlocal tree
-            outputs, pull = jax.vjp(_of_some(function, inputs, moving), *_some(inputs, moving))
-            saved, tree = jax.tree.flatten(pull)
-            return outputs, saved
-
-        closed, (outputs, _) = jax.make_jaxpr(both, return_shape=True)(*primals)
-        run, count = jaxpr_as_fun(closed), len(outputs)
+        # Of the forward pass, which always runs first: what it saves, and the outputs' types.
         # Whether an output is on the host is a part of its type that structs do not have.
-        self.types = list(closed.out_avals[:count])
+        tree: Any = None
+        types: list[Any] = []
 
         def forward(*inputs: Array) -> tuple[Sequence[Array], Sequence[Array]]:
-            results = run(*inputs)
-            return results[:count], results[count:]
+            nonlocal tree, types
+            outputs, pull = jax.vjp(_of_some(function, inputs, moving), *_some(inputs, moving))
+            types = list(map(jax.typeof, outputs))
+            saved, tree = jax.tree.flatten(pull)
+            return outputs, saved
 
         def backward(
             saved: Sequence[Array], inputs: Sequence[Array], cotangents: Sequence[Array]
         ) -> Sequence[Array]:
             del inputs
-            return list(jax.tree.unflatten(tree, saved)(_with_zeros(cotangents, self.types)))
+            return list(jax.tree.unflatten(tree, saved)(_with_zeros(cotangents, types)))
 
         self.forward = jax.custom_jvp(forward)
         self.forward.defjvp(self.forward_rule, symbolic_zeros=True)
@@ -183,27 +173,32 @@ class _Passes:
         self.backward.defjvp(self.backward_rule, symbolic_zeros=True)
 
     def tangents(
-        self, saved: Sequence[Array], primals: Sequence[Any], tangents: Sequence[Any]
+        self,
+        outputs: Sequence[Array],
+        saved: Sequence[Array],
+        primals: Sequence[Any],
+        tangents: Sequence[Any],
     ) -> list[Any]:
         """Tangents of the outputs, from those of the inputs that move."""
+        types = list(map(jax.typeof, outputs))
         linear = Linear(
             lambda inputs, given: self.programs.tangents(self.moving)(*inputs, *given),
             self.backward,
             len(saved),
             len(primals),
-            tuple(filter(is_inexact, self.types)),
+            tuple(filter(is_inexact, types)),
         )
         found = linear_p.bind(*saved, *primals, *_some(tangents, self.moving), linear=linear)
-        return _with_zeros(found, self.types, symbolic=True)
+        return _with_zeros(found, types, symbolic=True)
 
     def forward_rule(self, primals: Sequence[Any], tangents: Sequence[Any]) -> tuple[Any, Any]:
         outputs, saved = self.forward(*primals)
         moving = _moving(tangents)
         if moving == self.moving:
-            found = self.tangents(saved, primals, tangents)
+            found = self.tangents(outputs, saved, primals, tangents)
         else:
-            passes = _Passes(self.function, self.programs, primals, moving)
-            found = passes.tangents(passes.forward(*primals)[1], primals, tangents)
+            passes = _Passes(self.function, self.programs, moving)
+            found = passes.tangents(*passes.forward(*primals), primals, tangents)
         return (outputs, saved), (found, zero_from_primal(saved, symbolic_zeros=True))
 
     def backward_rule(self, primals: Sequence[Any], tangents: Sequence[Any]) -> tuple[Any, Any]:
@@ -288,6 +283,7 @@ def _types(*operands: Any, linear: Linear) -> list[Any]:
     ]
 
 
+@with_room_for_calls
 def _transpose(cotangents: Sequence[Any], *operands: Any, linear: Linear) -> list[Any]:
     saved, inputs, tangents = linear.parts(operands)
     found = linear.transposed(saved, inputs, [ad.instantiate_zeros(ct) for ct in cotangents])

@@ -20,6 +20,7 @@ from lrjax.loop.rowloop import Order, RowLoop, row_loop
 from lrjax.loop.shards import shards_of
 from lrjax.program.comparisons import simpler_comparisons
 from lrjax.program.inline import dependents, flatten, values_of
+from lrjax.program.interpreter import collection_paused
 from lrjax.rowgraph.graph import RowGraph, build, size_bytes
 from lrjax.rowgraph.row_mesh import RowMesh
 from lrjax.rules.base import Array
@@ -49,6 +50,7 @@ class RowProgram:
         return engine.run_graph(self.graph, self.loops, inputs, run, hosted)
 
 
+@collection_paused()
 def row_program(
     graph: RowGraph,
     order: Order,

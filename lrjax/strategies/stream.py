@@ -18,6 +18,7 @@ import numpy as np
 
 from lrjax.loop.offload import instantiated, is_on_host, scaled
 from lrjax.program.inline import FlatProgram, evaluate, flatten, function_of, replaced_at
+from lrjax.program.interpreter import collection_paused
 from lrjax.program.varying import is_inexact, struct_like, varying_axes, varying_over
 from lrjax.rowgraph.graph import RowGraph, build
 from lrjax.rowgraph.row_mesh import RowMesh
@@ -71,6 +72,7 @@ def stream_programs(
     )
 
 
+@collection_paused()
 def stream_graphs(
     program: FlatProgram, axes: Axes, wrt: tuple[int, ...]
 ) -> tuple[RowGraph, RowGraph | None]:

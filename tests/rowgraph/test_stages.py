@@ -85,6 +85,19 @@ def test_a_budget_makes_memory_dear():
     assert cut_into_stages(counted, budget=105).crossing[0] == {wide}, "the input is dead by then"
 
 
+def test_a_budget_that_cannot_be_met_takes_one_cut_a_boundary():
+    program = Program()
+    value = 0
+    for _ in range(3):
+        value = normalised(program, program.rows(value, flops=CONV))
+    problem = program.problem(value)
+    least = cut_into_stages(problem, budget=-1)
+    cuts = problem.boundaries.cuts.cheapest.cache_info().misses
+    assert cuts == len(least.members) - 1 == 3
+    dearest = dataclasses.replace(problem)
+    assert cut_into_stages(dearest, budget=0) == least
+
+
 def test_inputs_count_while_they_are_read():
     program = Program()
     narrow = program.rows(0, size=10, flops=CONV)
