@@ -115,7 +115,7 @@ def device_of(target: str | jax.Device | None) -> jax.Device:
     with _only_what_is_there():
         if target is None:
             return jax.devices()[0]
-        return target if isinstance(target, jax.Device) else _stand_in(target)
+        return target if isinstance(target, jax.Device) else _stand_in(target)[0]
 
 
 def mesh_for(target: str | jax.Device | None, shape: Mapping[str, int]) -> jax.sharding.Mesh:
@@ -133,14 +133,11 @@ def mesh_for(target: str | jax.Device | None, shape: Mapping[str, int]) -> jax.s
     if isinstance(target, jax.Device):
         raise ValueError("mesh_shape: target is a single device; give the name of a target.")
     with _only_what_is_there():
-        if target is None or isinstance(find(target), CpuTarget):
-            devices = list(jax.devices() if target is None else jax.devices("cpu"))[:count]
-        elif isinstance(find(target), TpuTarget):
+        if target is not None and isinstance(find(target), TpuTarget):
             raise ValueError(
                 f"mesh_shape: {target} is a TPU, of which lrjax knows single ones; choose a GPU."
             )
-        else:
-            devices = _stand_ins(target, count)
+        devices = jax.devices()[:count] if target is None else _stand_in(target, count)
     if len(devices) < count:
         raise ValueError(
             f"mesh_shape={dict(shape)} wants {count} devices and there are {len(devices)}; start "
@@ -314,32 +311,17 @@ def memory_analysis(compiled: jax.stages.Compiled) -> Any:
 
 
 @functools.cache
-def _stand_in(name: str) -> jax.Device:
-    """A device of the kind ``name``, good for compiling only unless it is the CPU."""
+def _stand_in(name: str, count: int = 1) -> list[jax.Device]:
+    """Devices of the kind ``name`` in one process, good for compiling only unless they are CPUs."""
     target = find(name)
     if isinstance(target, CpuTarget):
-        return jax.devices("cpu")[0]
-    if isinstance(target, TpuTarget):
-        _check_installed(name)
-        return _tpu(target)
-    return _stand_ins(name, 1)[0]
-
-
-@functools.cache
-def _stand_ins(name: str, count: int) -> list[jax.Device]:
-    """GPUs of the kind ``name`` in one process, good for compiling only."""
-    target = find(name)
-    assert isinstance(target, GpuTarget)
-    _check_installed(name)
-    return _gpus(target, count)
-
-
-def _check_installed(name: str) -> None:
+        return list(jax.devices("cpu")[:count])
     if not is_installed(name):
         raise ImportError(
             f"target={name!r} needs XLA's plugin for it, which is not installed: "
             f"{install_command(name)} (the device itself is not needed)."
         )
+    return [_tpu(target)] if isinstance(target, TpuTarget) else _gpus(target, count)
 
 
 def _gpus(target: GpuTarget, count: int) -> list[jax.Device]:
