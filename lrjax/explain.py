@@ -47,7 +47,7 @@ def explain(
         ``fun`` that is called like an option must be closed over.
 
     Returns:
-      An ``Explanation``. Printed, it is a summary: every segment's strategy, blocks, steps, line
+      An ``Explanation``. Printed, it is a summary of every segment: strategy, blocks, steps, line
       buffers, what it saves and computes again, and what fell back to column and why. Its
       ``tables()`` are of every pass's operations, with receptive field, halo, rows per step, line
       buffers and recomputed rows.

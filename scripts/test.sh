@@ -8,7 +8,7 @@ source scripts/venv.sh
 # The CUDA and TPU wheels are there to compile for devices that are absent; everything runs on the
 # CPU.
 export JAX_PLATFORMS=cpu
-make_venv .venv experiments,dev,cuda,tpu
+make_venv .venv experiments,dev,docs,cuda,tpu
 
 bin=.venv/bin
 "$bin/ruff" format --check .

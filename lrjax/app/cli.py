@@ -1,9 +1,9 @@
-"""The `lrjax` command: train a network, compare strategies, profile memory, plan."""
+"""The `lrjax` command: train a network, compare strategies, profile memory, plan, self-test."""
 
-from lrjax.app.commands import compare, memory, plan, train
+from lrjax.app.commands import compare, doctor, memory, plan, train
 from lrjax.app.commands.console import app
 
-__all__ = ["app", "compare", "main", "memory", "plan", "train"]
+__all__ = ["app", "compare", "doctor", "main", "memory", "plan", "train"]
 
 
 def main() -> None:

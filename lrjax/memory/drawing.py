@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 
 _TOP_BUFFERS = 8
 
-_INK = "#1b2330"
-_MUTED = "#5c6778"
+INK = "#1b2330"
+MUTED = "#5c6778"
 _ALARM = "#a61b1b"
 _LIMIT: dict[str, Any] = {"color": _ALARM, "lw": 1.2, "ls": (0, (6, 3))}
 
@@ -52,15 +52,15 @@ def _timelines_by_kind(profile: MemoryProfile, kinds: Sequence[str]) -> np.ndarr
     return np.array([usage(found, steps) for found in of_kind]).reshape(len(kinds), steps)
 
 
-def _style(axes: Axes) -> None:
+def style(axes: Axes) -> None:
     axes.spines[["top", "right"]].set_visible(False)
     axes.spines[["left", "bottom"]].set_color("#b9c1ca")
-    axes.tick_params(colors=_MUTED, labelsize=9, length=3)
+    axes.tick_params(colors=MUTED, labelsize=9, length=3)
     axes.set_axisbelow(True)
 
 
-def _title(axes: Axes, text: str) -> None:
-    axes.set_title(text, loc="left", color=_INK, fontsize=12, weight="bold", parse_math=False)
+def title(axes: Axes, text: str) -> None:
+    axes.set_title(text, loc="left", color=INK, fontsize=12, weight="bold", parse_math=False)
 
 
 def _byte_axis(axis: Any, most: float, limit: float) -> None:
@@ -78,12 +78,12 @@ def _byte_axis(axis: Any, most: float, limit: float) -> None:
 
 def _byte_limit(axes: Axes, most: float, steps: float, label: str) -> None:
     """Axes of bytes in use over a schedule of so many steps."""
-    _style(axes)
+    style(axes)
     axes.grid(axis="y", color="#e9edf2")
     axes.set_xlim(0, steps)
     axes.set_ylim(0, 1.12 * most)
     _byte_axis(axes.yaxis, most, 1.12 * most)
-    axes.set_xlabel(label, color=_MUTED, fontsize=9)
+    axes.set_xlabel(label, color=MUTED, fontsize=9)
 
 
 def draw_timeline(axes: Axes, profile: MemoryProfile) -> None:
@@ -111,13 +111,13 @@ def draw_timeline(axes: Axes, profile: MemoryProfile) -> None:
         )
     _byte_limit(axes, most, stacked.shape[1], "step of the schedule")
     _mark_peak(axes, profile, stacked.shape[1])
-    _title(axes, _headline(profile))
+    title(axes, _headline(profile))
 
 
 def _mark_peak(axes: Axes, profile: MemoryProfile, steps: int) -> None:
     x, y = profile.peak_step + 0.5, profile.peak_bytes
-    axes.plot([x, x], [0, y], color=_INK, lw=0.9, ls=(0, (3, 3)))
-    axes.plot([x], [y], marker="o", color=_INK, ms=4, clip_on=False)
+    axes.plot([x, x], [0, y], color=INK, lw=0.9, ls=(0, (3, 3)))
+    axes.plot([x], [y], marker="o", color=INK, ms=4, clip_on=False)
     right = x > 0.6 * steps
     axes.annotate(
         f"peak {palette.bytes_text(y)}",
@@ -125,7 +125,7 @@ def _mark_peak(axes: Axes, profile: MemoryProfile, steps: int) -> None:
         xytext=(-7 if right else 7, 5),
         textcoords="offset points",
         ha="right" if right else "left",
-        color=_INK,
+        color=INK,
         fontsize=10,
         weight="bold",
     )
@@ -167,7 +167,7 @@ def draw_notes(axes: Axes, profile: MemoryProfile) -> None:
         line += 0.85
         detail = f"{b.operation or b.name}  {palette.array_text(b)}"
         axes.text(
-            0.07, line, palette.short(detail, 58), va="center", color=_MUTED, fontsize=6.8
+            0.07, line, palette.short(detail, 58), va="center", color=MUTED, fontsize=6.8
         ).set(parse_math=False)
 
 
@@ -187,7 +187,7 @@ def _note(
         line,
         text,
         va="center",
-        color=_INK,
+        color=INK,
         fontsize=9.5 if heading else 8.5,
         weight="bold" if heading else "normal",
         parse_math=False,
@@ -199,7 +199,7 @@ def _note(
             palette.bytes_text(size) if size else "-",
             ha="right",
             va="center",
-            color=_INK,
+            color=INK,
             fontsize=8.5,
         )
 
@@ -224,22 +224,22 @@ def draw_peaks(axes: Axes, profiles: Mapping[str, MemoryProfile]) -> None:
             textcoords="offset points",
             va="center",
             fontsize=9,
-            color=_ALARM if profile.fits is False else _INK,
+            color=_ALARM if profile.fits is False else INK,
         )
     capacities = {p.capacity_bytes for p in profiles.values()}
     if len(capacities) == 1 and (capacity := capacities.pop()) and capacity <= 1.3 * most:
         axes.axvline(capacity, **_LIMIT)
-    _style(axes)
+    style(axes)
     axes.set_yticks(range(len(names)), [palette.short(name, 28) for name in names])
     axes.invert_yaxis()
     for label in axes.get_yticklabels():
-        label.set(parse_math=False, color=_INK, fontsize=10)
+        label.set(parse_math=False, color=INK, fontsize=10)
     exceeds = any(p.fits is False for p in profiles.values())
     limit = (1.5 if exceeds else 1.2) * most  # room for the text behind the longest bar
     axes.set_xlim(0, limit)
     _byte_axis(axes.xaxis, most, limit)
     devices = {(p.target, p.capacity_bytes) for p in profiles.values()}
-    _title(axes, f"Peak{_on_device(*devices.pop()) if len(devices) == 1 else ''}")
+    title(axes, f"Peak{_on_device(*devices.pop()) if len(devices) == 1 else ''}")
     if kinds:
         axes.figure.legend(
             loc="outside lower left", ncols=4, frameon=False, fontsize=8.5, handlelength=1
@@ -258,7 +258,7 @@ def draw_timelines(axes: Axes, profiles: Mapping[str, MemoryProfile]) -> None:
             in_use, edges, baseline=None, color=colour, lw=1.5, label=palette.short(name, 28)
         )
     _byte_limit(axes, most, 100, "share of the schedule, %")
-    _title(axes, "Memory in use")
+    title(axes, "Memory in use")
     legend = axes.figure.legend(
         handles=axes.patches, loc="outside lower right", ncols=3, frameon=False, fontsize=8.5
     )

@@ -9,13 +9,14 @@ import importlib.resources
 import json
 from typing import TYPE_CHECKING, Any
 
-from lrjax.memory import palette
+from lrjax.memory import palette, step_time
 
 if TYPE_CHECKING:
     from lrjax.memory.profile import MemoryProfile
+    from lrjax.memory.step_time import StepTime
 
 
-def page(profile: MemoryProfile) -> str:
+def page(profile: MemoryProfile, time: StepTime | None = None) -> str:
     """The page as HTML."""
     viewer = importlib.resources.files("lrjax.memory") / "viewer"
     text = (viewer / "viewer.html").read_text(encoding="utf-8")
@@ -25,13 +26,14 @@ def page(profile: MemoryProfile) -> str:
         ("/*{{model}}*/", (viewer / "model.js").read_text(encoding="utf-8")),
         ("/*{{picture}}*/", (viewer / "picture.js").read_text(encoding="utf-8")),
         ("/*{{interaction}}*/", (viewer / "interaction.js").read_text(encoding="utf-8")),
-        ("{{profile}}", _script_safe(_page_data(profile))),
+        ("/*{{time}}*/", (viewer / "time.js").read_text(encoding="utf-8")),
+        ("{{profile}}", _script_safe(_page_data(profile, time))),
     ):
         text = text.replace(place, content)
     return text
 
 
-def _page_data(profile: MemoryProfile) -> dict[str, Any]:
+def _page_data(profile: MemoryProfile, time: StepTime | None) -> dict[str, Any]:
     """The profile as the page reads it: texts that many buffers share are written once."""
     places: dict[str, int] = {}
 
@@ -57,6 +59,7 @@ def _page_data(profile: MemoryProfile) -> dict[str, Any]:
         "none_colour": palette.COLOURS["unattributed"],
         "strings": list(places),
         "buffers": rows,
+        "time": None if time is None else step_time.page_data(time),
     }
 
 

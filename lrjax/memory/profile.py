@@ -11,11 +11,14 @@ import json
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lrjax.memory.collectives import Collective
 from lrjax.memory.lifetimes import usage
 from lrjax.text import aligned, shortened, size
+
+if TYPE_CHECKING:
+    from lrjax.memory.step_time import StepTime
 
 # What a buffer is for, in the order in which tables and pictures show them.
 KINDS = (
@@ -176,17 +179,23 @@ class MemoryProfile:
             totals[getattr(b, field)] += b.bytes
         return dict(totals.most_common())
 
-    def save_png(self, path: str | Path) -> None:
-        """Draw the timeline, stacked by kind, with the peak marked and its top buffers named."""
+    def save_png(self, path: str | Path, *, step_time: StepTime | None = None) -> None:
+        """Draw the timeline, stacked by kind, with the peak marked and its top buffers named.
+
+        A ``step_time`` of the same program (``lrjax.roofline.estimate``) is drawn below it.
+        """
         from lrjax.memory import pictures
 
-        pictures.save_png(self, path)
+        pictures.save_png(self, path, step_time=step_time)
 
-    def save_html(self, path: str | Path) -> None:
-        """Write the timeline as one self-contained page: zoom, hover, click."""
+    def save_html(self, path: str | Path, *, step_time: StepTime | None = None) -> None:
+        """Write the timeline as one self-contained page: zoom, hover, click.
+
+        A ``step_time`` of the same program (``lrjax.roofline.estimate``) stands at its end.
+        """
         from lrjax.memory import pictures
 
-        pictures.save_html(self, path)
+        pictures.save_html(self, path, step_time=step_time)
 
     def to_json(self) -> str:
         """The profile as JSON text, for ``from_json``."""

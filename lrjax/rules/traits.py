@@ -22,10 +22,11 @@ if TYPE_CHECKING:
 class Kind(enum.Enum):
     """How a compiler runs an operation.
 
-    FUSED: it is computed again wherever its result is read, unless a library reads that
-      (elementwise operations, moves).
-    ROOT: what it reads may be fused into it, but its result exists (reductions, windows).
-    LIBRARY: what it reads and what it gives exist (convolutions, matrix products, loops).
+    Attributes:
+      FUSED: it is computed again wherever its result is read, unless a library reads that
+        (elementwise operations, moves).
+      ROOT: what it reads may be fused into it, but its result exists (reductions, windows).
+      LIBRARY: what it reads and what it gives exist (convolutions, matrix products, loops).
     """
 
     FUSED = "fused"

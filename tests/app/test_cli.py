@@ -4,6 +4,7 @@ import json
 
 import flax.serialization
 import pytest
+import typer
 from PIL import Image
 from typer.testing import CliRunner
 
@@ -39,6 +40,16 @@ def test_train_writes_metrics_plot_and_parameters(tmp_path):
     assert parameters["features"]["conv1_1"]["kernel"].shape == (3, 3, 3, 2)
     with Image.open(tmp_path / "run" / report.PLOT_FILE) as plot:
         assert plot.width > 500
+
+
+@pytest.mark.parametrize("command", typer.main.get_command(app).commands.values(), ids=str)
+def test_help_names_every_option(command):
+    result = CliRunner().invoke(app, [command.name, "--help"], env={"COLUMNS": "200"})
+    assert result.exit_code == 0, result.exception
+    for parameter in command.params:
+        if parameter.param_type_name == "option":
+            assert parameter.opts[0] in result.output
+            assert parameter.help.split()[0] in result.output  # [brackets] are no markup
 
 
 @pytest.mark.slow

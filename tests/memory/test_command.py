@@ -8,6 +8,7 @@ from typer.testing import CliRunner
 from lrjax import memory
 from lrjax.app.cli import app
 from lrjax.app.profiling import parse_arguments
+from marks import COMPILES_FOR_H200
 
 MIB = 2**20
 SMALL = ("--width", "0.03125", "--image", "64", "--target", "cpu")
@@ -43,6 +44,21 @@ def test_function_with_a_pytree_and_every_file(module):
     assert "step intermediates" in result.output
     assert (module / "p.png").read_bytes().startswith(b"\x89PNG")
     assert "<html" in (module / "p.html").read_text()
+
+
+class TestTime:
+    pytestmark = COMPILES_FOR_H200
+
+    @pytest.mark.parametrize("timed", [False, True])
+    def test_is_in_the_text_and_on_the_page_where_it_is_asked_for(self, module, timed):
+        result = invoke(
+            *("shapes:twice", "--args", '[{"x": "f32[64,64]"}, "f32[64,64]"]', "--target", "h200"),
+            *("--html", "p.html", *(["--time"] if timed else [])),
+        )
+        assert result.exit_code == 0, result.output
+        assert ("launches" in result.output) == timed
+        page = (module / "p.html").read_text()
+        assert ('"time":null' in page, "matrix product" in page) == (not timed, timed)
 
 
 @pytest.mark.slow

@@ -5,26 +5,21 @@ import json
 import os
 import random
 import re
-import shutil
 
 import pytest
 
 try:
-    from playwright.sync_api import expect, sync_playwright
+    from playwright.sync_api import expect
 except ImportError:
-    sync_playwright = None
+    expect = None
+
+from memory_pages import HOSTILE, needs_browser
 
 from lrjax.memory import palette, pictures
 from lrjax.memory.profile import KINDS, Buffer, MemoryProfile
 
 MIB = 2**20
 LAYERS = 24
-HOSTILE = (
-    "</script ><script>document.title='broken'</script>",
-    '<img src="http://127.0.0.1:9/x" onerror="document.title=1">',
-    "{{profile}} /*{{style}}*/ $x_1^{$ \\u2028 \u2028 \x00 ]]> <!-- & &amp;",
-    "名前 \U0001d518 " + "x" * 400,
-)
 
 
 def made_profile(small=2900, capacity=None, seed=0):
@@ -181,81 +176,6 @@ def test_every_kind_has_its_colour():
 
 
 # --- The page in a browser ----------------------------------------------------------------------
-
-CHROMIUM = next(
-    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
-)
-needs_browser = pytest.mark.skipif(
-    CHROMIUM is None or sync_playwright is None,
-    reason="needs Chromium: apt-get install chromium && pip install playwright",
-)
-
-
-@pytest.fixture(scope="module")
-def browser():
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield browser
-        browser.close()
-
-
-class Page:
-    """A page with a profile, and where things lie in its plot."""
-
-    def __init__(self, browser, path, profile, **options):
-        pictures.save_html(profile, path)
-        self.profile = profile
-        self.page = browser.new_page(viewport={"width": 1400, "height": 1000}, **options)
-        self.page.set_default_timeout(10_000)
-        self.troubles, self.requests = [], []
-        self.page.on("console", lambda message: self.troubles.append(message.text))
-        self.page.on("pageerror", lambda error: self.troubles.append(str(error)))
-        self.page.on("request", lambda request: self.requests.append(request.url))
-        self.url = path.as_uri()
-        self.page.goto(self.url)
-        self.settle()
-
-    def settle(self):
-        """Wait until everything asked for is drawn."""
-        self.page.evaluate("new Promise(done => requestAnimationFrame(() => setTimeout(done)))")
-
-    def view(self):
-        data = self.page.evaluate("({...document.getElementById('plot').dataset})")
-        return {name: float(value) for name, value in data.items()}
-
-    def point(self, step, height):
-        """Pixel of the middle of a step and a number of bytes."""
-        box, view = self.page.locator("#plot").bounding_box(), self.view()
-        across = (step + 0.5 - view["x0"]) / (view["x1"] - view["x0"])
-        up = (height - view["y0"]) / (view["y1"] - view["y0"])
-        return box["x"] + across * box["width"], box["y"] + (1 - up) * box["height"]
-
-    def text(self, selector):
-        self.settle()
-        return self.page.inner_text(selector)
-
-    def column(self, title):
-        number = 1 + self.page.locator("#alive th").all_text_contents().index(title)
-        return self.page.locator(f"#alive tbody tr td:nth-child({number})").all_inner_texts()
-
-    def pixels(self):
-        return self.page.evaluate("document.getElementById('base').toDataURL()")
-
-
-@pytest.fixture
-def opened(browser, tmp_path):
-    pages = []
-
-    def open_page(profile, **options):
-        pages.append(Page(browser, tmp_path / "page.html", profile, **options))
-        return pages[-1]
-
-    yield open_page
-    for page in pages:
-        page.settle()
-        assert page.troubles == []
-        assert page.requests == [page.url]
-        page.page.close()
 
 
 @needs_browser

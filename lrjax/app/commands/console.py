@@ -8,6 +8,7 @@ from rich.console import Console
 app = typer.Typer(
     help="Row-centric CNN training for JAX: the same gradients in less memory.",
     no_args_is_help=True,
+    rich_markup_mode="markdown",  # the default takes [brackets] in help texts for styles
     pretty_exceptions_enable=False,
     add_completion=False,
 )

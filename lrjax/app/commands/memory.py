@@ -84,7 +84,7 @@ def memory(
     if roofline is not None:
         wide.print(str(roofline), soft_wrap=True, highlight=False)
     wide.print(profiling.verdict(profile), soft_wrap=True, highlight=False)
-    _save(profile, png, html, json)
+    _save(profile, roofline, png, html, json)
     if profile.fits is False:
         raise typer.Exit(DOES_NOT_FIT)
 
@@ -117,12 +117,14 @@ def _check_files(*paths: Path | None) -> None:
         files.check_writable(path)
 
 
-def _save(profile: Any, png: Path | None, html: Path | None, json: Path | None) -> None:
+def _save(
+    profile: Any, step_time: Any, png: Path | None, html: Path | None, json: Path | None
+) -> None:
     from lrjax import files
 
     if png is not None:
-        profile.save_png(png)
+        profile.save_png(png, step_time=step_time)
     if html is not None:
-        profile.save_html(html)
+        profile.save_html(html, step_time=step_time)
     if json is not None:
         files.write_whole(json, profile.to_json())
