@@ -85,16 +85,16 @@ SCHEDULES = (
         "line-buffer-too-short",
         "a row that a later window reads is not kept",
         "lrjax/loop/schedule.py",
-        "int(np.max(back)))",
-        "int(np.max(back)) - 1)",
+        "int(np.max(back)), read",
+        "int(np.max(back)) - 1, read",
         SCHEDULE,
     ),
     Mutation(
         "halo-not-recomputed",
         "OverL's blocks compute a row less than their halo",
         "lrjax/loop/schedule.py",
-        "round_up(reach[i], task.quantum)",
-        "round_up(reach[i] - 1, task.quantum)",
+        "round_up(reach, task.quantum)",
+        "round_up(reach - 1, task.quantum)",
         SCHEDULE,
     ),
     Mutation(
@@ -322,7 +322,7 @@ SUMS = (
     Mutation(
         "maxima-added",
         "maxima of blocks are added",
-        "lrjax/loop/engine.py",
+        "lrjax/loop/sums.py",
         '"max": jnp.maximum,',
         '"max": jnp.add,',
         ("tests/rules/test_reduction.py",),
@@ -406,7 +406,7 @@ GRADIENTS = (
     Mutation(
         "sums-stay-wide",
         "a bfloat16 sum comes out in the float32 that it was added up in",
-        "lrjax/loop/engine.py",
+        "lrjax/loop/sums.py",
         "finished[v] = sums[v].astype(loop.graph.program.avals[v].dtype)",
         "finished[v] = sums[v]",
         ("tests/rules/test_reduction.py",),

@@ -18,6 +18,7 @@ from lrjax.loop import engine
 from lrjax.loop.dependent_fill import dependency_on
 from lrjax.loop.rowloop import Order, RowLoop, row_loop
 from lrjax.loop.shards import shards_of
+from lrjax.loop.stage_by_stage import run_graph
 from lrjax.program.comparisons import simpler_comparisons
 from lrjax.program.inline import dependents, flatten, values_of
 from lrjax.program.interpreter import collection_paused
@@ -47,7 +48,7 @@ class RowProgram:
         Nothing that loops start with exists before the arrays ``after``.
         """
         run = functools.partial(engine.run_loop, after=dependency_on(after))
-        return engine.run_graph(self.graph, self.loops, inputs, run, hosted)
+        return run_graph(self.graph, self.loops, inputs, run, hosted)
 
 
 @collection_paused()

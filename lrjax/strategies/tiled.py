@@ -28,6 +28,7 @@ from lrjax.loop.offload import instantiated, is_on_host, to_host
 from lrjax.loop.rowloop import Order, RowLoop
 from lrjax.loop.shards import WithHalo
 from lrjax.loop.small_sums import SmallSums
+from lrjax.loop.stage_by_stage import run_graph
 from lrjax.program.inline import FlatEquation, FlatProgram, values_of
 from lrjax.program.varying import is_inexact
 from lrjax.rowgraph.graph import build
@@ -62,7 +63,7 @@ class _Tiled(Strategy):
         run = functools.partial(_differentiable_loop, program_of=again)
 
         def call(*inputs: Array) -> list[Array]:
-            return engine.run_graph(rows.graph, rows.loops, inputs, run=run, hosted=given)
+            return run_graph(rows.graph, rows.loops, inputs, run=run, hosted=given)
 
         return call
 
@@ -177,7 +178,7 @@ def _divided_loop(
     def behind(moving: Values) -> Values:
         own = devices.images(loop, moving)
         inputs = [own.get(v, known[v]) for v in trained.inputs]
-        outputs = engine.run_graph(second.graph, second.loops, inputs, run=_differentiable_loop)
+        outputs = run_graph(second.graph, second.loops, inputs, run=_differentiable_loop)
         return devices.shared(loop, dict(zip(values_of(trained.outputs), outputs, strict=True)))
 
     return jax.vjp(behind, {v: values[v] for v in perturbed})
