@@ -382,6 +382,7 @@ def run_loop(
 Carry = tuple[Values, Values, Values]
 
 
+@collection_paused()
 def run_steps(
     loop: RowLoop,
     values: Values,
@@ -426,14 +427,13 @@ def _scanned(
 
     carry, saved = start, None
     first, stop = (0, loop.steps) if saves_lines else loop.repeated
-    with collection_paused():
-        for t in range(first):
-            carry, _ = one(carry, t)
-        if stop > first:
-            clock = every.of_steps(first, stop)
-            carry, saved = lax.scan(functools.partial(step, clock), carry, clock.table())
-        for t in range(stop, loop.steps):
-            carry, _ = one(carry, t)
+    for t in range(first):
+        carry, _ = one(carry, t)
+    if stop > first:
+        clock = every.of_steps(first, stop)
+        carry, saved = lax.scan(functools.partial(step, clock), carry, clock.table())
+    for t in range(stop, loop.steps):
+        carry, _ = one(carry, t)
     _, outputs, sums = carry
     return outputs, sums, saved
 
