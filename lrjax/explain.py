@@ -7,13 +7,14 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from lrjax.explanation import Explanation, OperationRow, Pass, SegmentReport
+from lrjax.loop import devices
 from lrjax.loop.rowloop import RowLoop
-from lrjax.meshes import without_explicit_axes
-from lrjax.options import Cuts, Options, StrategyOption, check_callable, checked_options
-from lrjax.plan import Choice
+from lrjax.meshes import row_mesh_at_hand, without_explicit_axes
+from lrjax.options import Cuts, MeshOption, Options, StrategyOption, check_callable, checked_options
 from lrjax.program.varying import is_inexact
 from lrjax.rowgraph.fallbacks import fallbacks_of, made_by
 from lrjax.rowgraph.graph import ColumnNode, RowGraph, build, size_bytes
+from lrjax.rowgraph.row_mesh import RowMesh
 from lrjax.rowgraph.segments import Segment
 from lrjax.rowgraph.tracing import Traced, trace
 from lrjax.rules.geometry import AnyMap
@@ -30,6 +31,8 @@ def explain(
     cuts: Cuts = (),
     plan: Any = None,
     offload: bool = False,
+    mesh: MeshOption = None,
+    row_mesh_axis: str | None = None,
     **kwargs: Any,
 ) -> Explanation:
     """What ``rowwise(fun, ...)(*args, **kwargs)`` and its gradient will do; nothing is compiled.
@@ -38,7 +41,8 @@ def explain(
     floating-point arguments where there are none).
 
     Args:
-      fun, in_axes, num_blocks, strategy, cuts, plan, offload: as for ``lrjax.rowwise``.
+      fun, in_axes, num_blocks, strategy, cuts, plan, offload, mesh, row_mesh_axis: as for
+        ``lrjax.rowwise``.
       args, kwargs: ``fun``'s arguments, arrays or ``jax.ShapeDtypeStruct``. A keyword argument of
         ``fun`` that is called like an option must be closed over.
 
@@ -53,34 +57,45 @@ def explain(
     """
     check_callable(fun)
     options = checked_options(
-        num_blocks=num_blocks, strategy=strategy, cuts=cuts, plan=plan, offload=offload
+        num_blocks=num_blocks,
+        strategy=strategy,
+        cuts=cuts,
+        plan=plan,
+        offload=offload,
+        mesh=mesh,
+        row_mesh_axis=row_mesh_axis,
     )
+    row_mesh = row_mesh_at_hand(options.mesh, options.row_mesh_axis)
     with without_explicit_axes(args, kwargs) as (own_args, own_kwargs):
-        return explain_with(trace(fun, in_axes, own_args, own_kwargs), options)
+        return explain_with(trace(fun, in_axes, own_args, own_kwargs), options, row_mesh)
 
 
-def explain_with(traced: Traced, options: Options) -> Explanation:
+def explain_with(traced: Traced, options: Options, row_mesh: RowMesh | None) -> Explanation:
     """``explain`` for a traced call and options that are checked already."""
-    segments, choices = segments_and_choices(traced, options)
+    segments, choices = segments_and_choices(traced, options, row_mesh)
     groups = [tuple(group) for group in options.groups(len(segments)) for _ in group]
     hosted = hosted_values(traced, segments, choices)
-    return Explanation(
-        tuple(
+    reports = []
+    for segment, choice, group in zip(segments, choices, groups, strict=True):
+        execution = choice.runner.execution(segment, choice.num_blocks, _differentiated(segment))
+        reports.append(
             SegmentReport(
                 choice,
-                _passes(segment, choice),
+                tuple(map(_pass, execution.passes)),
                 group,
                 build(segment.program, segment.axes).operations(once=True),
                 sum(size_bytes(traced.program.avals[v]) for v in segment.made if v in hosted),
+                segment.row_mesh,
+                _fetched_rows(execution.passes),
             )
-            for segment, choice, group in zip(segments, choices, groups, strict=True)
         )
-    )
+    return Explanation(tuple(reports))
 
 
-def _passes(segment: Segment, choice: Choice) -> tuple[Pass, ...]:
-    execution = choice.runner.execution(segment, choice.num_blocks, _differentiated(segment))
-    return tuple(map(_pass, execution.passes))
+def _fetched_rows(passes: Sequence[RowPass]) -> int:
+    """The most rows of a map that a device fetches on one side before a loop."""
+    loops = (loop for one in passes for loop in one.rows.loops)
+    return max((devices.fetched_rows(loop) for loop in loops if loop is not None), default=0)
 
 
 def _differentiated(segment: Segment) -> list[int]:
@@ -128,10 +143,19 @@ def _operation(loop: RowLoop, number: int, index: int, *, is_again: bool) -> Ope
 
 
 def _rows_twice(loop: RowLoop, index: int) -> int:
-    """Rows of the image that later steps compute again, because blocks overlap."""
+    """Rows of the image that are computed again, because blocks, or devices' shares, overlap."""
     track, height = loop.schedule.tracks[index], loop.nodes[index].op.height
+    spans = [(track.start(t), track.stop(t)) for t in range(loop.steps)]
+    firsts = [0]
+    if loop.shards is not None:
+        low, high = loop.needs[index]
+        spans = [(max(start, low), min(stop, high)) for start, stop in spans]
+        share = devices.share_of_node(loop, index)
+        firsts = [device * share for device in range(loop.shards.count)]
     total = sum(
-        max(0, min(track.stop(t), height) - max(track.start(t), 0)) for t in range(loop.steps)
+        max(0, min(first + stop, height) - max(first + start, 0))
+        for first in firsts
+        for start, stop in spans
     )
     return max(0, total - height)
 

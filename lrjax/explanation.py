@@ -6,6 +6,7 @@ import dataclasses
 
 from lrjax.plan import Choice
 from lrjax.rowgraph.fallbacks import Fallback, counted
+from lrjax.rowgraph.row_mesh import RowMesh
 from lrjax.text import aligned, ends, size
 
 # Lines of a summary: what fits a screen.
@@ -94,6 +95,9 @@ class SegmentReport:
       group: the segments of its group: the backward pass first runs them all again.
       forward_operations: floating-point operations of its row operations, forward, done once.
       hosted_bytes: of the maps it gives, what waits in the host's memory.
+      row_mesh: the devices that its rows are divided among: blocks, steps and line buffers are
+        those of each; None for one device.
+      halo_rows: the most rows of a map that a device fetches from its neighbours on one side.
     """
 
     choice: Choice
@@ -101,6 +105,8 @@ class SegmentReport:
     group: tuple[int, ...]
     forward_operations: float
     hosted_bytes: int = 0
+    row_mesh: RowMesh | None = None
+    halo_rows: int = 0
 
     @property
     def strategy(self) -> str:
@@ -190,6 +196,14 @@ class Explanation:
             givers = _count(len(hosted), "segment")
             found.append(
                 f"offload: {size(sum(hosted))} given by {givers} wait in the host's memory"
+            )
+        row_mesh = self.segments[0].row_mesh
+        if row_mesh is not None:
+            halo = max(segment.halo_rows for segment in self.segments)
+            found.append(
+                f"rows divided among {row_mesh.count} devices, along the mesh axis "
+                f"{row_mesh.axis!r}: blocks, steps and line buffers are those of each; at most "
+                f"{_count(halo, 'row')} fetched of each neighbour before a loop"
             )
         return found
 

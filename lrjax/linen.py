@@ -14,7 +14,7 @@ from flax.core import lift
 from flax.linen.transforms import lift_transform
 
 from lrjax.module_calls import call_rowwise
-from lrjax.options import Cuts, Options, StrategyOption, checked_options
+from lrjax.options import Cuts, MeshOption, Options, StrategyOption, checked_options
 
 
 def rowwise(
@@ -26,6 +26,8 @@ def rowwise(
     cuts: Cuts = (),
     plan: Any = None,
     offload: bool = False,
+    mesh: MeshOption = None,
+    row_mesh_axis: str | None = None,
     methods: Sequence[str] | None = None,
 ) -> Any:
     """A Linen module that runs by blocks of rows, in place of the one it is made from.
@@ -42,7 +44,7 @@ def rowwise(
       in_axes: row axis of the call's positional arguments after the module, as for
         :func:`lrjax.rowwise`: a pytree prefix, None for an argument without rows. Flags and other
         arguments that are no arrays stay as they are and take None.
-      num_blocks, strategy, cuts, plan, offload: as for :func:`lrjax.rowwise`.
+      num_blocks, strategy, cuts, plan, offload, mesh, row_mesh_axis: as for :func:`lrjax.rowwise`.
       methods: names of the methods to run row by row, ``__call__`` by default.
 
     Returns:
@@ -59,7 +61,13 @@ def rowwise(
       >>> logits, updated = model.apply(variables, images, train=True, mutable=["batch_stats"])
     """
     options = checked_options(
-        num_blocks=num_blocks, strategy=strategy, cuts=cuts, plan=plan, offload=offload
+        num_blocks=num_blocks,
+        strategy=strategy,
+        cuts=cuts,
+        plan=plan,
+        offload=offload,
+        mesh=mesh,
+        row_mesh_axis=row_mesh_axis,
     )
     methods = _checked_methods(target, methods)
     if isinstance(target, nn.Module):

@@ -72,7 +72,7 @@ def call_rowwise(
         _check_changed(traced, graph, name)
         return run(traced, options)
 
-    return on_auto_axes(by_rows, flat, in_axes, (state, arrays), kwargs)
+    return on_auto_axes(by_rows, flat, in_axes, (state, arrays), kwargs, options.row_mesh_axis)
 
 
 def _check_windows(graph: RowGraph, name: str) -> None:

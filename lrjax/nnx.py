@@ -11,7 +11,7 @@ import jax
 from flax import nnx
 
 from lrjax.module_calls import call_rowwise
-from lrjax.options import Cuts, StrategyOption, check_callable, checked_options
+from lrjax.options import Cuts, MeshOption, StrategyOption, check_callable, checked_options
 
 _GRAPH_NODES = (nnx.Module, nnx.Rngs, nnx.RngStream, nnx.Variable)
 
@@ -25,6 +25,8 @@ def rowwise(
     cuts: Cuts = (),
     plan: Any = None,
     offload: bool = False,
+    mesh: MeshOption = None,
+    row_mesh_axis: str | None = None,
 ) -> Callable[..., Any]:
     """A function of NNX modules and arrays, run by blocks of rows.
 
@@ -37,7 +39,7 @@ def rowwise(
         body; or a module, or a method of one, which then is no argument any more.
       in_axes: row axis of the positional arguments, as for :func:`lrjax.rowwise`; None for modules.
         Flags and other arguments that are no arrays stay as they are and take None.
-      num_blocks, strategy, cuts, plan, offload: as for :func:`lrjax.rowwise`.
+      num_blocks, strategy, cuts, plan, offload, mesh, row_mesh_axis: as for :func:`lrjax.rowwise`.
 
     Returns:
       A function with ``fun``'s signature.
@@ -52,7 +54,13 @@ def rowwise(
       >>> logits = run(model, images)
     """
     options = checked_options(
-        num_blocks=num_blocks, strategy=strategy, cuts=cuts, plan=plan, offload=offload
+        num_blocks=num_blocks,
+        strategy=strategy,
+        cuts=cuts,
+        plan=plan,
+        offload=offload,
+        mesh=mesh,
+        row_mesh_axis=row_mesh_axis,
     )
     _check_function(fun)
     call, owner = _unbound(fun)
@@ -60,11 +68,7 @@ def rowwise(
 
     @functools.wraps(call)
     def rowwise_call(*args: Any, **kwargs: Any) -> Any:
-        nodes: dict[str, Any] = {
-            "args": {i: arg for i, arg in enumerate(args) if _holds_nodes(arg)},
-            "kwargs": {key: arg for key, arg in kwargs.items() if _holds_nodes(arg)},
-            "self": owner,
-        }
+        nodes = _nodes(args, kwargs, owner)
         positional = [None if i in nodes["args"] else arg for i, arg in enumerate(args)]
         keyword = {key: arg for key, arg in kwargs.items() if key not in nodes["kwargs"]}
         graph, state = nnx.split(nodes)
@@ -82,11 +86,7 @@ def rowwise(
                     "(sow does), which a row loop cannot carry out of itself; return the value "
                     "instead, or create the variable beforehand and assign to it."
                 )
-            return outputs, {
-                path: leaves
-                for path, leaves in _by_path(state_after).items()
-                if any(new is not old for new, old in zip(leaves, before[path], strict=True))
-            }
+            return outputs, _changed(before, _by_path(state_after))
 
         outputs, changed = call_rowwise(
             pure,
@@ -123,6 +123,24 @@ def _unbound(fun: Any) -> tuple[Callable[..., Any], nnx.Module | None]:
     if inspect.ismethod(fun) and isinstance(fun.__self__, nnx.Module):
         return fun.__func__, fun.__self__
     return fun, None
+
+
+def _nodes(args: Sequence[Any], kwargs: dict[str, Any], owner: Any) -> dict[str, Any]:
+    """What holds modules among the arguments, and the module whose method is called."""
+    return {
+        "args": {i: arg for i, arg in enumerate(args) if _holds_nodes(arg)},
+        "kwargs": {key: arg for key, arg in kwargs.items() if _holds_nodes(arg)},
+        "self": owner,
+    }
+
+
+def _changed(before: dict[str, list[Any]], after: dict[str, list[Any]]) -> dict[str, list[Any]]:
+    """Variables that were assigned to, by path."""
+    return {
+        path: leaves
+        for path, leaves in after.items()
+        if any(new is not old for new, old in zip(leaves, before[path], strict=True))
+    }
 
 
 def _holds_nodes(arg: Any) -> bool:

@@ -7,6 +7,7 @@ import itertools
 from collections.abc import Sequence
 from typing import Any
 
+import jax
 import numpy as np
 
 from lrjax.plan import Choice, Plan
@@ -18,13 +19,15 @@ from lrjax.strategies import Strategy, Stream, named
 
 StrategyOption = str | Strategy | Sequence[str | Strategy]
 Cuts = Sequence[str | Sequence[str]] | int
+MeshOption = jax.sharding.Mesh | jax.sharding.AbstractMesh | None
 
 
 @dataclasses.dataclass(frozen=True)
 class Options:
     """``cuts`` as given: names, groups of names (tuples), or a number of segments.
 
-    With ``offload``, the maps between segments wait in the host's memory.
+    With ``offload``, the maps between segments wait in the host's memory. With ``row_mesh_axis``,
+    the devices along that axis of ``mesh``, or of the mesh at hand, share the rows.
     """
 
     num_blocks: int | tuple[int | None, ...] | None
@@ -32,6 +35,8 @@ class Options:
     cuts: tuple[str | tuple[str, ...], ...] | int
     plan: Plan | None = None
     offload: bool = False
+    mesh: MeshOption = None
+    row_mesh_axis: str | None = None
 
     @property
     def has_groups(self) -> bool:
@@ -60,7 +65,14 @@ def _names(cut: str | tuple[str, ...]) -> tuple[str, ...]:
 
 
 def checked_options(
-    *, num_blocks: Any, strategy: Any, cuts: Any, plan: Any, offload: Any
+    *,
+    num_blocks: Any,
+    strategy: Any,
+    cuts: Any,
+    plan: Any,
+    offload: Any,
+    mesh: Any,
+    row_mesh_axis: Any,
 ) -> Options:
     """Everything that can be judged without arguments.
 
@@ -68,19 +80,57 @@ def checked_options(
     """
     if not isinstance(offload, bool):
         raise ValueError(f"offload={offload!r:.80} must be True or False.")
+    _check_mesh(mesh, row_mesh_axis)
     if plan is not None:
         if not isinstance(plan, Plan):
             raise ValueError(
                 f"plan={plan!r:.80} is no plan; give what lrjax.plan or lrjax.Plan.load returned."
             )
         _check_alone(num_blocks=num_blocks, strategy=strategy, cuts=cuts, offload=offload)
+        if row_mesh_axis is not None:
+            raise ValueError(
+                f"row_mesh_axis={row_mesh_axis!r}: a plan is made for one device, with all rows on "
+                "it; give its strategy, num_blocks (per device) and cuts instead, or leave "
+                "row_mesh_axis out."
+            )
         return Options(None, Stream(), (), plan)
     cuts = _checked_cuts(cuts)
     if offload:
         _check_offload(cuts)
+    if offload and row_mesh_axis is not None:
+        raise ValueError(
+            f"offload=True: maps whose rows are divided along the mesh axis {row_mesh_axis!r} stay "
+            "on the devices; divide the rows among more devices, or leave row_mesh_axis out."
+        )
     return Options(
-        _checked_num_blocks(num_blocks), _checked_strategy(strategy), cuts, None, offload
+        num_blocks=_checked_num_blocks(num_blocks),
+        strategy=_checked_strategy(strategy),
+        cuts=cuts,
+        offload=offload,
+        mesh=mesh,
+        row_mesh_axis=row_mesh_axis,
     )
+
+
+def _check_mesh(mesh: Any, row_mesh_axis: Any) -> None:
+    if mesh is not None and not isinstance(mesh, jax.sharding.Mesh | jax.sharding.AbstractMesh):
+        raise ValueError(
+            f"mesh={mesh!r:.80} is no mesh; give what jax.make_mesh returned, or None for the one "
+            "of jax.set_mesh."
+        )
+    if row_mesh_axis is None:
+        if mesh is not None:
+            raise ValueError(
+                "mesh is given without row_mesh_axis; name the axis along which rows are divided, "
+                "or leave mesh out: arrays that are divided along other axes need neither."
+            )
+        return
+    if not isinstance(row_mesh_axis, str):
+        raise ValueError(f"row_mesh_axis={row_mesh_axis!r:.80} must be the name of one mesh axis.")
+    if mesh is not None and row_mesh_axis not in mesh.axis_names:
+        raise ValueError(
+            f"row_mesh_axis={row_mesh_axis!r} is no axis of the mesh; it has {mesh.axis_names}."
+        )
 
 
 def check_callable(fun: Any) -> None:
@@ -203,7 +253,8 @@ def checked_segments(options: Options, segments: Sequence[Segment]) -> list[Choi
         refusal = choice.runner.refusal(segment)
         if refusal is not None:
             raise ValueError(f"strategy {choice.runner.name!r}{place}: {refusal}")
-        count = choice.runner.block_count(number, graph, place)
+        devices = 1 if segment.row_mesh is None else segment.row_mesh.count
+        count = choice.runner.block_count(number, graph, place, devices)
         choices.append(dataclasses.replace(choice, num_blocks=count))
     return choices
 

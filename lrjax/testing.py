@@ -34,7 +34,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lrjax.gradient_program import HALF_PRECISION, GradientProgram, is_inexact, leaves_of, wide
-from lrjax.options import Cuts, StrategyOption, checked_options
+from lrjax.options import Cuts, MeshOption, StrategyOption, checked_options
 from lrjax.rowgraph.calls import watched
 from lrjax.rowgraph.proofs import assert_proofs_hold
 from lrjax.transform import rowwise_with
@@ -114,6 +114,8 @@ def assert_same_as_column(
     cuts: Cuts = (),
     plan: Any = None,
     offload: bool = False,
+    mesh: MeshOption = None,
+    row_mesh_axis: str | None = None,
     kwargs: Mapping[str, Any] | None = None,
     argnums: Sequence[int] | None = None,
     tolerance: float | None = None,
@@ -129,7 +131,8 @@ def assert_same_as_column(
     Args:
       fun: the function.
       args: its positional arguments.
-      in_axes, num_blocks, strategy, cuts, plan, offload: as for :func:`lrjax.rowwise`.
+      in_axes, num_blocks, strategy, cuts, plan, offload, mesh, row_mesh_axis: as for
+        :func:`lrjax.rowwise`.
       kwargs: keyword arguments of ``fun``.
       argnums: arguments to differentiate, all by default.
       tolerance: instead of 8 roundings or 1e-11, relative to an array's largest magnitude.
@@ -145,7 +148,13 @@ def assert_same_as_column(
         derivative that was tiled and is not what was proved of it.
     """
     options = checked_options(
-        num_blocks=num_blocks, strategy=strategy, cuts=cuts, plan=plan, offload=offload
+        num_blocks=num_blocks,
+        strategy=strategy,
+        cuts=cuts,
+        plan=plan,
+        offload=offload,
+        mesh=mesh,
+        row_mesh_axis=row_mesh_axis,
     )
     row_fun = rowwise_with(fun, in_axes, options)
     given = expected.program if expected else None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -9,9 +10,10 @@ from typing import Any
 
 import jax
 
-from lrjax.meshes import on_auto_axes
+from lrjax.meshes import check_heights, on_auto_axes, row_mesh_at_hand
 from lrjax.options import (
     Cuts,
+    MeshOption,
     Options,
     StrategyOption,
     check_callable,
@@ -23,6 +25,7 @@ from lrjax.program.compatibility import checkpoint, strongly_typed, weakly_typed
 from lrjax.program.inline import array_of, values_of
 from lrjax.program.interpreter import with_room_for_calls
 from lrjax.program.varying import is_inexact
+from lrjax.rowgraph.row_mesh import RowMesh
 from lrjax.rowgraph.segments import Segment, split, split_at
 from lrjax.rowgraph.tracing import Traced, is_within_rowwise, trace
 from lrjax.strategies import derivatives
@@ -37,6 +40,8 @@ def rowwise(
     cuts: Cuts = (),
     plan: Any = None,
     offload: bool = False,
+    mesh: MeshOption = None,
+    row_mesh_axis: str | None = None,
 ) -> Callable[..., Any]:
     """Run ``fun`` by blocks of rows, forward and backward: same values, same gradients.
 
@@ -68,6 +73,11 @@ def rowwise(
         and "checkpoint" copy them. A map that several segments read, or that ``fun`` returns,
         stays on the device. On a CPU, whose memory is the host's, nothing moves. Not under
         ``vmap``: JAX has no rule for reading rows of a batch of arrays on the host.
+      mesh: a mesh of devices; default: the one of ``jax.set_mesh``.
+      row_mesh_axis: divide the rows of each image among the devices along this axis of the mesh:
+        every device runs ``num_blocks`` steps on its share of them, with the rows that it needs of
+        its neighbours'. ``fun``, arguments and results keep their shapes; any height will do. Under
+        "column" and "checkpoint" XLA divides the work. See docs/meshes.md.
 
     Returns:
       A function with ``fun``'s signature, outputs and dtypes, to be used under ``jit``, ``grad``,
@@ -83,7 +93,13 @@ def rowwise(
       >>> value, grads = jax.jit(jax.value_and_grad(loss))(params, images)
     """
     options = checked_options(
-        num_blocks=num_blocks, strategy=strategy, cuts=cuts, plan=plan, offload=offload
+        num_blocks=num_blocks,
+        strategy=strategy,
+        cuts=cuts,
+        plan=plan,
+        offload=offload,
+        mesh=mesh,
+        row_mesh_axis=row_mesh_axis,
     )
     return rowwise_with(fun, in_axes, options)
 
@@ -101,14 +117,15 @@ def rowwise_with(fun: Callable[..., Any], in_axes: Any, options: Options) -> Cal
         def by_rows(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             return run(trace(fun, in_axes, args, kwargs), options)
 
-        return on_auto_axes(by_rows, fun, in_axes, args, kwargs)
+        return on_auto_axes(by_rows, fun, in_axes, args, kwargs, options.row_mesh_axis)
 
     return rowwise_fun
 
 
 def run(traced: Traced, options: Options) -> Any:
     """A traced call under checked options: segment by segment, each under its strategy."""
-    segments, choices = segments_and_choices(traced, options)
+    row_mesh = row_mesh_at_hand(options.mesh, options.row_mesh_axis)
+    segments, choices = segments_and_choices(traced, options, row_mesh)
     hosted = hosted_values(traced, segments, choices)
     values = dict(zip(traced.program.inputs, traced.inputs, strict=True))
     values.update(traced.program.constants)
@@ -162,13 +179,15 @@ def _with_derivatives(
     if choice.runner.has_every_derivative and not given and not taken:
         return function
     program, axes = segment.program, segment.axes
-    return derivatives.by_rows(function, program, axes, choice.num_blocks, given, taken)
+    return derivatives.by_rows(
+        function, program, axes, choice.num_blocks, given, taken, segment.row_mesh
+    )
 
 
 def segments_and_choices(
-    traced: Traced, options: Options
+    traced: Traced, options: Options, row_mesh: RowMesh | None
 ) -> tuple[list[Segment], Sequence[Choice]]:
-    """The segments of a call and how each runs.
+    """The segments of a call and how each runs, with rows on one device or divided.
 
     Raises:
       ValueError: the options, or the plan, do not fit the call.
@@ -178,6 +197,9 @@ def segments_and_choices(
         segments = split(
             traced.program, traced.axes, options.flat_cuts, in_order=options.has_groups
         )
+        if row_mesh is not None:
+            check_heights(traced.inputs, traced.axes, row_mesh)
+            segments = [dataclasses.replace(one, row_mesh=row_mesh) for one in segments]
         return segments, checked_segments(options, segments)
     plan.check(traced)
     return split_at(traced.program, traced.axes, plan.cuts), plan.choices

@@ -36,6 +36,7 @@ FACADES = ("tests/test_facades.py",)
 CHECKER = ("tests/test_checker.py",)
 CONTRACTS = ("tests/rules/test_rule_contracts.py",)
 PLANS = ("tests/planner/test_plan_value.py",)
+DEVICES = ("tests/test_rows_over_devices.py",)
 # Of the named geometries, in order of what they cost.
 STREAM = "same_as_column and stream and resnet"
 TWO_PHASE = "same_as_column and 2ps and resnet"
@@ -84,16 +85,16 @@ SCHEDULES = (
         "line-buffer-too-short",
         "a row that a later window reads is not kept",
         "lrjax/loop/schedule.py",
-        "int(np.max(back)))",
-        "int(np.max(back)) - 1)",
+        "int(np.max(back)), read",
+        "int(np.max(back)) - 1, read",
         SCHEDULE,
     ),
     Mutation(
         "halo-not-recomputed",
         "OverL's blocks compute a row less than their halo",
         "lrjax/loop/schedule.py",
-        "round_up(reach[i], task.quantum)",
-        "round_up(reach[i] - 1, task.quantum)",
+        "round_up(reach, task.quantum)",
+        "round_up(reach - 1, task.quantum)",
         SCHEDULE,
     ),
     Mutation(
@@ -321,7 +322,7 @@ SUMS = (
     Mutation(
         "maxima-added",
         "maxima of blocks are added",
-        "lrjax/loop/engine.py",
+        "lrjax/loop/sums.py",
         '"max": jnp.maximum,',
         '"max": jnp.add,',
         ("tests/rules/test_reduction.py",),
@@ -352,8 +353,8 @@ GRADIENTS = (
         "halo-cotangent-overwritten",
         "cotangents of rows that two blocks read are written over, not added",
         "lrjax/strategies/tiled.py",
-        'now.bounds(("window", *name)),\n                jnp.add,',
-        'now.bounds(("window", *name)),',
+        "source.read.axis, bounds, jnp.add)",
+        "source.read.axis, bounds)",
         STRATEGIES,
         OVERLAP,
     ),
@@ -405,7 +406,7 @@ GRADIENTS = (
     Mutation(
         "sums-stay-wide",
         "a bfloat16 sum comes out in the float32 that it was added up in",
-        "lrjax/loop/engine.py",
+        "lrjax/loop/sums.py",
         "finished[v] = sums[v].astype(loop.graph.program.avals[v].dtype)",
         "finished[v] = sums[v]",
         ("tests/rules/test_reduction.py",),
@@ -527,8 +528,8 @@ OPTIONS = (
         "facade-drops-offload",
         "lrjax.nnx.rowwise keeps on the device what should wait on the host",
         "lrjax/nnx.py",
-        "plan=plan, offload=offload",
-        "plan=plan, offload=False",
+        "plan=plan,\n        offload=offload,",
+        "plan=plan,\n        offload=False,",
         FACADES,
         "offload_reaches",
     ),
@@ -562,8 +563,8 @@ OPTIONS = (
         "strategy-ignored",
         "2PS runs as OverL",
         "lrjax/strategies/tiled.py",
-        "rows = differentiable_program(segment.program, segment.axes, self.order, num_blocks)",
-        "rows = differentiable_program(segment.program, segment.axes, Overlap.order, num_blocks)",
+        "            order=self.order,\n            num_blocks=num_blocks,",
+        "            order=Overlap.order,\n            num_blocks=num_blocks,",
         ("tests/test_transform.py",),
         "what_explain_says",
     ),
@@ -995,9 +996,49 @@ TOOLS = (
     ),
 )
 
+SHARES = (
+    Mutation(
+        "halo-not-sent-back",
+        "devices keep what the gradients add to rows that neighbours lent them",
+        "lrjax/loop/devices.py",
+        "shards.with_returned_halo(bar, *halo(loop, d))",
+        "bar.pieces[0]",
+        DEVICES,
+        "on_eight_devices and not slow",
+    ),
+    Mutation(
+        "neighbours-rows-added",
+        "a sum over rows takes a row of the next device too",
+        "lrjax/loop/devices.py",
+        "high: Any = row_map.end(share_of_node(loop, source.node))",
+        "high: Any = row_map.end(share_of_node(loop, source.node) + 1)",
+        DEVICES,
+        "on_eight_devices and not slow",
+    ),
+    Mutation(
+        "no-steps-before-the-share",
+        "rows above a share are read before they are made",
+        "lrjax/loop/schedule.py",
+        "before += max(1, math.ceil(max(missing)))",
+        "return _with_tracks(tasks, lazy)",
+        DEVICES,
+        "on_eight_devices and not slow",
+    ),
+    Mutation(
+        "padding-in-the-image",
+        "rows that fill up the last share are taken for rows of the image",
+        "lrjax/loop/clock.py",
+        "self[name] + self.device * share",
+        "self[name]",
+        DEVICES,
+        "on_eight_devices and not slow",
+    ),
+)
+
 MUTATIONS = (
     *ROW_MAPS,
     *SCHEDULES,
+    *SHARES,
     *LINE_BUFFERS,
     *MASKS,
     *SUMS,

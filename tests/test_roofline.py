@@ -1,5 +1,7 @@
 """Roofline: operations and bytes of kernels on hand-made programs, and of compiled ones."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -68,6 +70,28 @@ def test_bytes_of_a_fusion(shape, body, moved):
     assert kernel.bound == "bytes"
     assert found.seconds == moved / 10
     assert kernel.layer == "layer"
+
+
+@pytest.mark.parametrize(
+    ("line", "kind", "sent"),
+    [
+        ("f32[5]{0} all-reduce(%x), to_apply=%add", "all-reduce", 2 * 20),
+        ("f32[40]{0} all-gather(%x), dimensions={0}", "all-gather", 160),
+        (
+            "(f32[5]{0}, f32[5]{0}, u32[], u32[]) collective-permute-start(%x), "
+            "source_target_pairs={{0,1}}",
+            "collective-permute",
+            20,
+        ),
+    ],
+)
+def test_exchanges_take_the_time_of_a_link(line, kind, sent):
+    text = f"ENTRY %main {{\n  %x = f32[5]{{0}} parameter(0)\n  ROOT %exchange = {line}\n}}\n"
+    rates = dataclasses.replace(SIMPLE, link_bytes_per_s=4.0)
+    (kernel,) = roofline_of(program(text), rates).kernels
+    assert (kernel.kind, kernel.bytes, kernel.seconds) == (kind, sent, sent / 4)
+    (slower,) = roofline_of(program(text), SIMPLE).kernels
+    assert slower.seconds == sent  # over the link to the host
 
 
 LOOP = """

@@ -23,8 +23,9 @@ class Clock:
     in 128 blocks: 1,716 MiB for 1,693).
     """
 
-    def __init__(self, series: Mapping[Any, Sequence[int]]):
+    def __init__(self, series: Mapping[Any, Sequence[int]], device: jax.Array | None = None):
         self.series = series
+        self.device = device  # its number among those that share the rows, if several do
         varying = {name: tuple(v) for name, v in series.items() if len(set(v)) > 1}
         number = {values: i for i, values in enumerate(dict.fromkeys(varying.values()))}
         self.column = {name: number[values] for name, values in varying.items()}
@@ -45,7 +46,7 @@ class Clock:
 
     def of_steps(self, first: int, stop: int) -> Clock:
         """The clock of some of the steps, counted as before."""
-        return Clock({name: values[first:stop] for name, values in self.series.items()})
+        return Clock({n: values[first:stop] for n, values in self.series.items()}, self.device)
 
     def alone(self, step: int) -> Clock:
         """The clock of a step that is a program of its own: all numbers are constants."""
@@ -73,16 +74,23 @@ class Clock:
         values = self.series[name]
         return min(values), max(values)
 
-    def inside(self, name: Any, count: int, low: Any, high: Any) -> jax.Array:
+    def in_image(self, name: Any, share: int) -> Any:
+        """The row named, counted from the image's first row.
+
+        Where devices own shares of the rows, each counts from its own first row.
+        """
+        return self[name] if self.device is None else self[name] + self.device * share
+
+    def inside(self, name: Any, count: int, low: Any, high: Any, share: int = 0) -> jax.Array:
         """Which of ``count`` rows, the first of them named, are in ``[low, high)``.
 
-        The bounds are numbers, or names of such.
+        The bounds are numbers, or names of such. With a ``share``, they are rows of the image.
         """
         keys = [self.key(x) if isinstance(x, tuple) else x for x in (low, high)]
-        own = self.key(name), count, *keys
+        own = self.key(name), count, *keys, *(() if self.device is None else (share,))
         if own not in self.known:
             bounds = [self[x] if isinstance(x, tuple) else x for x in (low, high)]
-            self.known[own] = rows_inside(self[name], count, *bounds)
+            self.known[own] = rows_inside(self.in_image(name, share), count, *bounds)
         return self.known[own]
 
     def key(self, name: Any) -> tuple[int | None, int]:
@@ -105,4 +113,4 @@ def clock_of(loop: RowLoop) -> Clock:
         series["window", s.node, s.operand] = loop.window_starts(s).tolist()
         if s.value in loop.producer:
             series["back", s.node, s.operand] = loop.look_back(s).tolist()
-    return Clock(series)
+    return Clock(series, None if loop.shards is None else loop.shards.index())

@@ -10,13 +10,14 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections import ChainMap
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
+from lrjax.loop import devices
 from lrjax.loop.bands import Band
 from lrjax.loop.blocks import padded_rows, read_rows, write_rows
 from lrjax.loop.clock import Clock, clock_of
@@ -31,13 +32,13 @@ from lrjax.loop.line_buffers import (
     producer_of,
     typed,
 )
-from lrjax.loop.offload import empty_on_host, from_host, is_on_host, to_host
+from lrjax.loop.offload import empty_on_host
 from lrjax.loop.rowloop import RowLoop, Source
+from lrjax.loop.shards import WithHalo
 from lrjax.loop.sums import add_partial, empty_sums, finished_sums
-from lrjax.program.inline import FlatEquation, array_of, values_of
+from lrjax.program.inline import array_of
 from lrjax.program.interpreter import collection_paused
-from lrjax.program.varying import varying_axes, varying_over
-from lrjax.rowgraph.graph import RowGraph, RowNode
+from lrjax.rowgraph.graph import RowNode
 from lrjax.rules.base import Array, Rows, with_at
 from lrjax.rules.block_sums import accumulator_dtype
 from lrjax.rules.masks import keep, keep_rows
@@ -75,7 +76,7 @@ jax.tree_util.register_dataclass(StepResult, ["at_hand", "lines", "rows", "parti
 
 
 def slice_windows(
-    loop: RowLoop, clock: Clock, arrays: Values, zero: Any = 0
+    loop: RowLoop, clock: Clock, arrays: Mapping[Any, Array | WithHalo], zero: Any = 0
 ) -> dict[tuple[int, int], Array]:
     """The windows that a step reads from values that exist whole, by (node, operand).
 
@@ -88,7 +89,12 @@ def slice_windows(
         if clock.is_alone:
             start, size = loop.window_of(s, loop.rows_inside(s.node, clock["step"]))
         fill, bounds = _fill(loop, s), clock.bounds(name)
-        window = read_rows(arrays[s.value], start, size, s.read.axis, fill, bounds, zero)
+        array = arrays[devices.array_key(loop, s)]
+        if isinstance(array, WithHalo):
+            window = array.read(start, size, fill, bounds)
+            window = devices.of_image(loop, clock, s, window, fill)
+        else:
+            window = read_rows(array, start, size, s.read.axis, fill, bounds, zero)
         windows[s.node, s.operand] = window
     return windows
 
@@ -172,7 +178,8 @@ class _Step:
                     else array_of(atom, self.wholes)
                     for operand, atom in enumerate(node.equation.inputs)
                 ]
-                start, count = self.clock["start", i], loop.schedule.tracks[i].rows
+                start = self.clock.in_image(("start", i), devices.share_of_node(loop, i))
+                count = loop.schedule.tracks[i].rows
                 if part is not None:
                     start, count = part[0], part[1] - part[0]
                 results = node.op.evaluate(operands, Rows(start, count, loop.is_differentiated))
@@ -240,10 +247,13 @@ class _Step:
             back, rows = clock["back", *place], loop.window_rows(source)
             window = at_hand[source.value].window(back, rows, source.read.slack)
             if loop.masked_at_read(source):
-                kept = clock.inside(("window", *place), window.shape[axis], 0, height)
+                share = devices.share(loop, source.value)
+                kept = clock.inside(("window", *place), window.shape[axis], 0, height, share)
                 window = keep(window, kept, axis, loop.fill_of(source))
         else:
             window = self.windows[place]
+        if loop.shards is not None and loop.nodes[source.node].is_reduction:
+            return devices.own_rows(loop, clock, source, window)
         is_driver = source.operand in loop.nodes[source.node].op.drivers
         if is_driver and not loop.schedule.tracks[source.node].is_steady:
             # Rows computed again belong to an earlier step's contribution.
@@ -306,9 +316,9 @@ class _Step:
             return slab
         start, stop = ("start", loop.producer[value]), ("stop", loop.producer[value])
         height, axis = loop.graph.height(value), loop.graph.row_axis[value]
-        if clock.bounds(start)[0] >= 0 and clock.bounds(stop)[1] <= height:
+        if devices.is_inside_image(loop, value, clock.bounds(start)[0], clock.bounds(stop)[1]):
             return slab
-        kept = clock.inside(start, slab.shape[axis], 0, height)
+        kept = clock.inside(start, slab.shape[axis], 0, height, devices.share(loop, value))
         return keep(slab, kept, axis, loop.production_fill[value])
 
 
@@ -330,7 +340,7 @@ def empty_outputs(loop: RowLoop, full: Full, hosted: Collection[int] = ()) -> Va
                 empty = empty_on_host(avals[v].shape, avals[v].dtype)
                 outputs[v] = typed(loop, v, empty)
             else:
-                outputs[v] = full_like(full, avals[v])
+                outputs[v] = full_like(full, devices.type_on_device(loop, v))
     return outputs
 
 
@@ -382,9 +392,26 @@ def run_steps(
     saves_lines: bool = False,
 ) -> tuple[Values, Values | None]:
     """``run_loop``; with it the line buffers that every step starts with, if they are saved."""
-    every = clock_of(loop)
+    if loop.shards is not None:
+        return _run_over_devices(loop, values, after, saves_lines=saves_lines)
     arrays = {v: values[v] for v in loop.arrays}
     wholes = {v: values[v] for v in loop.wholes}
+    start, awaited = start_of(loop, values, hosted, after), _awaited(loop, values, after)
+    outputs, sums, saved = _scanned(loop, arrays, wholes, start, awaited, saves_lines=saves_lines)
+    return {**outputs, **finished_sums(loop, sums)}, saved
+
+
+def _scanned(
+    loop: RowLoop,
+    arrays: Mapping[Any, Array | WithHalo],
+    wholes: Values,
+    start: Carry,
+    awaited: Sequence[Any],
+    *,
+    saves_lines: bool,
+) -> tuple[Values, Values, Values | None]:
+    """Row outputs, accumulators and saved line buffers, behind the last step."""
+    every = clock_of(loop)
 
     def step(clock: Clock, carry: Carry, row: Any, zero: Any = 0) -> tuple[Any, Values | None]:
         lines, outputs, sums = carry
@@ -396,12 +423,10 @@ def run_steps(
         return (result.lines, outputs, add_partial(loop, sums, result.partial)), saved
 
     def one(carry: Carry, t: int) -> tuple[Any, Values | None]:
-        awaited = carry[1:] if t else _awaited(loop, values, after)
-        return step(every.alone(t), carry, None, zero_behind(awaited))
+        return step(every.alone(t), carry, None, zero_behind(carry[1:] if t else awaited))
 
-    carry = start_of(loop, values, hosted, after)
+    carry, saved = start, None
     first, stop = (0, loop.steps) if saves_lines else loop.repeated
-    saved = None
     for t in range(first):
         carry, _ = one(carry, t)
     if stop > first:
@@ -410,63 +435,30 @@ def run_steps(
     for t in range(stop, loop.steps):
         carry, _ = one(carry, t)
     _, outputs, sums = carry
-    return {**outputs, **finished_sums(loop, sums)}, saved
+    return outputs, sums, saved
 
 
-# --- Whole graphs --------------------------------------------------------------------------------
+def _run_over_devices(
+    loop: RowLoop, values: Values, after: Sequence[Any], *, saves_lines: bool
+) -> tuple[Values, Values | None]:
+    """``run_steps`` on every device's share; row outputs have as many rows as all shares have."""
 
-RunLoop = Callable[[RowLoop, Values, Collection[int]], Values]
+    def on_device(own: Any, wholes: Values, after: Sequence[Any]) -> tuple[Values, Any, Any]:
+        wholes = devices.varying(loop, wholes)
+        arrays = devices.with_halos(loop, own)
+        shards = {division.value: array for division, array in own.items()}
+        start = start_of(loop, {**wholes, **shards}, (), after)
+        outputs, sums, saved = _scanned(loop, arrays, wholes, start, (), saves_lines=saves_lines)
+        return outputs, finished_sums(loop, devices.combined(loop, sums)), saved
 
-
-def run_graph(
-    graph: RowGraph,
-    loops: Sequence[RowLoop | None],
-    inputs: Sequence[Array],
-    run: RunLoop = run_loop,
-    hosted: Mapping[int, int] | None = None,
-) -> list[Array]:
-    """Column operations and row loops, stage by stage.
-
-    Inputs in the host's memory are read there by blocks of rows; what takes them whole gets a copy.
-
-    Args:
-      graph: the row graph.
-      loops: one row loop per stage, None for a stage without row operations.
-      inputs: the program's inputs.
-      run: how a row loop is run (``strategies.tiled`` gives a differentiable one).
-      hosted: numbers of the outputs that are put in the host's memory, with their row axes.
-    """
-    hosted = hosted or {}
-    wanted = set(values_of(graph.program.outputs[i] for i in hosted))
-    copies: Values = {}
-    values: Values = {v: jnp.asarray(c) for v, c in graph.program.constants.items()}
-    values.update(zip(graph.program.inputs, inputs, strict=True))
-    whole = ChainMap(copies, values)
-    for stage, loop in enumerate(loops):
-        for node in graph.column_nodes(stage):
-            copies.update(_copies(graph, whole, node.equation.values))
-            values.update(run_column(graph, node.equation, whole))
-        if loop is not None:
-            copies.update(_copies(graph, whole, loop.wholes))
-            taken = {v: whole[v] for v in loop.wholes}
-            values.update(run(loop, {**values, **taken}, wanted))
-    results = [array_of(v, values) for v in graph.program.outputs]
-    for i, axis in hosted.items():
-        if not is_on_host(results[i]):
-            results[i] = to_host(results[i], axis)
-    return results
-
-
-def _copies(graph: RowGraph, values: Mapping[int, Any], taken: Sequence[int]) -> Values:
-    """What is in the host's memory and is about to be taken whole, on the device."""
-    return {v: from_host(values[v], graph.row_axis[v]) for v in taken if is_on_host(values[v])}
-
-
-def run_column(graph: RowGraph, equation: FlatEquation, values: Mapping[int, Any]) -> Values:
-    """Evaluate one equation on whole values."""
-    results = equation.evaluate([array_of(v, values) for v in equation.inputs])
-    avals = graph.program.avals
-    return {
-        v: varying_over(result, varying_axes(avals[v]))
-        for v, result in zip(equation.outputs, results, strict=True)
-    }
+    outputs, sums, saved = devices.shards_of_loop(loop).run(
+        on_device,
+        (*devices.read_values(loop, values), tuple(after)),
+        (*devices.read_specs(loop), jax.P()),
+        (
+            devices.row_specs(loop, loop.row_outputs),
+            jax.P(),
+            devices.line_specs(loop) if saves_lines else None,
+        ),
+    )
+    return {**outputs, **sums}, saved

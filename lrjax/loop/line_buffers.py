@@ -14,9 +14,10 @@ from jax import lax
 from lrjax.loop.blocks import put_rows, slice_rows
 from lrjax.loop.clock import Clock
 from lrjax.loop.dependent_fill import Full, full_like
+from lrjax.loop.devices import axes_within, type_on_device
 from lrjax.loop.rowloop import RowLoop
 from lrjax.program.inline import FlatEquation
-from lrjax.program.varying import varying_axes, varying_over
+from lrjax.program.varying import varying_over
 from lrjax.rules.base import Array, with_at
 from lrjax.rules.geometry import ceil_div
 from lrjax.scopes import LINE_BUFFERS
@@ -121,7 +122,7 @@ def empty_lines(loop: RowLoop, full: Full) -> Values:
         if loop.line_rows(v):
             with line_buffer_of(loop, v):
                 fill = loop.production_fill.get(v, 0)
-                aval = loop.graph.program.avals[v]
+                aval = type_on_device(loop, v)
                 shape = with_at(aval.shape, loop.graph.row_axis[v], loop.line_rows(v))
                 lines[v] = full_like(full, aval, fill, shape=shape)
     return lines
@@ -129,7 +130,7 @@ def empty_lines(loop: RowLoop, full: Full) -> Values:
 
 def typed(loop: RowLoop, value: int, rows: Array) -> Array:
     """Rows of a value, varying over the mesh axes that the whole value varies over."""
-    return varying_over(rows, varying_axes(loop.graph.program.avals[value]))
+    return varying_over(rows, axes_within(loop, value))
 
 
 def extend(

@@ -15,10 +15,19 @@ import numpy as np
 from lrjax.loop.bands import Band, joined_spans
 from lrjax.loop.ends import repeated_steps
 from lrjax.loop.halos import kind_of, most_halos
-from lrjax.loop.schedule import Read, Schedule, Task, Track, overlap_schedule, shared_schedule
+from lrjax.loop.schedule import (
+    Read,
+    Schedule,
+    Task,
+    Track,
+    needed_rows,
+    overlap_schedule,
+    shared_schedule,
+)
+from lrjax.loop.shards import Shards
 from lrjax.program.inline import FlatEquation
 from lrjax.program.varying import is_inexact
-from lrjax.rowgraph.graph import RowGraph, RowNode
+from lrjax.rowgraph.graph import RowGraph, RowNode, root_of
 from lrjax.rules.base import RowRead
 from lrjax.rules.geometry import Frontier, ceil_div, round_up
 from lrjax.rules.traits import Kind
@@ -67,6 +76,7 @@ class RowLoop:
       producer: node that makes a streamed value of this stage.
       is_differentiated: steps are differentiated one by one: line buffers are saved for every
         step and must be small, so they are no rings.
+      shards: where the rows are divided among devices, how; the schedule is of a share's rows.
     """
 
     graph: RowGraph
@@ -75,6 +85,12 @@ class RowLoop:
     row_outputs: tuple[int, ...]
     producer: dict[int, int]
     is_differentiated: bool
+    shards: Shards | None = None
+
+    @functools.cached_property
+    def needs(self) -> list[tuple[int, int]]:
+        """Per node, the rows that what leaves the loop depends on."""
+        return needed_rows(self.schedule.tasks)
 
     @property
     def steps(self) -> int:
@@ -160,9 +176,10 @@ class RowLoop:
     def repeated(self) -> tuple[int, int]:
         """The first of the steps that one program repeats, and one past the last.
 
-        The others are programs of their own; see ``ends``.
+        The others are programs of their own; see ``ends``. Where devices share the rows, all steps
+        are alike: which rows are outside the image is another on each.
         """
-        if self.is_differentiated:
+        if self.is_differentiated or self.shards is not None:
             return 0, self.steps
 
         def inside(step: int) -> float:
@@ -184,6 +201,8 @@ class RowLoop:
             return False
         height = self.graph.program.avals[source.value].shape[source.read.axis]
         node, row_map = self.nodes[source.node], source.read.row_map
+        if self.shards is not None and node.is_reduction:
+            return False  # it takes a device's own rows of the image alone
         if not node.is_reduction:
             return row_map.first(0) < 0 or row_map.end(node.op.height) > height
         starts = self.window_starts(source)
@@ -250,11 +269,12 @@ class RowLoop:
     def active_steps(self, index: int) -> tuple[int, int]:
         """First and last step in which a node has rows of the image."""
         track, node = self.schedule.tracks[index], self.nodes[index]
+        low, high = (0, node.op.height) if self.shards is None else self.needs[index]
         active = [
             t
             for t in range(self.steps)
-            if track.stop(t) > 0
-            and (track.owned(t)[0] if node.is_reduction else track.start(t)) < node.op.height
+            if track.stop(t) > low
+            and (track.owned(t)[0] if node.is_reduction else track.start(t)) < high
         ]
         return (active[0], active[-1]) if active else (0, 0)
 
@@ -314,8 +334,9 @@ def row_loop(
     order: Order,
     num_blocks: int,
     is_differentiated: bool,
+    shards: Shards | None = None,
 ) -> RowLoop:
-    """Schedule one stage."""
+    """Schedule one stage, or a device's share of it."""
     nodes = graph.stage_nodes(stage)
     producer = {
         v: i
@@ -329,6 +350,13 @@ def row_loop(
         # One step that computes everything; the same rows in every order.
         order = Order(divides_output=True, recomputes_halos=True)
     references = _references(graph, stage, order)
+    if shards is not None:
+        references = {
+            root: (shards.rows((root, rate)), rate) for root, (_, rate) in references.items()
+        }
+
+    def height(node: RowNode) -> int:
+        return node.op.height if shards is None else shards.rows(root_of(graph, node))
 
     def schedule(blocks: Fraction) -> Schedule:
         speeds = _speeds(graph, nodes, references, blocks)
@@ -339,17 +367,19 @@ def row_loop(
                     Read(producer.get(v), read.row_map, kind_of(node) is Kind.LIBRARY)
                     for _, v, read in node.row_reads
                 ),
-                node.op.height,
+                height(node),
                 speed,
                 is_sink=_is_sink(graph, node, stage),
                 most_halo=halo,
             )
             for node, speed, halo in zip(nodes, speeds, halos, strict=True)
         ]
-        return overlap_schedule(tasks) if order.recomputes_halos else shared_schedule(tasks)
+        if order.recomputes_halos:
+            return overlap_schedule(tasks)
+        return shared_schedule(tasks, is_share=shards is not None)
 
     found = _shortest_blocks(graph, nodes, references, num_blocks, schedule)
-    return RowLoop(graph, tuple(nodes), found, row_outputs, producer, is_differentiated)
+    return RowLoop(graph, tuple(nodes), found, row_outputs, producer, is_differentiated, shards)
 
 
 def _shortest_blocks(
@@ -369,7 +399,7 @@ def _shortest_blocks(
         return found
     root, (height, rate) = max(references.items(), key=lambda item: item[1][0] / item[1][1])
     rows = ceil_div(height, num_blocks)
-    own = [own for node in nodes for at, own in [_root(graph, node)] if at == root]
+    own = [own for node in nodes for at, own in [root_of(graph, node)] if at == root]
     unit = math.lcm(*((own_rate / rate).denominator for own_rate in own))
     unit = unit if rows % unit == 0 else 1
     # In units of rows: too few for so many steps, and enough.
@@ -401,18 +431,6 @@ def reference_height(graph: RowGraph, stage: int, order: Order) -> int:
     return max((height for height, _ in _references(graph, stage, order).values()), default=1)
 
 
-def _root(graph: RowGraph, node: RowNode) -> tuple[int, Fraction]:
-    """Component of a node and its rows per row of the component's root."""
-    head = node.equation.outputs[0]
-    if head in graph.rate:
-        return graph.rate[head]
-    for _, v, read in node.row_reads:
-        if v in graph.rate:
-            root, rate = graph.rate[v]
-            return root, rate / read.row_map.rate
-    raise AssertionError("a reduction that reads no rows")
-
-
 def _is_sink(graph: RowGraph, node: RowNode, stage: int) -> bool:
     """Its rows leave the loop."""
     made_whole = graph.stages.made_whole[stage]
@@ -438,7 +456,7 @@ def _by_root(graph: RowGraph, nodes: Sequence[RowNode]) -> dict[int, list[tuple[
     """Height and rate of what the nodes make, or reduce, by the root of their component."""
     found: dict[int, list[tuple[int, Fraction]]] = {}
     for node in nodes:
-        root, rate = _root(graph, node)
+        root, rate = root_of(graph, node)
         found.setdefault(root, []).append((node.op.height, rate))
     return found
 
@@ -464,5 +482,5 @@ def _speeds(
     for root, (height, rate) in references.items():
         tall = Fraction(max(height, 1))
         per_root[root] = math.ceil(tall / min(blocks, tall)) / rate
-    roots = (_root(graph, node) for node in nodes)
+    roots = (root_of(graph, node) for node in nodes)
     return [per_root[root] * rate for root, rate in roots]

@@ -113,17 +113,43 @@ class Schedule:
 
     tracks: tuple[Track, ...]
     steps: int
+    tasks: tuple[Task, ...]
 
 
-def shared_schedule(tasks: Sequence[Task]) -> Schedule:
+def needed_rows(tasks: Sequence[Task]) -> list[tuple[int, int]]:
+    """Per task, the rows that the sinks' rows from 0 to their heights depend on."""
+    needed = [(0, task.height) if task.is_sink else None for task in tasks]
+    for i in reversed(range(len(tasks))):
+        own = needed[i]
+        for read in tasks[i].reads:
+            if read.task is not None and own is not None:
+                first, stop = int(read.row_map.first(own[0])), int(read.row_map.end(own[1]))
+                known = needed[read.task] or (first, stop)
+                needed[read.task] = min(known[0], first), max(known[1], stop)
+    return [own or (0, 0) for own in needed]
+
+
+def shared_schedule(tasks: Sequence[Task], *, is_share: bool = False) -> Schedule:
     """Every row is computed once, as late as its consumers allow (stream and 2PS).
 
     First every task gets the least lag that its inputs allow; then the largest that its consumers
     allow, so that nothing waits in a line buffer for no reason.
+
+    Where the rows are one device's share of an image (``is_share``), there are rows before row 0
+    too, and the first steps make those that the share's own rows depend on.
     """
-    eager = _eager_frontiers(tasks)
-    lazy = _held_back(tasks, eager)
-    return _with_tracks(tasks, lazy)
+    before, needed = 0, needed_rows(tasks) if is_share else []
+    while True:
+        eager = _eager_frontiers(tasks, before)
+        lazy = _held_back(tasks, eager, before)
+        missing = [
+            (int(rows[0]) - first) / task.speed
+            for task, rows, (first, _) in zip(tasks, lazy, needed, strict=False)
+            if rows[0] > first
+        ]
+        if not missing:
+            return _with_tracks(tasks, lazy)
+        before += max(1, math.ceil(max(missing)))
 
 
 def overlap_schedule(tasks: Sequence[Task]) -> Schedule:
@@ -147,30 +173,31 @@ def _steps_to_end(task: Task) -> int:
     return math.floor(last_quantum / task.speed) + 1
 
 
-def _even(task: Task, steps: int, lag: int) -> Frontier:
+def _even(task: Task, steps: int, lag: int, before: int) -> Frontier:
     """A frontier that advances by the task's share in every step, ``lag`` rows behind it.
 
     Even frontiers keep steps alike: where a stride makes one operation advance in every other step
-    only, following its demand to the letter would make all before it stop and go as well.
+    only, following its demand to the letter would make all before it stop and go as well. There are
+    ``before`` steps before the one that begins at row 0 without a lag.
     """
-    return _shares(*task.speed.as_integer_ratio(), task.quantum, steps) - lag
+    return _advance(*task.speed.as_integer_ratio(), task.quantum, steps, before) - lag
 
 
 @functools.lru_cache(maxsize=256)  # the operations of a network have few speeds
-def _shares(rows: int, per_steps: int, quantum: int, steps: int) -> Frontier:
+def _advance(rows: int, per_steps: int, quantum: int, steps: int, before: int) -> Frontier:
     """``rows`` more after every ``per_steps`` steps, in multiples of ``quantum``."""
-    found = round_down(np.arange(steps + 1) * rows // per_steps, quantum)
+    found = round_down(np.arange(-before, steps + 1) * rows // per_steps, quantum)
     found.flags.writeable = False  # many tasks read it
     return found
 
 
-def _eager_frontiers(tasks: Sequence[Task]) -> list[Frontier]:
+def _eager_frontiers(tasks: Sequence[Task], before: int) -> list[Frontier]:
     """The least lag of every task with which its inputs are always there in time."""
     steps = 1
     while True:
         frontiers: list[Frontier] = []
         for task in tasks:
-            reach = _even(task, steps, 0)
+            reach = _even(task, steps, 0, before)
             behind = 0
             for read in task.reads:
                 if read.task is not None:
@@ -187,16 +214,16 @@ def _eager_frontiers(tasks: Sequence[Task]) -> list[Frontier]:
         steps += max(1, math.ceil(max(missing)))
 
 
-def _held_back(tasks: Sequence[Task], eager: list[Frontier]) -> list[Frontier]:
+def _held_back(tasks: Sequence[Task], eager: list[Frontier], before: int) -> list[Frontier]:
     """The largest lag of every task with which its consumers are always served; sinks stay."""
-    steps = len(eager[0]) - 1
+    steps = len(eager[0]) - 1 - before
     lazy = list(eager)
     wanted: dict[int, Frontier] = {}
     for i in reversed(range(len(tasks))):
         task = tasks[i]
         if i in wanted and not task.is_sink:
-            spare = int(np.min(_even(task, steps, 0) - wanted[i]))
-            lazy[i] = _even(task, steps, round_down(spare, task.quantum))
+            spare = int(np.min(_even(task, steps, 0, before) - wanted[i]))
+            lazy[i] = _even(task, steps, round_down(spare, task.quantum), before)
         for read in task.reads:
             if read.task is not None:
                 needed = read.row_map.end(lazy[i])
@@ -235,7 +262,7 @@ def _with_tracks(
                 back = frontiers[read.task][1:] - read.row_map.first(starts)
                 found = int(np.max(back)), read.row_map.size(rows), read.is_copied
                 windows[read.task].append(_Window(*found))
-    return Schedule(tuple(tracks), len(frontiers[0]) - 1)
+    return Schedule(tuple(tracks), len(frontiers[0]) - 1, tuple(tasks))
 
 
 @dataclasses.dataclass(frozen=True)

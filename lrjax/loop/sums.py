@@ -7,6 +7,7 @@ from collections.abc import Callable
 import jax.numpy as jnp
 
 from lrjax.loop.dependent_fill import Full, full_like
+from lrjax.loop.devices import type_on_device
 from lrjax.loop.line_buffers import Values
 from lrjax.loop.rowloop import RowLoop
 from lrjax.loop.small_sums import SmallSums
@@ -26,17 +27,17 @@ _COMBINE: dict[str, Callable[[Array, Array], Array]] = {
 
 def small_sums(loop: RowLoop) -> SmallSums:
     """Which of the loop's sums over rows are added up together."""
-    avals = loop.graph.program.avals
     added = (n for n in loop.nodes if n.op is not None and n.op.reduction == "sum")
     values = (v for node in added for v in node.equation.outputs)
-    return SmallSums((v, avals[v], accumulator_dtype(avals[v].dtype)) for v in values)
+    avals = {v: type_on_device(loop, v) for v in values}
+    return SmallSums((v, aval, accumulator_dtype(aval.dtype)) for v, aval in avals.items())
 
 
 def empty_sums(loop: RowLoop, full: Full) -> Values:
     """Accumulators at their identities."""
     sums = {}
     for v, (equation, reduction) in loop.reductions.items():
-        aval = loop.graph.program.avals[v]
+        aval = type_on_device(loop, v)
         dtype = accumulator_dtype(aval.dtype)
         with equation.origin():
             sums[v] = full_like(full, aval, identity_of(reduction, dtype), dtype=dtype)

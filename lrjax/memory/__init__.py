@@ -1,6 +1,7 @@
 """What uses the memory: XLA's own answer for a device, present or not, and the process's."""
 
 from lrjax.memory import pictures
+from lrjax.memory.collectives import Collective
 from lrjax.memory.comparison import Comparison, compare
 from lrjax.memory.compile import (
     DoesNotFitError,
@@ -26,6 +27,7 @@ __all__ = [
     "KINDS",
     "TARGETS",
     "Buffer",
+    "Collective",
     "Comparison",
     "CpuTarget",
     "DoesNotFitError",

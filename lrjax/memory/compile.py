@@ -13,12 +13,14 @@ import functools
 import glob
 import importlib.metadata
 import importlib.util
+import math
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 from jax.experimental import topologies
 
 from lrjax.memory.targets import CpuTarget, GpuTarget, TpuTarget, find, row_of, target_config
@@ -38,8 +40,10 @@ def compile_for(
     donate_argnums: int | Sequence[int] = (),
     static_argnums: int | Sequence[int] = (),
     compiler_options: Mapping[str, Any] | None = None,
+    mesh_shape: Mapping[str, int] | None = None,
+    in_specs: Any = None,
 ) -> jax.stages.Compiled:
-    """Compile ``fun`` for one device of the kind ``target``.
+    """Compile ``fun`` for one device of the kind ``target``, or for a mesh of such.
 
     Args:
       fun: a function JAX can trace.
@@ -49,12 +53,19 @@ def compile_for(
       donate_argnums: as ``jax.jit``'s.
       static_argnums: as ``jax.jit``'s.
       compiler_options: further options of XLA.
+      mesh_shape: names and sizes of the axes (Auto ones) of a mesh of devices in one process, none
+        of which need be there; it is the mesh at hand while ``fun`` is traced. Sizes are then those
+        of one device. Not for TPUs.
+      in_specs: with ``mesh_shape``: how the arguments are divided, a ``jax.P`` for each, or
+        pytrees of such that fit them from the top, as ``jax.shard_map`` takes them. Default: every
+        device has all of every argument.
 
     Returns:
       The compiled program. It cannot run here unless the device is at hand; see ``peak_bytes``.
 
     Raises:
-      ValueError: ``target`` is not in the table.
+      ValueError: ``target`` is not in the table, or not for a mesh; or ``mesh_shape`` or
+        ``in_specs`` do not fit.
       TypeError: an argument has no shape and dtype.
       ImportError: XLA's plugin for the target is not installed; the message has the command.
       DoesNotFitError: the compiler for a TPU found no room for the program.
@@ -64,18 +75,26 @@ def compile_for(
         compiled = compile_for(jax.grad(loss), params, images, target="h200")
         print(peak_bytes(compiled) / 2**20, "MiB")
     """
+    mesh = None if mesh_shape is None else mesh_for(target, mesh_shape)
     device = device_of(target)
-    sharding = jax.sharding.SingleDeviceSharding(device)
     static = _normalised(static_argnums, len(args))
+    shardings: Any = jax.sharding.SingleDeviceSharding(device)
+    if in_specs is not None and mesh is None:
+        raise ValueError("in_specs is given without mesh_shape; give the mesh's axes and sizes.")
+    if mesh is not None:
+        shardings = _shardings(mesh, in_specs, len(args))
     on_target = tuple(
-        arg if position in static else _structs(arg, sharding, position)
+        arg
+        if position in static
+        else _structs(arg, shardings if mesh is None else shardings[position], position)
         for position, arg in enumerate(args)
     )
     jitted = jax.jit(fun, donate_argnums=donate_argnums, static_argnums=static_argnums)
     options = dict(compiler_options or {})
     if isinstance(target, str) and device.platform == "gpu":
         options["xla_gpu_autotune_level"] = 0  # without the device there is nothing to time on
-    lowered = jitted.lower(*on_target)
+    with _at_hand(mesh):
+        lowered = jitted.lower(*on_target)
     try:
         return lowered.compile(compiler_options=options)
     except jax.errors.JaxRuntimeError as error:
@@ -96,7 +115,68 @@ def device_of(target: str | jax.Device | None) -> jax.Device:
     with _only_what_is_there():
         if target is None:
             return jax.devices()[0]
-        return target if isinstance(target, jax.Device) else _stand_in(target)
+        return target if isinstance(target, jax.Device) else _stand_in(target)[0]
+
+
+def mesh_for(target: str | jax.Device | None, shape: Mapping[str, int]) -> jax.sharding.Mesh:
+    """A mesh of devices of one process, which are good for compiling only unless they are there.
+
+    Raises:
+      ValueError: the target is a single device or a TPU, the machine has too few, or the shape is
+        none.
+      ImportError: XLA's plugin for the target is not installed; the message has the command.
+    """
+    sizes = tuple(shape.values()) if isinstance(shape, Mapping) else ()
+    if not sizes or not all(isinstance(n, int) and n > 0 for n in sizes):
+        raise ValueError(f"mesh_shape={shape!r:.80} must name axes and sizes, as {{'rows': 8}}.")
+    count = math.prod(sizes)
+    if isinstance(target, jax.Device):
+        raise ValueError("mesh_shape: target is a single device; give the name of a target.")
+    with _only_what_is_there():
+        if target is not None and isinstance(find(target), TpuTarget):
+            raise ValueError(
+                f"mesh_shape: {target} is a TPU, of which lrjax knows single ones; choose a GPU."
+            )
+        devices = jax.devices()[:count] if target is None else _stand_in(target, count)
+    if len(devices) < count:
+        raise ValueError(
+            f"mesh_shape={dict(shape)} wants {count} devices and there are {len(devices)}; start "
+            f"with XLA_FLAGS=--xla_force_host_platform_device_count={count} for CPUs, or name a "
+            "GPU as target."
+        )
+    kinds = (jax.sharding.AxisType.Auto,) * len(sizes)
+    return jax.sharding.Mesh(np.array(devices).reshape(sizes), tuple(shape), axis_types=kinds)
+
+
+def _at_hand(mesh: jax.sharding.Mesh | None) -> contextlib.AbstractContextManager[Any]:
+    """The mesh for what is traced; an abstract one, for JAX would run small operations on it."""
+    if mesh is None:
+        return contextlib.nullcontext()
+    return jax.sharding.use_abstract_mesh(mesh.abstract_mesh)
+
+
+def _shardings(mesh: jax.sharding.Mesh, in_specs: Any, arguments: int) -> list[Any]:
+    """Of every argument, its sharding or a pytree of such."""
+    if in_specs is None or isinstance(in_specs, jax.P):
+        in_specs = (in_specs,) * arguments
+    if not isinstance(in_specs, Sequence) or len(in_specs) != arguments:
+        raise ValueError(
+            f"in_specs={in_specs!r:.80} must have one entry for each of {arguments} arguments."
+        )
+
+    def sharding(spec: Any) -> jax.sharding.NamedSharding:
+        try:
+            return jax.sharding.NamedSharding(mesh, jax.P() if spec is None else spec)
+        except (TypeError, ValueError) as error:
+            raise ValueError(
+                f"in_specs: {spec!r:.80} does not fit the mesh {dict(mesh.shape)}; give a jax.P of "
+                f"its axes. (JAX: {str(error).splitlines()[0]})"
+            ) from error
+
+    return [
+        jax.tree.map(sharding, spec, is_leaf=lambda one: one is None or isinstance(one, jax.P))
+        for spec in in_specs
+    ]
 
 
 def target_name(target: str | None) -> str:
@@ -231,25 +311,25 @@ def memory_analysis(compiled: jax.stages.Compiled) -> Any:
 
 
 @functools.cache
-def _stand_in(name: str) -> jax.Device:
-    """A device of the kind ``name``, good for compiling only unless it is the CPU."""
+def _stand_in(name: str, count: int = 1) -> list[jax.Device]:
+    """Devices of the kind ``name`` in one process, good for compiling only unless they are CPUs."""
     target = find(name)
     if isinstance(target, CpuTarget):
-        return jax.devices("cpu")[0]
+        return list(jax.devices("cpu")[:count])
     if not is_installed(name):
         raise ImportError(
             f"target={name!r} needs XLA's plugin for it, which is not installed: "
             f"{install_command(name)} (the device itself is not needed)."
         )
-    return _tpu(target) if isinstance(target, TpuTarget) else _gpu(target)
+    return [_tpu(target)] if isinstance(target, TpuTarget) else _gpus(target, count)
 
 
-def _gpu(target: GpuTarget) -> jax.Device:
+def _gpus(target: GpuTarget, count: int) -> list[jax.Device]:
     try:
         topology = topologies.get_topology_desc(
             target.name,
             platform="cuda",
-            topology="1x1x1",  # hosts x processes x devices
+            topology=f"1x1x{count}",  # hosts x processes x devices
             target_config=target_config(target),
         )
     except NotImplementedError as error:  # no plugin has registered topologies for the platform
@@ -258,7 +338,7 @@ def _gpu(target: GpuTarget) -> jax.Device:
             "when JAX started, as there is no NVIDIA driver: set JAX_PLATFORMS=cpu in the "
             "environment."
         ) from error
-    return topology.devices[0]
+    return list(topology.devices)
 
 
 def _tpu(target: TpuTarget) -> jax.Device:
@@ -290,8 +370,11 @@ def _environment(variables: Mapping[str, str]) -> Iterator[None]:
             del os.environ[name]
 
 
-def _structs(arg: Any, sharding: jax.sharding.Sharding, position: int) -> Any:
-    """``arg`` with each leaf replaced by its shape and dtype, placed by ``sharding``."""
+def _structs(arg: Any, shardings: Any, position: int) -> Any:
+    """``arg`` with each leaf replaced by its shape and dtype.
+
+    It is placed by ``shardings``, a sharding or a pytree of such that fits from the top.
+    """
     try:
         shaped = jax.eval_shape(lambda tree: tree, arg)
     except (TypeError, ValueError) as error:
@@ -300,12 +383,21 @@ def _structs(arg: Any, sharding: jax.sharding.Sharding, position: int) -> Any:
             "jax.ShapeDtypeStruct(shape, dtype) or pytrees of them; name what is none of these "
             f"in static_argnums. (JAX: {str(error).splitlines()[0]})"
         ) from error
-    return jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(
-            leaf.shape, leaf.dtype, sharding=sharding, weak_type=leaf.weak_type
-        ),
-        shaped,
-    )
+
+    def placed(sharding: Any, part: Any) -> Any:
+        return jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct(
+                leaf.shape, leaf.dtype, sharding=sharding, weak_type=leaf.weak_type
+            ),
+            part,
+        )
+
+    try:
+        return jax.tree.map(placed, shardings, shaped)
+    except ValueError as error:
+        raise ValueError(
+            f"in_specs: entry {position} does not fit the argument: {str(error).splitlines()[0]}"
+        ) from error
 
 
 def _normalised(argnums: int | Sequence[int], count: int) -> set[int]:

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lrjax.memory.collectives import Collective
 from lrjax.memory.lifetimes import usage
 from lrjax.text import aligned, shortened, size
 
@@ -85,6 +86,8 @@ class MemoryProfile:
       peak_step: the step at which ``peak_bytes`` are in use.
       allocated_bytes: arguments, outputs and the block that XLA lays the temporaries out in, with
         the gaps between them, so at least ``peak_bytes``; ``None``: unknown.
+      devices: how many it was compiled for; all sizes are those of one.
+      collectives: what devices exchange.
     """
 
     target: str
@@ -100,6 +103,8 @@ class MemoryProfile:
     instructions: tuple[str, ...]
     peak_step: int
     allocated_bytes: int | None = None
+    devices: int = 1
+    collectives: tuple[Collective, ...] = ()
 
     @property
     def fits(self) -> bool | None:
@@ -120,7 +125,7 @@ class MemoryProfile:
         sizes = [
             f"{name} {size(count)}" for name, count in (*parts, ("temporaries", self.temp_bytes))
         ]
-        lines = [f"{self._headline()}; {', '.join(sizes)}", ""]
+        lines = [f"{self._headline()}; {', '.join(sizes)}", *self._exchanges(), ""]
         for title, totals in (("kind", self.by_kind()), ("layer", self.by_layer())):
             rows = [
                 (shortened(name, 60), size(count), f"{count / max(self.peak_bytes, 1):.1%}")
@@ -130,9 +135,21 @@ class MemoryProfile:
         header = ("buffer", "size", "shape", "made by", "kind")
         return "\n".join([*lines, *_table(header, [_cells(b) for b in self.at_peak()])][:-1])
 
+    def _exchanges(self) -> list[str]:
+        """A line for each kind of collective: how many, their bytes, and how many in loops."""
+        found: dict[str, list[Collective]] = {}
+        for one in self.collectives:
+            found.setdefault(one.kind, []).append(one)
+        return [
+            f"{kind}: {len(several)}, {size(sum(one.bytes for one in several))} a device, "
+            f"{sum(one.is_in_loop for one in several) or 'none'} in a loop"
+            for kind, several in found.items()
+        ]
+
     def _headline(self) -> str:
         fits = {True: ", fits", False: ", does not fit", None: ""}[self.fits]
         of = "" if self.capacity_bytes is None else f" of {size(self.capacity_bytes)}"
+        of += "" if self.devices == 1 else f" on each of {self.devices}"
         return f"{self.target}: peak {size(self.peak_bytes)}{of}{fits}; {len(self.buffers)} buffers"
 
     def at_peak(self) -> list[Buffer]:
@@ -198,7 +215,8 @@ class MemoryProfile:
                 Buffer(**{**b, "shape": tuple(b["shape"])}) for b in content.pop("buffers")
             )
             instructions = tuple(content.pop("instructions"))
-            return cls(**content, buffers=buffers, instructions=instructions)
+            exchanges = tuple(Collective(**one) for one in content.pop("collectives", ()))
+            return cls(**content, buffers=buffers, instructions=instructions, collectives=exchanges)
         except (TypeError, KeyError) as error:
             raise ValueError(f"this is not a whole {FORMAT}: {error}") from error
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 import os
 import sys
 import tempfile
@@ -15,6 +16,7 @@ import jax
 
 from lrjax.memory.assignment import HOST_COLOR, Assignment, read_dump, schedule
 from lrjax.memory.attribution import Attribution
+from lrjax.memory.collectives import collectives
 from lrjax.memory.compile import (
     compile_for,
     device_of,
@@ -72,6 +74,8 @@ def profile(
     target: str | jax.Device | None = None,
     donate_argnums: int | Sequence[int] = (),
     static_argnums: int | Sequence[int] = (),
+    mesh_shape: Mapping[str, int] | None = None,
+    in_specs: Any = None,
 ) -> MemoryProfile:
     """What ``fun`` needs of a device's memory, present or not, and what for.
 
@@ -84,12 +88,15 @@ def profile(
       target: a name that ``targets()`` lists, a ``jax.Device``, or None for the default device.
       donate_argnums: as ``jax.jit``'s.
       static_argnums: as ``jax.jit``'s.
+      mesh_shape: compile for a mesh of such devices, by the names and sizes of its axes; see
+        ``compile_for``.
+      in_specs: with ``mesh_shape``: how the arguments are divided; see ``compile_for``.
 
     Returns:
-      The profile; its sizes are bytes.
+      The profile; its sizes are bytes, of one device.
 
     Raises:
-      ValueError: no such target.
+      ValueError: no such target; ``mesh_shape`` or ``in_specs`` do not fit.
       TypeError: an argument without shape and dtype.
       ImportError: the target's plugin is not installed; the message has the command.
       DoesNotFitError: the compiler for a TPU found no room for the program.
@@ -101,7 +108,6 @@ def profile(
         profile = lrjax.memory.profile(jax.grad(loss), params, images, target="rtx3090")
         print(profile.peak_bytes, profile.fits, profile.by_kind())
     """
-    device = device_of(target)
     with tempfile.TemporaryDirectory(prefix="lrjax-profile-") as dump:
         with _without_cache(), _quietly():
             compiled = compile_for(
@@ -111,7 +117,10 @@ def profile(
                 donate_argnums=donate_argnums,
                 static_argnums=static_argnums,
                 compiler_options={"xla_dump_to": dump, "xla_dump_hlo_as_proto": True},
+                mesh_shape=mesh_shape,
+                in_specs=in_specs,
             )
+        device = device_of(target)
         try:
             assignment = read_dump(dump)
         except (OSError, ValueError) as error:
@@ -120,7 +129,8 @@ def profile(
                 f"{device.device_kind}): {error}"
             ) from error
     name = target if isinstance(target, str) else device.device_kind
-    return _assemble(name, compiled, assignment, _capacity(target, device))
+    found = _assemble(name, compiled, assignment, _capacity(target, device))
+    return dataclasses.replace(found, devices=math.prod((mesh_shape or {}).values()))
 
 
 def device_memory_bytes(target: str | jax.Device | None) -> int | None:
@@ -191,6 +201,7 @@ def _from_assignment(name: str, assignment: Assignment, capacity: int | None) ->
         instructions=tuple(step.name for step in steps),
         peak_step=in_use.index(max(in_use)),
         allocated_bytes=sum(a.bytes for a in on_device),
+        collectives=collectives(assignment),
     )
 
 

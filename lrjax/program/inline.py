@@ -30,7 +30,7 @@ from lrjax.program.compatibility import (
     scan_arity,
 )
 from lrjax.program.extremes import evaluate_differentiably
-from lrjax.program.manual_axes import with_early_casts
+from lrjax.program.manual_axes import with_early_casts, without_meshes
 from lrjax.program.varying import struct_like, varying_axes, varying_over
 
 # The parameter that holds the body of a call, by primitive.
@@ -278,6 +278,7 @@ class _Flattener:
         has_effects: bool = False,
     ) -> list[int]:
         made = tuple(self.fresh(getattr(v, "aval", v)) for v in outvars)
+        params = without_meshes(params)
         if primitive is lax.broadcast_in_dim_p and len(inputs) == 1 and isinstance(inputs[0], int):
             self.broadcasts[made[0]] = inputs[0], params["broadcast_dimensions"]
         self.equations.append(

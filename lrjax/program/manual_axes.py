@@ -168,6 +168,18 @@ def body_outside(jaxpr: Any) -> Any:
         return jax.make_jaxpr(lambda *values: evaluate_jaxpr(jaxpr, values, run))(*structs)
 
 
+def without_meshes(params: dict[str, Any]) -> dict[str, Any]:
+    """Parameters without shardings that say no more than on which mesh a program was traced.
+
+    Within a ``jax.shard_map`` over an axis of that mesh they would be wrong.
+    """
+    return {name: None if _is_undivided(param) else param for name, param in params.items()}
+
+
+def _is_undivided(param: Any) -> bool:
+    return isinstance(param, jax.sharding.NamedSharding) and not any(param.spec)
+
+
 def _param_outside(param: Any) -> Any:
     if hasattr(param, "eqns"):
         return body_outside(param)

@@ -15,7 +15,13 @@ from collections.abc import Callable, Iterator, Sequence
 from lrjax.memory.attribution import layer_of
 from lrjax.roofline.hlo import Computation, Instruction, Program, parse
 from lrjax.roofline.rates import Rates
-from lrjax.roofline.traffic import fusion_bytes, instruction_bytes, written_bytes
+from lrjax.roofline.traffic import (
+    exchanged_bytes,
+    fusion_bytes,
+    instruction_bytes,
+    is_exchange,
+    written_bytes,
+)
 from lrjax.roofline.work import Work, work_of
 from lrjax.scopes import LINE_BUFFERS
 from lrjax.text import aligned, shortened
@@ -210,7 +216,10 @@ class _Walk:
         works = list(self.works(instruction, computation))
         operations = sum(work.operations for work in works)
         is_copied = _is_on_host(instruction, computation)
-        if is_copied:
+        if is_exchange(instruction):
+            moved = exchanged_bytes(instruction, computation)
+            bandwidth = self.rates.exchange_bytes_per_s
+        elif is_copied:
             moved = self.copied_bytes(instruction, computation)
             bandwidth = self.rates.host_bytes_per_s
         else:
@@ -268,7 +277,7 @@ class _Walk:
         if instruction.opcode == "custom-call":
             return instruction.attribute("custom_call_target") or "custom call"
         if instruction.opcode != "fusion":
-            return instruction.opcode
+            return instruction.opcode.removesuffix("-start")
         opcodes = {inner.opcode for inner in self.fused(instruction).values()}
         return next(
             (kind for opcode, kind in _KINDS_OF_FUSIONS if opcode in opcodes), "elementwise"

@@ -31,6 +31,10 @@ _PEAKS: dict[str, dict[str, float]] = {
     "rtx3080": {_HALF: 59e12, _SINGLE: 30e12, _DOUBLE: 0.47e12},
     "v100": {_HALF: 125e12, _SINGLE: 15.7e12, _DOUBLE: 7.8e12},
 }
+# Bytes in a second from a device to others of its machine, in one direction: NVLink of the fourth,
+# third and second generation (vendors' figures for both directions, halved). Others exchange over
+# PCI Express, as they do with the host.
+_LINKS = {"h200": 450e9, "h100": 450e9, "a100-80gb": 300e9, "a100-40gb": 300e9, "v100": 150e9}
 # Bytes in a second of a TPU's memory (Google's system architecture pages; of a v4 one core's half).
 _TPU_BANDWIDTHS = {"tpu-v4": 614e9, "tpu-v5e": 819e9, "tpu-v5p": 2765e9, "tpu-v6e": 1640e9}
 # A processor's core, an order of magnitude: XLA:CPU's convolutions in float32, copies of all cores,
@@ -49,6 +53,7 @@ class Rates:
       host_bytes_per_s: of copies to and from the host's memory.
       launch_s: the least time of a kernel.
       branch_s: a conditional, for which the host waits.
+      link_bytes_per_s: from a device to others of its machine; None: as to the host.
     """
 
     target: str
@@ -57,6 +62,12 @@ class Rates:
     host_bytes_per_s: float
     launch_s: float = 3e-6
     branch_s: float = 15e-6
+    link_bytes_per_s: float | None = None
+
+    @property
+    def exchange_bytes_per_s(self) -> float:
+        """Bytes that a device sends to others of its machine."""
+        return self.host_bytes_per_s if self.link_bytes_per_s is None else self.link_bytes_per_s
 
     def operations_rate(self, dtype: str) -> float:
         return self.operations_per_s[_PRECISION.get(dtype, _HALF)]
@@ -67,7 +78,8 @@ class Rates:
         return (
             f"assumed of {self.target}: convolutions and products at {half:,.0f} (half) and "
             f"{single:,.0f} (float32) TFLOP/s, memory at {self.bytes_per_s / 1e12:.2f} TB/s, "
-            f"copies to the host at {self.host_bytes_per_s / 1e9:.0f} GB/s, "
+            f"copies to the host at {self.host_bytes_per_s / 1e9:.0f} GB/s, exchanges between "
+            f"devices at {self.exchange_bytes_per_s / 1e9:.0f} GB/s, "
             f"{self.launch_s * 1e6:.0f} us a launch, {self.branch_s * 1e6:.0f} us a conditional; "
             "no caches, nothing overlaps"
         )
@@ -82,7 +94,7 @@ def rates_of(target: str, *, of_peak: float = 0.48, of_bandwidth: float = 0.8) -
     Args:
       target: a name in ``lrjax.memory.TARGETS``.
       of_peak: what convolutions reach of the peak; cuDNN's large ones reach about half.
-      of_bandwidth: what kernels reach of the memory's bandwidth.
+      of_bandwidth: what kernels reach of the memory's bandwidth, and exchanges of a link's.
 
     Raises:
       ValueError: no such target, or none with rates.
@@ -109,4 +121,5 @@ def rates_of(target: str, *, of_peak: float = 0.48, of_bandwidth: float = 0.8) -
         {precision: of_peak * peak for precision, peak in _PEAKS[target].items()},
         of_bandwidth * row.bandwidth_bytes_per_s,
         float(row.host_bytes_per_s),
+        link_bytes_per_s=of_bandwidth * _LINKS[target] if target in _LINKS else None,
     )

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 
+from lrjax.memory.collectives import KINDS as COLLECTIVES
 from lrjax.roofline.hlo import Computation, Instruction
 
 _SLICES = frozenset(("dynamic-slice", "slice", "gather"))
@@ -33,6 +34,23 @@ def fusion_bytes(computation: Computation) -> float:
                 wanted = demanded[name] + _operand_elements(instruction, number, operand, elements)
                 demanded[name] = min(float(operand.elements), wanted)
     return read + written
+
+
+def is_exchange(instruction: Instruction) -> bool:
+    """Whether devices exchange values; of one that starts and ends apart, the start counts."""
+    return instruction.opcode.removesuffix("-start") in COLLECTIVES
+
+
+def exchanged_bytes(instruction: Instruction, computation: Computation) -> float:
+    """Bytes that a device sends, by the usual ring algorithms with many devices.
+
+    A reduction goes round twice, once to be made and once to be known.
+    """
+    kind = instruction.opcode.removesuffix("-start")
+    own = sum(computation[name].bytes for name in instruction.operands if name in computation)
+    if kind == "all-gather":
+        return float(max((shape.bytes for shape in instruction.shapes), default=0))
+    return 2.0 * own if kind == "all-reduce" else float(own)
 
 
 def written_bytes(computation: Computation) -> float:

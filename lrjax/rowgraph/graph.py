@@ -183,6 +183,18 @@ class RowGraph:
         return size_bytes(self.program.avals[value]) // max(self.height(value), 1)
 
 
+def root_of(graph: RowGraph, node: RowNode) -> tuple[int, Fraction]:
+    """The root of a node's component, and the node's rows per row of it."""
+    head = node.equation.outputs[0]
+    if head in graph.rate:
+        return graph.rate[head]
+    for _, v, read in node.row_reads:
+        if v in graph.rate:
+            root, rate = graph.rate[v]
+            return root, rate / read.row_map.rate
+    raise AssertionError("a reduction that reads no rows")
+
+
 Accepts = Callable[[FlatEquation, RowOp], str | None]
 
 

@@ -11,6 +11,7 @@ import numpy as np
 from lrjax.program.compatibility import tag_of
 from lrjax.program.inline import FlatEquation, FlatProgram, dependents, values_of
 from lrjax.rowgraph.graph import build, size_bytes
+from lrjax.rowgraph.row_mesh import RowMesh
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,11 +22,14 @@ class Segment:
       program: its equations, with the values it takes and gives as inputs and outputs.
       axes: row axis of every input.
       made: values of the whole program that it gives, in the order of its outputs.
+      row_mesh: the devices that its rows are divided among, None for one device, or where XLA
+        divides the work.
     """
 
     program: FlatProgram
     axes: tuple[int | None, ...]
     made: tuple[int, ...]
+    row_mesh: RowMesh | None = None
 
 
 def split(

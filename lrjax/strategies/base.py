@@ -16,6 +16,7 @@ from lrjax.loop.rowloop import Order, reference_height
 from lrjax.rowgraph.graph import RowGraph
 from lrjax.rowgraph.segments import Segment
 from lrjax.rules.base import Array
+from lrjax.rules.geometry import ceil_div
 from lrjax.strategies.programs import Execution
 
 Function = Callable[..., Sequence[Array]]
@@ -64,8 +65,9 @@ class Strategy(abc.ABC):
         """The segment as a function of its inputs, differentiable once in reverse mode.
 
         Args:
-          segment: its program, and the row axes of its inputs.
-          num_blocks: steps of its row loops.
+          segment: its program, the row axes of its inputs, and the devices that share its rows, if
+            several do (``segment.row_mesh``); where a strategy ignores these, XLA divides the work.
+          num_blocks: steps of its row loops, on every device.
           given: numbers of the outputs to put in the host's memory, with their row axes.
           taken: numbers of the inputs that come in the host's memory, with their row axes.
         """
@@ -101,28 +103,32 @@ class Strategy(abc.ABC):
         inputs = [graph.height(v) for v in graph.program.inputs if v in graph.row_axis]
         return max(inputs, default=max(heights, default=1))
 
-    def block_count(self, number: int | None, graph: RowGraph, place: str = "") -> int:
+    def block_count(
+        self, number: int | None, graph: RowGraph, place: str = "", devices: int = 1
+    ) -> int:
         """The number of blocks for a segment: as given, or for steps of about 64 rows.
 
         Args:
           number: what the user gave.
           graph: of the segment.
           place: which segment it is, in words, for the message.
+          devices: how many share the rows; the blocks are those of each.
 
         Raises:
           ValueError: there are fewer rows than that.
         """
         if not graph.loops:
             return 1
-        most = self.most_blocks(graph)
+        most = ceil_div(self.most_blocks(graph), devices)
         if number is None:
             tallest = max((graph.height(v) for v in graph.row_axis), default=most)
-            return max(1, min(most, tallest // DEFAULT_ROWS_PER_STEP))
+            return max(1, min(most, tallest // devices // DEFAULT_ROWS_PER_STEP))
         if number > most and self.order is not None:
             where = "output" if self.order.divides_output else "input"
+            each = f" on each of {devices} devices" if devices > 1 else ""
             raise ValueError(
                 f"num_blocks={number} is more than the {most} {where} rows that strategy "
-                f"{self.name!r} divides{place}; the largest allowed is {most}"
+                f"{self.name!r} divides{each}{place}; the largest allowed is {most}"
                 + (" there: give one number per segment, or at most that." if place else ".")
             )
         return min(number, most)

@@ -24,6 +24,7 @@ from lrjax.program.inline import FlatProgram, flatten, function_of, replaced_at
 from lrjax.program.interpreter import with_room_for_calls
 from lrjax.program.varying import is_inexact, struct, struct_like, varying_axes
 from lrjax.rowgraph.graph import build
+from lrjax.rowgraph.row_mesh import RowMesh
 from lrjax.rules.base import Array
 from lrjax.strategies.stream import stream_function
 
@@ -55,6 +56,7 @@ def by_rows(
     num_blocks: int,
     given: Mapping[int, int],
     taken: Mapping[int, int],
+    row_mesh: RowMesh | None = None,
 ) -> Function:
     """A function that runs ``program``, with derivatives that are streamed.
 
@@ -65,6 +67,7 @@ def by_rows(
       num_blocks: steps in which the rows of the derivatives are admitted.
       given, taken: numbers of the outputs and of the inputs that are in the host's memory, with
         their row axes.
+      row_mesh: the devices that the rows are divided among.
 
     A program with effects (references that are written) keeps its reverse mode alone.
     """
@@ -76,8 +79,8 @@ def by_rows(
     def streamed(
         derivative: FlatProgram, own_axes: Any, own_given: Any, own_taken: Any
     ) -> Function:
-        function = stream_function(derivative, own_axes, num_blocks, own_given)
-        return by_rows(function, derivative, own_axes, num_blocks, own_given, own_taken)
+        function = stream_function(derivative, own_axes, num_blocks, own_given, row_mesh)
+        return by_rows(function, derivative, own_axes, num_blocks, own_given, own_taken, row_mesh)
 
     @functools.cache
     def tangents(moving: tuple[int, ...]) -> Function:

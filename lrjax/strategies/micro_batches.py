@@ -176,7 +176,7 @@ def micro_batches(segment: Segment, parts: int) -> DividedSegment:
         *structs
     )
     program = flatten(closed, keep_custom_rules=True)
-    part = Segment(program, segment.axes, tuple(values_of(program.outputs)))
+    part = Segment(program, segment.axes, tuple(values_of(program.outputs)), segment.row_mesh)
     return DividedSegment(segment, part, parts, size, divided)
 
 

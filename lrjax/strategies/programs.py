@@ -17,10 +17,13 @@ import jax
 from lrjax.loop import engine
 from lrjax.loop.dependent_fill import dependency_on
 from lrjax.loop.rowloop import Order, RowLoop, row_loop
+from lrjax.loop.shards import shards_of
+from lrjax.loop.stage_by_stage import run_graph
 from lrjax.program.comparisons import simpler_comparisons
 from lrjax.program.inline import dependents, flatten, values_of
 from lrjax.program.interpreter import collection_paused
 from lrjax.rowgraph.graph import RowGraph, build, size_bytes
+from lrjax.rowgraph.row_mesh import RowMesh
 from lrjax.rules.base import Array
 from lrjax.strategies.rematerialisation import with_rematerialised_reads
 
@@ -45,7 +48,7 @@ class RowProgram:
         Nothing that loops start with exists before the arrays ``after``.
         """
         run = functools.partial(engine.run_loop, after=dependency_on(after))
-        return engine.run_graph(self.graph, self.loops, inputs, run, hosted)
+        return run_graph(self.graph, self.loops, inputs, run, hosted)
 
 
 @collection_paused()
@@ -55,6 +58,7 @@ def row_program(
     num_blocks: int,
     *,
     is_differentiated: bool = False,
+    row_mesh: RowMesh | None = None,
 ) -> RowProgram:
     """A row loop per stage.
 
@@ -63,7 +67,9 @@ def row_program(
       order: of the rows.
       num_blocks: steps.
       is_differentiated: steps are differentiated one by one.
+      row_mesh: the devices that the rows are divided among, each of which takes so many steps.
     """
+    shards = None if row_mesh is None else shards_of(graph, row_mesh)
     made: dict[tuple[int, int], RowLoop] = {}
 
     def loop_of(graph: RowGraph, stage: int) -> RowLoop:
@@ -75,6 +81,7 @@ def row_program(
                 order=order,
                 num_blocks=num_blocks,
                 is_differentiated=is_differentiated,
+                shards=shards,
             )
         return made[key]
 

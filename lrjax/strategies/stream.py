@@ -21,6 +21,7 @@ from lrjax.program.inline import FlatProgram, evaluate, flatten, function_of, re
 from lrjax.program.interpreter import collection_paused
 from lrjax.program.varying import is_inexact, struct_like, varying_axes, varying_over
 from lrjax.rowgraph.graph import RowGraph, build
+from lrjax.rowgraph.row_mesh import RowMesh
 from lrjax.rowgraph.segments import Segment
 from lrjax.rules.base import Array
 from lrjax.rules.dependence import has_custom_vjp, output_dependences
@@ -46,20 +47,26 @@ class Stream(Strategy):
         given: Mapping[int, int] = NOTHING_HOSTED,
         taken: Mapping[int, int] = NOTHING_HOSTED,
     ) -> Function:
-        return stream_function(segment.program, segment.axes, num_blocks, given)
+        return stream_function(segment.program, segment.axes, num_blocks, given, segment.row_mesh)
 
     def execution(self, segment: Segment, num_blocks: int, wrt: Sequence[int]) -> RowPrograms:
-        return stream_programs(segment.program, segment.axes, num_blocks, wrt)
+        return stream_programs(segment.program, segment.axes, num_blocks, wrt, segment.row_mesh)
 
 
 def stream_programs(
-    program: FlatProgram, axes: Axes, num_blocks: int, wrt: Sequence[int]
+    program: FlatProgram,
+    axes: Axes,
+    num_blocks: int,
+    wrt: Sequence[int],
+    row_mesh: RowMesh | None = None,
 ) -> RowPrograms:
     """The passes that give the gradient with respect to some of the inputs."""
     undivided = forward, backward = stream_graphs(program, axes, tuple(wrt))
     return RowPrograms(
-        row_program(forward, TOP_DOWN, num_blocks),
-        None if backward is None else row_program(backward, TOP_DOWN, num_blocks),
+        row_program(forward, TOP_DOWN, num_blocks, row_mesh=row_mesh),
+        None
+        if backward is None
+        else row_program(backward, TOP_DOWN, num_blocks, row_mesh=row_mesh),
         len(program.outputs),
         undivided,
     )
@@ -84,7 +91,11 @@ _GRAPHS: weakref.WeakKeyDictionary[FlatProgram, dict[Any, tuple[RowGraph, RowGra
 
 
 def stream_function(
-    program: FlatProgram, axes: Axes, num_blocks: int, hosted: Mapping[int, int] | None = None
+    program: FlatProgram,
+    axes: Axes,
+    num_blocks: int,
+    hosted: Mapping[int, int] | None = None,
+    row_mesh: RowMesh | None = None,
 ) -> Callable[..., list[Array]]:
     """The program as one top-down pass, and its gradient as another.
 
@@ -94,13 +105,15 @@ def stream_function(
 
     Outputs of the numbers ``hosted`` (with their row axes), and gradients of inputs that come in
     the host's memory, are put there by blocks of rows.
+
+    Of a ``row_mesh`` every device takes ``num_blocks`` steps on its share of the rows.
     """
     structs = program.structs
 
     @jax.custom_vjp
     def call(*inputs: Array) -> list[Array]:
         graph = traced_graph(lambda *xs: evaluate(program, xs), structs, axes)
-        return row_program(graph, TOP_DOWN, num_blocks).run(inputs, hosted)
+        return row_program(graph, TOP_DOWN, num_blocks, row_mesh=row_mesh).run(inputs, hosted)
 
     def forward(*inputs: Any) -> Any:
         wrt = [
@@ -108,7 +121,7 @@ def stream_function(
             for i, (x, struct) in enumerate(zip(inputs, structs, strict=True))
             if x.perturbed and is_inexact(struct)
         ]
-        programs = stream_programs(program, axes, num_blocks, wrt)
+        programs = stream_programs(program, axes, num_blocks, wrt, row_mesh)
         count = len(program.outputs)
         returned = {
             k: axis

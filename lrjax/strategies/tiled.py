@@ -19,17 +19,20 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from lrjax.loop import engine
+from lrjax.loop import devices, engine
 from lrjax.loop.blocks import read_rows, write_rows
 from lrjax.loop.clock import Clock, clock_of
 from lrjax.loop.dependent_fill import full_depending_on, full_like
 from lrjax.loop.line_buffers import Values, reader_of
 from lrjax.loop.offload import instantiated, is_on_host, to_host
 from lrjax.loop.rowloop import Order, RowLoop
+from lrjax.loop.shards import WithHalo
 from lrjax.loop.small_sums import SmallSums
+from lrjax.loop.stage_by_stage import run_graph
 from lrjax.program.inline import FlatEquation, FlatProgram, values_of
 from lrjax.program.varying import is_inexact
 from lrjax.rowgraph.graph import build
+from lrjax.rowgraph.row_mesh import RowMesh
 from lrjax.rowgraph.segments import Segment
 from lrjax.rules.base import Array, RowOp
 from lrjax.rules.masks import keep_rows
@@ -50,12 +53,17 @@ class _Tiled(Strategy):
         given: Mapping[int, int] = NOTHING_HOSTED,
         taken: Mapping[int, int] = NOTHING_HOSTED,
     ) -> Function:
-        rows = differentiable_program(segment.program, segment.axes, self.order, num_blocks)
-        again = functools.partial(differentiable_program, order=self.order, num_blocks=num_blocks)
+        again = functools.partial(
+            differentiable_program,
+            order=self.order,
+            num_blocks=num_blocks,
+            row_mesh=segment.row_mesh,
+        )
+        rows = again(segment.program, segment.axes)
         run = functools.partial(_differentiable_loop, program_of=again)
 
         def call(*inputs: Array) -> list[Array]:
-            return engine.run_graph(rows.graph, rows.loops, inputs, run=run, hosted=given)
+            return run_graph(rows.graph, rows.loops, inputs, run=run, hosted=given)
 
         return call
 
@@ -63,8 +71,10 @@ class _Tiled(Strategy):
         self, segment: Segment, num_blocks: int, wrt: Sequence[int]
     ) -> DifferentiatedRows:
         del wrt
-        program, axes = segment.program, segment.axes
-        return DifferentiatedRows(differentiable_program(program, axes, self.order, num_blocks))
+        program, axes, row_mesh = segment.program, segment.axes, segment.row_mesh
+        return DifferentiatedRows(
+            differentiable_program(program, axes, self.order, num_blocks, row_mesh)
+        )
 
 
 class TwoPhase(_Tiled):
@@ -92,11 +102,15 @@ def _differentiable_in_blocks(equation: FlatEquation, op: RowOp) -> str | None:
 
 
 def differentiable_program(
-    program: FlatProgram, axes: Axes, order: Order, num_blocks: int
+    program: FlatProgram,
+    axes: Axes,
+    order: Order,
+    num_blocks: int,
+    row_mesh: RowMesh | None = None,
 ) -> RowProgram:
     """The forward program as row loops whose steps can be differentiated one by one."""
     graph = build(program, axes, _differentiable_in_blocks)
-    return row_program(graph, order, num_blocks, is_differentiated=True)
+    return row_program(graph, order, num_blocks, is_differentiated=True, row_mesh=row_mesh)
 
 
 ProgramOf = Callable[[FlatProgram, Axes], RowProgram]
@@ -126,17 +140,19 @@ def _differentiable_loop(
         plain = {v: inputs[v].value for v in names}
         divided = division(loop, perturbed) if program_of else None
         if divided is not None and program_of is not None:
-            outputs, pull = _divided_loop(divided, plain, perturbed, program_of)
+            outputs, pull = _divided_loop(loop, divided, plain, perturbed, program_of)
             return outputs, Residuals(pull, None)
         outputs, lines = engine.run_steps(loop, plain, saves_lines=True)
         return outputs, Residuals((plain, lines), perturbed)
 
     def backward(residuals: Residuals, cotangents: Values) -> tuple[dict[int, Any]]:
+        given = {v: instantiated(ct) for v, ct in cotangents.items()}
         if residuals.static is None:
-            (bars,) = residuals.arrays({v: instantiated(ct) for v, ct in cotangents.items()})
+            (bars,) = residuals.arrays(given)
         else:
             inputs, lines = residuals.arrays
-            bars = _ReverseLoop(loop, inputs, cotangents, residuals.static).run(lines)
+            reverse = _reverse if loop.shards is None else _reverse_over_devices
+            bars = reverse(loop, inputs, given, residuals.static, lines)
         return ({v: bars.get(v) for v in names},)
 
     call.defvjp(forward, backward, symbolic_zeros=True)
@@ -145,19 +161,25 @@ def _differentiable_loop(
 
 
 def _divided_loop(
-    divided: Division, values: Values, perturbed: Collection[int], program_of: ProgramOf
+    loop: RowLoop,
+    divided: Division,
+    values: Values,
+    perturbed: Collection[int],
+    program_of: ProgramOf,
 ) -> Any:
     """What a loop gives, and the function from its cotangents to those of ``perturbed`` values."""
     frozen, trained, graph = divided.frozen, divided.trained, divided.graph
     first = program_of(frozen, [graph.axis_of(v) for v in frozen.inputs])
-    held = first.run([values[v] for v in frozen.inputs])
-    known = {**values, **dict(zip(values_of(frozen.outputs), held, strict=True))}
+    images = devices.images(loop, values)
+    held = first.run([images[v] for v in frozen.inputs])
+    known = {**images, **dict(zip(values_of(frozen.outputs), held, strict=True))}
     second = program_of(trained, [graph.axis_of(v) for v in trained.inputs])
 
     def behind(moving: Values) -> Values:
-        inputs = [moving.get(v, known[v]) for v in trained.inputs]
-        outputs = engine.run_graph(second.graph, second.loops, inputs, run=_differentiable_loop)
-        return dict(zip(values_of(trained.outputs), outputs, strict=True))
+        own = devices.images(loop, moving)
+        inputs = [own.get(v, known[v]) for v in trained.inputs]
+        outputs = run_graph(second.graph, second.loops, inputs, run=_differentiable_loop)
+        return devices.shared(loop, dict(zip(values_of(trained.outputs), outputs, strict=True)))
 
     return jax.vjp(behind, {v: values[v] for v in perturbed})
 
@@ -190,8 +212,75 @@ class Cotangents:
     """
 
     lines: Values
-    arrays: Values
+    arrays: Mapping[Any, Array | WithHalo]
     wholes: Values
+
+
+def _reverse(
+    loop: RowLoop, values: Values, cotangents: Values, perturbed: frozenset[int], lines: Values
+) -> Values:
+    """Cotangents of what the loop reads, from the line buffers that every step started with."""
+    arrays = {v: values[v] for v in loop.arrays}
+    wholes = {v: values[v] for v in loop.wholes}
+    reverse = _ReverseLoop(loop, arrays, wholes, cotangents, perturbed)
+    found = reverse.run(lines)
+    bars = reverse.finished_wholes(found.wholes)
+    for v, bar in found.arrays.items():
+        assert not isinstance(bar, WithHalo)
+        bars[v] = bars[v] + bar if v in bars else bar
+        if is_on_host(values[v]):
+            bars[v] = to_host(bars[v], loop.graph.row_axis[v])
+    return bars
+
+
+def _reverse_over_devices(
+    loop: RowLoop, values: Values, cotangents: Values, perturbed: frozenset[int], lines: Values
+) -> Values:
+    """``_reverse`` on every device's share: what a device reads of others' rows, it sends back."""
+    shards = devices.shards_of_loop(loop)
+    moving = {v: ct for v, ct in cotangents.items() if is_inexact(ct)}
+    is_sum = {v: v in loop.reductions for v in moving}
+
+    def on_device(own: Any, wholes: Values, cotangents: Values, lines: Values) -> Any:
+        arrays, wholes = devices.with_halos(loop, own), devices.varying(loop, wholes)
+        sums = devices.varying(loop, {v: ct for v, ct in cotangents.items() if is_sum[v]})
+        reverse = _ReverseLoop(loop, arrays, wholes, {**cotangents, **sums}, perturbed)
+        found = reverse.run(lines)
+        added = shards.combined("sum", found.wholes)
+        bars: Any = found.arrays
+        returned = devices.with_returned_halos(loop, bars)
+        return returned, reverse.finished_wholes(added)
+
+    array_specs, whole_specs = devices.read_specs(loop)
+    rows = devices.row_specs(loop, (v for v in moving if not is_sum[v]))
+    arrays, bars = shards.run(
+        on_device,
+        (*devices.read_values(loop, values), moving, lines),
+        (
+            array_specs,
+            whole_specs,
+            {v: rows.get(v, jax.P()) for v in moving},
+            devices.line_specs(loop),
+        ),
+        ({d: array_specs[d] for d in _moving_arrays(loop, perturbed)}, jax.P()),
+    )
+    for (v, axis, _), bar in arrays.items():
+        whole = _with_height(bar, values[v].shape[axis], axis)
+        bars[v] = bars[v] + whole if v in bars else whole
+    return bars
+
+
+def _with_height(array: Array, height: int, axis: int) -> Array:
+    """An array with rows behind the image cut off, or more of them, which are zero."""
+    edges = [(0, (height - array.shape[axis]) * (a == axis), 0) for a in range(array.ndim)]
+    return lax.pad(array, jnp.zeros((), array.dtype), edges) if any(map(any, edges)) else array
+
+
+def _moving_arrays(loop: RowLoop, perturbed: frozenset[int]) -> list[Any]:
+    """Keys of the arrays that are read by rows and whose cotangents are wanted."""
+    avals = loop.graph.program.avals
+    moving = [s for s in loop.sliced if s.value in perturbed and is_inexact(avals[s.value])]
+    return [*dict.fromkeys(devices.array_key(loop, s) for s in moving)]
 
 
 class _ReverseLoop:
@@ -199,35 +288,44 @@ class _ReverseLoop:
 
     Args:
       loop: whose steps are differentiated.
-      values: the arrays it reads.
+      arrays: that it reads by rows.
+      wholes: that it reads whole.
       cotangents: of its outputs.
-      perturbed: the arrays whose cotangents are wanted.
+      perturbed: the values whose cotangents are wanted.
     """
 
     def __init__(
-        self, loop: RowLoop, values: Values, cotangents: Values, perturbed: frozenset[int]
+        self,
+        loop: RowLoop,
+        arrays: Mapping[Any, Array | WithHalo],
+        wholes: Values,
+        cotangents: Values,
+        perturbed: frozenset[int],
     ):
-        self.loop, self.values, self.clock = loop, values, clock_of(loop)
+        self.loop, self.clock = loop, clock_of(loop)
+        self.arrays, self.wholes = arrays, wholes
         self.full = full_depending_on(cotangents.values())
-        self.cotangents = {v: instantiated(ct) for v, ct in cotangents.items()}
-        self.moving_arrays = [v for v in _inexact(values) if v in loop.arrays and v in perturbed]
-        self.wholes = {v: values[v] for v in loop.wholes}
-        self.moving_wholes = {v: a for v, a in _inexact(self.wholes).items() if v in perturbed}
+        self.cotangents = cotangents
+        self.moving_arrays = _moving_arrays(loop, perturbed)
+        self.moving_wholes = {v: a for v, a in _inexact(wholes).items() if v in perturbed}
         self.readers = {v: reader_of(loop, v) for v in self.moving_wholes}
         self.small = SmallSums(
             (v, x, engine.accumulator_dtype(x.dtype)) for v, x in self.moving_wholes.items()
         )
-        read = [s for s in loop.sliced if s.value in self.moving_arrays]
+        read = [s for s in loop.sliced if devices.array_key(loop, s) in self.moving_arrays]
         self.moving_windows = {(s.node, s.operand): s for s in read}
 
-    def run(self, saved: Values) -> Values:
-        """Cotangents of the arrays, from the line buffers that every step started with."""
+    def run(self, saved: Values) -> Cotangents:
+        """What the first step gives, from the line buffers that every step started with."""
         scanned = (self.clock.table(), saved)
         found, _ = lax.scan(self.step, self.start(saved), scanned, reverse=True)
-        return self.finished(found)
+        return found
 
     def start(self, saved: Values) -> Cotangents:
-        arrays = {v: full_like(self.full, self.values[v]) for v in self.moving_arrays}
+        arrays = {
+            v: jax.tree.map(lambda part: full_like(self.full, part), self.arrays[v])
+            for v in self.moving_arrays
+        }
         wholes = {}
         for v, a in self.moving_wholes.items():
             with self.readers[v].origin():
@@ -238,7 +336,7 @@ class _ReverseLoop:
     def step(self, below: Cotangents, row_and_lines: Any) -> tuple[Cotangents, None]:
         loop, (row, lines) = self.loop, row_and_lines
         now = self.clock.at(row)
-        windows = engine.slice_windows(loop, now, self.values)
+        windows = engine.slice_windows(loop, now, self.arrays)
 
         def function(lines_in: Values, windows_in: Any, wholes_in: Values) -> Any:
             inputs = {**lines, **lines_in}, {**windows, **windows_in}, {**self.wholes, **wholes_in}
@@ -258,31 +356,28 @@ class _ReverseLoop:
                 added[v] = below.wholes[v] + bar
         return Cotangents(line_bars, arrays, added), None
 
-    def with_windows(self, arrays: Values, window_bars: Any, now: Clock) -> Values:
+    def with_windows(
+        self, arrays: Mapping[Any, Array | WithHalo], window_bars: Any, now: Clock
+    ) -> dict[Any, Array | WithHalo]:
         """The cotangents of whole arrays with those of a step's windows added."""
         found = {**arrays}
         for name, source in self.moving_windows.items():
-            found[source.value] = write_rows(
-                found[source.value],
-                window_bars[name],
-                now["window", *name],
-                source.read.axis,
-                now.bounds(("window", *name)),
-                jnp.add,
-            )
+            key, place = devices.array_key(self.loop, source), ("window", *name)
+            own, bar = found[key], window_bars[name]
+            start, bounds = now[place], now.bounds(place)
+            if isinstance(own, WithHalo):
+                found[key] = own.plus(bar, start, bounds)
+            else:
+                found[key] = write_rows(own, bar, start, source.read.axis, bounds, jnp.add)
         return found
 
-    def finished(self, found: Cotangents) -> Values:
-        """In the values' own precision, and memory."""
+    def finished_wholes(self, sums: Values) -> Values:
+        """Cotangents of what is read whole, in the values' own precision."""
         avals = self.loop.graph.program.avals
         bars = {}
-        for v, bar in self.small.unpacked(found.wholes).items():
+        for v, bar in self.small.unpacked(sums).items():
             with self.readers[v].origin():
                 bars[v] = bar.astype(avals[v].dtype)
-        for v, bar in found.arrays.items():
-            bars[v] = bars[v] + bar if v in bars else bar
-            if is_on_host(self.values[v]):
-                bars[v] = to_host(bars[v], self.loop.graph.row_axis[v])
         return bars
 
 

@@ -104,6 +104,7 @@ def a_folder_of_images():
 GIVEN = {
     "docs/memory-viewer.md": profiles,
     "docs/memory.md": a_loss,
+    "docs/meshes.md": a_loss,
     "docs/models.md": modules,
     "docs/planner.md": a_loss,
     "docs/roofline.md": a_loss,
@@ -111,6 +112,7 @@ GIVEN = {
 }
 # What is larger in a document than a test can run, and what stands for it.
 SMALLER = {
+    "docs/meshes.md": [("((8,)", "((1,)"), ("((2, 4)", "((1, 1)")],
     "docs/models.md": [
         ("run = lrjax.nnx", "model = nnx.Conv(3, 4, (3, 3), rngs=nnx.Rngs(0))\nrun = lrjax.nnx")
     ],

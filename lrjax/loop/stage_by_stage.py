@@ -1,0 +1,77 @@
+"""Run a row graph, stage by stage: column operations on whole values, then the stage's row loop."""
+
+from __future__ import annotations
+
+from collections import ChainMap
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any
+
+import jax.numpy as jnp
+
+from lrjax.loop import devices
+from lrjax.loop.engine import run_loop
+from lrjax.loop.line_buffers import Values
+from lrjax.loop.offload import from_host, is_on_host, to_host
+from lrjax.loop.rowloop import RowLoop
+from lrjax.program.inline import FlatEquation, array_of, values_of
+from lrjax.program.varying import varying_axes, varying_over
+from lrjax.rowgraph.graph import RowGraph
+from lrjax.rules.base import Array
+
+RunLoop = Callable[[RowLoop, Values, Collection[int]], Values]
+
+
+def run_graph(
+    graph: RowGraph,
+    loops: Sequence[RowLoop | None],
+    inputs: Sequence[Array],
+    run: RunLoop = run_loop,
+    hosted: Mapping[int, int] | None = None,
+) -> list[Array]:
+    """Column operations and row loops, stage by stage.
+
+    Inputs in the host's memory are read there by blocks of rows; what takes them whole gets a copy.
+
+    Args:
+      graph: the row graph.
+      loops: one row loop per stage, None for a stage without row operations.
+      inputs: the program's inputs.
+      run: how a row loop is run (``strategies.tiled`` gives a differentiable one).
+      hosted: numbers of the outputs that are put in the host's memory, with their row axes.
+    """
+    hosted = hosted or {}
+    wanted = set(values_of(graph.program.outputs[i] for i in hosted))
+    copies: Values = {}
+    values: Values = {v: jnp.asarray(c) for v, c in graph.program.constants.items()}
+    values.update(zip(graph.program.inputs, inputs, strict=True))
+    images: Values = {}  # of row outputs that have rows behind the image too
+    whole = ChainMap(copies, images, values)
+    for stage, loop in enumerate(loops):
+        for node in graph.column_nodes(stage):
+            copies.update(_copies(graph, whole, node.equation.values))
+            values.update(run_column(graph, node.equation, whole))
+        if loop is not None:
+            copies.update(_copies(graph, whole, loop.wholes))
+            taken = {v: whole[v] for v in loop.wholes}
+            values.update(run(loop, {**values, **taken}, wanted))
+            images.update(devices.images(loop, {v: values[v] for v in loop.row_outputs}))
+    results = [array_of(v, ChainMap(images, values)) for v in graph.program.outputs]
+    for i, axis in hosted.items():
+        if not is_on_host(results[i]):
+            results[i] = to_host(results[i], axis)
+    return results
+
+
+def _copies(graph: RowGraph, values: Mapping[int, Any], taken: Sequence[int]) -> Values:
+    """What is in the host's memory and is about to be taken whole, on the device."""
+    return {v: from_host(values[v], graph.row_axis[v]) for v in taken if is_on_host(values[v])}
+
+
+def run_column(graph: RowGraph, equation: FlatEquation, values: Mapping[int, Any]) -> Values:
+    """Evaluate one equation on whole values."""
+    results = equation.evaluate([array_of(v, values) for v in equation.inputs])
+    avals = graph.program.avals
+    return {
+        v: varying_over(result, varying_axes(avals[v]))
+        for v, result in zip(equation.outputs, results, strict=True)
+    }
