@@ -37,6 +37,11 @@ def mib(size: float | None) -> str:
     return "—" if size is None else f"{size / 2**20:,.0f}"
 
 
+def mib_exact(size: float) -> str:
+    """Bytes as MiB with two decimals and the unit, for programs of a few MiB."""
+    return f"{size / 2**20:,.2f} MiB"
+
+
 def ratio(value: float | None) -> str:
     """A ratio with two decimals; an em dash for ``None``."""
     return "—" if value is None else f"{value:.2f}"

@@ -10,11 +10,18 @@ import numpy as np
 from jax import lax
 
 from lrjax.loop.offload import beside, on_device
+from lrjax.program.varying import varying_axes
 from lrjax.rules.base import Array, with_at
 
 
-def slice_rows(array: Array, start: Any, size: int, axis: int) -> Array:
-    """``size`` rows of an array that holds all of them, static where the start is."""
+def slice_rows(array: Array, start: Any, size: int, axis: int, zero: Any = 0) -> Array:
+    """``size`` rows of an array that holds all of them, static where the start is.
+
+    They are not read before ``zero`` is there, unless rows that are the same on all devices of a
+    mesh would then differ.
+    """
+    if not isinstance(zero, int) and varying_axes(zero) <= varying_axes(array):
+        start = start + zero
     if isinstance(start, int | np.integer):
         return on_device(lax.slice_in_dim(array, int(start), int(start) + size, axis=axis))
     # The start is never negative; Python's indices, which may be, would be shifted.
@@ -42,16 +49,37 @@ def _shifted(rows: Array, start: Any, size: int, axis: int, fill: Any) -> Array:
 
 
 def read_rows(
-    array: Array, start: Any, size: int, axis: int, fill: Any, bounds: tuple[int, int]
+    array: Array,
+    start: Any,
+    size: int,
+    axis: int,
+    fill: Any,
+    bounds: tuple[int, int],
+    zero: Any = 0,
 ) -> Array:
-    """Rows of a whole array, those outside it ``fill``; ``bounds`` are the extremes of start."""
+    """Rows of a whole array, those outside it ``fill``; ``bounds`` are the extremes of start.
+
+    Where the start is a constant, nothing is read before ``zero`` is there.
+    """
     height = array.shape[axis]
+    if isinstance(start, int):
+        low, stop = _clamped(start, height), _clamped(start + size, height)
+        rows, before = slice_rows(array, low, stop - low, axis, zero), min(max(-start, 0), size)
+        return padded_rows(rows, before, size - before - (stop - low), axis, fill)
     if bounds[0] >= 0 and bounds[1] + size <= height:
         return slice_rows(array, start, size, axis)
     count = min(size, height)
     inside = _clamped(start, height - count)
     rows = slice_rows(array, inside, count, axis)
     return _shifted(rows, start - inside, size, axis, fill)
+
+
+def padded_rows(rows: Array, before: int, behind: int, axis: int, fill: Any) -> Array:
+    """Rows with others around them, which hold ``fill``."""
+    if before == behind == 0:
+        return rows
+    edges = with_at([(0, 0, 0)] * rows.ndim, axis, (before, behind, 0))
+    return lax.pad(rows, jnp.asarray(fill, rows.dtype), edges)
 
 
 def write_rows(
@@ -66,6 +94,12 @@ def write_rows(
     are dropped."""
     height, size = array.shape[axis], rows.shape[axis]
     rows = rows.astype(array.dtype)
+    if isinstance(start, int):
+        low, stop = _clamped(start, height), _clamped(start + size, height)
+        if stop == low:
+            return array
+        rows = slice_rows(rows, low - start, stop - low, axis)
+        start, size, bounds = low, stop - low, (low, low)
     if bounds[0] >= 0 and bounds[1] + size <= height:
         if combine is not None:
             rows = combine(slice_rows(array, start, size, axis), rows)

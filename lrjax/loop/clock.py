@@ -30,6 +30,7 @@ class Clock:
         self.column = {name: number[values] for name, values in varying.items()}
         self.row: jax.Array | None = None
         self.known: dict[Any, jax.Array] = {}
+        self.is_alone = False
 
     def table(self) -> np.ndarray:
         steps = len(next(iter(self.series.values())))
@@ -40,6 +41,16 @@ class Clock:
         """The clock in one step."""
         clock = copy.copy(self)
         clock.row, clock.known = row, {}
+        return clock
+
+    def of_steps(self, first: int, stop: int) -> Clock:
+        """The clock of some of the steps, counted as before."""
+        return Clock({name: values[first:stop] for name, values in self.series.items()})
+
+    def alone(self, step: int) -> Clock:
+        """The clock of a step that is a program of its own: all numbers are constants."""
+        clock = self.of_steps(step, step + 1)
+        clock.is_alone = True
         return clock
 
     def afresh(self) -> Clock:

@@ -62,6 +62,12 @@ def full_depending_on(arrays: Iterable[Any]) -> Full:
     return full
 
 
+def zero_behind(arrays: Any) -> Any:
+    """The integer 0, known to XLA only when ``arrays`` are there."""
+    latest = dependency_on(jax.tree.leaves(arrays))
+    return lax.lt(latest[0], np.float32(-np.inf)).astype(np.int32) if latest else 0
+
+
 def full_like(
     full: Full, like: Any, fill: Any = 0, *, shape: Sequence[int] | None = None, dtype: Any = None
 ) -> Array:

@@ -37,24 +37,25 @@ class AtHand:
     pieces: tuple[Array, ...]
     axis: int
 
-    def window(self, back: Any, size: int, slack: int) -> Array:
+    def window(self, back: Any, size: int, slack: int, zero: Any = 0) -> Array:
         """``size`` rows, the first of them ``back`` rows before the frontier.
 
-        Up to ``slack`` rows more behind them where the newest slab then is the window as it is: a
-        1x1 convolution of stride 2 reads all rows of a slab but the last.
+        No copy is made before ``zero`` is there. Up to ``slack`` rows more behind them where the
+        newest slab then is the window as it is: a 1x1 convolution of stride 2 reads all rows of a
+        slab but the last.
         """
         slab = self.pieces[-1]
         if isinstance(back, int) and back == slab.shape[self.axis] and 0 <= back - size <= slack:
             return slab
         total = sum(piece.shape[self.axis] for piece in self.pieces)
         if isinstance(back, int):
-            return _cut(self.pieces, total - back, size, self.axis)
+            return _cut(self.pieces, total - back, size, self.axis, zero)
         joined = lax.concatenate(self.pieces, self.axis)
         return slice_rows(joined, total - back, size, self.axis)
 
 
-def _cut(pieces: Sequence[Array], start: int, size: int, axis: int) -> Array:
-    """``size`` rows from ``start`` on of arrays one behind the other."""
+def _cut(pieces: Sequence[Array], start: int, size: int, axis: int, zero: Any = 0) -> Array:
+    """``size`` rows from ``start`` on of arrays one behind the other, none before ``zero``."""
     found, first = [], 0
     for piece in pieces:
         rows = piece.shape[axis]
@@ -62,7 +63,7 @@ def _cut(pieces: Sequence[Array], start: int, size: int, axis: int) -> Array:
         if high - low == rows:
             found.append(piece)
         elif high > low:
-            found.append(slice_rows(piece, low - first, high - low, axis))
+            found.append(slice_rows(piece, low - first, high - low, axis, zero))
         first += rows
     return found[0] if len(found) == 1 else lax.concatenate(found, axis)
 
@@ -79,9 +80,9 @@ class Ring:
     axis: int
     step: Any
 
-    def window(self, back: int, size: int, slack: int) -> Array:
+    def window(self, back: int, size: int, slack: int, zero: Any = 0) -> Array:
         """As that of ``AtHand``."""
-        del slack
+        del slack, zero
         rows = self.slab.shape[self.axis]
         count = self.slots.shape[self.axis] // rows
         pieces = []

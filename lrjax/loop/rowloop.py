@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from fractions import Fraction
@@ -13,12 +12,16 @@ from typing import Any
 
 import numpy as np
 
+from lrjax.loop.bands import Band, joined_spans
+from lrjax.loop.ends import repeated_steps
+from lrjax.loop.halos import kind_of, most_halos
 from lrjax.loop.schedule import Read, Schedule, Task, Track, overlap_schedule, shared_schedule
 from lrjax.program.inline import FlatEquation
 from lrjax.program.varying import is_inexact
 from lrjax.rowgraph.graph import RowGraph, RowNode
 from lrjax.rules.base import RowRead
 from lrjax.rules.geometry import Frontier, ceil_div, round_up
+from lrjax.rules.traits import Kind
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,34 +47,12 @@ class Source:
     read: RowRead
 
 
-@dataclasses.dataclass(frozen=True)
-class Band:
-    """Neighbouring operations that have rows of the image in the same steps.
-
-    Attributes:
-      nodes: their indices.
-      first, last: the steps in which they run.
-      exports: values that operations outside the band read.
-    """
-
-    nodes: tuple[int, ...]
-    first: int
-    last: int
-    exports: frozenset[int]
-
-
 # Rings of slabs lower than this cost more than they save, unless they are deep: every window is
 # then put together from many slots, and XLA compiles VGG-16's gradient at 4096x4096 in 256 blocks a
 # third slower. Shifting moves all of a deep buffer for a few new rows, and XLA keeps it twice:
 # ConvNeXt-T's gradient at 4096x4096 takes a third more without deep rings.
 RING_SLAB = 16
 DEEP_SLABS = 16
-
-# Bands are worth a branch where running everything in every step would waste more than this.
-SKIP_ABOVE = 0.1
-# What a branch costs, as a fraction of all work: on a GPU the host waits for its predicate in every
-# step, and nothing is fused across it (ConvNeXt-T at 4096x4096 in 8 blocks had 71 a step).
-BRANCH = 0.003
 
 
 @dataclasses.dataclass(frozen=True)
@@ -159,6 +140,44 @@ class RowLoop:
         track = self.schedule.tracks[source.node]
         return source.read.row_map.first(track.stops - track.rows)
 
+    def rows_inside(self, index: int, step: int) -> tuple[int, int]:
+        """The first row of the image that a node has in a step, and one past the last.
+
+        Of a reduction those that the step owns. ``(0, 0)``: none.
+        """
+        node, track = self.nodes[index], self.schedule.tracks[index]
+        first = track.owned(step)[0] if node.is_reduction else track.start(step)
+        quantum = math.lcm(*(read.row_map.quantum for _, _, read in node.row_reads))
+        start, stop = max(first, 0), min(track.stop(step), round_up(node.op.height, quantum))
+        return (start, stop) if stop > start else (0, 0)
+
+    def window_of(self, source: Source, part: tuple[int, int]) -> tuple[int, int]:
+        """First row and number of rows that a read takes for some rows of its node."""
+        row_map = source.read.row_map
+        return row_map.first(part[0]), row_map.size(part[1] - part[0])
+
+    @functools.cached_property
+    def repeated(self) -> tuple[int, int]:
+        """The first of the steps that one program repeats, and one past the last.
+
+        The others are programs of their own; see ``ends``.
+        """
+        if self.is_differentiated:
+            return 0, self.steps
+
+        def inside(step: int) -> float:
+            parts = (self.rows_inside(i, step) for i in range(len(self.nodes)))
+            pairs = zip(self.nodes, parts, strict=True)
+            return sum(node.op.flops * (stop - start) for node, (start, stop) in pairs)
+
+        return repeated_steps(self.steps, sum(self.work), inside)
+
+    @functools.cached_property
+    def work(self) -> tuple[float, ...]:
+        """Operations of every node in a step."""
+        pairs = zip(self.nodes, self.schedule.tracks, strict=True)
+        return tuple(node.op.flops * track.rows for node, track in pairs)
+
     def leaves_image(self, source: Source) -> bool:
         """Some step reads rows outside the image that must hold the fill value."""
         if source.read.fill is None:
@@ -242,11 +261,13 @@ class RowLoop:
     @functools.cached_property
     def bands(self) -> tuple[Band, ...]:
         """The nodes in order; one band for all where skipping saves too little."""
+        begin, end = self.repeated
         spans = [self.active_steps(i) for i in range(len(self.nodes))]
-        pairs = zip(self.nodes, self.schedule.tracks, strict=True)
-        work = [node.op.flops * track.rows for node, track in pairs]
+        spans = [(max(first, begin) - begin, min(last, end - 1) - begin) for first, last in spans]
         bands = []
-        for start, stop, first, last in joined_spans(spans, work, self.steps):
+        for start, stop, first, last in joined_spans(spans, self.work, end - begin):
+            is_always = (first, last) == (0, end - begin - 1)
+            first, last = (0, self.steps - 1) if is_always else (first + begin, last + begin)
             nodes = range(start, stop)
             made = {v for i in nodes for v in self.nodes[i].equation.outputs}
             read = {s.value for s in self.sources if s.node not in nodes}
@@ -286,45 +307,6 @@ class RowLoop:
         return self.track(source.value).stops - self.window_starts(source)
 
 
-def joined_spans(
-    spans: Sequence[tuple[int, int]], work: Sequence[float], steps: int
-) -> list[tuple[int, int, int, int]]:
-    """Neighbouring operations that run in the same steps, behind a branch where it pays.
-
-    The cheapest division of the operations into bands, by dynamic programming: a band runs from the
-    first to the last step of any of its operations.
-
-    Args:
-      spans: first and last step of every operation.
-      work: of every operation, in a step.
-      steps: how many there are.
-
-    Returns:
-      Of every band its first operation, one past its last, and its first and last step.
-    """
-    everything = steps * sum(work)
-    busy = sum(w * (last - first + 1) for w, (first, last) in zip(work, spans, strict=True))
-    whole = (0, steps - 1)
-    if everything - busy <= SKIP_ABOVE * everything:
-        return [(0, len(spans), *whole)]
-    starts = [0, *(i for i in range(1, len(spans)) if spans[i] != spans[i - 1]), len(spans)]
-    groups = [(i, j, spans[i], sum(work[i:j])) for i, j in itertools.pairwise(starts)]
-    best: list[tuple[float, list[tuple[int, int, int, int]]]] = [(0.0, [])]
-    for k in range(len(groups)):
-        found = math.inf, groups[k][0], whole, 0
-        first, last, own = *groups[k][2], 0.0
-        for at in range(k, -1, -1):
-            start, _, (low, high), more = groups[at]
-            first, last, own = min(first, low), max(last, high), own + more
-            cost = best[at][0] + own * (last - first + 1)
-            cost += 0.0 if (first, last) == whole else BRANCH * everything
-            if cost < found[0]:
-                found = cost, start, (first, last), at
-        cost, start, span, at = found
-        best.append((cost, [*best[at][1], (start, groups[k][1], *span)]))
-    return best[-1][1]
-
-
 def row_loop(
     graph: RowGraph,
     stage: int,
@@ -349,14 +331,20 @@ def row_loop(
     references = _references(graph, stage, order)
 
     def schedule(blocks: Fraction) -> Schedule:
+        speeds = _speeds(graph, nodes, references, blocks)
+        halos = [0] * len(nodes) if is_differentiated else most_halos(graph, nodes, speeds)
         tasks = [
             Task(
-                tuple(Read(producer.get(v), read.row_map) for _, v, read in node.row_reads),
+                tuple(
+                    Read(producer.get(v), read.row_map, kind_of(node) is Kind.LIBRARY)
+                    for _, v, read in node.row_reads
+                ),
                 node.op.height,
                 speed,
                 is_sink=_is_sink(graph, node, stage),
+                most_halo=halo,
             )
-            for node, speed in zip(nodes, _speeds(graph, nodes, references, blocks), strict=True)
+            for node, speed, halo in zip(nodes, speeds, halos, strict=True)
         ]
         return overlap_schedule(tasks) if order.recomputes_halos else shared_schedule(tasks)
 

@@ -24,10 +24,14 @@ _NOWHERE = -(1 << 40)
 
 @dataclasses.dataclass(frozen=True)
 class Read:
-    """A task's read of another task's rows (``task``), or of a value that exists whole (None)."""
+    """A task's read of another task's rows (``task``), or of a value that exists whole (None).
+
+    ``is_copied``: a window that is not the slab as it is, is a copy (a library reads it).
+    """
 
     task: int | None
     row_map: AnyMap
+    is_copied: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,12 +43,15 @@ class Task:
       height: rows of its output, or of the operand that drives a reduction.
       speed: rows that the steady state gives per step.
       is_sink: its rows leave the loop (an output or a reduction).
+      most_halo: rows beyond its share that a step may compute again, so that a reader's window is
+        the slab as it is.
     """
 
     reads: tuple[Read, ...]
     height: int
     speed: Fraction
     is_sink: bool = False
+    most_halo: int = 0
 
     @functools.cached_property
     def quantum(self) -> int:
@@ -211,17 +218,58 @@ def _with_tracks(
     tasks: Sequence[Task], frontiers: list[Frontier], *, recomputes_halos: bool = False
 ) -> Schedule:
     """Rows computed per step and kept between steps, from the last task to the first."""
-    reach = [0] * len(tasks)  # rows that consumers look back from the frontier
+    windows: list[list[_Window]] = [[] for _ in tasks]
     tracks: list[Track] = [Track((), 0, 0)] * len(tasks)
     for i in reversed(range(len(tasks))):
         task, frontier = tasks[i], frontiers[i]
         rows = max(int(np.max(np.diff(frontier))), task.quantum)
+        reach = max((window.back for window in windows[i]), default=0)
         if recomputes_halos:
-            rows = max(rows, round_up(reach[i], task.quantum))
-        tracks[i] = Track(tuple(frontier.tolist()), rows, max(reach[i], rows))
+            rows = max(rows, round_up(reach, task.quantum))
+        else:
+            rows = _slab_rows(rows, task, windows[i])
+        tracks[i] = Track(tuple(frontier.tolist()), rows, max(reach, rows))
         starts = frontier[1:] - rows
         for read in task.reads:
             if read.task is not None:
                 back = frontiers[read.task][1:] - read.row_map.first(starts)
-                reach[read.task] = max(reach[read.task], int(np.max(back)))
+                found = int(np.max(back)), read.row_map.size(rows), read.is_copied
+                windows[read.task].append(_Window(*found))
     return Schedule(tuple(tracks), len(frontiers[0]) - 1)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Window:
+    """What a reader takes in a step: rows, how far they begin before the frontier at most, and
+    whether it takes a copy of them where they are not the slab."""
+
+    back: int
+    rows: int
+    is_copied: bool
+
+
+# From so many slabs on a line buffer is deep (see ``RowLoop.is_ring``).
+_DEEP = 3
+
+
+def _slab_rows(own: int, task: Task, windows: Sequence[_Window]) -> int:
+    """Rows of a step's slab: its own, or with a halo that is computed again.
+
+    With a halo the windows of most readers are the slab as it is, and not put together from it and
+    from rows of the step before. Where rows wait for many steps, they do so in a ring of slabs,
+    which a halo has no place in.
+    """
+    if any(window.back >= _DEEP * own for window in windows):
+        return own
+    candidates = [
+        window.back
+        for window in windows
+        if own <= window.back == window.rows <= own + task.most_halo
+        and window.back % task.quantum == 0
+    ]
+
+    def saved(rows: int) -> tuple[int, int]:
+        same = [window for window in windows if window.back == window.rows == rows]
+        return sum(window.is_copied for window in same), len(same)
+
+    return max(sorted({own, *candidates}), key=saved)

@@ -206,8 +206,62 @@ def _convolve_on_platform(lhs: Array, rhs: Array, params: dict[str, Any]) -> Arr
 
 def _convolved_for(lhs: Array, rhs: Array, *, platform: str | None, **params: Any) -> Array:
     is_planar = len(params["dimension_numbers"].lhs_spec) == 4
-    convolve = _convolve_canonically if platform == "cpu" and is_planar else _convolve
-    return convolve(lhs, rhs, params)
+    if platform == "cpu" and is_planar:
+        return _convolve_canonically(lhs, rhs, params)
+    if platform in ("cuda", "rocm") and _spreads_pixels(rhs, params):
+        return _convolve_by_pixel(lhs, rhs, params)
+    return _convolve(lhs, rhs, params)
+
+
+def _spreads_pixels(kernel: Array, params: dict[str, Any]) -> bool:
+    """Every pixel of the result reads one pixel and one tap: an upsampling's transposed
+    convolution, whose stride (``lhs_dilation``) is the size of its kernel."""
+    sizes = tuple(kernel.shape[axis] for axis in params["dimension_numbers"].rhs_spec[2:])
+    return (
+        math.prod(sizes) > 1
+        and tuple(params["lhs_dilation"]) == sizes
+        and all(stride == 1 for stride in (*params["window_strides"], *params["rhs_dilation"]))
+        and all(
+            tuple(own) == (size - 1,) * 2
+            for own, size in zip(params["padding"], sizes, strict=True)
+        )
+        and params["feature_group_count"] == params["batch_group_count"] == 1
+    )
+
+
+def _convolve_by_pixel(lhs: Array, rhs: Array, params: dict[str, Any]) -> Array:
+    """A convolution that spreads pixels, as one of a single tap whose channels are then moved.
+
+    XLA:GPU runs it on zeros between the pixels: of 2x2 taps four times the operations, and the
+    image four times as large written and read (U-Net at 2048x2048 in 4 blocks: 2.7 of 56 ms).
+    """
+    spec = params["dimension_numbers"]
+    spatial = len(spec.rhs_spec) - 2
+    features, channels, *dims = spec.rhs_spec
+    kernel = lax.rev(rhs, dims).transpose((channels, *dims, features))
+    sizes = kernel.shape[1:-1]
+    kernel = kernel.reshape((1,) * spatial + (kernel.shape[0], -1))
+    image = lhs.transpose((spec.lhs_spec[0], *spec.lhs_spec[2:], spec.lhs_spec[1]))
+    order = tuple(range(spatial + 2))
+    nhwc = lax.ConvDimensionNumbers(
+        (0, spatial + 1, *order[1:-1]),
+        (spatial + 1, spatial, *order[:spatial]),
+        (0, spatial + 1, *order[1:-1]),
+    )
+    single = {
+        **params,
+        "dimension_numbers": nhwc,
+        "lhs_dilation": (1,) * spatial,
+        "padding": ((0, 0),) * spatial,
+    }
+    out = _convolve(image, kernel, single)
+    batch, *pixels, _ = out.shape
+    out = out.reshape((batch, *pixels, *sizes, rhs.shape[features]))
+    pairs = [axis for dim in range(spatial) for axis in (1 + dim, 1 + spatial + dim)]
+    out = out.transpose((0, *pairs, 2 * spatial + 1))
+    whole = [n * size for n, size in zip(pixels, sizes, strict=True)]
+    out = out.reshape((batch, *whole, rhs.shape[features]))
+    return out.transpose(np.argsort((spec.out_spec[0], *spec.out_spec[2:], spec.out_spec[1])))
 
 
 def _convolve(lhs: Array, rhs: Array, params: dict[str, Any]) -> Array:

@@ -47,4 +47,4 @@ def loop_of(height, layers, num_blocks, stride=1):
 def test_no_more_rows_than_the_steps_need(height, layers, num_blocks, stride, steps, rows):
     loop = loop_of(height, layers, num_blocks, stride)
     assert loop.steps == steps
-    assert max(track.rows for track in loop.schedule.tracks) == rows // stride
+    assert max(max(track.advances) for track in loop.schedule.tracks) == rows // stride

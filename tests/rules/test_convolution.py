@@ -10,6 +10,7 @@ from jax import lax
 
 import lrjax
 from graphs import check_rule
+from lrjax.rules import convolution as convolutions
 
 pytestmark = pytest.mark.usefixtures("x64")
 
@@ -242,3 +243,35 @@ def test_convolutions_in_loops_are_those_that_xla_cpu_is_fast_at(strategy):
     )
     assert {labels for _, labels in found} == {"b01f_01io->b01f"}
     assert not any("pad=" in window or "lhs_dilate" in window for window, _ in found)
+
+
+@pytest.mark.parametrize("spec", [NHWC, ("NCHW", "OIHW", "NHWC")])
+@pytest.mark.parametrize("size", [(2, 2), (2, 3), (1, 4)])
+def test_upsampling_on_gpus(size, spec):
+    """As a product of single pixels and a shuffle; run here on the CPU."""
+    image, kernel = normal(2, 5, 7, 3), normal(*size, 3, 4, seed=1)
+    if spec != NHWC:
+        image, kernel = image.transpose(0, 3, 1, 2), kernel.transpose(3, 2, 0, 1)
+    padding = [(n - 1, n - 1) for n in size]
+    made = jax.make_jaxpr(
+        lambda x, w: lax.conv_general_dilated(
+            x, w, (1, 1), padding, lhs_dilation=size, dimension_numbers=spec
+        )
+    )(image, kernel)
+    params = made.eqns[0].params
+    assert convolutions._spreads_pixels(kernel, params)
+    found = convolutions._convolved_for(image, kernel, platform="cuda", **params)
+    (expected,) = jax.core.eval_jaxpr(made.jaxpr, made.consts, image, kernel)
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "change", [{"padding": ((1, 1), (0, 1))}, {"lhs_dilation": (1, 2)}, {"rhs_dilation": (2, 1)}]
+)
+def test_other_transposed_convolutions_stay(change):
+    image, kernel = normal(2, 5, 7, 3), normal(2, 2, 3, 4)
+    options = {"padding": ((1, 1), (1, 1)), "lhs_dilation": (2, 2), **change}
+    made = jax.make_jaxpr(
+        lambda x, w: lax.conv_general_dilated(x, w, (1, 1), dimension_numbers=NHWC, **options)
+    )(image, kernel)
+    assert not convolutions._spreads_pixels(kernel, made.eqns[0].params)

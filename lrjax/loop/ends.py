@@ -1,0 +1,41 @@
+"""Prologue and epilogue: the first and last steps as programs of their own.
+
+All steps have one shape, so the first and the last compute rows outside the image: operations lag
+behind each other, by a round trip in a gradient. Where that is much, those steps are compiled by
+themselves, for the rows of the image alone, as compilers peel loops (software pipelining). The
+steps between them then read and write no row outside the image, and mask nothing. Numbers only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+# Steps at either end that may be programs of their own: every one is compiled.
+MOST = 2
+# The share of a step's operations outside the image above which it is one.
+LEAST_OUTSIDE = 0.1
+# What this must save of all operations, and in operations: compiling takes seconds.
+LEAST_SAVED = 0.02
+LEAST_OPERATIONS = 1e10
+
+
+def repeated_steps(steps: int, work: float, inside: Callable[[int], float]) -> tuple[int, int]:
+    """The first of the steps that one program repeats, and one past the last.
+
+    Args:
+      steps: how many there are.
+      work: operations of a step.
+      inside: of a step, operations on rows of the image.
+    """
+
+    def outside(step: int) -> float:
+        return 1 - inside(step) / max(work, 1.0)
+
+    first, stop = 0, steps
+    while first < min(MOST, steps) and outside(first) > LEAST_OUTSIDE:
+        first += 1
+    while stop > max(first, steps - MOST) and outside(stop - 1) > LEAST_OUTSIDE:
+        stop -= 1
+    saved = work * sum(map(outside, (*range(first), *range(stop, steps))))
+    is_worth = saved >= max(LEAST_SAVED * work * steps, LEAST_OPERATIONS)
+    return (first, stop) if is_worth else (0, steps)

@@ -1,0 +1,144 @@
+"""Prologues and epilogues, and halos that are computed again: who has them; both are exact.
+
+Programs as small as these would have neither, so the thresholds are lowered.
+"""
+
+from fractions import Fraction
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax import lax
+
+from experiments.small_models import MODELS, TrainingCall
+from graphs import largest_num_blocks
+from lrjax.loop import ends, halos
+from lrjax.loop.ends import repeated_steps
+from lrjax.loop.rowloop import row_loop
+from lrjax.rowgraph.graph import build
+from lrjax.rowgraph.tracing import trace
+from lrjax.strategies.base import TOP_DOWN
+from lrjax.testing import assert_same_as_column
+from strategies.test_strategies import GEOMETRIES, convolve, normal
+
+NHWC = ("NHWC", "HWIO", "NHWC")
+
+
+@pytest.fixture
+def everywhere(monkeypatch):
+    """All loops that can have a prologue, an epilogue or halos have them."""
+    for name in ("LEAST_OUTSIDE", "LEAST_SAVED", "LEAST_OPERATIONS"):
+        monkeypatch.setattr(ends, name, 0)
+    monkeypatch.setattr(halos, "LARGEST_HALO", Fraction(3))
+
+
+def loop_of(network, image, num_blocks, *, is_differentiated=False):
+    traced = trace(network, 1, (jax.ShapeDtypeStruct(image, jnp.float32),), {})
+    graph = build(traced.program, traced.axes)
+    return row_loop(
+        graph, 0, order=TOP_DOWN, num_blocks=num_blocks, is_differentiated=is_differentiated
+    )
+
+
+def convolutions(channels, count=2):
+    def network(image):
+        for _ in range(count):
+            kernel = jnp.ones((3, 3, image.shape[-1], channels))
+            image = jax.nn.relu(
+                lax.conv_general_dilated(image, kernel, (1, 1), "SAME", dimension_numbers=NHWC)
+            )
+        return image
+
+    return network
+
+
+@pytest.mark.parametrize(
+    ("inside", "expected"),
+    [
+        ([1e12] * 5, (0, 5)),
+        ([6e11, 1e12, 1e12, 1e12, 9.5e11], (1, 5)),
+        ([6e11, 8e11, 1e12, 1e12, 5e11], (2, 4)),
+        ([1e11] * 3, (2, 2)),  # of one that is outside at both ends, nothing is left to repeat
+        ([1e11, 2e11, 3e11, 8e11, 3e11, 2e11, 1e11], (2, 5)),  # no more than two
+        ([9.99e11, *[1e12] * 20], (0, 21)),
+    ],
+)
+def test_steps_with_much_outside_the_image_are_programs_of_their_own(inside, expected):
+    assert repeated_steps(len(inside), 1e12, inside.__getitem__) == expected
+
+
+def test_small_programs_are_not_compiled_several_times():
+    assert repeated_steps(4, 1e8, [1e7, 1e8, 1e8, 1e7].__getitem__) == (0, 4)
+
+
+@pytest.mark.usefixtures("everywhere")
+def test_the_ends_compute_rows_of_the_image_alone():
+    loop = loop_of(convolutions(4, count=8), (1, 64, 8, 4), 4)
+    first, stop = loop.repeated
+    assert (first, stop) == (1, loop.steps - 1)
+    for index, node in enumerate(loop.nodes):
+        parts = [loop.rows_inside(index, step) for step in range(loop.steps)]
+        rows = {row for part in parts for row in range(*part)}
+        assert rows == set(range(node.op.height))
+        for start, end in parts[first:stop]:
+            assert end - start == loop.schedule.tracks[index].rows
+
+
+@pytest.mark.usefixtures("everywhere")
+def test_steps_that_are_differentiated_are_alike():
+    loop = loop_of(convolutions(4), (1, 64, 8, 4), 4, is_differentiated=True)
+    assert loop.repeated == (0, loop.steps)
+    assert all(track.is_steady for track in loop.schedule.tracks)
+
+
+def test_a_window_is_a_slab_where_copies_take_longer():
+    """Of four channels two rows are nothing beside a copy of all; of 4096 they are more."""
+    halos = []
+    for channels in (4, 4096):
+        loop = loop_of(convolutions(channels), (1, 256, 256, channels), 4)
+        first = loop.schedule.tracks[0]
+        halos.append(first.rows - max(first.advances))
+    assert halos == [2, 0]
+
+
+@pytest.mark.usefixtures("x64", "everywhere")
+@pytest.mark.parametrize("name", GEOMETRIES)
+def test_geometries(name):
+    fun, shapes, image = GEOMETRIES[name]
+    args = ([normal(i, *s, scale=0.6) for i, s in enumerate(shapes)], normal(7, *image))
+    most = largest_num_blocks(fun, args, (None, 1), "stream")
+    expected = None
+    for blocks in {2, (most + 1) // 2}:
+        expected = assert_same_as_column(
+            fun, args, (None, 1), num_blocks=min(blocks, most), expected=expected
+        )
+
+
+@pytest.mark.usefixtures("x64", "everywhere")
+@pytest.mark.parametrize("name", ["unet_none", "resnet_frozen", "resnet"])
+def test_networks(name):
+    call = TrainingCall(MODELS[name])
+    assert_same_as_column(call, call.arguments(), (None, 1, None), num_blocks=3)
+
+
+@pytest.mark.usefixtures("x64", "everywhere")
+@pytest.mark.parametrize("num_blocks", [1, 2, 5])
+def test_a_sum_over_rows_in_one_pass(num_blocks):
+    def loss(kernels, image):
+        for kernel in kernels:
+            image = jnp.tanh(convolve(image, kernel))
+        return jnp.sum(image**2), jnp.max(image)
+
+    args = ([normal(i, 3, 3, 2, 2, scale=0.5) for i in range(3)], normal(7, 2, 11, 5, 2))
+    assert_same_as_column(loss, args, (None, 1), num_blocks=num_blocks)
+
+
+@pytest.mark.usefixtures("x64", "everywhere")
+def test_rows_outside_are_not_read():
+    """A logarithm of what is outside the image would be infinite."""
+
+    def fun(kernel, image):
+        return convolve(jnp.log(convolve(jnp.exp(image), jnp.exp(kernel))), kernel)
+
+    args = normal(1, 3, 3, 1, 1), normal(7, 1, 17, 4, 1)
+    assert_same_as_column(fun, args, (None, 1), num_blocks=3)
