@@ -11,7 +11,7 @@ import dataclasses
 from collections.abc import Collection, Sequence
 
 from lrjax.loop.rowloop import RowLoop
-from lrjax.program.inline import FlatProgram, dependents, without_dead_equations
+from lrjax.program.inline import FlatProgram, dependents, values_of, without_dead_equations
 from lrjax.rowgraph.graph import RowGraph, build, stage_problem
 from lrjax.rowgraph.stages import MinimumCuts, Problem
 from lrjax.strategies.joint import made_from
@@ -78,22 +78,24 @@ def division(loop: RowLoop, perturbed: Collection[int]) -> Division | None:
       None where the loop had better run as it is.
     """
     names = tuple(dict.fromkeys((*loop.arrays, *loop.wholes)))
-    equations = tuple(node.equation for node in loop.nodes)
-    if len(perturbed) == len(names) or any(e.has_effects for e in equations):
+    nodes = tuple(node.equation for node in loop.nodes)
+    if len(perturbed) == len(names) or any(e.has_effects for e in nodes):
         return None
-    outputs = (*loop.row_outputs, *loop.reductions)
-    program = dataclasses.replace(
-        loop.graph.program, equations=equations, inputs=names, outputs=outputs, constants={}
+    made = (*loop.row_outputs, *loop.reductions)
+    alone = dataclasses.replace(
+        loop.graph.program, equations=nodes, inputs=names, outputs=made, constants={}
     )
     axes = [loop.graph.row_axis.get(v) if v in loop.arrays else None for v in names]
-    graph = build(program, axes)
+    graph = build(alone, axes)
+    program = graph.program  # in which values may have other numbers
     saved = worth_saving(graph, [i for i, v in enumerate(names) if v in perturbed])
     if not saved:
         return None
-    moving = dependents(equations, perturbed)
-    held = tuple(dict.fromkeys((*sorted(saved), *(v for v in outputs if v not in moving))))
+    moving = dependents(program.equations, perturbed)
+    also = [v for v in values_of(program.outputs) if v not in moving]
+    held = tuple(dict.fromkeys((*sorted(saved), *also)))
     frozen = without_dead_equations(dataclasses.replace(program, outputs=held))
-    return Division(frozen, made_from(program, 0, held, outputs), graph)
+    return Division(frozen, made_from(program, 0, held, program.outputs), graph)
 
 
 def _repeated(problem: Problem, wanted: frozenset[int], held: frozenset[int]) -> float:

@@ -179,7 +179,8 @@ def _divided_loop(
         own = devices.images(loop, moving)
         inputs = [own.get(v, known[v]) for v in trained.inputs]
         outputs = run_graph(second.graph, second.loops, inputs, run=_differentiable_loop)
-        return devices.shared(loop, dict(zip(values_of(trained.outputs), outputs, strict=True)))
+        made = (*loop.row_outputs, *loop.reductions)
+        return devices.shared(loop, dict(zip(made, outputs, strict=True)))
 
     return jax.vjp(behind, {v: values[v] for v in perturbed})
 

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from rule_cases import WITHOUT_CASES, cases
 
-from lrjax.loop.engine import _COMBINE
+from lrjax.loop.sums import _COMBINE
 from lrjax.rules.base import Rows, highest, lowest, registered
 from lrjax.rules.geometry import IDENTITY
 from lrjax.rules.reduction import identity_of
