@@ -87,7 +87,10 @@ def slice_windows(
         name = "window", s.node, s.operand
         start, size = clock[name], loop.window_rows(s)
         if clock.is_alone:
-            start, size = loop.window_of(s, loop.rows_inside(s.node, clock["step"]))
+            part = loop.rows_inside(s.node, clock["step"])
+            if part == (0, 0):
+                continue
+            start, size = loop.window_of(s, part)
         fill, bounds = _fill(loop, s), clock.bounds(name)
         array = arrays[devices.array_key(loop, s)]
         if isinstance(array, WithHalo):

@@ -44,8 +44,12 @@ def strings_of(node):
 
 
 def found_in(tree, names):
-    """Lines that tell primitives apart by name, with what they say."""
+    """Lines that tell primitives apart by name, with what they say; ``__all__`` is no such list."""
+    assigned = [node for node in ast.walk(tree) if isinstance(node, ast.Assign)]
+    exported = [node.value for node in assigned if ast.unparse(node.targets[0]) == "__all__"]
     for node in ast.walk(tree):
+        if node in exported:
+            continue
         for value in strings_of(node):
             if isinstance(value, ast.Constant) and value.value in names:
                 yield value.lineno, value.value
