@@ -22,6 +22,9 @@ MOST_COMPILATIONS = 5
 # Sizes at which the curve is known, as multiples of the one that plans were compared at.
 _SAMPLES = (0.5, 1, 2)
 _MOST_STEPS = 4096
+# A plan that takes so many times what was predicted is none to grow; of those that offload, a whole
+# map that a transfer needs on the device may be missing from the prediction.
+_MOST_WRONG = 2.0
 METHODS: dict[str, Callable[[], tuple[Kind, ...]]] = {
     "column": lambda: (Kind(Column()),),
     "best checkpoint": lambda: (Kind(Column()), Kind(Checkpoint())),
@@ -102,6 +105,10 @@ class _Largest:
         for _ in range(MOST_COMPILATIONS):
             peak = self.tried(reference, size)
             error = peak / self.predicted(reference, size)
+            if error > _MOST_WRONG and any(kind.offload for kind in self.limits.kinds):
+                self.stop_offloading()
+                size = max(self.predicted_size(reference, 1.0), step)
+                continue
             if peak > self.question.memory_bytes:
                 self.too_large = min(self.too_large, size)
             low = max(self.fitting, default=0)
@@ -110,6 +117,12 @@ class _Largest:
             if size <= low:
                 break
         return self.answer()
+
+    def stop_offloading(self) -> None:
+        """Look for plans that keep all maps on the device."""
+        kept = tuple(kind for kind in self.limits.kinds if not kind.offload)
+        self.limits = dataclasses.replace(self.limits, kinds=kept)
+        self.least.clear()
 
     def answer(self) -> Largest:
         compilations = sum(prover.compilations for prover in self.provers.values())
