@@ -28,6 +28,9 @@ _WORTHWHILE = 0.02
 # something does, the second for plans that would be much faster.
 _LADDER, _BOLD = (0.85, 0.6, 0.4, 0.25), (1.0, 1.25)
 _MUCH = 0.1
+# Predicted to fit, a simple plan is compiled also where it seems to be slower by up to this part:
+# predictions err by as much.
+_DOUBT = 0.2
 
 
 class BudgetTooSmallError(memory.DoesNotFitError):
@@ -243,7 +246,7 @@ class Prover:
         """Compile the simple plans that are faster than what is known to fit, and may fit."""
         parts = _LADDER if self.best_known(limits) is None else _BOLD
         for part in parts:
-            by = _MUCH if part > 1 else _WORTHWHILE
+            by = {1.0: -_DOUBT, 1.25: _MUCH}.get(part, _WORTHWHILE)
             rung = self.rung(limits, part * min(limits.budget, self.room), by)
             if rung is not None:
                 self.verify(rung, on_progress)
