@@ -3,10 +3,6 @@
 Devices are counted when JAX starts, so the cases run in a process of their own, with four.
 """
 
-import os
-import subprocess
-import sys
-
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -19,8 +15,9 @@ from jax.sharding import PartitionSpec as P
 
 import lrjax
 from lrjax.testing import Results, check
+from several_devices import is_process_with, run_with
 
-IS_CHILD = os.environ.get("LRJAX_TESTS_FOUR_DEVICES") == "1"
+IS_CHILD = is_process_with(4)
 in_child = pytest.mark.skipif(not IS_CHILD, reason="runs in the process with four devices")
 pytestmark = pytest.mark.usefixtures("x64")
 
@@ -30,17 +27,7 @@ STRATEGIES = ("stream", "2ps", "overl")
 @pytest.mark.skipif(IS_CHILD, reason="starts that process")
 @pytest.mark.parametrize("marks", ["not slow", pytest.param("slow", marks=pytest.mark.slow)])
 def test_on_four_devices(marks):
-    flags = "--xla_force_host_platform_device_count=4 " + os.environ.get("XLA_FLAGS", "")
-    settings = {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "LRJAX_TESTS_FOUR_DEVICES": "1"}
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", marks]
-    process = subprocess.run(
-        [*command, "-p", "no:xdist", "--timeout=0", __file__],
-        env={**os.environ, **settings},
-        capture_output=True,
-        text=True,
-    )
-    assert process.returncode == 0, process.stdout[-6000:] + process.stderr[-2000:]
-    assert " passed" in process.stdout
+    run_with(4, __file__, marks)
 
 
 def normal(*shape, seed=0):

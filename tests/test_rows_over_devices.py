@@ -3,10 +3,7 @@
 Devices are counted when JAX starts, so the cases run in a process of their own, with eight.
 """
 
-import os
 import re
-import subprocess
-import sys
 from collections import Counter
 
 import flax.linen as nn
@@ -23,8 +20,9 @@ from jax.sharding import PartitionSpec as P
 import lrjax
 from lrjax.strategies import MicroBatches
 from lrjax.testing import Results, assert_same_as_column, check
+from several_devices import is_process_with, run_with
 
-IS_CHILD = os.environ.get("LRJAX_TESTS_EIGHT_DEVICES") == "1"
+IS_CHILD = is_process_with(8)
 in_child = pytest.mark.skipif(not IS_CHILD, reason="runs in the process with eight devices")
 pytestmark = pytest.mark.usefixtures("x64")
 
@@ -32,17 +30,7 @@ pytestmark = pytest.mark.usefixtures("x64")
 @pytest.mark.skipif(IS_CHILD, reason="starts that process")
 @pytest.mark.parametrize("marks", ["not slow", pytest.param("slow", marks=pytest.mark.slow)])
 def test_on_eight_devices(marks):
-    flags = "--xla_force_host_platform_device_count=8 " + os.environ.get("XLA_FLAGS", "")
-    settings = {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "LRJAX_TESTS_EIGHT_DEVICES": "1"}
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", marks]
-    process = subprocess.run(
-        [*command, "-p", "no:xdist", "--timeout=0", __file__],
-        env={**os.environ, **settings},
-        capture_output=True,
-        text=True,
-    )
-    assert process.returncode == 0, process.stdout[-6000:] + process.stderr[-2000:]
-    assert " passed" in process.stdout
+    run_with(8, __file__, marks)
 
 
 def normal(*shape, seed=0):
