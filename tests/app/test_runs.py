@@ -285,7 +285,7 @@ def test_options_override_the_file(tmp_path):
 
 
 def test_tensorboard_has_its_events(tmp_path):
-    pytest.importorskip("tensorboardX")
+    pytest.importorskip("tensorboardX", reason="pip install 'lrjax[experiments]'")
     with logs.Log(tmp_path, tensorboard=True) as log:
         log.write(1, {"loss": 2.0, "validation_accuracy": 0.5})
     (events,) = (tmp_path / logs.TENSORBOARD_DIRECTORY).iterdir()

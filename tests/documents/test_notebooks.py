@@ -24,9 +24,9 @@ def test_there_are_notebooks():
 @pytest.mark.slow
 @pytest.mark.parametrize("path", [marked(path) for path in NOTEBOOKS])
 def test_runs_and_prints_as_much_as_is_committed(path, tmp_path, monkeypatch):
-    pytest.importorskip("nbclient")
-    pytest.importorskip("ipykernel")
-    nbformat = pytest.importorskip("nbformat")
+    pytest.importorskip("nbclient", reason="pip install 'lrjax[dev]'")
+    pytest.importorskip("ipykernel", reason="pip install 'lrjax[dev]'")
+    nbformat = pytest.importorskip("nbformat", reason="pip install 'lrjax[dev]'")
     monkeypatch.syspath_prepend(ROOT / "scripts")
     from notebooks import executed
 

@@ -89,7 +89,7 @@ def test_the_reference_names_all_that_a_module_exports(module):
 
 
 def test_pages_that_the_navigation_does_not_name_have_a_place(scripts, monkeypatch):
-    pytest.importorskip("mkdocs")
+    pytest.importorskip("mkdocs", reason="pip install 'lrjax[docs]'")
     import site_hooks
 
     monkeypatch.setattr(site_hooks, "OUTSIDE", ("CHANGELOG.md", "experiments/results/new.md"))
@@ -100,7 +100,7 @@ def test_pages_that_the_navigation_does_not_name_have_a_place(scripts, monkeypat
 
 
 def test_links_of_files_become_links_of_pages(scripts):
-    pytest.importorskip("mkdocs")
+    pytest.importorskip("mkdocs", reason="pip install 'lrjax[docs]'")
     import site_hooks
 
     pages = {"index.md", "memory.md", "how-to/nnx.md", "experiments/results/a.md", "CHANGELOG.md"}
@@ -124,7 +124,7 @@ def test_links_of_files_become_links_of_pages(scripts):
 
 
 def test_docstrings_become_markdown(scripts):
-    pytest.importorskip("griffe")
+    pytest.importorskip("griffe", reason="pip install 'lrjax[docs]'")
     from site_docstrings import readable
 
     text = "Do :func:`it`.\n\nReturns:\n  A ``Plan``: print it.\n\nExample::\n\n    a = 1\n\n    b"
