@@ -157,7 +157,7 @@ class Plan:
             outputs = [values[v] for v in traced.program.outputs]
             return jax.tree.unflatten(traced.out_tree, outputs)
 
-        return jax.grad(planned, has_aux=True)
+        return jax.value_and_grad(planned, has_aux=True)
 
 
 def _function(segment: Segment, choice: Choice) -> Callable[..., Sequence[Any]]:

@@ -33,12 +33,14 @@ def repeated_steps(steps: int, work: float, inside: Callable[[int], float]) -> t
     def outside(step: int) -> float:
         return 1 - inside(step) / max(work, 1.0)
 
-    first, stop = 0, steps
-    while first < min(MOST, steps) and outside(first) > LEAST_OUTSIDE:
-        first += 1
-    while stop > max(first, steps - MOST) and outside(stop - 1) > LEAST_OUTSIDE:
-        stop -= 1
-    saved = work * sum(map(outside, (*range(first), *range(stop, steps))))
-    count = first + steps - stop
-    is_worth = saved >= max(LEAST_SAVED * count * work * steps, LEAST_OPERATIONS)
-    return (first, stop) if is_worth else (0, steps)
+    for most in range(MOST, 0, -1):
+        first, stop = 0, steps
+        while first < min(most, steps) and outside(first) > LEAST_OUTSIDE:
+            first += 1
+        while stop > max(first, steps - most) and outside(stop - 1) > LEAST_OUTSIDE:
+            stop -= 1
+        saved = work * sum(map(outside, (*range(first), *range(stop, steps))))
+        count = first + steps - stop
+        if saved >= max(LEAST_SAVED * count * work * steps, LEAST_OPERATIONS):
+            return first, stop
+    return 0, steps

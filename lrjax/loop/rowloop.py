@@ -195,6 +195,20 @@ class RowLoop:
         pairs = zip(self.nodes, self.schedule.tracks, strict=True)
         return tuple(node.op.flops * track.rows for node, track in pairs)
 
+    def executed_rows(self, index: int) -> int:
+        """Rows that a node computes in all steps: some twice, or outside the image."""
+        first, stop = self.repeated
+        inside = (self.rows_inside(index, t) for t in (*range(first), *range(stop, self.steps)))
+        return (stop - first) * self.schedule.tracks[index].rows + sum(b - a for a, b in inside)
+
+    @functools.cached_property
+    def full_steps(self) -> float:
+        """Steps by their operations: one of which a part is outside the image counts as less."""
+        if not sum(self.work):
+            return float(self.steps)
+        pairs = zip(range(len(self.nodes)), self.nodes, strict=True)
+        return sum(node.op.flops * self.executed_rows(i) for i, node in pairs) / sum(self.work)
+
     def leaves_image(self, source: Source) -> bool:
         """Some step reads rows outside the image that must hold the fill value."""
         if source.read.fill is None:

@@ -126,7 +126,7 @@ def loop_seconds(loop: RowLoop, step: Liveness, target: str) -> float:
         if v in loop.row_outputs:
             total += kernel_seconds(rates, 0.0, 2 * slab)
     sums = [avals[v] for n in loop.nodes if n.is_reduction for v in n.equation.outputs]
-    return loop.steps * (total + accumulation_seconds(sums, rates))
+    return loop.full_steps * (total + accumulation_seconds(sums, rates))
 
 
 def accumulation_seconds(sums: Iterable[Any], rates: Rates) -> float:

@@ -51,7 +51,10 @@ class Problem:
         return sum(map(size_bytes, structs)) + sum(size_bytes(structs[i]) for i in self.wrt)
 
     def gradient(self, fun: Callable[..., Any]) -> Callable[..., Any]:
-        """The program whose memory is planned: the gradient of ``fun`` (``self.fun`` by rows)."""
+        """The program that is planned: gradient and value of ``fun`` (``self.fun`` by rows).
+
+        A training step has both: what computes a value in a pass of its own takes that time too.
+        """
 
         def gradient(*args: Any) -> Any:
             leaves, tree = jax.tree.flatten(args)
@@ -62,7 +65,10 @@ class Problem:
                     full[i] = value
                 return self.number_of(fun(*jax.tree.unflatten(tree, full)))
 
-            return jax.grad(loss, has_aux=True)([leaves[i] for i in self.leaves])
+            run = jax.value_and_grad(loss, has_aux=True)
+            value, gradients = run([leaves[i] for i in self.leaves])
+            # Mean squares stand for a loss that is not known, and need all outputs as that does.
+            return gradients, None if self.scalar == "squares" else value
 
         return gradient
 

@@ -61,7 +61,7 @@ def program_operations(program: FlatProgram) -> float:
 
 
 def operations_of(rows: RowProgram) -> float:
-    """Operations of the row loops' steps, rows beyond the image included."""
+    """Operations of the row loops' steps, rows outside the image included that they compute."""
     return _executed(rows)[0]
 
 
@@ -75,8 +75,8 @@ def _executed(rows: RowProgram) -> tuple[float, float]:
     """Operations of all steps, and of the image's rows alone."""
     done, once = 0.0, 0.0
     for loop in filter(None, rows.loops):
-        for node, track in zip(loop.nodes, loop.schedule.tracks, strict=True):
+        for i, node in enumerate(loop.nodes):
             assert node.op is not None
             once += node.op.flops * node.op.height
-            done += node.op.flops * max(loop.steps * track.rows, node.op.height)
+            done += node.op.flops * max(loop.executed_rows(i), node.op.height)
     return done, once

@@ -61,6 +61,7 @@ def convolutions(channels, count=2):
         ([1e11] * 3, (2, 2)),  # of one that is outside at both ends, nothing is left to repeat
         ([1e11, 2e11, 3e11, 8e11, 3e11, 2e11, 1e11], (2, 5)),  # no more than two
         ([9.99e11, *[1e12] * 20], (0, 21)),
+        ([1e11, 8e11, *[1e12] * 20, 8e11, 1e11], (1, 23)),  # the second save too little
     ],
 )
 def test_steps_with_much_outside_the_image_are_programs_of_their_own(inside, expected):
@@ -76,10 +77,14 @@ def test_the_ends_compute_rows_of_the_image_alone():
     loop = loop_of(convolutions(4, count=8), (1, 64, 8, 4), 4)
     first, stop = loop.repeated
     assert (first, stop) == (1, loop.steps - 1)
+    assert loop.steps - 2 < loop.full_steps < loop.steps
     for index, node in enumerate(loop.nodes):
         parts = [loop.rows_inside(index, step) for step in range(loop.steps)]
         rows = {row for part in parts for row in range(*part)}
         assert rows == set(range(node.op.height))
+        own = loop.schedule.tracks[index].rows
+        ends = sum(end - start for start, end in (*parts[:first], *parts[stop:]))
+        assert loop.executed_rows(index) == (stop - first) * own + ends < loop.steps * own
         for start, end in parts[first:stop]:
             assert end - start == loop.schedule.tracks[index].rows
 
