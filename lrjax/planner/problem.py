@@ -11,8 +11,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lrjax.plan import Fingerprint, fingerprint
+from lrjax import memory
+from lrjax.fingerprint import Fingerprint, fingerprint
+from lrjax.meshes import check_heights
 from lrjax.rowgraph.graph import size_bytes
+from lrjax.rowgraph.row_mesh import RowMesh
 from lrjax.rowgraph.segments import Cuttable
 from lrjax.rowgraph.tracing import Traced, flat_axes, trace
 
@@ -24,6 +27,7 @@ class Problem:
     Attributes:
       fun, args, in_axes: the call.
       target: what it is compiled for.
+      row_mesh: the devices that share the rows; None for one.
       traced: its flat program.
       wrt: numbers of the flat inputs that are differentiated.
       leaves: numbers of the same among the leaves of the arguments.
@@ -39,6 +43,7 @@ class Problem:
     wrt: tuple[int, ...]
     leaves: tuple[int, ...]
     scalar: str
+    row_mesh: RowMesh | None = None
 
     @functools.cached_property
     def fingerprint(self) -> Fingerprint:
@@ -46,9 +51,42 @@ class Problem:
 
     @property
     def fixed_bytes(self) -> int:
-        """Arguments and gradients."""
-        structs = self.traced.program.structs
-        return sum(map(size_bytes, structs)) + sum(size_bytes(structs[i]) for i in self.wrt)
+        """Arguments and gradients, on a device."""
+        pairs = zip(self.traced.program.structs, self.traced.axes, strict=True)
+        own = [
+            size_bytes(struct) // (self.devices if self.is_divided(struct, axis) else 1)
+            for struct, axis in pairs
+        ]
+        return sum(own) + sum(own[i] for i in self.wrt)
+
+    @property
+    def devices(self) -> int:
+        """How many share the rows."""
+        return 1 if self.row_mesh is None else self.row_mesh.count
+
+    def is_divided(self, struct: Any, axis: int | None) -> bool:
+        """Whether every device is given its rows alone: JAX divides arrays only evenly."""
+        return axis is not None and struct.shape[axis] % self.devices == 0
+
+    def compiled(self, fun: Callable[..., Any]) -> jax.stages.Compiled:
+        """A function of the arguments, compiled for the target, or for a mesh of such."""
+        if self.row_mesh is None:
+            return memory.compile_for(fun, *self.args, target=self.target)
+        leaves, tree = jax.tree.flatten(self.args)
+        axis_name, axes = self.row_mesh.axis, flat_axes(self.in_axes, self.args)
+        specs = [
+            jax.P()
+            if axis is None or not self.is_divided(leaf, axis)
+            else jax.P(*[None] * axis, axis_name)
+            for leaf, axis in zip(leaves, axes, strict=True)
+        ]
+        return memory.compile_for(
+            fun,
+            *self.args,
+            target=self.target,
+            mesh_shape={axis_name: self.devices},
+            in_specs=jax.tree.unflatten(tree, specs),
+        )
 
     def gradient(self, fun: Callable[..., Any]) -> Callable[..., Any]:
         """The program whose memory is planned: the gradient of ``fun`` (``self.fun`` by rows)."""
@@ -81,12 +119,13 @@ def problem_of(
     in_axes: Any,
     target: str | None,
     wrt: int | Sequence[int] | None,
+    row_mesh: RowMesh | None = None,
 ) -> Problem:
     """The problem of a call.
 
     Raises:
-      ValueError: ``in_axes`` or ``wrt`` do not fit the arguments, or nothing in ``fun`` is done on
-        rows.
+      ValueError: ``in_axes`` or ``wrt`` do not fit the arguments, nothing in ``fun`` is done on
+        rows, or there are fewer rows than devices.
     """
     args = jax.tree.map(_struct, tuple(args))
     traced = trace(fun, in_axes, args, {})
@@ -95,6 +134,8 @@ def problem_of(
             "fun has no operation on rows, so there is nothing to plan; check in_axes, or call fun "
             "directly."
         )
+    if row_mesh is not None:
+        check_heights(traced.program.structs, traced.axes, row_mesh)
     axes = flat_axes(in_axes, args)
     leaves = jax.tree.leaves(args)
     chosen = _chosen(args, axes, leaves, wrt)
@@ -108,6 +149,7 @@ def problem_of(
         wrt=tuple(first + i for i in chosen),
         leaves=chosen,
         scalar=_scalar(traced),
+        row_mesh=row_mesh,
     )
 
 

@@ -61,22 +61,22 @@ def program_operations(program: FlatProgram) -> float:
 
 
 def operations_of(rows: RowProgram) -> float:
-    """Operations of the row loops' steps, rows beyond the image included."""
+    """Operations of the row loops' steps, on a device, rows beyond the image included."""
     return _executed(rows)[0]
 
 
 def repetition(rows: RowProgram) -> float:
-    """Operations of the steps over those of the image's rows."""
+    """Operations of the steps over those of the rows that a device owns."""
     done, once = _executed(rows)
     return done / once if once else 1.0
 
 
 def _executed(rows: RowProgram) -> tuple[float, float]:
-    """Operations of all steps, and of the image's rows alone."""
+    """Operations of all steps, and of the image's rows alone: of a device's share of them."""
     done, once = 0.0, 0.0
     for loop in filter(None, rows.loops):
-        for node, track in zip(loop.nodes, loop.schedule.tracks, strict=True):
-            assert node.op is not None
-            once += node.op.flops * node.op.height
-            done += node.op.flops * max(loop.steps * track.rows, node.op.height)
+        schedule = loop.schedule
+        for node, task, track in zip(loop.nodes, schedule.tasks, schedule.tracks, strict=True):
+            once += node.op.flops * task.height
+            done += node.op.flops * max(loop.steps * track.rows, task.height)
     return done, once
