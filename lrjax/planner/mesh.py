@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import jax
 from jax.sharding import AxisType
 
 from lrjax.memory.compile import mesh_for
 from lrjax.rowgraph.row_mesh import RowMesh
+from lrjax.rowgraph.tracing import flat_axes
 
 PlannedMesh = jax.sharding.Mesh | jax.sharding.AbstractMesh | Mapping[str, int] | None
 
@@ -39,6 +41,31 @@ def planned_row_mesh(mesh: PlannedMesh, axis: str | None, target: str | None) ->
         raise ValueError(f"row_mesh_axis={axis!r} is no axis of the mesh; it has {tuple(sizes)}.")
     mesh_for(target, {axis: sizes[axis]})
     return RowMesh(jax.sharding.AbstractMesh((sizes[axis],), (axis,), (AxisType.Auto,)), axis)
+
+
+def compile_options(
+    args: tuple[Any, ...], in_axes: Any, row_mesh: RowMesh | None
+) -> dict[str, Any]:
+    """What ``lrjax.memory.compile_for`` takes for a call on devices that share its rows.
+
+    Arrays whose heights the devices do not divide are given whole to each: JAX divides evenly.
+    """
+    if row_mesh is None:
+        return {}
+    leaves, tree = jax.tree.flatten(args)
+    specs = [
+        jax.P(*[None] * (axis or 0), row_mesh.axis) if is_divided(leaf, axis, row_mesh) else jax.P()
+        for leaf, axis in zip(leaves, flat_axes(in_axes, args), strict=True)
+    ]
+    return {
+        "mesh_shape": {row_mesh.axis: row_mesh.count},
+        "in_specs": tuple(jax.tree.unflatten(tree, specs)),
+    }
+
+
+def is_divided(array: Any, axis: int | None, row_mesh: RowMesh) -> bool:
+    """Whether every device is given its own rows of an array alone."""
+    return axis is not None and array.shape[axis] % row_mesh.count == 0
 
 
 def _sizes(mesh: PlannedMesh, axis: str | None) -> dict[str, int]:

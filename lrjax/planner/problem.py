@@ -14,6 +14,7 @@ import numpy as np
 from lrjax import memory
 from lrjax.fingerprint import Fingerprint, fingerprint
 from lrjax.meshes import check_heights
+from lrjax.planner.mesh import compile_options, is_divided
 from lrjax.rowgraph.graph import size_bytes
 from lrjax.rowgraph.row_mesh import RowMesh
 from lrjax.rowgraph.segments import Cuttable
@@ -54,7 +55,9 @@ class Problem:
         """Arguments and gradients, on a device."""
         pairs = zip(self.traced.program.structs, self.traced.axes, strict=True)
         own = [
-            size_bytes(struct) // (self.devices if self.is_divided(struct, axis) else 1)
+            size_bytes(struct) // self.devices
+            if self._is_divided(struct, axis)
+            else size_bytes(struct)
             for struct, axis in pairs
         ]
         return sum(own) + sum(own[i] for i in self.wrt)
@@ -64,29 +67,13 @@ class Problem:
         """How many share the rows."""
         return 1 if self.row_mesh is None else self.row_mesh.count
 
-    def is_divided(self, struct: Any, axis: int | None) -> bool:
-        """Whether every device is given its rows alone: JAX divides arrays only evenly."""
-        return axis is not None and struct.shape[axis] % self.devices == 0
+    def _is_divided(self, struct: Any, axis: int | None) -> bool:
+        return self.row_mesh is not None and is_divided(struct, axis, self.row_mesh)
 
     def compiled(self, fun: Callable[..., Any]) -> jax.stages.Compiled:
         """A function of the arguments, compiled for the target, or for a mesh of such."""
-        if self.row_mesh is None:
-            return memory.compile_for(fun, *self.args, target=self.target)
-        leaves, tree = jax.tree.flatten(self.args)
-        axis_name, axes = self.row_mesh.axis, flat_axes(self.in_axes, self.args)
-        specs = [
-            jax.P()
-            if axis is None or not self.is_divided(leaf, axis)
-            else jax.P(*[None] * axis, axis_name)
-            for leaf, axis in zip(leaves, axes, strict=True)
-        ]
-        return memory.compile_for(
-            fun,
-            *self.args,
-            target=self.target,
-            mesh_shape={axis_name: self.devices},
-            in_specs=jax.tree.unflatten(tree, specs),
-        )
+        options = compile_options(self.args, self.in_axes, self.row_mesh)
+        return memory.compile_for(fun, *self.args, target=self.target, **options)
 
     def gradient(self, fun: Callable[..., Any]) -> Callable[..., Any]:
         """The program whose memory is planned: the gradient of ``fun`` (``self.fun`` by rows)."""
