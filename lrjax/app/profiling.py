@@ -120,7 +120,7 @@ def gradient_program(
 
     Args:
       network: a Flax Linen module that takes ``[B, H, W, 3]``.
-      strategy: a ``lrjax.app.training.Strategy``.
+      strategy: a ``lrjax.app.training.Strategy``, or a plan for so many devices.
       image: height and width.
       batch: images at a time.
       dtype: of the images; the parameters are float32.
@@ -132,12 +132,14 @@ def gradient_program(
       ValueError: there are fewer rows than devices, or not so many devices.
     """
     from lrjax.app.planning import ROWS, mesh_of, training_call
+    from lrjax.app.strategy import Strategy
 
     _, args, in_axes = training_call(network, image, batch, dtype, labels_pixels=labels_pixels)
     row_mesh = planned_row_mesh(mesh_of(devices), None, target)
     if row_mesh is not None:
         check_heights(args[1:2], (1,), row_mesh)
-        strategy = dataclasses.replace(strategy, row_mesh_axis=ROWS)
+        if isinstance(strategy, Strategy):  # a plan knows its axis
+            strategy = dataclasses.replace(strategy, row_mesh_axis=ROWS)
     loss = strategy.loss(network, labels_pixels=labels_pixels)
     gradient = jax.value_and_grad(loss, has_aux=True)
     return Program(gradient, args, compile_options(args, in_axes, row_mesh))

@@ -146,6 +146,10 @@ class Span:
         most = self.most_blocks(strategy)
         most = min(most // LEAST_ROWS if strategy.streams else most, MOST_BLOCKS)
         counts = [4 * ratio**k for k in range(10)]
+        if self.segment.devices > 1:
+            # A checkpoint without XLA's partitioner, which keeps maps over one: VGG-16, 4096 x 4096
+            # on each of eight, cut behind four pools, 16,025 MiB, and 24,033 under "checkpoint".
+            counts = [1, *counts]
         return [count for count in counts if count <= most] or [2] * (most >= 2)
 
 

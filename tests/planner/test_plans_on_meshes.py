@@ -16,10 +16,11 @@ from networks import arguments, features, logits, plan_by_hand, structs
 import lrjax
 from lrjax import memory
 from lrjax.plan import Choice
-from lrjax.planner.candidates import Candidates
+from lrjax.planner.candidates import Candidates, Kind
 from lrjax.planner.mesh import planned_row_mesh
 from lrjax.planner.problem import problem_of
 from lrjax.rowgraph.row_mesh import RowMesh
+from lrjax.strategies import named
 from lrjax.testing import assert_same_as_column
 from several_devices import is_process_with, run_with
 
@@ -158,6 +159,24 @@ def test_a_device_of_eight_costs_what_one_with_its_rows_does(choice):
     halos = 0.15 if choice.strategy.by_rows else 0.01
     for field in dataclasses.fields(own):
         assert getattr(own, field.name) == pytest.approx(getattr(alone, field.name), rel=halos)
+
+
+@alone
+def test_one_block_is_a_checkpoint_of_the_shares():
+    def counts(devices):
+        row_mesh = None if devices == 1 else row_mesh_of(devices)
+        traced = problem_of(logits, structs(512, 8), (None, 1), "h200", None, row_mesh).traced
+        found = Candidates(traced.program, traced.axes, range(4), "h200", row_mesh)
+        return {
+            strategy.name: [c.num_blocks for c in found.span(0, found.last).choices(Kind(strategy))]
+            for strategy in map(named, ("stream", "2ps", "overl"))
+        }
+
+    assert all(1 not in found for found in counts(1).values())
+    assert all(1 in found for found in counts(8).values())
+    blocks, whole = costs_of(Choice("overl", 1), 8 * 512, 8), costs_of(Choice("checkpoint"), 512, 1)
+    assert blocks.operations == pytest.approx(whole.operations, rel=0.1)
+    assert blocks.saved_bytes == pytest.approx(whole.saved_bytes, rel=0.1)
 
 
 @alone
