@@ -9,7 +9,7 @@ from typing import Any
 from lrjax.explanation import Explanation, OperationRow, Pass, SegmentReport
 from lrjax.loop import devices
 from lrjax.loop.rowloop import RowLoop
-from lrjax.meshes import row_mesh_at_hand, without_explicit_axes
+from lrjax.meshes import without_explicit_axes
 from lrjax.options import Cuts, MeshOption, Options, StrategyOption, check_callable, checked_options
 from lrjax.program.varying import is_inexact
 from lrjax.rowgraph.fallbacks import fallbacks_of, made_by
@@ -19,7 +19,7 @@ from lrjax.rowgraph.segments import Segment
 from lrjax.rowgraph.tracing import Traced, trace
 from lrjax.rules.geometry import AnyMap
 from lrjax.strategies.programs import RowPass
-from lrjax.transform import hosted_values, segments_and_choices
+from lrjax.transform import hosted_values, row_mesh_of, segments_and_choices
 
 
 def explain(
@@ -65,7 +65,7 @@ def explain(
         mesh=mesh,
         row_mesh_axis=row_mesh_axis,
     )
-    row_mesh = row_mesh_at_hand(options.mesh, options.row_mesh_axis)
+    row_mesh = row_mesh_of(options)
     with without_explicit_axes(args, kwargs) as (own_args, own_kwargs):
         return explain_with(trace(fun, in_axes, own_args, own_kwargs), options, row_mesh)
 

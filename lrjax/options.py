@@ -80,20 +80,17 @@ def checked_options(
     """
     if not isinstance(offload, bool):
         raise ValueError(f"offload={offload!r:.80} must be True or False.")
-    _check_mesh(mesh, row_mesh_axis)
     if plan is not None:
         if not isinstance(plan, Plan):
             raise ValueError(
                 f"plan={plan!r:.80} is no plan; give what lrjax.plan or lrjax.Plan.load returned."
             )
         _check_alone(num_blocks=num_blocks, strategy=strategy, cuts=cuts, offload=offload)
-        if row_mesh_axis is not None:
-            raise ValueError(
-                f"row_mesh_axis={row_mesh_axis!r}: a plan is made for one device, with all rows on "
-                "it; give its strategy, num_blocks (per device) and cuts instead, or leave "
-                "row_mesh_axis out."
-            )
-        return Options(None, Stream(), (), plan)
+        row_mesh_axis = plan.row_mesh_axis if row_mesh_axis is None else row_mesh_axis
+    _check_mesh(mesh, row_mesh_axis)
+    if plan is not None:
+        plan.check_mesh(row_mesh_axis, None if mesh is None else mesh.shape[row_mesh_axis])
+        return Options(None, Stream(), (), plan, mesh=mesh, row_mesh_axis=row_mesh_axis)
     cuts = _checked_cuts(cuts)
     if offload:
         _check_offload(cuts)
@@ -253,8 +250,7 @@ def checked_segments(options: Options, segments: Sequence[Segment]) -> list[Choi
         refusal = choice.runner.refusal(segment)
         if refusal is not None:
             raise ValueError(f"strategy {choice.runner.name!r}{place}: {refusal}")
-        devices = 1 if segment.row_mesh is None else segment.row_mesh.count
-        count = choice.runner.block_count(number, graph, place, devices)
+        count = choice.runner.block_count(number, graph, place, segment.devices)
         choices.append(dataclasses.replace(choice, num_blocks=count))
     return choices
 

@@ -6,27 +6,21 @@ A plan knows the function it was made for by its ``Fingerprint`` and runs no oth
 from __future__ import annotations
 
 import dataclasses
-import enum
-import hashlib
 import json
 import os
-import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from lrjax.files import write_whole
-from lrjax.program.inline import Literal
-from lrjax.program.manual_axes import body_outside
+from lrjax.fingerprint import Fingerprint, fingerprint
 from lrjax.rowgraph.segments import Cuttable
 from lrjax.rowgraph.tracing import Traced, trace
 from lrjax.rules.geometry import ceil_div
 from lrjax.strategies import MicroBatches, Strategy, named
 from lrjax.text import MIB, aligned
 
-FORMAT = 4
+FORMAT = 5
 
 
 @dataclasses.dataclass(frozen=True, init=False)
@@ -81,101 +75,6 @@ class PlanMismatchError(ValueError):
 
 
 @dataclasses.dataclass(frozen=True)
-class Fingerprint:
-    """What a plan must find again in the function it runs.
-
-    Attributes:
-      inputs: type and row axis of every array that goes in, closed-over arrays first, such as
-        ``"bf16[1, 64, 64, 3] rows on axis 1"``.
-      operations: primitive, parameters, types and operands of every equation of the flat program.
-        Numbers written into the function (a learning rate, a seed) are not told apart.
-    """
-
-    inputs: tuple[str, ...]
-    operations: tuple[str, ...]
-
-    @property
-    def digest(self) -> str:
-        text = "\n".join((*self.inputs, "--", *self.operations))
-        return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-    def __repr__(self) -> str:
-        return f"Fingerprint({self.digest}, {len(self.operations)} operations)"
-
-    def difference(self, other: Fingerprint) -> str | None:
-        """What ``other`` has in the first place where it is not this, or None."""
-        for name, own, found in (
-            ("input", self.inputs, other.inputs),
-            ("operation", self.operations, other.operations),
-        ):
-            if len(own) != len(found) and name == "input":
-                return f"it takes {len(own)} arrays, this call has {len(found)}"
-            for i, (one, two) in enumerate(zip(own, found, strict=False)):
-                if one != two:
-                    return f"{name} {i} is {one} in the plan and {two} in this call"
-            if len(own) != len(found):
-                return f"it has {len(own)} operations, this call has {len(found)}"
-        return None
-
-
-def fingerprint(traced: Traced) -> Fingerprint:
-    """The fingerprint of a traced call; the same in every process with the same jax."""
-    program = traced.program
-    number: dict[int, int] = {}
-
-    def operand(atom: Any) -> str:
-        if isinstance(atom, Literal):
-            return f"{atom.dtype}{list(atom.shape)}"
-        return f"%{number.setdefault(atom, len(number))}"
-
-    inputs = []
-    for v, axis in zip(program.inputs, traced.axes, strict=True):
-        operand(v)
-        rows = "" if axis is None else f" rows on axis {axis}"
-        inputs.append(_type(program.avals[v]) + rows)
-    operations = []
-    for equation in program.equations:
-        read = " ".join(map(operand, equation.inputs))
-        made = " ".join(f"{operand(v)}:{_type(program.avals[v])}" for v in equation.outputs)
-        name, params = equation.primitive.name, _parameters(equation.params)
-        operations.append(f"{name}{params} {read} -> {made}")
-    operations.append("return " + " ".join(map(operand, program.outputs)))
-    return Fingerprint(tuple(inputs), tuple(operations))
-
-
-_ADDRESS = re.compile(r" at 0x[0-9a-f]+")
-_PLAIN = (bool, int, float, complex, str, type(None), np.dtype, np.generic, enum.Enum)
-
-
-def _parameters(params: Mapping[str, Any]) -> str:
-    """What an operation does, in words that are the same in every process.
-
-    Functions and other objects without such words go by their types.
-    """
-    texts = {name: _rendered(value) for name, value in sorted(params.items())}
-    found = ", ".join(f"{name}={text}" for name, text in texts.items() if text)
-    return f"[{found}]" if found else ""
-
-
-def _rendered(value: Any) -> str:
-    if hasattr(value, "eqns"):  # a body: of a loop, a branch, a custom derivative
-        text = _ADDRESS.sub("", str(body_outside(value)))
-        digest = hashlib.sha256(text.encode()).hexdigest()[:16]
-        return f"jaxpr {digest}"
-    if isinstance(value, Mapping):
-        value = sorted(value.items())
-    if isinstance(value, tuple | list):
-        return f"({', '.join(map(_rendered, value))})"
-    if isinstance(value, type):
-        return value.__name__
-    return repr(value) if isinstance(value, _PLAIN) else type(value).__name__
-
-
-def _type(aval: Any) -> str:
-    return f"{aval.dtype}{list(aval.shape)}"
-
-
-@dataclasses.dataclass(frozen=True)
 class SegmentPlan:
     """One segment of a plan.
 
@@ -183,7 +82,7 @@ class SegmentPlan:
       start, stop: its operations on rows, counted through the program, ``stop`` exclusive.
       choice: strategy, blocks, micro-batches, offloading.
       inputs: types of the maps that enter it and wait for its backward pass.
-      height: rows that its blocks divide; 0 where it runs by whole maps.
+      height: rows that its blocks divide, of a device's share; 0 where it runs by whole maps.
       operations: floating-point operations of its passes.
       saved_bytes: what it holds between its passes, without what waits on the host.
       forward_bytes, backward_bytes: the most that is alive while its passes run, without what
@@ -232,7 +131,8 @@ class Plan:
       segments: in order.
       target: the device it was compiled for; None for JAX's default.
       jax_version: that compiled it.
-      budget_bytes: what it had to fit in.
+      budget_bytes: what it had to fit in. All bytes, operations and seconds are those of one
+        device.
       fixed_bytes: arguments and gradients.
       predicted_peak_bytes: the cost model's peak of the gradient.
       verified_peak_bytes: XLA's peak of the gradient, arguments and gradients included.
@@ -242,6 +142,8 @@ class Plan:
       predicted_seconds: the cost model's time of the gradient.
       roofline_seconds: the time of the compiled program by ``lrjax.roofline``; None for targets
         other than GPUs.
+      row_mesh_axis: the mesh axis along which devices share the rows; None for one device.
+      devices: how many do.
     """
 
     fingerprint: Fingerprint
@@ -258,6 +160,8 @@ class Plan:
     host_bytes: int = 0
     predicted_seconds: float = 0.0
     roofline_seconds: float | None = None
+    row_mesh_axis: str | None = None
+    devices: int = 1
 
     @property
     def cuts(self) -> tuple[int, ...]:
@@ -300,6 +204,31 @@ class Plan:
             raise PlanMismatchError(
                 f"plan: it was made for another function or other shapes: {difference}. Make a "
                 "plan for this call with lrjax.plan."
+            )
+
+    def check_mesh(self, axis: str | None, devices: int | None = None) -> None:
+        """Refuse another mesh than the plan was made for.
+
+        Args:
+          axis: the mesh axis along which rows are divided; None for one device.
+          devices: how many share the rows; None if that is not known yet.
+
+        Raises:
+          PlanMismatchError: with what to do.
+        """
+        if self.row_mesh_axis is None and axis is not None:
+            raise PlanMismatchError(
+                "plan: it was made for one device, with all rows on it, and "
+                f"row_mesh_axis={axis!r} divides them; make one with lrjax.plan(..., mesh=mesh, "
+                f"row_mesh_axis={axis!r}), or leave mesh and row_mesh_axis out."
+            )
+        is_other_axis = axis != self.row_mesh_axis
+        if is_other_axis or devices not in (None, self.devices):
+            found = f"row_mesh_axis={axis!r}" if is_other_axis else f"{devices} devices along it"
+            raise PlanMismatchError(
+                f"plan: it was made for {self.devices} devices that share rows along the mesh axis "
+                f"{self.row_mesh_axis!r}, not for {found}; give such a mesh, or make a plan for "
+                "this one with lrjax.plan(..., mesh=mesh, row_mesh_axis=axis)."
             )
 
     def to_json(self) -> str:
@@ -356,7 +285,10 @@ class Plan:
     @property
     def summary(self) -> str:
         """One line: peak, budget, time, operations."""
-        where = self.target or "the default device"
+        where, each = self.target or "the default device", ""
+        if self.row_mesh_axis is not None:
+            where += f" x {self.devices} (rows along the mesh axis {self.row_mesh_axis!r})"
+            each = " a device"
         verified = self.verified_peak_bytes
         peak = (
             f"predicted {_mib(self.predicted_peak_bytes)}, not compiled"
@@ -365,8 +297,8 @@ class Plan:
         )
         host = f"{_mib(self.host_bytes)} MiB of the host's, " if self.host_bytes else ""
         return (
-            f"plan for {where}, jax {self.jax_version}: {peak} of {_mib(self.budget_bytes)} MiB, "
-            f"{host}{self.seconds * 1e3:,.2f} ms"
+            f"plan for {where}, jax {self.jax_version}: {peak} of {_mib(self.budget_bytes)} "
+            f"MiB{each}, {host}{self.seconds * 1e3:,.2f} ms"
             f"{' (predicted)' if self.roofline_seconds is None else ' by its roofline'}, "
             f"{self.operations:.3f} x column's operations, {self.compilations} compilations"
         )
@@ -428,7 +360,9 @@ def _plan_of(data: dict[str, Any]) -> Plan:
         raise ValueError("its segments are empty")
     found = {name: _list(data["fingerprint"], name) for name in ("inputs", "operations")}
     verified, roofline = data["verified_peak_bytes"], data["roofline_seconds"]
-    target = data["target"]
+    target, axis, devices = data["target"], data["row_mesh_axis"], _count(data, "devices")
+    if not (axis is None or isinstance(axis, str)) or (axis is None and devices > 1):
+        raise ValueError(f"{devices} devices share rows along {axis!r}")
     return Plan(
         fingerprint=Fingerprint(**{name: tuple(map(str, x)) for name, x in found.items()}),
         wrt=tuple(map(int, _list(data, "wrt"))),
@@ -439,6 +373,8 @@ def _plan_of(data: dict[str, Any]) -> Plan:
         column_operations=float(data["column_operations"]),
         predicted_seconds=float(data["predicted_seconds"]),
         roofline_seconds=None if roofline is None else float(roofline),
+        row_mesh_axis=axis,
+        devices=devices,
         **{
             name: int(data[name])
             for name in (
@@ -455,11 +391,17 @@ def _list(data: dict[str, Any], name: str) -> list[Any]:
     return data[name]
 
 
+def _count(data: dict[str, Any], name: str) -> int:
+    count = data[name]
+    if isinstance(count, bool) or not isinstance(count, int) or count < 1:
+        raise ValueError(f"{name} is {count!r}")
+    return count
+
+
 def _segment_of(data: dict[str, Any]) -> SegmentPlan:
+    for name in ("num_blocks", "micro_batches"):
+        _count(data["choice"], name)
     choice = Choice(**data["choice"])
-    for count in (choice.num_blocks, choice.micro_batches):
-        if isinstance(count, bool) or not isinstance(count, int) or count < 1:
-            raise ValueError(f"{count!r} blocks or micro-batches")
     if choice.strategy.by_rows and choice.num_blocks > max(int(data["height"]), 1):
         raise ValueError(f"{choice.num_blocks} blocks of {data['height']} rows")
     if not isinstance(choice.offload, bool):

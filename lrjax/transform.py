@@ -20,7 +20,7 @@ from lrjax.options import (
     checked_options,
     checked_segments,
 )
-from lrjax.plan import Choice
+from lrjax.plan import Choice, PlanMismatchError
 from lrjax.program.compatibility import checkpoint, strongly_typed, weakly_typed
 from lrjax.program.inline import array_of, values_of
 from lrjax.program.interpreter import with_room_for_calls
@@ -67,7 +67,8 @@ def rowwise(
         and ``b`` are made again, and kept, while the backward pass is between the start and ``c``.
         With groups, names are given in ``fun``'s order.
       plan: what ``lrjax.plan`` made for this function and these shapes, instead of the three
-        above and ``offload``.
+        above and ``offload``. One for a mesh says along which axis rows are divided, and wants
+        ``mesh``, or the mesh at hand, of as many devices along it.
       offload: the maps at the cuts, and their gradients, wait in the host's memory. Row loops write
         and read them there block by block, so that they never exist whole on the device; "column"
         and "checkpoint" copy them. A map that several segments read, or that ``fun`` returns,
@@ -124,8 +125,7 @@ def rowwise_with(fun: Callable[..., Any], in_axes: Any, options: Options) -> Cal
 
 def run(traced: Traced, options: Options) -> Any:
     """A traced call under checked options: segment by segment, each under its strategy."""
-    row_mesh = row_mesh_at_hand(options.mesh, options.row_mesh_axis)
-    segments, choices = segments_and_choices(traced, options, row_mesh)
+    segments, choices = segments_and_choices(traced, options, row_mesh_of(options))
     hosted = hosted_values(traced, segments, choices)
     values = dict(zip(traced.program.inputs, traced.inputs, strict=True))
     values.update(traced.program.constants)
@@ -184,6 +184,26 @@ def _with_derivatives(
     )
 
 
+def row_mesh_of(options: Options) -> RowMesh | None:
+    """The devices that share the rows of a call; None for one device.
+
+    Raises:
+      ValueError: there is no such mesh, or the plan is for another.
+    """
+    plan, axis = options.plan, options.row_mesh_axis
+    if plan is None:
+        return row_mesh_at_hand(options.mesh, axis)
+    if axis is not None and options.mesh is None and jax.sharding.get_abstract_mesh().empty:
+        raise PlanMismatchError(
+            f"plan: it was made for {plan.devices} devices that share rows along the mesh axis "
+            f"{axis!r}, and there is no mesh; give mesh=jax.make_mesh(({plan.devices},), "
+            f"({axis!r},)), or make a plan for one device."
+        )
+    row_mesh = row_mesh_at_hand(options.mesh, axis)
+    plan.check_mesh(axis, None if row_mesh is None else row_mesh.count)
+    return row_mesh
+
+
 def segments_and_choices(
     traced: Traced, options: Options, row_mesh: RowMesh | None
 ) -> tuple[list[Segment], Sequence[Choice]]:
@@ -197,12 +217,13 @@ def segments_and_choices(
         segments = split(
             traced.program, traced.axes, options.flat_cuts, in_order=options.has_groups
         )
-        if row_mesh is not None:
-            check_heights(traced.inputs, traced.axes, row_mesh)
-            segments = [dataclasses.replace(one, row_mesh=row_mesh) for one in segments]
-        return segments, checked_segments(options, segments)
-    plan.check(traced)
-    return split_at(traced.program, traced.axes, plan.cuts), plan.choices
+    else:
+        plan.check(traced)
+        segments = split_at(traced.program, traced.axes, plan.cuts)
+    if row_mesh is not None:
+        check_heights(traced.inputs, traced.axes, row_mesh)
+        segments = [dataclasses.replace(one, row_mesh=row_mesh) for one in segments]
+    return segments, checked_segments(options, segments) if plan is None else plan.choices
 
 
 def hosted_values(

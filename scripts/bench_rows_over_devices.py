@@ -1,97 +1,134 @@
-"""Rows of one image over eight H200s that need not be there: memory, collectives, time.
+"""Rows of one image over H200s that need not be there: memory, exchanges, operations, time.
 
-    JAX_PLATFORMS=cpu python scripts/bench_rows_over_devices.py                # needs lrjax[cuda]
-    JAX_PLATFORMS=cpu python scripts/bench_rows_over_devices.py --target cpu --size 256 --width 0.25
+    python scripts/bench_rows_over_devices.py                      # every row; needs lrjax[cuda]
+    python scripts/bench_rows_over_devices.py --only vgg16/32768x4096/8/stream:16
 
-The gradient of the mean square of VGG-16's last map, bfloat16, batch 1, with respect to the
-parameters, compiled for one device and for eight. Prints a table in Markdown: XLA's peak of one
-device in MiB, and collectives of a step (in loops: none is the aim). ``column`` is the function as
-it is, divided by XLA alone; an image as high on one device as a share on eight tells what dividing
-rows costs. In the last line the width is divided instead, by XLA, and rows run as on one device.
+Loss and gradient of networks in training mode, bfloat16, one image, compiled for one device and for
+several. Compared are the peak of a device, its time by ``lrjax.roofline``, the operations of its
+library calls and what it exchanges. A row is ``NETWORK/HEIGHTxWIDTH/DEVICES/METHOD``; the method is
+a strategy as ``lrjax train`` takes them (``stream:16@pool2``: sixteen blocks on every device, cut
+at ``pool2``), or ``plan:4GiB``, the plan of ``lrjax.plan`` for so much memory of each device. Under
+``column`` and ``checkpoint`` XLA alone divides the rows.
+
+The answers go to ``experiments/results/rows_over_devices.json``, from which
+``scripts/results_page.py`` writes the tables of docs/meshes.md.
 """
 
 import argparse
+import dataclasses
 import os
+import sys
+import time
 from collections import Counter
-from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("JAX_PLATFORMS", "cpu")  # nothing runs: no device is wanted
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import jax
 import jax.numpy as jnp
 
 import lrjax
-from lrjax.memory import MemoryProfile, profile
-from lrjax.models.vgg import VGGFeatures
+from experiments import report
+from lrjax import memory
+from lrjax.app import building, planning, profiling
+from lrjax.app.config import ModelSection
+from lrjax.app.strategy import Planned, Strategy
+from lrjax.memory.collectives import KINDS
+from lrjax.models import registry
 
-DEVICES = 8
+TARGET = "h200"
 MIB = 2**20
-AXIS = "rows"
+RESULTS = report.RESULTS / "rows_over_devices.json"
+CUTS = "pool1,pool2,pool3,pool4"
+BLOCKS = "stage1_block3,stage2_block4,stage3_block6"
+
+WEAK = (
+    *("vgg16/{}/stream:16", "resnet50-frozen/{}/stream:8", "resnet50-batch/{}/stream:8"),
+    *("unet-none/{}/stream:16", "vgg16/{}/2ps:16", "vgg16/{}/overl:16", "vgg16/{}/column"),
+    *(f"vgg16/{{}}/checkpoint@{CUTS}", f"vgg16/{{}}/overl:1@{CUTS}"),
+)
+STRONG = ((1, 64), (2, 32), (4, 16), (8, 8))  # devices, blocks of each: as many rows a step
+LOW = ("stream:4", "overl:1", f"overl:1@{CUTS}", f"overl:1,1@{CUTS.split(',')[1]}", "plan:768MiB")
+ROWS = (
+    *(row.format(at) for row in WEAK for at in ("4096x4096/1", "32768x4096/8")),
+    *(f"vgg16/16384x16384/{count}/stream:{blocks}" for count, blocks in STRONG),
+    "vgg16/131072x16384/8/stream:64",
+    *(f"vgg16/{at}/{method}" for method in LOW for at in ("1024x1024/1", "8192x1024/8")),
+)
 
 
-def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--target", default="h200")
-    parser.add_argument("--size", type=int, default=4096, help="width, and rows of a device")
-    parser.add_argument("--width", type=float, default=1.0, help="multiplier of the channels")
-    parser.add_argument("--blocks", type=int, default=16, help="of a device")
-    return parser.parse_args()
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One program: a network and its image, the devices that share its rows, and how it runs."""
+
+    network: str
+    size: tuple[int, int]
+    devices: int
+    method: str
+
+    @classmethod
+    def parse(cls, text: str) -> "Row":
+        network, size, devices, method = text.split("/")
+        return cls(network, building.size_of(size), int(devices), method)
+
+    def step(self) -> dict[str, Any]:
+        """Arguments of ``planning.training_call``."""
+        name, _, norm = self.network.partition("-")
+        chosen = ModelSection(name=name, norm=norm or None, dtype="bfloat16")
+        return {
+            "network": building.network_of(chosen, 1000),
+            "image": self.size,
+            "batch": 1,
+            "dtype": jnp.dtype("bfloat16"),
+            "labels_pixels": registry.network(name).labels_pixels,
+        }
+
+    def strategy(self) -> Strategy | Planned:
+        kind, _, budget = self.method.partition(":")
+        if kind != "plan":
+            return Strategy.parse(self.method)
+        fun, args, in_axes = planning.training_call(**self.step())
+        mesh = planning.mesh_of(self.devices)
+        call = {"in_axes": in_axes, "target": TARGET, "wrt": 0, "mesh": mesh}
+        return Planned(lrjax.plan(fun, *args, budget=budget, **call))
+
+
+def measure(row: Row) -> dict[str, Any]:
+    """Figures of one device."""
+    start = time.time()
+    strategy = row.strategy()
+    program = profiling.gradient_program(
+        strategy=strategy, target=TARGET, devices=row.devices, **row.step()
+    )
+    compiled = memory.compile_for(program.fun, *program.args, target=TARGET, **program.mesh)
+    time_of = lrjax.roofline.roofline_of(str(compiled.as_text()), lrjax.roofline.rates_of(TARGET))
+    exchanges = [kernel for kernel in time_of.kernels if kernel.kind in KINDS]
+    found = {
+        "peak_mib": round(memory.peak_bytes(compiled) / MIB, 1),
+        "ms": round(time_of.seconds * 1e3, 3),
+        "tflop": time_of.operations / 1e12,
+        "exchanges": dict(Counter(kernel.kind for kernel in exchanges)),
+        "exchanged_mib": round(sum(k.bytes * k.launches for k in exchanges) / MIB, 1),
+        "exchanges_in_loops": sum(kernel.launches > 1 for kernel in exchanges),
+        "seconds_to_compile": round(time.time() - start, 1),
+    }
+    if isinstance(strategy, Planned):
+        found["plan"] = " + ".join(
+            f"{choice.text}:{choice.num_blocks}" if choice.strategy.by_rows else choice.text
+            for choice in strategy.plan.choices
+        )
+    return found
 
 
 def main() -> None:
-    own = arguments()
-    size, tall = own.size, own.size * DEVICES
-    cases: list[tuple[str, int, int, dict[str, Any] | None]] = [
-        ("stream", size, 1, {"strategy": "stream"}),
-        ("stream", tall, DEVICES, {"strategy": "stream"}),
-        ("2ps", tall, DEVICES, {"strategy": "2ps"}),
-        ("overl", tall, DEVICES, {"strategy": "overl"}),
-        ("column", size, 1, None),
-        ("column", tall, DEVICES, None),
-    ]
-    print("| strategy | image | devices | MiB a device | collectives, MiB | in loops |")
-    print("|---|---|---|---|---|---|")
-    for name, height, devices, options in cases:
-        found = measured(own, (height, size), devices, options)
-        print(f"| {name} | {height}x{size} | {devices} | {cells(found)} |", flush=True)
-    found = measured(own, (size, tall), DEVICES, {"strategy": "stream"}, divides_width=True)
-    print(f"| stream, width divided | {size}x{tall} | {DEVICES} | {cells(found)} |", flush=True)
-
-
-def measured(
-    own: argparse.Namespace,
-    shape: tuple[int, int],
-    devices: int,
-    options: dict[str, Any] | None,
-    *,
-    divides_width: bool = False,
-) -> MemoryProfile:
-    model = VGGFeatures(own.width, jnp.bfloat16, jnp.bfloat16)
-    image = jax.ShapeDtypeStruct((1, *shape, 3), jnp.bfloat16)
-    params = jax.eval_shape(model.init, jax.random.key(0), image)
-
-    def loss(params: Any, image: jax.Array) -> jax.Array:
-        return jnp.square(model.apply(params, image).astype(jnp.float32)).mean()
-
-    by_rows: Callable[..., Any] = loss
-    over = {} if devices == 1 or divides_width else {"row_mesh_axis": AXIS}
-    if options is not None:
-        blocks = {"num_blocks": own.blocks}
-        by_rows = lrjax.rowwise(loss, in_axes=(None, 1), **options, **blocks, **over)
-    specs: dict[str, Any] = {}
-    if devices > 1:
-        of_image = jax.P(None, None, AXIS) if divides_width else jax.P(None, AXIS)
-        specs = {"mesh_shape": {AXIS: devices}, "in_specs": (jax.P(), of_image)}
-    return profile(jax.grad(by_rows), params, image, target=own.target, **specs)
-
-
-def cells(found: MemoryProfile) -> str:
-    kinds = Counter(one.kind for one in found.collectives)
-    exchanged = sum(one.bytes for one in found.collectives) / MIB
-    listed = ", ".join(f"{count} {kind}" for kind, count in kinds.items()) or "none"
-    in_loops = sum(one.is_in_loop for one in found.collectives)
-    return f"{found.peak_bytes / MIB:,.0f} | {listed}: {exchanged:,.1f} | {in_loops}"
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--only", nargs="*", default=ROWS, help="rows to measure")
+    for text in parser.parse_args().only:
+        found = measure(Row.parse(text))
+        print(text, found, flush=True)
+        report.merge(RESULTS, jax.__version__, {"rows": {text: found}})
 
 
 if __name__ == "__main__":

@@ -32,6 +32,15 @@ NETWORKS = {
     "resnet50-batch-8x1024": "ResNet-50, batch statistics, 8 images of 1,024",
 }
 
+# Of rows_over_devices.
+DEVICES_NETWORKS = {
+    "vgg16": "VGG-16",
+    "resnet50-frozen": "ResNet-50, frozen statistics",
+    "resnet50-batch": "ResNet-50, batch statistics",
+    "unet-none": "U-Net, no normalisation",
+}
+LARGE = "16384x16384"
+
 
 def read(name: str) -> Any:
     return json.loads((RESULTS / f"{name}.json").read_text())
@@ -240,6 +249,84 @@ def compile_times() -> str:
     return f"{markdown_table(header, rows)}\n\n{note}"
 
 
+def of_devices() -> tuple[str, dict[tuple[str, str, int, str], dict[str, Any]]]:
+    """The version of JAX, and rows by network, image, devices and method."""
+    version, found = newest(read("rows_over_devices"))
+    parsed = {(*text.split("/"),): row for text, row in found["rows"].items()}
+    return version, {
+        (n, size, int(count), how): row for (n, size, count, how), row in parsed.items()
+    }
+
+
+def method_label(method: str) -> str:
+    """In words: ``stream:16@pool2`` is ``stream, 16 blocks, cut at pool2``."""
+    head, _, cuts = method.partition("@")
+    name, _, blocks = head.partition(":")
+    if name == "plan":
+        return f"`lrjax.plan` for {blocks.replace('MiB', ' MiB').replace('GiB', ' GiB')}"
+    words = [name, *([f"{blocks} block" + "s" * (blocks != "1")] if blocks else [])]
+    named = cuts.split(",")
+    return ", ".join([*words, *([f"cut at {', '.join(named)}"] if cuts else [])])
+
+
+def devices_weak() -> str:
+    version, found = of_devices()
+    lines = []
+    for (network, size, count, method), own in found.items():
+        alone = found.get((network, "4096x4096", 1, method))
+        if size != "32768x4096" or count != 8 or alone is None:
+            continue
+        kinds = ", ".join(f"{n} {kind}" for kind, n in own["exchanges"].items())
+        lines.append([
+            DEVICES_NETWORKS[network], method_label(method), mib(alone), mib(own),
+            f"{own['peak_mib'] / alone['peak_mib']:.2f}", f"{alone['ms']:,.1f}",
+            f"{own['ms']:,.1f}", f"{kinds}: {own['exchanged_mib']:,.1f}", own["exchanges_in_loops"],
+        ])  # fmt: skip
+    header = ["network", "how", "MiB, one device", "of eight", "ratio", "ms, one device"]
+    header += ["of eight", "exchanges, MiB", "in loops"]
+    note = (
+        "4096 x 4096 on one device, 32768 x 4096 on eight: value and gradient, bfloat16, training "
+        f"mode; compiled for H200s by jax {version}, time by roofline."
+    )
+    return f"{markdown_table(header, lines)}\n\n{note}"
+
+
+def devices_strong() -> str:
+    version, found = of_devices()
+    alone = next(row for (n, size, count, _), row in found.items() if (size, count) == (LARGE, 1))
+    lines = []
+    for (network, size, count, method), own in found.items():
+        if network != "vgg16" or not size.endswith("x16384"):
+            continue
+        efficiency = f"{alone['ms'] / own['ms'] / count:.2f}" if size == LARGE else ""
+        lines.append([size.replace("x", " x "), count, method_label(method), mib(own),
+                      f"{own['ms']:,.0f}", efficiency])  # fmt: skip
+    lines.sort(key=lambda line: (len(line[0]), line[1]))
+    header = ["VGG-16 at", "devices", "how", "MiB a device", "ms", "efficiency"]
+    note = f"Efficiency: one device's time over devices x time. Compiled by jax {version}."
+    return f"{markdown_table(header, lines)}\n\n{note}"
+
+
+def devices_waste() -> str:
+    version, found = of_devices()
+    lines = []
+    for (network, size, count, method), own in found.items():
+        alone = found.get((network, "1024x1024", 1, method))
+        if size != "8192x1024" or count != 8 or alone is None:
+            continue
+        wasted = own["tflop"] / alone["tflop"] - 1
+        how = method_label(method) + (f": {own['plan']}" if "plan" in own else "")
+        lines.append([how, mib(alone), mib(own), f"{wasted:.1%}", f"{alone['ms']:,.1f}",
+                      f"{own['ms']:,.1f}"])  # fmt: skip
+    header = ["how", "MiB, one device", "of eight", "operations wasted", "ms, one device"]
+    header += ["of eight"]
+    note = (
+        "VGG-16, 1,024 rows of each device: operations of a device of eight over those of one "
+        f"device alone. Compiled by jax {version}."
+    )
+    return f"{markdown_table(header, lines)}\n\n{note}"
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "vgg16-memory": vgg16_memory,
     "networks-memory": networks_memory,
@@ -249,6 +336,9 @@ TABLES: dict[str, Callable[[], str]] = {
     "cpu-time": cpu_time,
     "exactness": exactness,
     "compile-times": compile_times,
+    "devices-weak": devices_weak,
+    "devices-strong": devices_strong,
+    "devices-waste": devices_waste,
 }
 
 

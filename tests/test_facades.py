@@ -17,8 +17,9 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
 import lrjax
+from lrjax.fingerprint import fingerprint
 from lrjax.options import Options, checked_options
-from lrjax.plan import Choice, Plan, SegmentPlan, fingerprint
+from lrjax.plan import Choice, Plan, SegmentPlan
 from lrjax.rowgraph.segments import Cuttable
 from lrjax.rowgraph.tracing import trace
 from lrjax.testing import assert_same_as_column
@@ -134,12 +135,13 @@ OPTIONS = [field.name for field in dataclasses.fields(Options)]
 
 
 def facades():
-    """All public functions that take any of the options."""
+    """All public functions that take any of the options, but ``lrjax.plan``, which makes one."""
     for module in (lrjax, lrjax.linen, lrjax.nnx, lrjax.testing):
         for name, function in vars(module).items():
             if inspect.isfunction(function) and not name.startswith("_"):
                 is_own = module is lrjax or function.__module__ == module.__name__
-                if is_own and not {*OPTIONS}.isdisjoint(inspect.signature(function).parameters):
+                takes = {*OPTIONS}.intersection(inspect.signature(function).parameters)
+                if is_own and takes and function is not lrjax.plan:
                     yield function
 
 

@@ -549,12 +549,6 @@ def test_options_that_do_not_fit(name):
         jax.eval_shape(lrjax.rowwise(chain, in_axes=(None, 1), **options), PARAMS, TALL)
 
 
-def test_a_plan_is_for_one_device():
-    plan = lrjax.plan(chain, PARAMS, TALL, in_axes=(None, 1), budget="1GiB", target="cpu")
-    with pytest.raises(ValueError, match="a plan is made for one device"):
-        lrjax.rowwise(chain, in_axes=(None, 1), plan=plan, **over_devices(1))
-
-
 @in_child
 @pytest.mark.parametrize(
     ("height", "options", "message"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -10,9 +11,11 @@ import jax
 from lrjax import memory
 from lrjax.planner.budget import parse_budget
 from lrjax.planner.inverse import METHODS, Largest, Question, largest
+from lrjax.planner.mesh import planned_row_mesh
 from lrjax.planner.problem import Problem, problem_of
 from lrjax.planner.proof import OnProgress
 
+ROWS = "rows"  # the mesh axis along which devices share rows
 SIDE_STEP = 256
 START_SIDE = 2048
 START_BATCH = 4
@@ -38,6 +41,11 @@ def training_call(
     return classification_loss(network), args, loss_in_axes(labels_pixels=labels_pixels)
 
 
+def mesh_of(devices: int) -> dict[str, int] | None:
+    """The mesh of so many devices that share rows, none of which need be there."""
+    return {ROWS: devices} if devices > 1 else None
+
+
 def largest_by_method(
     network: Any,
     maximise: str,
@@ -49,8 +57,9 @@ def largest_by_method(
     *,
     labels_pixels: bool,
     on_progress: OnProgress,
+    devices: int = 1,
 ) -> list[Largest]:
-    """The largest square image, or batch, by every method.
+    """The largest square image, or batch, by every method, on devices that share the rows.
 
     Raises:
       ValueError: for another question, or a bad budget.
@@ -58,19 +67,21 @@ def largest_by_method(
     if maximise not in QUESTIONS:
         raise ValueError(f"maximise: got {maximise!r}; use {' or '.join(QUESTIONS)}")
 
+    row_mesh = planned_row_mesh(mesh_of(devices), None, target)
+
     def problem(size: int) -> Problem:
         own_image, own_batch = ((size, size), batch) if maximise == "image" else (image, size)
         fun, args, in_axes = training_call(
             network, own_image, own_batch, dtype, labels_pixels=labels_pixels
         )
-        return problem_of(fun, args, in_axes, target, 0)
+        return problem_of(fun, args, in_axes, target, 0, row_mesh)
 
     capacity = memory.device_memory_bytes(target)
     if budget is None and capacity is None:
         raise ValueError("budget: the device does not say how much memory it has; give one")
     question = Question(
         problem,
-        step=SIDE_STEP if maximise == "image" else 1,
+        step=math.lcm(SIDE_STEP, devices) if maximise == "image" else 1,
         start=START_SIDE if maximise == "image" else START_BATCH,
         memory_bytes=capacity if budget is None else parse_budget(budget, target),  # type: ignore[arg-type]
         grows_rows=maximise == "image",

@@ -14,9 +14,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lrjax.memory.compile import device_of
+from lrjax.memory.compile import device_of, mesh_for
 from lrjax.memory.profile import MemoryProfile
 from lrjax.memory.text import MIB
+from lrjax.meshes import check_heights
+from lrjax.planner.mesh import compile_options, planned_row_mesh
 
 _ABBREVIATIONS = {
     **{"f16": "float16", "f32": "float32", "f64": "float64", "bf16": "bfloat16", "pred": "bool"},
@@ -29,10 +31,11 @@ _SPEC = re.compile(r"([a-z][a-z0-9_]*)\[([0-9, ]*)\]")
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """A function and the shapes of its arguments."""
+    """A function and the shapes of its arguments; on a mesh, what ``compile_for`` takes for it."""
 
     fun: Callable[..., Any]
     args: tuple[Any, ...]
+    mesh: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
 def dtype_of(name: str) -> Any:
@@ -110,38 +113,54 @@ def gradient_program(
     dtype: Any,
     *,
     labels_pixels: bool = False,
+    target: str | None = None,
+    devices: int = 1,
 ) -> Program:
     """Loss and gradient by the parameters of a classifier, run under a strategy.
 
     Args:
       network: a Flax Linen module that takes ``[B, H, W, 3]``.
-      strategy: a ``lrjax.app.training.Strategy``.
+      strategy: a ``lrjax.app.training.Strategy``, or a plan for so many devices.
       image: height and width.
       batch: images at a time.
       dtype: of the images; the parameters are float32.
       labels_pixels: the network classifies every pixel.
-    """
-    from lrjax.app.training import loss_structs
+      target: the kind of device, where there are several.
+      devices: that share the rows.
 
-    images = jax.ShapeDtypeStruct((batch, *image, 3), dtype)
+    Raises:
+      ValueError: there are fewer rows than devices, or not so many devices.
+    """
+    from lrjax.app.planning import ROWS, mesh_of, training_call
+    from lrjax.app.strategy import Strategy
+
+    _, args, in_axes = training_call(network, image, batch, dtype, labels_pixels=labels_pixels)
+    row_mesh = planned_row_mesh(mesh_of(devices), None, target)
+    if row_mesh is not None:
+        check_heights(args[1:2], (1,), row_mesh)
+        if isinstance(strategy, Strategy):  # a plan knows its axis
+            strategy = dataclasses.replace(strategy, row_mesh_axis=ROWS)
     loss = strategy.loss(network, labels_pixels=labels_pixels)
     gradient = jax.value_and_grad(loss, has_aux=True)
-    return Program(gradient, loss_structs(network, images, labels_pixels=labels_pixels))
+    return Program(gradient, args, compile_options(args, in_axes, row_mesh))
 
 
-def check_target(target: str | None) -> None:
+def check_target(target: str | None, devices: int = 1) -> None:
     """Before anything is traced.
 
     Raises:
-      ValueError: no such target.
+      ValueError: no such target, or not so many of them.
       ImportError: its plugin is not installed; the message has the command.
     """
     device_of(target)
+    if devices > 1:
+        mesh_for(target, {"devices": devices})
 
 
 def verdict(profile: MemoryProfile) -> str:
     """One sentence: the peak, the device's memory, and whether it fits."""
     peak = f"{profile.target}: peak {profile.peak_bytes / MIB:,.0f} MiB"
+    peak += f" on each of {profile.devices} devices" if profile.devices > 1 else ""
     if profile.allocated_bytes is not None and profile.allocated_bytes > profile.peak_bytes:
         peak += f" ({profile.allocated_bytes / MIB:,.0f} MiB with the gaps between buffers)"
     if profile.capacity_bytes is None:

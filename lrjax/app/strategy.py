@@ -26,12 +26,14 @@ class Strategy:
       num_blocks: steps the rows are admitted in, or one number per segment; default: lrjax chooses.
       cuts: names of the values between segments; for VGG-16 `"pool1"` to `"pool5"`.
       micro_batches: parts of the batch that run one after the other.
+      row_mesh_axis: of the mesh at hand: along it devices share the rows.
     """
 
     name: str = "stream"
     num_blocks: int | tuple[int, ...] | None = None
     cuts: tuple[str, ...] = ()
     micro_batches: int = 1
+    row_mesh_axis: str | None = None
 
     def __post_init__(self) -> None:
         names = [strategy.name for strategy in registered()]
@@ -114,6 +116,7 @@ class Strategy:
             "num_blocks": self.num_blocks,
             "strategy": MicroBatches(self.name, self.micro_batches),
             "cuts": self.cuts,
+            "row_mesh_axis": self.row_mesh_axis,
         }
 
     @property

@@ -125,7 +125,7 @@ class MemoryProfile:
         sizes = [
             f"{name} {size(count)}" for name, count in (*parts, ("temporaries", self.temp_bytes))
         ]
-        lines = [f"{self._headline()}; {', '.join(sizes)}", *self._exchanges(), ""]
+        lines = [f"{self._headline()}; {', '.join(sizes)}", *self.exchanges(), ""]
         for title, totals in (("kind", self.by_kind()), ("layer", self.by_layer())):
             rows = [
                 (shortened(name, 60), size(count), f"{count / max(self.peak_bytes, 1):.1%}")
@@ -135,7 +135,7 @@ class MemoryProfile:
         header = ("buffer", "size", "shape", "made by", "kind")
         return "\n".join([*lines, *_table(header, [_cells(b) for b in self.at_peak()])][:-1])
 
-    def _exchanges(self) -> list[str]:
+    def exchanges(self) -> list[str]:
         """A line for each kind of collective: how many, their bytes, and how many in loops."""
         found: dict[str, list[Collective]] = {}
         for one in self.collectives:

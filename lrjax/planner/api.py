@@ -8,6 +8,7 @@ from typing import Any
 from lrjax.memory.compile import device_of
 from lrjax.plan import Plan
 from lrjax.planner.budget import parse_budget
+from lrjax.planner.mesh import PlannedMesh, planned_row_mesh
 from lrjax.planner.problem import Problem, problem_of
 from lrjax.planner.proof import MIB, BudgetTooSmallError, OnProgress, Progress, prover_of
 from lrjax.planner.search import Limits
@@ -25,6 +26,8 @@ def plan(
     wrt: int | Sequence[int] | None = None,
     objective: str = "time",
     on_progress: OnProgress | None = None,
+    mesh: PlannedMesh = None,
+    row_mesh_axis: str | None = None,
 ) -> Plan:
     """The fastest way to train ``fun`` within a memory budget, proved by XLA.
 
@@ -46,9 +49,15 @@ def plan(
         cost model for other targets.
       on_progress: called with a ``Progress`` while tracing and searching, and before and after
         every compilation.
+      mesh: the mesh whose devices share the rows, or the size of its axis by name, ``{"rows": 8}``:
+        devices that need not be there. Default: the one of ``jax.set_mesh``, if ``row_mesh_axis``
+        is given. Budget, peak and time are then those of one device. Other axes of a mesh divide
+        nothing here: give the arguments of one part of the batch.
+      row_mesh_axis: as for ``lrjax.rowwise``; may be left out for a mesh of one axis.
 
     Returns:
-      A ``Plan``: print it, save it, run it with ``lrjax.rowwise(fun, in_axes=in_axes, plan=plan)``.
+      A ``Plan``: print it, save it, run it with ``lrjax.rowwise(fun, in_axes=in_axes, plan=plan)``,
+      and one for several devices with ``mesh=mesh`` besides.
 
     Raises:
       ValueError: an argument is wrong; nothing was compiled.
@@ -63,9 +72,10 @@ def plan(
     if objective not in OBJECTIVES:
         raise ValueError(f"objective={objective!r} is unknown; choose one of {OBJECTIVES}.")
     device_of(target)
+    row_mesh = planned_row_mesh(mesh, row_mesh_axis, target)
     allowed = parse_budget(budget, target)
     tell = on_progress or (lambda progress: None)
-    problem = problem_of(fun, args, in_axes, target, wrt)
+    problem = problem_of(fun, args, in_axes, target, wrt, row_mesh)
     check_floor(problem, allowed)
     tell(Progress("tracing", 0))
     prover = prover_of(problem)

@@ -18,7 +18,9 @@ from lrjax.planner.places import Places, values_of
 from lrjax.program.inline import FlatProgram
 from lrjax.roofline import rates_of
 from lrjax.rowgraph.graph import RowGraph, build, size_bytes
+from lrjax.rowgraph.row_mesh import RowMesh
 from lrjax.rowgraph.segments import Cuttable, Segment
+from lrjax.rules.geometry import ceil_div
 from lrjax.strategies import Strategy, registered
 from lrjax.strategies.micro_batches import (
     BATCH_AXIS,
@@ -87,7 +89,7 @@ class Span:
     """The operations between two of the places where the program may be cut.
 
     Attributes:
-      segment: they, as a segment.
+      segment: they, as a segment; bytes are those of one of the devices that share its rows.
       wrt: inputs of the segment that are differentiated.
       output_bytes: what it gives to later segments, or to the caller.
       moving_bytes: row maps it takes whose gradients it gives.
@@ -134,12 +136,20 @@ class Span:
             for part in parts[-1:] if kind.strategy.by_rows else parts:
                 yield Choice(kind.strategy, count, part, kind.offload)
 
+    def most_blocks(self, strategy: Strategy) -> int:
+        """Rows that blocks divide, of a device's share."""
+        return ceil_div(strategy.most_blocks(self.graph), self.segment.devices)
+
     def block_counts(self, strategy: Strategy, ratio: int) -> list[int]:
         if not any(node.op is not None and node.op.flops > 0 for node in self.graph.nodes):
             return []
-        most = strategy.most_blocks(self.graph)
+        most = self.most_blocks(strategy)
         most = min(most // LEAST_ROWS if strategy.streams else most, MOST_BLOCKS)
         counts = [4 * ratio**k for k in range(10)]
+        if self.segment.devices > 1:
+            # A checkpoint without XLA's partitioner, which keeps maps over one: VGG-16, 4096 x 4096
+            # on each of eight, cut behind four pools, 16,025 MiB, and 24,033 under "checkpoint".
+            counts = [1, *counts]
         return [count for count in counts if count <= most] or [2] * (most >= 2)
 
 
@@ -148,6 +158,7 @@ class Candidates:
 
     Attributes:
       places: where it may be cut; ``bounds`` are they.
+      row_mesh: the devices that share the rows; None for one.
     """
 
     def __init__(
@@ -156,7 +167,9 @@ class Candidates:
         axes: Sequence[int | None],
         wrt: Collection[int],
         target: str | None,
+        row_mesh: RowMesh | None = None,
     ):
+        self.row_mesh = row_mesh
         self.whole = Cuttable.of(program, axes)
         self.target = target_name(target)
         self.rates = rates_of(self.target)
@@ -168,6 +181,11 @@ class Candidates:
         self._between: dict[int, float] = {}
         self._offloadable: dict[tuple[int, int], float] = {}
         self._costs: dict[tuple[int, int, Choice], SegmentCost] = {}
+
+    @property
+    def devices(self) -> int:
+        """How many share the rows."""
+        return 1 if self.row_mesh is None else self.row_mesh.count
 
     @property
     def last(self) -> int:
@@ -216,11 +234,12 @@ class Candidates:
         """Gradients of maps that later spans read and earlier ones made, which wait meanwhile."""
         first, after = self.bounds[start], self.bounds[stop]
         avals = self.whole.program.avals
-        return sum(
+        waiting = sum(
             size_bytes(avals[v])
             for v, made in self.places.made_at.items()
             if made < first and self.places.last_use[v] >= after and v in self.moving
         )
+        return waiting / self.devices
 
     # --- Maps on the host ------------------------------------------------------------------------
 
@@ -228,9 +247,11 @@ class Candidates:
         """Of the maps that a span gives, what may wait in the host's memory.
 
         Maps of numbers that are read between this bound and the next alone, so that one segment
-        reads them, wherever the next cut is. A CPU has no other memory.
+        reads them, wherever the next cut is. A CPU has no other memory, and maps whose rows are
+        divided among devices stay there.
         """
-        if isinstance(find(self.target), CpuTarget) or stop == self.last:
+        stays = self.row_mesh is not None or isinstance(find(self.target), CpuTarget)
+        if stays or stop == self.last:
             return 0.0
         if (start, stop) not in self._offloadable:
             self._offloadable[start, stop] = self._offloadable_bytes(start, stop)
@@ -311,7 +332,7 @@ class Candidates:
         once = segment_cost(own.part, single, span.wrt, self.target)
         structs = span.segment.program.structs
         sums = sum(4.0 * math.prod(structs[i].shape) for i in span.wrt if i not in own.divided)
-        taken = sum(size_bytes(structs[i]) for i in own.divided) / count
+        taken = sum(size_bytes(structs[i]) for i in own.divided) / count / self.devices
         around = span.output_bytes + span.moving_bytes + sums + taken
         return SegmentCost(
             once.operations * count,
@@ -322,14 +343,17 @@ class Candidates:
         )
 
     def _span(self, start: int, stop: int) -> Span:
-        segment = self.whole.between(start, stop)
-        program, avals = segment.program, self.whole.program.avals
+        segment = dataclasses.replace(self.whole.between(start, stop), row_mesh=self.row_mesh)
+        program, row_axis = segment.program, self.whole.row_axis
+        avals = self.whole.program.avals
         maps = [v for v, a in zip(program.inputs, segment.axes, strict=True) if a is not None]
         return Span(
             segment=segment,
             wrt=tuple(i for i, v in enumerate(program.inputs) if v in self.moving),
-            output_bytes=sum(size_bytes(avals[v]) for v in segment.made),
-            moving_bytes=sum(size_bytes(avals[v]) for v in maps if v in self.moving),
+            output_bytes=sum(
+                size_bytes(avals[v]) / (self.devices if v in row_axis else 1) for v in segment.made
+            ),
+            moving_bytes=sum(size_bytes(avals[v]) for v in maps if v in self.moving) / self.devices,
             may_divide=all(self.independent[start:stop]),
         )
 

@@ -38,7 +38,7 @@ class SegmentCost:
       offloaded_bytes: of the maps it gives, what waits in the host's memory, left out above.
 
     Bytes of the passes leave out what other segments have saved, and the function's arguments and
-    parameter gradients.
+    parameter gradients. Where devices share the rows, all is of one of them.
     """
 
     operations: float
@@ -88,10 +88,19 @@ def _whole_maps_cost(
     segment: Segment, execution: WholeMaps, wrt: tuple[int, ...], target: str
 ) -> SegmentCost:
     cost = _recomputed_cost if execution.is_recomputed else _kept_cost
-    return cost(segment, wrt, target)
+    found, devices = cost(segment, wrt, target), segment.devices
+    # XLA divides maps, and what it does with them, evenly.
+    return dataclasses.replace(
+        found,
+        operations=found.operations / devices,
+        saved_bytes=found.saved_bytes / devices,
+        forward_bytes=found.forward_bytes / devices,
+        backward_bytes=found.backward_bytes / devices,
+    )
 
 
 def _kept_cost(segment: Segment, wrt: tuple[int, ...], target: str) -> SegmentCost:
+    """Bytes and operations of all devices together; the seconds that they take at once."""
     joint = joint_of(segment, wrt)
     lives = column_liveness(joint, segment.axes, wrt, target)
     border = lives.border
@@ -103,7 +112,7 @@ def _kept_cost(segment: Segment, wrt: tuple[int, ...], target: str) -> SegmentCo
         sum(lives.size.get(v, 0.0) for v in saved),
         max(lives.peak(0, border) - waiting, 0.0),
         lives.peak(border),
-        seconds=seconds(lives, rates_of(target)),
+        seconds=seconds(lives, rates_of(target).of_devices(segment.devices)),
     )
 
 
@@ -117,7 +126,7 @@ def _recomputed_cost(segment: Segment, wrt: tuple[int, ...], target: str) -> Seg
     joint = without_outputs(joint_of(segment, wrt))
     lives = column_liveness(joint, segment.axes, wrt, target)
     saved = sum(forward.size.get(v, 0.0) for v in values(segment.program.outputs))
-    rates = rates_of(target)
+    rates = rates_of(target).of_devices(segment.devices)
     time = seconds(forward, rates) + seconds(lives, rates)
     return SegmentCost(operations, saved, forward.peak(), lives.peak(), seconds=time)
 
@@ -155,7 +164,7 @@ def _differentiated_cost(
     rows = execution.rows
     found = differentiated_bytes(rows, segment.axes, wrt, target)
     operations = column_operations(segment, wrt) + program_operations(segment.program)
-    operations *= repetition(rows)
+    operations *= repetition(rows) / rows.devices
     return SegmentCost(
         operations, found.saved, found.forward, found.backward, seconds=found.seconds
     )

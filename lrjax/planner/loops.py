@@ -13,7 +13,7 @@ from lrjax.planner.liveness import Kind, Liveness, Operation
 from lrjax.planner.steps import Step, kernels_read, line_bytes, row_bytes
 from lrjax.planner.whole import equation_operations, values
 from lrjax.roofline import Rates, rates_of
-from lrjax.rowgraph.graph import Node, RowGraph, size_bytes
+from lrjax.rowgraph.graph import Node, size_bytes
 from lrjax.rules.base import traits_of
 from lrjax.rules.block_sums import accumulator_dtype
 from lrjax.strategies.programs import RowProgram
@@ -27,7 +27,7 @@ def program_liveness(rows: RowProgram, free: Collection[int], target: str) -> Li
       free: inputs and outputs that take nothing here (arguments, parameter gradients).
       target: the device.
     """
-    events = _Events(rows.graph, free, target)
+    events = _Events(rows, free, target)
     for stage, loop in enumerate(rows.loops):
         for node in rows.graph.column_nodes(stage):
             events.run_column(node)
@@ -39,8 +39,10 @@ def program_liveness(rows: RowProgram, free: Collection[int], target: str) -> Li
 class _Events:
     """Column operations and row loops, in order."""
 
-    def __init__(self, graph: RowGraph, free: Collection[int], target: str):
+    def __init__(self, rows: RowProgram, free: Collection[int], target: str):
+        graph = rows.graph
         self.program, self.free, self.target = graph.program, free, target
+        self.rows = rows
         self.avals = graph.program.avals
         self.size = {v: self.bytes_of(v) for v in range(len(self.avals)) if v not in free}
         self.next = len(self.avals)
@@ -49,7 +51,7 @@ class _Events:
         self.operations: list[Operation] = []
 
     def bytes_of(self, value: int) -> float:
-        return float(size_bytes(self.avals[value]))
+        return device_bytes(self.rows, value)
 
     def fresh(self, size: float) -> int:
         self.size[self.next] = size
@@ -108,6 +110,12 @@ class _Events:
         return Liveness(
             operations, self.size, before=inputs, after=outputs, hosts=hosts, moved=moved
         )
+
+
+def device_bytes(rows: RowProgram, value: int) -> float:
+    """Bytes of a value on a device: of what carries rows its share."""
+    whole = float(size_bytes(rows.graph.program.avals[value]))
+    return whole / rows.devices if value in rows.graph.row_axis else whole
 
 
 def loop_seconds(loop: RowLoop, step: Liveness, target: str) -> float:

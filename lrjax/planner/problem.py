@@ -11,8 +11,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lrjax.plan import Fingerprint, fingerprint
+from lrjax import memory
+from lrjax.fingerprint import Fingerprint, fingerprint
+from lrjax.meshes import check_heights
+from lrjax.planner.mesh import compile_options, is_divided
 from lrjax.rowgraph.graph import size_bytes
+from lrjax.rowgraph.row_mesh import RowMesh
 from lrjax.rowgraph.segments import Cuttable
 from lrjax.rowgraph.tracing import Traced, flat_axes, trace
 
@@ -24,6 +28,7 @@ class Problem:
     Attributes:
       fun, args, in_axes: the call.
       target: what it is compiled for.
+      row_mesh: the devices that share the rows; None for one.
       traced: its flat program.
       wrt: numbers of the flat inputs that are differentiated.
       leaves: numbers of the same among the leaves of the arguments.
@@ -39,6 +44,7 @@ class Problem:
     wrt: tuple[int, ...]
     leaves: tuple[int, ...]
     scalar: str
+    row_mesh: RowMesh | None = None
 
     @functools.cached_property
     def fingerprint(self) -> Fingerprint:
@@ -46,9 +52,28 @@ class Problem:
 
     @property
     def fixed_bytes(self) -> int:
-        """Arguments and gradients."""
-        structs = self.traced.program.structs
-        return sum(map(size_bytes, structs)) + sum(size_bytes(structs[i]) for i in self.wrt)
+        """Arguments and gradients, on a device."""
+        pairs = zip(self.traced.program.structs, self.traced.axes, strict=True)
+        own = [
+            size_bytes(struct) // self.devices
+            if self._is_divided(struct, axis)
+            else size_bytes(struct)
+            for struct, axis in pairs
+        ]
+        return sum(own) + sum(own[i] for i in self.wrt)
+
+    @property
+    def devices(self) -> int:
+        """How many share the rows."""
+        return 1 if self.row_mesh is None else self.row_mesh.count
+
+    def _is_divided(self, struct: Any, axis: int | None) -> bool:
+        return self.row_mesh is not None and is_divided(struct, axis, self.row_mesh)
+
+    def compiled(self, fun: Callable[..., Any]) -> jax.stages.Compiled:
+        """A function of the arguments, compiled for the target, or for a mesh of such."""
+        options = compile_options(self.args, self.in_axes, self.row_mesh)
+        return memory.compile_for(fun, *self.args, target=self.target, **options)
 
     def gradient(self, fun: Callable[..., Any]) -> Callable[..., Any]:
         """The program that is planned: gradient and value of ``fun`` (``self.fun`` by rows).
@@ -87,12 +112,13 @@ def problem_of(
     in_axes: Any,
     target: str | None,
     wrt: int | Sequence[int] | None,
+    row_mesh: RowMesh | None = None,
 ) -> Problem:
     """The problem of a call.
 
     Raises:
-      ValueError: ``in_axes`` or ``wrt`` do not fit the arguments, or nothing in ``fun`` is done on
-        rows.
+      ValueError: ``in_axes`` or ``wrt`` do not fit the arguments, nothing in ``fun`` is done on
+        rows, or there are fewer rows than devices.
     """
     args = jax.tree.map(_struct, tuple(args))
     traced = trace(fun, in_axes, args, {})
@@ -101,6 +127,8 @@ def problem_of(
             "fun has no operation on rows, so there is nothing to plan; check in_axes, or call fun "
             "directly."
         )
+    if row_mesh is not None:
+        check_heights(traced.program.structs, traced.axes, row_mesh)
     axes = flat_axes(in_axes, args)
     leaves = jax.tree.leaves(args)
     chosen = _chosen(args, axes, leaves, wrt)
@@ -114,6 +142,7 @@ def problem_of(
         wrt=tuple(first + i for i in chosen),
         leaves=chosen,
         scalar=_scalar(traced),
+        row_mesh=row_mesh,
     )
 
 

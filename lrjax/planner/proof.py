@@ -109,7 +109,7 @@ class Prover:
     def __init__(self, problem: Problem):
         self.problem = problem
         program, axes = problem.traced.program, problem.traced.axes
-        candidates = Candidates(program, axes, problem.wrt, problem.target)
+        candidates = Candidates(program, axes, problem.wrt, problem.target, problem.row_mesh)
         self.model = Model(candidates, problem.fixed_bytes)
         self.proofs: dict[Steps, Proof] = {}
         self.compilations = 0
@@ -132,9 +132,7 @@ class Prover:
         seconds = self.model.seconds(*steps)
         proof = Proof(0, math.ceil(self.model.peak_bytes(steps)), seconds)
         try:
-            found = memory.compile_for(
-                problem.gradient(by_rows), *problem.args, target=problem.target
-            )
+            found = problem.compiled(problem.gradient(by_rows))
         except memory.DoesNotFitError:
             # The compiler gave up and does not say by how much.
             capacity = memory.device_memory_bytes(problem.target) or 0
@@ -338,14 +336,15 @@ class Prover:
         proof = self.proofs.get(steps) or Proof(
             0, int(self.model.peak_bytes(steps)), self.model.seconds(*steps), is_refused=True
         )
+        problem = self.problem
         return Plan(
-            fingerprint=self.problem.fingerprint,
-            wrt=self.problem.wrt,
+            fingerprint=problem.fingerprint,
+            wrt=problem.wrt,
             segments=tuple(map(self.segment_plan, steps)),
-            target=self.problem.target,
+            target=problem.target,
             jax_version=jax.__version__,
             budget_bytes=budget,
-            fixed_bytes=self.problem.fixed_bytes,
+            fixed_bytes=problem.fixed_bytes,
             predicted_peak_bytes=proof.predicted,
             verified_peak_bytes=None if proof.is_refused else proof.peak,
             column_operations=self.column_operations,
@@ -353,6 +352,8 @@ class Prover:
             host_bytes=proof.host,
             predicted_seconds=proof.predicted_seconds,
             roofline_seconds=proof.roofline_seconds,
+            row_mesh_axis=None if problem.row_mesh is None else problem.row_mesh.axis,
+            devices=problem.devices,
         )
 
     def segment_plan(self, step: Step) -> SegmentPlan:
@@ -371,7 +372,7 @@ class Prover:
                 for aval, axis in zip(program.structs, axes, strict=True)
                 if axis is not None
             ),
-            height=strategy.most_blocks(span.graph) if strategy.by_rows else 0,
+            height=span.most_blocks(strategy) if strategy.by_rows else 0,
             operations=cost.operations,
             saved_bytes=cost.saved_bytes,
             forward_bytes=forward,
@@ -396,7 +397,8 @@ def prover_of(problem: Problem) -> Prover:
     So a second plan for the same function compiles little, and plans for rising budgets never
     become slower.
     """
-    key = (problem.fingerprint.digest, problem.wrt, problem.target, problem.scalar)
+    mesh = None if problem.row_mesh is None else (problem.row_mesh.axis, problem.devices)
+    key = (problem.fingerprint.digest, problem.wrt, problem.target, problem.scalar, mesh)
     if key not in _PROVERS:
         _PROVERS[key] = Prover(problem)
     _PROVERS.move_to_end(key)

@@ -10,7 +10,12 @@ from lrjax.planner.adjoint import Adjoint
 from lrjax.planner.compilers import compiled, in_main_memory
 from lrjax.planner.kernels import kernel_seconds, seconds
 from lrjax.planner.liveness import Kind, Liveness, Operation, bytes_beside
-from lrjax.planner.loops import accumulation_seconds, accumulator_bytes, program_liveness
+from lrjax.planner.loops import (
+    accumulation_seconds,
+    accumulator_bytes,
+    device_bytes,
+    program_liveness,
+)
 from lrjax.planner.steps import Step, kernels_read, line_bytes, row_bytes
 from lrjax.planner.whole import values
 from lrjax.roofline import rates_of
@@ -39,7 +44,7 @@ def differentiated_bytes(
       wrt: inputs that are differentiated.
       target: the device.
     """
-    program, avals = rows.graph.program, rows.graph.program.avals
+    program = rows.graph.program
     own = set(program.inputs)
     moving = {program.inputs[i] for i in wrt}
     for node in rows.graph.nodes:
@@ -52,13 +57,13 @@ def differentiated_bytes(
         lines += loop.steps * line_bytes(loop)
         held |= {v for v in (*loop.arrays, *loop.wholes) if v not in own}
         moved = {v for v in loop.arrays if v in moving}
-        cotangents = sum(size_bytes(avals[v]) for v in moved.union(loop.row_outputs))
-        around = lines + sum(size_bytes(avals[v]) for v in held) + cotangents
+        cotangents = sum(device_bytes(rows, v) for v in moved.union(loop.row_outputs))
+        around = lines + sum(device_bytes(rows, v) for v in held) + cotangents
         step = _step(loop, moving, target)
         inner = _weight_bytes(loop, moving, params) + in_main_memory(step.peak(), target)
         most = max(most, around + line_bytes(loop) + inner)
         time += reverse_seconds(loop, step, moving, target)
-    saved = lines + sum(size_bytes(avals[v]) for v in held)
+    saved = lines + sum(device_bytes(rows, v) for v in held)
     forward = program_liveness(rows, own, target)
     time += seconds(forward, rates_of(target))
     return DifferentiatedBytes(saved, forward.peak() + lines, most, time)

@@ -61,22 +61,21 @@ def program_operations(program: FlatProgram) -> float:
 
 
 def operations_of(rows: RowProgram) -> float:
-    """Operations of the row loops' steps, rows outside the image included that they compute."""
+    """Operations of the steps on a device, rows outside the image included that they compute."""
     return _executed(rows)[0]
 
 
 def repetition(rows: RowProgram) -> float:
-    """Operations of the steps over those of the image's rows."""
+    """Operations of the steps over those of the rows that a device owns."""
     done, once = _executed(rows)
     return done / once if once else 1.0
 
 
 def _executed(rows: RowProgram) -> tuple[float, float]:
-    """Operations of all steps, and of the image's rows alone."""
+    """Operations of all steps, and of the image's rows alone: of a device's share of them."""
     done, once = 0.0, 0.0
     for loop in filter(None, rows.loops):
-        for i, node in enumerate(loop.nodes):
-            assert node.op is not None
-            once += node.op.flops * node.op.height
-            done += node.op.flops * max(loop.executed_rows(i), node.op.height)
+        for i, (node, task) in enumerate(zip(loop.nodes, loop.schedule.tasks, strict=True)):
+            once += node.op.flops * task.height
+            done += node.op.flops * max(loop.executed_rows(i), task.height)
     return done, once

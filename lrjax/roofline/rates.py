@@ -69,6 +69,13 @@ class Rates:
         """Bytes that a device sends to others of its machine."""
         return self.host_bytes_per_s if self.link_bytes_per_s is None else self.link_bytes_per_s
 
+    def of_devices(self, count: int) -> Rates:
+        """Rates of so many devices together, which launch every kernel at once."""
+        operations = {name: count * rate for name, rate in self.operations_per_s.items()}
+        return dataclasses.replace(
+            self, operations_per_s=operations, bytes_per_s=count * self.bytes_per_s
+        )
+
     def operations_rate(self, dtype: str) -> float:
         return self.operations_per_s[_PRECISION.get(dtype, _HALF)]
 

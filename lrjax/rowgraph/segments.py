@@ -31,6 +31,11 @@ class Segment:
     made: tuple[int, ...]
     row_mesh: RowMesh | None = None
 
+    @property
+    def devices(self) -> int:
+        """How many share its rows."""
+        return 1 if self.row_mesh is None else self.row_mesh.count
+
 
 def split(
     program: FlatProgram,

@@ -37,6 +37,12 @@ class RowProgram:
     graph: RowGraph
     loops: tuple[RowLoop | None, ...]
 
+    @property
+    def devices(self) -> int:
+        """How many share the rows."""
+        shards = (loop.shards for loop in self.loops if loop is not None)
+        return max((one.count for one in shards if one is not None), default=1)
+
     def run(
         self,
         inputs: Sequence[Array],

@@ -61,6 +61,29 @@ class TestTime:
         assert ('"time":null' in page, "matrix product" in page) == (not timed, timed)
 
 
+class TestDevices:
+    pytestmark = COMPILES_FOR_H200
+
+    @pytest.mark.slow
+    def test_figures_are_those_of_one_of_the_devices(self):
+        call = ("--model", "vgg16", "--width", "0.03125", "--image", "256x32", "--target", "h200")
+        result = invoke(*call, "--strategy", "stream", "--num-blocks", 1, "--devices", 8)
+        assert result.exit_code == 0, result.output
+        assert "on each of 8 devices" in result.output
+        assert "collective-permute: " in result.output
+
+
+def test_devices_that_do_not_fit(module):
+    for given, message in (
+        (("--model", "vgg16", *SMALL, "--devices", 0), "devices: got 0; use 1 or more"),
+        (("--model", "vgg16", *SMALL, "--devices", 4096), "wants 4096 devices and there"),
+        (("shapes:twice", "--target", "h200", "--devices", 2), "which of its arguments carry rows"),
+    ):
+        result = invoke(*given)
+        assert result.exit_code == 2, result.output
+        assert message in result.output.replace("\n", " ")
+
+
 @pytest.mark.slow
 def test_model_by_column():
     result = invoke("--model", "vgg16", *SMALL)

@@ -47,9 +47,9 @@ def structs(*shape, **options):
     )
 
 
-def plan_by_hand(fun, args, choices, places, in_axes=(None, 1)) -> Plan:
+def plan_by_hand(fun, args, choices, places, in_axes=(None, 1), row_mesh=None) -> Plan:
     """A plan with these choices, cut at these of the candidates' places; nothing is compiled."""
-    problem = problem_of(fun, args, in_axes, "cpu", None)
+    problem = problem_of(fun, args, in_axes, "cpu", None, row_mesh)
     prover = Prover(problem)
     bounds = [0, *places, prover.model.candidates.last]
     steps = map(Step, bounds, bounds[1:], choices)

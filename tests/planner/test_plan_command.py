@@ -6,6 +6,7 @@ from typer.testing import CliRunner
 import lrjax
 from lrjax.app import planning as command
 from lrjax.app.cli import app
+from marks import COMPILES_FOR_H200
 
 pytestmark = pytest.mark.users_compiler
 
@@ -16,6 +17,16 @@ def invoke(*arguments):
     return CliRunner().invoke(app, ["plan", *map(str, arguments)])
 
 
+def sides(output):
+    """The largest size by every method, of the table that is printed."""
+    found = dict.fromkeys(("column", "best checkpoint", "lrjax"), 0)
+    for line in output.splitlines():
+        cells = [cell.strip() for cell in line.split("│")]
+        if len(cells) > 2 and cells[1] in found:
+            found[cells[1]] = int(cells[2].replace(",", ""))
+    return found
+
+
 @pytest.mark.slow
 def test_a_plan_is_printed_and_saved(tmp_path):
     result = invoke(*SMALL, "--budget", "1GiB", "--save", tmp_path / "plan.json")
@@ -24,15 +35,32 @@ def test_a_plan_is_printed_and_saved(tmp_path):
     assert lrjax.Plan.load(tmp_path / "plan.json").is_column
 
 
+class TestDevices:
+    pytestmark = COMPILES_FOR_H200
+    SMALL = ("--model", "vgg16", "--width", "0.03125", "--target", "h200", "--devices", 2)
+
+    @pytest.mark.slow
+    def test_a_plan_for_several(self, tmp_path):
+        size = "--image", "128x32", "--budget", "1GiB"
+        result = invoke(*self.SMALL, *size, "--save", tmp_path / "plan.json")
+        assert result.exit_code == 0, result.output
+        assert "h200 x 2 (rows along the mesh axis 'rows')" in result.output
+        assert lrjax.Plan.load(tmp_path / "plan.json").devices == 2
+
+    @pytest.mark.slow
+    def test_the_largest_batch_on_several(self):
+        call = "--maximise", "batch", "--image", "128x32", "--budget", "16MiB"
+        result = invoke(*self.SMALL, *call)
+        assert result.exit_code == 0, result.output
+        alone = sides(invoke(*self.SMALL[:-2], *call).output)
+        assert sides(result.output)["column"] > alone["column"] > 0
+
+
 @pytest.mark.slow
 def test_the_largest_batch_by_every_method():
     result = invoke(*SMALL, "--maximise", "batch", "--budget", "24MiB")
     assert result.exit_code == 0, result.output
-    found = dict.fromkeys(("column", "best checkpoint", "lrjax"), 0)
-    for line in result.output.splitlines():
-        cells = [cell.strip() for cell in line.split("│")]
-        if len(cells) > 2 and cells[1] in found:
-            found[cells[1]] = int(cells[2].replace(",", ""))
+    found = sides(result.output)
     assert found["lrjax"] >= found["best checkpoint"] >= found["column"] > 0
     assert found["lrjax"] > found["column"]
 
@@ -59,6 +87,8 @@ def test_the_largest_batch_is_of_the_images_asked_for(monkeypatch):
         (("--image", "big"), 2, "use N or HEIGHTxWIDTH"),
         (("--dtype", "f33"), 2, "dtype: got 'f33'"),
         (("--save", "nowhere/plan.json"), 2, "does not exist"),
+        (("--devices", "0"), 2, "devices: got 0; use 1 or more"),
+        (("--devices", "4096"), 2, "wants 4096 devices and there"),
     ],
 )
 def test_bad_input(arguments, status, message):

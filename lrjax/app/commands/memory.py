@@ -40,6 +40,7 @@ def memory(
     cuts: options.Cuts = None,
     micro_batches: options.MicroBatches = 1,
     target: options.Target = None,
+    devices: options.Devices = 1,
     list_targets: ListTargets = False,
     png: Annotated[Path | None, typer.Option(help="Draw the timeline.")] = None,
     html: Annotated[Path | None, typer.Option(help="Write the timeline as a page.")] = None,
@@ -60,27 +61,35 @@ def memory(
         wide.print(_targets())
         return
     try:
-        profiling.check_target(target)
+        options.check_counts(devices=devices)
+        profiling.check_target(target, devices)
     except (ValueError, ImportError) as error:
         stop(error)
     try:  # an ImportError from here on is the function's own
         _check_files(png, html, json)
         if (function is None) == (model is None):
             raise ValueError("give either MODULE:FUNCTION or --model")
+        if function is not None and devices > 1:
+            raise ValueError(
+                "devices: a function does not say which of its arguments carry rows; give --model, "
+                "or lrjax.memory.profile(..., mesh_shape=..., in_specs=...) from Python"
+            )
         if function is not None:
             program = profiling.function_program(function, args)
         else:
             chosen = building.strategy_of(strategy, num_blocks, cuts, micro_batches)
             step = options.training_step(str(model), image, batch, dtype, width, head, norm)
-            program = profiling.gradient_program(strategy=chosen, **step)
+            program = profiling.gradient_program(
+                strategy=chosen, target=target, devices=devices, **step
+            )
     except (ValueError, OSError) as error:
         stop(error)
     try:
         roofline = _roofline(program, target) if time else None
-        profile = memory.profile(program.fun, *program.args, target=target)
+        profile = memory.profile(program.fun, *program.args, target=target, **program.mesh)
     except memory.DoesNotFitError as error:
         stop(error, DOES_NOT_FIT)
-    wide.print(*text.profile_tables(profile, top), sep="\n")
+    wide.print(*text.profile_tables(profile, top), *profile.exchanges(), sep="\n")
     if roofline is not None:
         wide.print(str(roofline), soft_wrap=True, highlight=False)
     wide.print(profiling.verdict(profile), soft_wrap=True, highlight=False)
@@ -93,7 +102,7 @@ def _roofline(program: Any, target: str | None) -> Any:
     from lrjax import roofline
 
     try:
-        return roofline.estimate(program.fun, *program.args, target=target)
+        return roofline.estimate(program.fun, *program.args, target=target, **program.mesh)
     except ValueError as error:
         stop(error)
 

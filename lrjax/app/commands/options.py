@@ -27,6 +27,11 @@ Target = Annotated[
     str | None, typer.Option(help="The device, present or not; default: the one at hand.")
 ]
 
+Devices = Annotated[
+    int,
+    typer.Option(help="Devices that share the rows of every image; figures are those of one."),
+]
+
 
 def check_counts(**counts: int) -> None:
     for name, count in counts.items():

@@ -15,11 +15,10 @@ from lrjax.app.commands.console import DOES_NOT_FIT, app, console, stop
 def plan(
     model: Annotated[str, typer.Option(help="The network, such as vgg16; see `lrjax train`.")],
     target: options.Target = None,
+    devices: options.Devices = 1,
     budget: Annotated[
         str | None,
-        typer.Option(
-            help="Such as 8GiB, bytes, or 0.5 of the device's memory. Default: all of it."
-        ),
+        typer.Option(help="Of a device: 8GiB, bytes, or 0.5 of its memory. Default: all of it."),
     ] = None,
     image: options.Image = "1024",
     batch: options.Batch = 1,
@@ -49,15 +48,17 @@ def plan(
 
     wide = Console(width=max(console.width, 150))
     try:
-        _check(target, maximise, save, frontier, timed)
+        _check(target, maximise, save, frontier, timed, devices)
         step = options.training_step(model, image, batch, dtype, width, head, norm)
         amount = 1.0 if budget is None else budgets.amount_of(budget)
         with console.status("planning") as status:
             tell = functools.partial(_tell, status)
             if maximise is not None:
-                _print_largest(step, maximise, amount, target, tell, wide)
+                _print_largest(step, maximise, amount, target, devices, tell, wide)
                 return
-            made, curve = _planned(step, amount, target, tell, steps if frontier else None, timed)
+            call = {"target": target, "on_progress": tell}
+            curve = _curve(step, steps, timed=timed, **call) if frontier else None
+            made = _planned(step, amount, devices, **call)
             if curve is not None:
                 curve.save_png(frontier, f"{model}, {image}, batch {batch}, {dtype}")
                 wide.print(str(curve), highlight=False)
@@ -76,13 +77,17 @@ def _check(
     save: Path | None,
     frontier: Path | None,
     timed: bool,
+    devices: int,
 ) -> None:
     from lrjax import files
     from lrjax.app import profiling
 
-    profiling.check_target(target)
+    options.check_counts(devices=devices)
+    profiling.check_target(target, devices)
     for path in filter(None, (save, frontier)):
         files.check_writable(path)
+    if devices > 1 and frontier is not None:
+        raise ValueError("devices: a frontier is of one device; leave --devices or --frontier out")
     if timed and frontier is None:
         raise ValueError("timed: times belong to the frontier; give --frontier FILE too")
     if maximise is not None and (save or frontier):
@@ -92,24 +97,21 @@ def _check(
         )
 
 
-def _planned(
-    step: dict[str, Any],
-    amount: str | float | int,
-    target: str | None,
-    tell: Any,
-    steps: int | None,
-    timed: bool,
-) -> tuple[Any, Any]:
-    """The plan, and the frontier of so many ``steps`` where there are any."""
+def _planned(step: dict[str, Any], amount: str | float | int, devices: int, **call: Any) -> Any:
     import lrjax
     from lrjax.app import planning
 
     fun, args, in_axes = planning.training_call(**step)
-    call: dict[str, Any] = {"in_axes": in_axes, "target": target, "wrt": 0, "on_progress": tell}
-    curve = None
-    if steps is not None:
-        curve = lrjax.frontier(fun, *args, steps=steps, timed=timed, **call)
-    return lrjax.plan(fun, *args, budget=amount, **call), curve
+    mesh = planning.mesh_of(devices)
+    return lrjax.plan(fun, *args, in_axes=in_axes, budget=amount, wrt=0, mesh=mesh, **call)
+
+
+def _curve(step: dict[str, Any], steps: int, *, timed: bool, **call: Any) -> Any:
+    import lrjax
+    from lrjax.app import planning
+
+    fun, args, in_axes = planning.training_call(**step)
+    return lrjax.frontier(fun, *args, in_axes=in_axes, steps=steps, timed=timed, wrt=0, **call)
 
 
 def _tell(status: Any, progress: Any) -> None:
@@ -136,6 +138,7 @@ def _print_largest(
     maximise: str,
     amount: str | float | int,
     target: str | None,
+    devices: int,
     tell: Any,
     wide: Console,
 ) -> None:
@@ -143,7 +146,7 @@ def _print_largest(
     from lrjax.memory import text
 
     answers = planning.largest_by_method(
-        **step, maximise=maximise, budget=amount, target=target, on_progress=tell
+        **step, maximise=maximise, budget=amount, target=target, devices=devices, on_progress=tell
     )
     name = "side" if maximise == "image" else "batch"
     table = text.new_table("method", name, "peak MiB", "operations", "compilations", "segments")
