@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from lrjax.explanation import Explanation, OperationRow, Pass, SegmentReport
+from lrjax.groups import outermost
 from lrjax.loop import devices
 from lrjax.loop.rowloop import RowLoop
 from lrjax.meshes import row_mesh_at_hand, without_explicit_axes
@@ -73,7 +74,7 @@ def explain(
 def explain_with(traced: Traced, options: Options, row_mesh: RowMesh | None) -> Explanation:
     """``explain`` for a traced call and options that are checked already."""
     segments, choices = segments_and_choices(traced, options, row_mesh)
-    groups = [tuple(group) for group in options.groups(len(segments)) for _ in group]
+    groups = [group for group in outermost(options.groups(len(segments))) for _ in group]
     hosted = hosted_values(traced, segments, choices)
     reports = []
     for segment, choice, group in zip(segments, choices, groups, strict=True):

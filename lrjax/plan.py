@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from lrjax.files import write_whole
+from lrjax.groups import tree_of
 from lrjax.program.inline import Literal
 from lrjax.program.manual_axes import body_outside
 from lrjax.rowgraph.segments import Cuttable
@@ -26,7 +27,7 @@ from lrjax.rules.geometry import ceil_div
 from lrjax.strategies import MicroBatches, Strategy, named
 from lrjax.text import MIB, aligned
 
-FORMAT = 4
+FORMAT = 5
 
 
 @dataclasses.dataclass(frozen=True, init=False)
@@ -242,6 +243,8 @@ class Plan:
       predicted_seconds: the cost model's time of the gradient.
       roofline_seconds: the time of the compiled program by ``lrjax.roofline``; None for targets
         other than GPUs.
+      groups: ranges of segments, ``stop`` exclusive, that run under one checkpoint: the backward
+        pass first runs them all again. One may be within another.
     """
 
     fingerprint: Fingerprint
@@ -258,6 +261,7 @@ class Plan:
     host_bytes: int = 0
     predicted_seconds: float = 0.0
     roofline_seconds: float | None = None
+    groups: tuple[tuple[int, int], ...] = ()
 
     @property
     def cuts(self) -> tuple[int, ...]:
@@ -351,7 +355,11 @@ class Plan:
         return f"Plan({self.summary}, {segments}; print it for a table)"
 
     def __str__(self) -> str:
-        return "\n".join([self.summary, *_table(self.segments)])
+        notes = [
+            f"segments {start} to {stop - 1}: a group, run again before its backward pass"
+            for start, stop in self.groups
+        ]
+        return "\n".join([self.summary, *_table(self.segments), *notes])
 
     @property
     def summary(self) -> str:
@@ -427,6 +435,8 @@ def _plan_of(data: dict[str, Any]) -> Plan:
     if stops != sorted(set(stops)):
         raise ValueError("its segments are empty")
     found = {name: _list(data["fingerprint"], name) for name in ("inputs", "operations")}
+    groups = tuple((int(start), int(stop)) for start, stop in _list(data, "groups"))
+    tree_of(groups, len(segments))
     verified, roofline = data["verified_peak_bytes"], data["roofline_seconds"]
     target = data["target"]
     return Plan(
@@ -439,6 +449,7 @@ def _plan_of(data: dict[str, Any]) -> Plan:
         column_operations=float(data["column_operations"]),
         predicted_seconds=float(data["predicted_seconds"]),
         roofline_seconds=None if roofline is None else float(roofline),
+        groups=groups,
         **{
             name: int(data[name])
             for name in (
