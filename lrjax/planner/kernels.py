@@ -46,6 +46,7 @@ class _Kernel:
       read: buffers, and the bytes of each that are read.
       written: bytes.
       at_hand: buffers of which an element is there when another operation of the kernel asks.
+      complete_last: of these, results of reductions and windows.
       number: its bit among the kernels that buffers wait for.
     """
 
@@ -54,6 +55,7 @@ class _Kernel:
     written: float
     at_hand: set[int]
     number: int
+    complete_last: set[int] = dataclasses.field(default_factory=set)
 
 
 def kernels(lives: Liveness, rates: Rates) -> Iterator[tuple[Operation, float]]:
@@ -86,8 +88,9 @@ def kernels(lives: Liveness, rates: Rates) -> Iterator[tuple[Operation, float]]:
             kernel.read.update((v, n) for v, n in read.items() if v not in kernel.at_hand)
             kernel.written += written
         awaited.update(dict.fromkeys(made, before | kernel.number))
-        own = made if operation.kind is Kind.FUSED else ()
-        for v in {*large, *own} - kernel.at_hand:
+        if operation.kind is Kind.ROOT:
+            kernel.complete_last.update(made)
+        for v in {*large, *made} - kernel.at_hand:
             kernel.at_hand.add(v)
             users.setdefault((v, backward), []).append(kernel)
     for kernel in found:
@@ -103,10 +106,10 @@ def _may_join(
 
     A map is normalised by another kernel than the one that reads it for its statistics.
     """
-    others = (v for v in read if v not in kernel.at_hand)
-    return kernel.at_hand.issuperset(large) and not any(
-        awaited.get(v, 0) & kernel.number for v in others
-    )
+    if not kernel.at_hand.issuperset(large):
+        return False
+    others = set(read).difference(large, kernel.at_hand - kernel.complete_last)
+    return not any(awaited.get(v, 0) & kernel.number for v in others)
 
 
 def _buffers(lives: Liveness) -> Iterator[tuple[Operation, dict[int, float], dict[int, float]]]:
