@@ -94,6 +94,17 @@ def test_extremes_are_made_with_what_they_are_compared_with():
     assert (2, 12, 6) not in kept_shapes(Selective(), extremes, *ARGS)
 
 
+def test_explain_tells_what_is_computed_again():
+    """Of narrow results the wide 1x1 convolution, of 2 to 8 channels, is one operation more."""
+    wide, narrow = (
+        lrjax.explain(bottleneck, *ARGS, in_axes=(None, 1), strategy=s).segments[0]
+        for s in STRATEGIES
+    )
+    assert 0 < wide.recomputed < narrow.recomputed < 1
+    again = (narrow.recomputed - wide.recomputed) * wide.forward_operations
+    assert again == pytest.approx(2 * 2 * 12 * 6 * 2 * 8)
+
+
 def test_in_a_group_beside_others():
     def network(kernels, images):
         images = checkpoint_name(jnp.tanh(bottleneck(kernels, images)), "first")
