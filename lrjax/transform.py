@@ -61,8 +61,8 @@ def rowwise(
       strategy: "stream" (differentiate first, then tile; least memory), "2ps" or "overl" (LR-CNN,
         arXiv 2401.11471), "checkpoint" (whole maps, the forward pass done again), "selective" or
         "selective-narrow" (whole maps, elementwise operations done again, and of the second those
-        that widen a map), "column" (whole maps, the baseline), or an object of ``lrjax.strategies``, such as ``MicroBatches("stream",
-        4)``; one, or one per segment.
+        that widen a map), "column" (whole maps, the baseline), or an object of
+        ``lrjax.strategies``, such as ``MicroBatches("stream", 4)``; one, or one per segment.
       cuts: where to keep a whole map and start a new segment: names given by
         ``jax.ad_checkpoint.checkpoint_name`` in ``fun``, or a number of segments. A tuple of names
         is a group: in ``[("a", "b"), "c"]`` only ``c`` is kept from forward to backward, and ``a``
