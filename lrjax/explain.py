@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from lrjax.explanation import Explanation, OperationRow, Pass, SegmentReport
+from lrjax.groups import outermost
 from lrjax.loop import devices
 from lrjax.loop.rowloop import RowLoop
 from lrjax.meshes import without_explicit_axes
@@ -18,7 +19,7 @@ from lrjax.rowgraph.row_mesh import RowMesh
 from lrjax.rowgraph.segments import Segment
 from lrjax.rowgraph.tracing import Traced, trace
 from lrjax.rules.geometry import AnyMap
-from lrjax.strategies.programs import RowPass
+from lrjax.strategies.programs import Execution, RowPass, WholeMaps
 from lrjax.transform import hosted_values, row_mesh_of, segments_and_choices
 
 
@@ -73,23 +74,34 @@ def explain(
 def explain_with(traced: Traced, options: Options, row_mesh: RowMesh | None) -> Explanation:
     """``explain`` for a traced call and options that are checked already."""
     segments, choices = segments_and_choices(traced, options, row_mesh)
-    groups = [tuple(group) for group in options.groups(len(segments)) for _ in group]
+    groups = [group for group in outermost(options.groups(len(segments))) for _ in group]
     hosted = hosted_values(traced, segments, choices)
     reports = []
     for segment, choice, group in zip(segments, choices, groups, strict=True):
         execution = choice.runner.execution(segment, choice.num_blocks, _differentiated(segment))
+        graph = build(segment.program, segment.axes)
         reports.append(
             SegmentReport(
                 choice,
                 tuple(map(_pass, execution.passes)),
                 group,
-                build(segment.program, segment.axes).operations(once=True),
+                graph.operations(once=True),
                 sum(size_bytes(traced.program.avals[v]) for v in segment.made if v in hosted),
                 segment.row_mesh,
                 _fetched_rows(execution.passes),
+                _kept_operations(graph, execution),
             )
         )
     return Explanation(tuple(reports))
+
+
+def _kept_operations(graph: RowGraph, execution: Execution) -> float:
+    """Operations of a segment of whole maps that the backward pass need not do again."""
+    if not isinstance(execution, WholeMaps) or execution.kept is None:
+        return 0.0
+    kept = execution.kept(graph.program)
+    nodes = (node for node in graph.row_nodes if kept.issuperset(node.equation.outputs))
+    return sum(node.operations for node in nodes)
 
 
 def _fetched_rows(passes: Sequence[RowPass]) -> int:

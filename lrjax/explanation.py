@@ -98,6 +98,7 @@ class SegmentReport:
       row_mesh: the devices that its rows are divided among: blocks, steps and line buffers are
         those of each; None for one device.
       halo_rows: the most rows of a map that a device fetches from its neighbours on one side.
+      kept_operations: of whole maps that are computed again, those whose results are kept.
     """
 
     choice: Choice
@@ -107,6 +108,7 @@ class SegmentReport:
     hosted_bytes: int = 0
     row_mesh: RowMesh | None = None
     halo_rows: int = 0
+    kept_operations: float = 0.0
 
     @property
     def strategy(self) -> str:
@@ -132,7 +134,8 @@ class SegmentReport:
     def recomputed(self) -> float:
         """Operations done again, as a multiple of the forward pass's."""
         if not self.passes:
-            return float(self.choice.strategy.recomputes)
+            again = 1 - self.kept_operations / max(self.forward_operations, 1.0)
+            return again * self.choice.strategy.recomputes
         # A micro-batch has its share of the operations.
         again = sum(one.recomputed_operations for one in self.passes) * self.choice.micro_batches
         return again / max(self.forward_operations, 1.0)

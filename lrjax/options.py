@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from lrjax.groups import Tree, tree_of
 from lrjax.plan import Choice, Plan
 from lrjax.program.compatibility import tag_of
 from lrjax.rowgraph.fallbacks import counted, fallbacks_of
@@ -49,15 +50,18 @@ class Options:
             return self.cuts
         return tuple(name for cut in self.cuts for name in _names(cut))
 
-    def groups(self, segments: int) -> list[range]:
+    def groups(self, segments: int) -> tuple[Tree, ...]:
         """Segments by group: what runs under one checkpoint, alone or with others."""
+        if self.plan is not None:
+            return tree_of(self.plan.groups, segments)
         kept = list(range(segments - 1))  # segments behind which a map is kept
         if self.has_groups:
             assert not isinstance(self.cuts, int)
             is_kept = [isinstance(cut, str) for cut in self.cuts for _ in _names(cut)]
             kept = [i for i in kept if is_kept[i]]
         starts = [0, *(i + 1 for i in kept), segments]
-        return [range(*pair) for pair in itertools.pairwise(starts)]
+        pairs = itertools.pairwise(starts)
+        return tree_of([pair for pair in pairs if pair[1] - pair[0] > 1], segments)
 
 
 def _names(cut: str | tuple[str, ...]) -> tuple[str, ...]:

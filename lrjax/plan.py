@@ -14,6 +14,7 @@ from typing import Any
 
 from lrjax.files import write_whole
 from lrjax.fingerprint import Fingerprint, fingerprint
+from lrjax.groups import tree_of
 from lrjax.rowgraph.segments import Cuttable
 from lrjax.rowgraph.tracing import Traced, trace
 from lrjax.rules.geometry import ceil_div
@@ -144,6 +145,8 @@ class Plan:
         other than GPUs.
       row_mesh_axis: the mesh axis along which devices share the rows; None for one device.
       devices: how many do.
+      groups: ranges of segments, ``stop`` exclusive, that run under one checkpoint: the backward
+        pass first runs them all again. One may be within another.
     """
 
     fingerprint: Fingerprint
@@ -162,6 +165,7 @@ class Plan:
     roofline_seconds: float | None = None
     row_mesh_axis: str | None = None
     devices: int = 1
+    groups: tuple[tuple[int, int], ...] = ()
 
     @property
     def cuts(self) -> tuple[int, ...]:
@@ -280,7 +284,11 @@ class Plan:
         return f"Plan({self.summary}, {segments}; print it for a table)"
 
     def __str__(self) -> str:
-        return "\n".join([self.summary, *_table(self.segments)])
+        notes = [
+            f"segments {start} to {stop - 1}: a group, run again before its backward pass"
+            for start, stop in self.groups
+        ]
+        return "\n".join([self.summary, *_table(self.segments), *notes])
 
     @property
     def summary(self) -> str:
@@ -359,6 +367,8 @@ def _plan_of(data: dict[str, Any]) -> Plan:
     if stops != sorted(set(stops)):
         raise ValueError("its segments are empty")
     found = {name: _list(data["fingerprint"], name) for name in ("inputs", "operations")}
+    groups = tuple((int(start), int(stop)) for start, stop in _list(data, "groups"))
+    tree_of(groups, len(segments))
     verified, roofline = data["verified_peak_bytes"], data["roofline_seconds"]
     target, axis, devices = data["target"], data["row_mesh_axis"], _count(data, "devices")
     if not (axis is None or isinstance(axis, str)) or (axis is None and devices > 1):
@@ -375,6 +385,7 @@ def _plan_of(data: dict[str, Any]) -> Plan:
         roofline_seconds=None if roofline is None else float(roofline),
         row_mesh_axis=axis,
         devices=devices,
+        groups=groups,
         **{
             name: int(data[name])
             for name in (

@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 
+from lrjax.groups import Tree, leaves
 from lrjax.meshes import check_heights, on_auto_axes, row_mesh_at_hand
 from lrjax.options import (
     Cuts,
@@ -58,9 +59,10 @@ def rowwise(
         blocks as rows; what has fewer rows than that beside them takes fewer steps. One number, or
         one per segment. Default: steps of about 64 rows.
       strategy: "stream" (differentiate first, then tile; least memory), "2ps" or "overl" (LR-CNN,
-        arXiv 2401.11471), "checkpoint" (whole maps, the forward pass done again) or "column" (whole
-        maps, the baseline), or an object of ``lrjax.strategies``, such as ``MicroBatches("stream",
-        4)``; one, or one per segment.
+        arXiv 2401.11471), "checkpoint" (whole maps, the forward pass done again), "selective" or
+        "selective-narrow" (whole maps, elementwise operations done again, and of the second those
+        that widen a map), "column" (whole maps, the baseline), or an object of
+        ``lrjax.strategies``, such as ``MicroBatches("stream", 4)``; one, or one per segment.
       cuts: where to keep a whole map and start a new segment: names given by
         ``jax.ad_checkpoint.checkpoint_name`` in ``fun``, or a number of segments. A tuple of names
         is a group: in ``[("a", "b"), "c"]`` only ``c`` is kept from forward to backward, and ``a``
@@ -129,11 +131,9 @@ def run(traced: Traced, options: Options) -> Any:
     hosted = hosted_values(traced, segments, choices)
     values = dict(zip(traced.program.inputs, traced.inputs, strict=True))
     values.update(traced.program.constants)
-    for group in options.groups(len(segments)):
-        later = {v for segment in segments[group.stop :] for v in segment.program.inputs}
-        later.update(values_of(traced.program.outputs))
-        parts = [(segments[i], choices[i]) for i in group]
-        values.update(_run_group(parts, values, later, hosted))
+    parts = list(zip(segments, choices, strict=True))
+    for tree in options.groups(len(segments)):
+        values.update(_run_tree(tree, parts, values, hosted, traced.program.outputs))
 
     for equation in traced.effects:
         # No callback takes tangents, and what a row loop gives always has one.
@@ -144,29 +144,43 @@ def run(traced: Traced, options: Options) -> Any:
     return jax.tree.unflatten(traced.out_tree, outputs)
 
 
-def _run_group(
+def _run_tree(
+    tree: Tree,
     parts: Sequence[tuple[Segment, Choice]],
-    values: dict[int, Any],
-    later: set[int],
+    values: Mapping[int, Any],
     hosted: Mapping[int, int],
+    outputs: Sequence[Any],
 ) -> dict[int, Any]:
-    """What a group of segments makes for ``later`` use; maps between them live in it alone."""
-    made = [v for segment, _ in parts for v in segment.made]
-    taken = dict.fromkeys(v for segment, _ in parts for v in segment.program.inputs)
+    """What a segment, or a group of them, makes for later use; maps between them live in it alone.
+
+    Args:
+      tree: the segment, or the group.
+      parts: all segments.
+      values: all that was made before.
+      hosted: maps that wait in the host's memory, with their row axes.
+      outputs: what the caller gets.
+    """
+    if isinstance(tree, int):
+        segment, choice = parts[tree]
+        function = _with_derivatives(segment, choice, hosted)
+        made = function(*(strongly_typed(values[v]) for v in segment.program.inputs))
+        return dict(zip(segment.made, made, strict=True))
+    members = leaves(tree)
+    later = {v for segment, _ in parts[members[-1] + 1 :] for v in segment.program.inputs}
+    later.update(values_of(outputs))
+    made = [v for i in members for v in parts[i][0].made]
+    taken = dict.fromkeys(v for i in members for v in parts[i][0].program.inputs)
     inputs = [v for v in taken if v not in made]
     kept = [v for v in made if v in later]
 
     def call(*arrays: Any) -> list[Any]:
         own = dict(zip(inputs, arrays, strict=True))
-        for segment, choice in parts:
-            function = _with_derivatives(segment, choice, hosted)
-            outputs = function(*(own[v] for v in segment.program.inputs))
-            own.update(zip(segment.made, outputs, strict=True))
+        for one in tree:
+            own.update(_run_tree(one, parts, own, hosted, outputs))
         return [own[v] for v in kept]
 
-    if len(parts) > 1:
-        call = checkpoint(call)
-    return dict(zip(kept, call(*(strongly_typed(values[v]) for v in inputs)), strict=True))
+    results = checkpoint(call)(*(strongly_typed(values[v]) for v in inputs))
+    return dict(zip(kept, results, strict=True))
 
 
 def _with_derivatives(

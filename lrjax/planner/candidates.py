@@ -50,11 +50,13 @@ class Kind:
       strategy: that runs it, or one part of its batch after the other.
       is_divided: in micro-batches.
       offload: what it gives waits in the host's memory.
+      is_group: several segments, run again by it before their backward passes; see ``groups``.
     """
 
     strategy: Strategy
     is_divided: bool = False
     offload: bool = False
+    is_group: bool = False
 
     @classmethod
     def of(cls, choice: Choice) -> Kind:
@@ -63,10 +65,11 @@ class Kind:
     @property
     def is_plain(self) -> bool:
         """Whole maps of all images, on the device."""
-        return not (self.strategy.by_rows or self.is_divided or self.offload)
+        return not (self.strategy.by_rows or self.is_divided or self.offload or self.is_group)
 
     def __str__(self) -> str:
         notes = ["micro-batches"] * self.is_divided + ["offload"] * self.offload
+        notes += ["group"] * self.is_group
         return self.strategy.name + (f" ({', '.join(notes)})" if notes else "")
 
 
@@ -76,12 +79,16 @@ def every_kind() -> tuple[Kind, ...]:
     Only what starts from a segment's inputs is divided: all else keeps maps of all images. Maps
     wait in the host's memory between row loops: around whole maps XLA's peaks were above column's.
     """
-    return tuple(
+    found = [
         Kind(strategy, is_divided, offload)
         for offload, is_divided in itertools.product((False, True), repeat=2)
         for strategy in registered()
         if (strategy.starts_from_inputs or not is_divided) and (strategy.streams or not offload)
-    )
+    ]
+    return (*found, GROUP)
+
+
+GROUP = Kind(CHECKPOINT.strategy, is_group=True)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -194,6 +201,9 @@ class Candidates:
 
     def spans(self, kind: Kind) -> Iterator[tuple[int, int]]:
         """Bounds between which segments of a kind may run."""
+        if kind.is_plain and kind.strategy.keeps_maps_within:
+            yield from itertools.pairwise(range(self.last + 1))
+            return
         bounds = range(self.last + 1) if kind.is_plain else self.places.row_bounds
         for start, stop in itertools.combinations(bounds, 2):
             if not kind.offload or self.offloadable_bytes(start, stop):

@@ -21,6 +21,7 @@ from lrjax.planner.segment_programs import (
     repetition,
 )
 from lrjax.planner.whole import column_liveness, forward_liveness, values, without_outputs
+from lrjax.program.inline import FlatProgram
 from lrjax.roofline import rates_of
 from lrjax.rowgraph.segments import Segment
 from lrjax.strategies.programs import DifferentiatedRows, RowPrograms, WholeMaps
@@ -87,6 +88,8 @@ def segment_cost(segment: Segment, choice: Choice, wrt: Sequence[int], target: s
 def _whole_maps_cost(
     segment: Segment, execution: WholeMaps, wrt: tuple[int, ...], target: str
 ) -> SegmentCost:
+    if execution.kept is not None:
+        return _partly_recomputed_cost(segment, execution.kept, wrt, target)
     cost = _recomputed_cost if execution.is_recomputed else _kept_cost
     found, devices = cost(segment, wrt, target), segment.devices
     # XLA divides maps, and what it does with them, evenly.
@@ -107,12 +110,14 @@ def _kept_cost(segment: Segment, wrt: tuple[int, ...], target: str) -> SegmentCo
     given = set(values(joint.program.outputs[: len(segment.program.outputs)]))
     saved = given.union(lives.alive_at(border)).difference(joint.cotangents)
     waiting = sum(lives.size[v] for v in joint.cotangents)
+    # The next segment reads what this one gives, so it is written.
+    written = dataclasses.replace(lives, after=lives.after | given)
     return SegmentCost(
         column_operations(segment, wrt),
         sum(lives.size.get(v, 0.0) for v in saved),
         max(lives.peak(0, border) - waiting, 0.0),
         lives.peak(border),
-        seconds=seconds(lives, rates_of(target).of_devices(segment.devices)),
+        seconds=seconds(written, rates_of(target).of_devices(segment.devices)),
     )
 
 
@@ -126,6 +131,27 @@ def _recomputed_cost(segment: Segment, wrt: tuple[int, ...], target: str) -> Seg
     joint = without_outputs(joint_of(segment, wrt))
     lives = column_liveness(joint, segment.axes, wrt, target)
     saved = sum(forward.size.get(v, 0.0) for v in values(segment.program.outputs))
+    rates = rates_of(target).of_devices(segment.devices)
+    time = seconds(forward, rates) + seconds(lives, rates)
+    return SegmentCost(operations, saved, forward.peak(), lives.peak(), seconds=time)
+
+
+def _partly_recomputed_cost(
+    segment: Segment,
+    kept_of: Callable[[FlatProgram], frozenset[int]],
+    wrt: tuple[int, ...],
+    target: str,
+) -> SegmentCost:
+    """Some values are kept beside what the segment gives; the backward pass starts from them."""
+    joint = joint_of(segment, wrt)
+    second = without_outputs(joint).starting_from(kept_of(joint.forward))
+    first = joint.saving(second.kept)
+    operations = program_operations(first) + program_operations(second.program)
+    if target == "cpu":
+        return dataclasses.replace(_kept_cost(segment, wrt, target), operations=operations)
+    forward = forward_liveness(first, target)
+    lives = column_liveness(second, segment.axes, wrt, target)
+    saved = sum(forward.size.get(v, 0.0) for v in set(values(first.outputs)))
     rates = rates_of(target).of_devices(segment.devices)
     time = seconds(forward, rates) + seconds(lives, rates)
     return SegmentCost(operations, saved, forward.peak(), lives.peak(), seconds=time)

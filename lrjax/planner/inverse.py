@@ -15,7 +15,7 @@ import numpy as np
 from lrjax.planner.candidates import Kind, every_kind
 from lrjax.planner.problem import Problem
 from lrjax.planner.proof import MIB, OnProgress, Prover
-from lrjax.planner.search import Limits, Step, Steps
+from lrjax.planner.search import Limits, Steps
 from lrjax.strategies import Checkpoint, Column
 
 MOST_COMPILATIONS = 5
@@ -161,7 +161,7 @@ class _Largest:
             if not self.question.grows_rows and parts > 1:
                 parts = _parts(size, reference // parts)
             choice = dataclasses.replace(step.choice, num_blocks=count, micro_batches=parts)
-            steps.append(Step(step.start, step.stop, choice))
+            steps.append(dataclasses.replace(step, choice=choice))
         return tuple(steps)
 
     def reference_plan(self, reference: int) -> Steps:

@@ -7,7 +7,9 @@ from what fuses. Every buffer that is made is a kernel, which reads the buffers 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+import functools
+import operator
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -37,23 +39,38 @@ def seconds(lives: Liveness, rates: Rates) -> float:
 
 @dataclasses.dataclass
 class _Kernel:
-    """Operations that become one kernel."""
+    """Operations that become one kernel.
+
+    Attributes:
+      first: of the operations.
+      read: buffers, and the bytes of each that are read.
+      written: bytes.
+      at_hand: buffers of which an element is there when another operation of the kernel asks.
+      complete_last: of these, results of reductions and windows.
+      number: its bit among the kernels that buffers wait for.
+    """
 
     first: Operation
     read: dict[int, float]
     written: float
     at_hand: set[int]
+    number: int
+    complete_last: set[int] = dataclasses.field(default_factory=set)
 
 
 def kernels(lives: Liveness, rates: Rates) -> Iterator[tuple[Operation, float]]:
     """The first operations of all kernels, and how long each takes."""
     found: list[_Kernel] = []
     users: dict[tuple[int, bool], list[_Kernel]] = {}
+    # Per buffer, the bits of the kernels that must have run before it is there.
+    awaited: dict[int, int] = {}
     for operation, read, made in _buffers(lives):
         if operation.seconds:
             yield operation, operation.seconds
             continue
         written = sum(made.values())
+        before = functools.reduce(operator.or_, (awaited.get(v, 0) for v in read), 0)
+        awaited.update(dict.fromkeys(made, before))
         if operation.kind is Kind.LIBRARY:
             moved = sum(read.values()) + written
             dtype = getattr(operation.like, "dtype", None)
@@ -63,13 +80,16 @@ def kernels(lives: Liveness, rates: Rates) -> Iterator[tuple[Operation, float]]:
         large = [v for v, count in read.items() if count >= most / 2]
         backward = operation.is_backward
         shared = users.get((large[0], backward), ()) if large else ()
-        kernel = next((k for k in shared if k.at_hand.issuperset(large)), None)
+        kernel = next((k for k in shared if _may_join(k, large, read, awaited)), None)
         if kernel is None:
-            kernel = _Kernel(operation, dict(read), written, set())
+            kernel = _Kernel(operation, dict(read), written, set(), 1 << len(found))
             found.append(kernel)
         else:
             kernel.read.update((v, n) for v, n in read.items() if v not in kernel.at_hand)
             kernel.written += written
+        awaited.update(dict.fromkeys(made, before | kernel.number))
+        if operation.kind is Kind.ROOT:
+            kernel.complete_last.update(made)
         for v in {*large, *made} - kernel.at_hand:
             kernel.at_hand.add(v)
             users.setdefault((v, backward), []).append(kernel)
@@ -77,6 +97,19 @@ def kernels(lives: Liveness, rates: Rates) -> Iterator[tuple[Operation, float]]:
         moved = sum(kernel.read.values()) + kernel.written
         if moved:
             yield kernel.first, kernel_seconds(rates, 0.0, moved)
+
+
+def _may_join(
+    kernel: _Kernel, large: Sequence[int], read: Collection[int], awaited: Mapping[int, int]
+) -> bool:
+    """What an operation reads is at hand, or there before the kernel starts.
+
+    A map is normalised by another kernel than the one that reads it for its statistics.
+    """
+    if not kernel.at_hand.issuperset(large):
+        return False
+    others = set(read).difference(large, kernel.at_hand - kernel.complete_last)
+    return not any(awaited.get(v, 0) & kernel.number for v in others)
 
 
 def _buffers(lives: Liveness) -> Iterator[tuple[Operation, dict[int, float], dict[int, float]]]:

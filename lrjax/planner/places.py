@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 
@@ -46,7 +47,7 @@ class Places:
             for v in equation.outputs
             if v in whole.row_axis and self.last_use.get(v, i) > i
         }
-        narrow = self._fewest_missed(self._narrow(), MOST_CUTS)
+        narrow = self._fewest_missed(self._narrowest(self._narrow(), MOST_CUTS), MOST_CUTS)
         most = _MOST_ROW_CUTS
         # All segments between k cuts have (k + 2)(k + 3) / 6 times the program's operations.
         while most > _FEWEST_ROW_CUTS and count * (most + 2) * (most + 3) > 6 * _MOST_TRACED:
@@ -62,7 +63,23 @@ class Places:
     def _narrow(self) -> list[int]:
         """Before operations that cost something; not where more crosses than at a neighbour."""
         places = [i for i, e in enumerate(self.whole.operations) if self._weight(e) > 0][1:]
-        measures = self.crossing()
+        return self._minima(places)
+
+    def _narrowest(self, places: list[int], most: int) -> list[int]:
+        """Without those where more crosses than at a neighbour, again, while they are too many.
+
+        Within a residual block the shortcut crosses, too: cut there, it is kept for nothing.
+        """
+        while len(places) > most:
+            fewer = self._minima(places)
+            if len(fewer) == len(places):
+                break
+            places = fewer
+        return places
+
+    def _minima(self, places: list[int]) -> list[int]:
+        """Places with no more bytes, or no more maps, than at either neighbour."""
+        measures = self.crossing
         return [
             p
             for k, p in enumerate(places)
@@ -81,6 +98,7 @@ class Places:
         size = max(math.prod(self.whole.program.avals[v].shape) for v in equation.outputs)
         return flops if flops > 4 * size else 0.0
 
+    @functools.cached_property
     def crossing(self) -> tuple[list[int], list[int]]:
         """Bytes and number of the row maps that cross before every operation."""
         avals, operations = self.whole.program.avals, self.whole.operations

@@ -181,8 +181,7 @@ class Prover:
 
     def operations(self, steps: Steps) -> float:
         """As a multiple of column's."""
-        costs = (self.model.candidates.cost(s.start, s.stop, s.choice) for s in steps)
-        return sum(cost.operations for cost in costs) / max(self.column_operations, 1.0)
+        return self.model.operations(*steps) / max(self.column_operations, 1.0)
 
     @property
     def column_operations(self) -> float:
@@ -340,7 +339,8 @@ class Prover:
         return Plan(
             fingerprint=problem.fingerprint,
             wrt=problem.wrt,
-            segments=tuple(map(self.segment_plan, steps)),
+            segments=tuple(self.segment_plan(s) for step in steps for s in step.segments),
+            groups=groups_of(steps),
             target=problem.target,
             jax_version=jax.__version__,
             budget_bytes=budget,
@@ -380,6 +380,17 @@ class Prover:
             seconds=self.model.seconds(step),
             offloaded_bytes=cost.offloaded_bytes,
         )
+
+
+def groups_of(steps: Steps, first: int = 0) -> tuple[tuple[int, int], ...]:
+    """The groups of a plan, by numbers of segments; those within a group follow it."""
+    found: list[tuple[int, int]] = []
+    for step in steps:
+        stop = first + len(step.segments)
+        if step.inner:
+            found += [(first, stop), *groups_of(step.inner, first)]
+        first = stop
+    return tuple(found)
 
 
 def planned(problem: Problem, plan: Plan) -> Callable[..., Any]:

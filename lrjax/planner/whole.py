@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import jax
@@ -37,12 +37,40 @@ class Joint:
       cotangents: the inputs that are cotangents.
       gradients: the number of outputs that are gradients.
       border: equations before it belong to the forward pass.
+      kept: the inputs that the forward pass made, of a backward pass that starts from them.
     """
 
     program: FlatProgram
     cotangents: tuple[int, ...]
     gradients: int
     border: int
+    kept: tuple[int, ...] = ()
+
+    @property
+    def forward(self) -> FlatProgram:
+        """The forward pass alone."""
+        count = len(self.program.outputs) - self.gradients
+        forward = dataclasses.replace(
+            self.program,
+            equations=self.program.equations[: self.border],
+            outputs=self.program.outputs[:count],
+        )
+        return without_dead_equations(forward)
+
+    def saving(self, kept: Collection[int]) -> FlatProgram:
+        """The forward pass, which gives ``kept`` too."""
+        forward = self.forward
+        more = sorted(set(kept).difference(values(forward.outputs)))
+        return dataclasses.replace(forward, outputs=(*forward.outputs, *more))
+
+    def starting_from(self, kept: frozenset[int]) -> Joint:
+        """The same gradients from kept values; whatever only these were made of is dead."""
+        equations = tuple(e for e in self.program.equations if kept.isdisjoint(e.outputs))
+        program = without_dead_equations(dataclasses.replace(self.program, equations=equations))
+        own = tuple(sorted(kept.intersection(v for e in program.equations for v in e.values)))
+        program = dataclasses.replace(program, inputs=(*program.inputs, *own))
+        border = len(_split(program.equations, self.cotangents)[0])
+        return dataclasses.replace(self, program=program, border=border, kept=own)
 
 
 def joint_program(program: FlatProgram, wrt: Sequence[int]) -> Joint:
@@ -130,7 +158,8 @@ def column_liveness(
     """What exists in the course of both passes; arguments and parameter gradients take nothing."""
     program = joint.program
     size = made_sizes(program, target)
-    size.update((v, buffer_bytes(program.avals[v], target)) for v in joint.cotangents)
+    before = (*joint.cotangents, *joint.kept)
+    size.update((v, buffer_bytes(program.avals[v], target)) for v in before)
     gradients = program.outputs[len(program.outputs) - len(wrt) :]
     free = [v for v, i in zip(gradients, wrt, strict=True) if axes[i] is None]
     hosts = {v: float(size_bytes(program.avals[v])) for v in values(free)}
@@ -142,7 +171,7 @@ def column_liveness(
     return Liveness(
         operations,
         size,
-        before=frozenset(joint.cotangents),
+        before=frozenset(before),
         after=given,
         hosts=hosts,
         moved=moved_bytes(program),

@@ -131,14 +131,19 @@ def scan_arity(eqn: Any) -> tuple[int, int]:
 # 0.10 to 0.12): complex values are saved as their real and imaginary parts.
 
 
-def checkpoint(function: Callable[..., Any]) -> Callable[..., Any]:
-    """``jax.checkpoint`` of a function of arrays, complex ones too."""
+def checkpoint(
+    function: Callable[..., Any], *, policy: Callable[..., Any] | None = None
+) -> Callable[..., Any]:
+    """``jax.checkpoint`` of a function of arrays, complex ones too.
+
+    A ``policy`` must not save complex values.
+    """
 
     def call(*arrays: Any) -> Any:
         def joined(*parts: Any) -> Any:
             return function(*map(from_real_parts, parts))
 
-        return jax.checkpoint(joined)(*map(real_parts, arrays))
+        return jax.checkpoint(joined, policy=policy)(*map(real_parts, arrays))
 
     return call
 

@@ -447,6 +447,7 @@ def evaluate(
     inputs: Sequence[Any],
     *,
     is_tiled_later: bool = False,
+    seen: Callable[[int, Any], Any] = lambda value, result: result,
 ) -> list[Any]:
     """Column execution of a flat program.
 
@@ -454,6 +455,7 @@ def evaluate(
       program: the program.
       inputs: its inputs.
       is_tiled_later: it is differentiated here and the gradient is tiled: see ``extremes``.
+      seen: what stands for every value and its result, such as the result with a name.
     """
     values: dict[int, Any] = dict(program.constants)
     values.update(zip(program.inputs, inputs, strict=True))
@@ -462,7 +464,7 @@ def evaluate(
         operands = [array_of(v, values) for v in equation.inputs]
         results = equation.evaluate(operands, is_tiled_later)
         for v, result in zip(equation.outputs, results, strict=True):
-            values[v] = varying_over(result, varying_axes(program.avals[v]))
+            values[v] = seen(v, varying_over(result, varying_axes(program.avals[v])))
     return [array_of(v, values) for v in program.outputs]
 
 

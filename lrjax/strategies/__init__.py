@@ -3,6 +3,7 @@
 from lrjax.strategies.base import Strategy, named, register, registered
 from lrjax.strategies.column import Checkpoint, Column
 from lrjax.strategies.micro_batches import MicroBatches
+from lrjax.strategies.selective import Selective, SelectiveNarrow
 from lrjax.strategies.stream import Stream
 from lrjax.strategies.tiled import Overlap, TwoPhase
 
@@ -11,6 +12,8 @@ __all__ = [
     "Column",
     "MicroBatches",
     "Overlap",
+    "Selective",
+    "SelectiveNarrow",
     "Strategy",
     "Stream",
     "TwoPhase",
@@ -19,5 +22,6 @@ __all__ = [
     "registered",
 ]
 
-for _strategy in (Column(), Checkpoint(), Stream(), TwoPhase(), Overlap()):
+_NAMED = (Column(), Checkpoint(), Selective(), SelectiveNarrow(), Stream(), TwoPhase(), Overlap())
+for _strategy in _NAMED:
     register(_strategy)

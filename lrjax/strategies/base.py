@@ -42,6 +42,8 @@ class Strategy(abc.ABC):
       starts_from_inputs: the backward pass needs nothing but the segment's inputs, and reads them
         where they are. So they may wait in the host's memory without a copy on the device, and it
         is worth running on one part of the batch after the other.
+      keeps_maps_within: what it ``recomputes`` starts from maps within the segment too, so that
+        two segments keep no more than one, and less is alive in their backward passes.
       has_every_derivative: JAX differentiates its function any number of times, forwards too. Of
         others the first gradient is their own, and all other derivatives are streamed.
     """
@@ -52,6 +54,7 @@ class Strategy(abc.ABC):
     order: Order | None = None
     recomputes: bool = True
     starts_from_inputs: bool = False
+    keeps_maps_within: bool = False
     has_every_derivative: bool = False
 
     @abc.abstractmethod

@@ -20,7 +20,7 @@ from lrjax.loop.rowloop import Order, RowLoop, row_loop
 from lrjax.loop.shards import shards_of
 from lrjax.loop.stage_by_stage import run_graph
 from lrjax.program.comparisons import simpler_comparisons
-from lrjax.program.inline import dependents, flatten, values_of
+from lrjax.program.inline import FlatProgram, dependents, flatten, values_of
 from lrjax.program.interpreter import collection_paused
 from lrjax.rowgraph.graph import RowGraph, build, size_bytes
 from lrjax.rowgraph.row_mesh import RowMesh
@@ -140,9 +140,11 @@ class WholeMaps:
     Attributes:
       is_recomputed: only the segment's inputs are kept, and the backward pass begins with the
         forward pass; else every map is kept that a gradient reads.
+      kept: of a program, or of its gradient's forward part, the values that are kept as well.
     """
 
     is_recomputed: bool
+    kept: Callable[[FlatProgram], frozenset[int]] | None = None
 
     @property
     def passes(self) -> tuple[RowPass, ...]:

@@ -43,6 +43,18 @@ def test_sums_of_one_map_are_one_kernel():
     assert spent(*sums) == [30]  # the map once, two results
 
 
+def test_a_map_is_not_normalised_while_it_is_summed():
+    operations = (
+        Operation("", (0,), (1,), Kind.ROOT, LIKE),
+        Operation("", (0, 1), (2,), Kind.FUSED, LIKE),
+        Operation("", (0,), (3,), Kind.ROOT, LIKE),
+    )
+    sizes = {0: 100.0, 1: 1.0, 2: 100.0, 3: 1.0}
+    lives = Liveness(operations, sizes, before=frozenset({0}), after=frozenset({2}))
+    found = [s for _, s in kernels(lives, RATES)]
+    assert sorted(found) == [102, 201]  # both sums; the map and its mean to another map
+
+
 def test_a_window_is_read_as_far_as_it_goes():
     operations = (
         Operation(WINDOW, (0,), (1,), Kind.FUSED, LIKE),

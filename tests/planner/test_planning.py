@@ -291,7 +291,7 @@ def test_cuts_are_few_and_where_one_map_crosses():
     traced = problem_of(residual, args, (None, 1), "cpu", None).traced
     candidates = Candidates(traced.program, traced.axes, [0], "cpu")
     assert len(candidates.bounds) - 2 == MOST_CUTS
-    _, crossing = candidates.places.crossing()
+    _, crossing = candidates.places.crossing
     assert {crossing[bound] for bound in candidates.bounds[2:-1]} == {1}
 
 
