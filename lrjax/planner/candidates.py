@@ -184,8 +184,10 @@ class Candidates:
     def spans(self, kind: Kind) -> Iterator[tuple[int, int]]:
         """Bounds between which segments of a kind may run."""
         if kind.is_plain and kind.strategy.keeps_maps_within:
-            # Two, for what the first gives may be wide: a stem's map before its pool.
-            every = itertools.product(range(self.last), (1, 2))
+            # Two, for what the first gives may be wide: a stem's map before its pool. XLA:CPU keeps
+            # all the same (see ``cost``).
+            counts = (1,) if self.target == "cpu" else (1, 2)
+            every = itertools.product(range(self.last), counts)
             yield from ((k, k + count) for k, count in every if k + count <= self.last)
             return
         bounds = range(self.last + 1) if kind.is_plain else self.places.row_bounds
