@@ -202,7 +202,11 @@ class Candidates:
     def spans(self, kind: Kind) -> Iterator[tuple[int, int]]:
         """Bounds between which segments of a kind may run."""
         if kind.is_plain and kind.strategy.keeps_maps_within:
-            yield from itertools.pairwise(range(self.last + 1))
+            # Two, for what the first gives may be wide: a stem's map before its pool. XLA:CPU keeps
+            # all the same (see ``cost``).
+            counts = (1,) if self.target == "cpu" else (1, 2)
+            every = itertools.product(range(self.last), counts)
+            yield from ((k, k + count) for k, count in every if k + count <= self.last)
             return
         bounds = range(self.last + 1) if kind.is_plain else self.places.row_bounds
         for start, stop in itertools.combinations(bounds, 2):
@@ -226,10 +230,12 @@ class Candidates:
     def _cost(self, start: int, stop: int, choice: Choice) -> SegmentCost:
         if choice.offload:
             return self._offloaded(start, stop, choice)
-        if stop - start > 1 and not choice.strategy.by_rows and choice.micro_batches == 1:
+        strategy, is_divided = choice.strategy, choice.micro_batches > 1
+        is_single = stop - start == 1 or strategy.keeps_maps_within
+        if not (is_single or strategy.by_rows or is_divided):
             return self._by_whole_maps(start, stop, choice)
         span = self.span(start, stop)
-        if choice.micro_batches > 1:
+        if is_divided:
             found = self._by_micro_batches(span, choice)
         else:
             found = segment_cost(span.segment, choice, span.wrt, self.target)

@@ -141,7 +141,7 @@ def test_one_part_is_the_strategy_itself():
 def test_equality_is_of_classes_and_settings():
     assert Stream() == Stream() != Column()
     assert MicroBatches("stream", 2) != MicroBatches("stream", 4)
-    assert len({*registered(), Column(), Overlap(), MicroBatches("stream", 2)}) == 6
+    assert len({*registered(), Column(), Overlap(), MicroBatches("stream", 2)}) == 8
 
 
 class Module(nn.Module):
