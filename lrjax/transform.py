@@ -10,7 +10,7 @@ from typing import Any
 
 import jax
 
-from lrjax.meshes import check_heights, on_auto_axes, row_mesh_at_hand
+from lrjax.meshes import check_callbacks, check_heights, on_auto_axes, row_mesh_at_hand
 from lrjax.options import (
     Cuts,
     MeshOption,
@@ -199,6 +199,7 @@ def segments_and_choices(
         )
         if row_mesh is not None:
             check_heights(traced.inputs, traced.axes, row_mesh)
+            check_callbacks(traced, row_mesh)
             segments = [dataclasses.replace(one, row_mesh=row_mesh) for one in segments]
         return segments, checked_segments(options, segments)
     plan.check(traced)

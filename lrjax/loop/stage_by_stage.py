@@ -13,9 +13,10 @@ from lrjax.loop.engine import run_loop
 from lrjax.loop.line_buffers import Values
 from lrjax.loop.offload import from_host, is_on_host, to_host
 from lrjax.loop.rowloop import RowLoop
-from lrjax.program.inline import FlatEquation, array_of, values_of
+from lrjax.program.inline import Atom, FlatEquation, array_of, values_of
 from lrjax.program.varying import varying_axes, varying_over
 from lrjax.rowgraph.graph import RowGraph
+from lrjax.rowgraph.row_mesh import RowMesh
 from lrjax.rules.base import Array
 
 RunLoop = Callable[[RowLoop, Values, Collection[int]], Values]
@@ -46,10 +47,12 @@ def run_graph(
     values.update(zip(graph.program.inputs, inputs, strict=True))
     images: Values = {}  # of row outputs that have rows behind the image too
     whole = ChainMap(copies, images, values)
+    shards = [loop.shards for loop in loops if loop is not None and loop.shards is not None]
+    row_mesh = shards[0].row_mesh if shards else None
     for stage, loop in enumerate(loops):
         for node in graph.column_nodes(stage):
             copies.update(_copies(graph, whole, node.equation.values))
-            values.update(run_column(graph, node.equation, whole))
+            values.update(run_column(graph, node.equation, whole, row_mesh))
         if loop is not None:
             copies.update(_copies(graph, whole, loop.wholes))
             taken = {v: whole[v] for v in loop.wholes}
@@ -67,11 +70,29 @@ def _copies(graph: RowGraph, values: Mapping[int, Any], taken: Sequence[int]) ->
     return {v: from_host(values[v], graph.row_axis[v]) for v in taken if is_on_host(values[v])}
 
 
-def run_column(graph: RowGraph, equation: FlatEquation, values: Mapping[int, Any]) -> Values:
-    """Evaluate one equation on whole values."""
-    results = equation.evaluate([array_of(v, values) for v in equation.inputs])
+def run_column(
+    graph: RowGraph,
+    equation: FlatEquation,
+    values: Mapping[int, Any],
+    row_mesh: RowMesh | None = None,
+) -> Values:
+    """Evaluate one equation on whole values.
+
+    Where devices of a ``row_mesh`` share rows, maps whose rows do not divide evenly among them are
+    read and made whole on each: XLA's partitioner aborts on some scatters of others, as the
+    gradient of a sort is one (jaxlib 0.10 to 0.12).
+    """
+
+    def placed(atom: Atom, array: Array) -> Array:
+        axis = graph.axis_of(atom)
+        if row_mesh is None or axis is None:
+            return array
+        return row_mesh.not_unevenly_divided(array, axis)
+
+    operands = [placed(atom, array_of(atom, values)) for atom in equation.inputs]
+    results = equation.evaluate(operands)
     avals = graph.program.avals
     return {
-        v: varying_over(result, varying_axes(avals[v]))
+        v: placed(v, varying_over(result, varying_axes(avals[v])))
         for v, result in zip(equation.outputs, results, strict=True)
     }

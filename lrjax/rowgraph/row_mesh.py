@@ -5,6 +5,10 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+import jax
+from jax import lax
+from jax.sharding import NamedSharding, PartitionSpec
+
 
 @dataclasses.dataclass(frozen=True)
 class RowMesh:
@@ -23,3 +27,13 @@ class RowMesh:
     def count(self) -> int:
         """How many devices share the rows of an image."""
         return int(self.mesh.shape[self.axis])
+
+    def not_unevenly_divided(self, array: jax.Array, axis: int) -> jax.Array:
+        """An array with rows along ``axis``, all on every device if they do not divide evenly."""
+        if array.shape[axis] % self.count == 0:
+            return array
+        rest = PartitionSpec.UNCONSTRAINED
+        spec = PartitionSpec(*(None if a == axis else rest for a in range(array.ndim)))
+        at_hand = jax.sharding.get_abstract_mesh()
+        where = spec if not at_hand.empty else NamedSharding(self.mesh, spec)
+        return lax.with_sharding_constraint(array, where)

@@ -169,8 +169,10 @@ RULES = (
     Rule((lax.cumsum_p,), cumulative, Traits(
         preserves_finiteness=True, linearity=additive_in(0), reverse_reads_operands=False,
     )),
-    Rule((lax.sort_p,), sort, Traits(Kind.LIBRARY, preserves_finiteness=True)),
-    Rule((lax.top_k_p,), top_k, Traits(preserves_finiteness=True)),
+    Rule((lax.sort_p,), sort, Traits(
+        Kind.LIBRARY, preserves_finiteness=True, divides_unevenly=False,
+    )),
+    Rule((lax.top_k_p,), top_k, Traits(preserves_finiteness=True, divides_unevenly=False)),
     Rule((lax.fft_p,), fourier_transform, Traits(
         Kind.LIBRARY, preserves_finiteness=True, linearity=additive_in(0),
     )),

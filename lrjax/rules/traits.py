@@ -56,6 +56,9 @@ class Traits:
       linearity: which results are additive in which operands.
       reverse_reads_operands: False where the cotangents of its operands are made from the result's
         cotangent alone, so that no operand is kept for them.
+      divides_unevenly: XLA's partitioner takes its maps, and those of its derivatives, where rows
+        do not divide evenly among devices. It aborts on some scatters of such, as the gradient of
+        a sort is one (jaxlib 0.10 to 0.12).
       operations: floating-point operations of an equation on whole maps, as column runs it.
     """
 
@@ -67,6 +70,7 @@ class Traits:
     has_derivative: bool = True
     linearity: Linearity = not_additive
     reverse_reads_operands: bool = True
+    divides_unevenly: bool = True
     operations: Callable[[Equation], float] = no_operations
 
 
