@@ -42,6 +42,16 @@ FOUND = {
         cuts=2,
         devices=3,
     ),
+    # XLA gave a divided transform of double precision factors of single precision.
+    "fft": Spec(
+        layers=(L("over_rows", how="fft"), L("dense", features=3, how="width"), L("dense")),
+        layout="NCHW",
+        height=9,
+        seed=2452,
+        cuts=3,
+        argnums=(1,),
+        devices=3,
+    ),
     # A call with a derivative of its own, of rows and a constant.
     "softplus": Spec(
         layers=(L("act", name="softplus"),), height=2, strategy="overl", num_blocks=1, devices=2

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import flax.linen as nn
+from jax.sharding import Mesh
 
 import lrjax
 import lrjax.linen
@@ -26,12 +27,15 @@ class Strategy:
       num_blocks: steps the rows are admitted in, or one number per segment; default: lrjax chooses.
       cuts: names of the values between segments; for VGG-16 `"pool1"` to `"pool5"`.
       micro_batches: parts of the batch that run one after the other.
+      mesh: devices that share the rows of each image, along its axis `rows`; None: one device, or
+        XLA divides what arrays' shardings say.
     """
 
     name: str = "stream"
     num_blocks: int | tuple[int, ...] | None = None
     cuts: tuple[str, ...] = ()
     micro_batches: int = 1
+    mesh: Mesh | None = None
 
     def __post_init__(self) -> None:
         names = [strategy.name for strategy in registered()]
@@ -114,6 +118,8 @@ class Strategy:
             "num_blocks": self.num_blocks,
             "strategy": MicroBatches(self.name, self.micro_batches),
             "cuts": self.cuts,
+            "mesh": self.mesh,
+            "row_mesh_axis": None if self.mesh is None else "rows",
         }
 
     @property

@@ -17,7 +17,8 @@ from lrjax.program.inline import Atom, FlatEquation, array_of, values_of
 from lrjax.program.varying import varying_axes, varying_over
 from lrjax.rowgraph.graph import RowGraph
 from lrjax.rowgraph.row_mesh import RowMesh
-from lrjax.rules.base import Array
+from lrjax.rules.base import Array, traits_of
+from lrjax.rules.traits import Division
 
 RunLoop = Callable[[RowLoop, Values, Collection[int]], Values]
 
@@ -78,16 +79,18 @@ def run_column(
 ) -> Values:
     """Evaluate one equation on whole values.
 
-    Where devices of a ``row_mesh`` share rows, maps whose rows do not divide evenly among them are
-    read and made whole on each: XLA's partitioner aborts on some scatters of others, as the
-    gradient of a sort is one (jaxlib 0.10 to 0.12).
+    With a ``row_mesh`` whose devices share rows, maps that XLA must not divide among them are read
+    and made whole on each; of an operation that needs whole maps, those that do not divide evenly.
     """
+
+    division = traits_of(equation.primitive).division
 
     def placed(atom: Atom, array: Array) -> Array:
         axis = graph.axis_of(atom)
         if row_mesh is None or axis is None:
             return array
-        return row_mesh.not_unevenly_divided(array, axis)
+        may_be_divided = division is not Division.NEVER and row_mesh.divides(array.shape[axis])
+        return array if may_be_divided else row_mesh.on_every_device(array, axis)
 
     operands = [placed(atom, array_of(atom, values)) for atom in equation.inputs]
     results = equation.evaluate(operands)

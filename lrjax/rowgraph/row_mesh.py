@@ -28,10 +28,12 @@ class RowMesh:
         """How many devices share the rows of an image."""
         return int(self.mesh.shape[self.axis])
 
-    def not_unevenly_divided(self, array: jax.Array, axis: int) -> jax.Array:
-        """An array with rows along ``axis``, all on every device if they do not divide evenly."""
-        if array.shape[axis] % self.count == 0:
-            return array
+    def divides(self, height: int) -> bool:
+        """Whether every device gets as many of so many rows."""
+        return height % self.count == 0
+
+    def on_every_device(self, array: jax.Array, axis: int) -> jax.Array:
+        """An array with rows along ``axis``, all of which every device has."""
         rest = PartitionSpec.UNCONSTRAINED
         spec = PartitionSpec(*(None if a == axis else rest for a in range(array.ndim)))
         at_hand = jax.sharding.get_abstract_mesh()

@@ -16,6 +16,7 @@ from lrjax.program.inline import array_of, evaluate
 from lrjax.rowgraph.graph import RowNode, build
 from lrjax.rowgraph.segments import Segment
 from lrjax.rules.base import Array, traits_of
+from lrjax.rules.traits import Division
 from lrjax.strategies.base import NOTHING_HOSTED, Function, Strategy
 from lrjax.strategies.programs import WholeMaps
 
@@ -85,9 +86,9 @@ def evaluation(segment: Segment) -> Function:
         values: dict[int, Array] = dict(graph.program.constants)
         values.update(zip(graph.program.inputs, inputs, strict=True))
         for node in graph.nodes:
-            traits = traits_of(node.equation.primitive)
-            is_divided = isinstance(node, RowNode) and traits.divides_unevenly
-            mesh = None if is_divided else row_mesh
+            division = traits_of(node.equation.primitive).division
+            is_free = isinstance(node, RowNode) and division is Division.ALWAYS
+            mesh = None if is_free else row_mesh
             values.update(run_column(graph, node.equation, values, mesh))
         return [array_of(v, values) for v in graph.program.outputs]
 
