@@ -15,9 +15,10 @@ from typing import Any
 import jax
 from jax.sharding import AxisType, NamedSharding
 
+from lrjax.program.compatibility import is_ordered
 from lrjax.rowgraph.graph import build
 from lrjax.rowgraph.row_mesh import RowMesh
-from lrjax.rowgraph.tracing import arrays_in, flat_axes, full_trace, is_array, trace
+from lrjax.rowgraph.tracing import Traced, arrays_in, flat_axes, full_trace, is_array, trace
 
 Call = Callable[[tuple[Any, ...], dict[str, Any]], Any]
 
@@ -221,6 +222,19 @@ def check_heights(inputs: Sequence[Any], axes: Sequence[int | None], row_mesh: R
             f"row_mesh_axis={row_mesh.axis!r}: {max(heights)} rows cannot be divided among "
             f"{row_mesh.count} devices; use a mesh with at most {max(heights)} along that axis, or "
             "divide the batch instead and leave row_mesh_axis out."
+        )
+
+
+def check_callbacks(traced: Traced, row_mesh: RowMesh) -> None:
+    """Refuse callbacks in the order of the program, which JAX runs on one device alone.
+
+    Raises:
+      ValueError: there is one.
+    """
+    if any(is_ordered(e.params) for e in (*traced.program.equations, *traced.effects)):
+        raise ValueError(
+            f"row_mesh_axis={row_mesh.axis!r}: fun has a callback with ordered=True, and JAX keeps "
+            "no order on several devices; give ordered=False, or leave row_mesh_axis out."
         )
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import jax
 
 from lrjax.groups import Tree, leaves
-from lrjax.meshes import check_heights, on_auto_axes, row_mesh_at_hand
+from lrjax.meshes import check_callbacks, check_heights, on_auto_axes, row_mesh_at_hand
 from lrjax.options import (
     Cuts,
     MeshOption,
@@ -236,6 +236,7 @@ def segments_and_choices(
         segments = split_at(traced.program, traced.axes, plan.cuts)
     if row_mesh is not None:
         check_heights(traced.inputs, traced.axes, row_mesh)
+        check_callbacks(traced, row_mesh)
         segments = [dataclasses.replace(one, row_mesh=row_mesh) for one in segments]
     return segments, checked_segments(options, segments) if plan is None else plan.choices
 

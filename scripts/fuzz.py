@@ -3,6 +3,7 @@
     python scripts/fuzz.py --graphs 5000 --seed 0 --jobs 2
     python scripts/fuzz.py --graphs 200 --without custom_reducing,debug
     python scripts/fuzz.py --graphs 5000 --seed 0 --out experiments/results/fuzz.json
+    python scripts/fuzz.py --graphs 500 --devices 2,3,8 --out experiments/results/fuzz_mesh.json
 
 Network number ``i`` follows from the seed ``i`` alone. Every network runs in a process that is
 started again when XLA aborts it or when it takes longer than ``--timeout``, and both are reported
@@ -12,13 +13,18 @@ for CPUs, which are quicker and which jaxlib has until 0.11, do so often), so th
 unequal to all that it was taken of and its gradient is 0 / 0, in column as by rows. The summary
 counts what was compiled again, by the flags that helped.
 
-Results go to ``runs/fuzz_<seed>.jsonl`` as they come; started again, the script goes on behind
-them, with ``--again`` those that failed included. A network that fails is made smaller until
-nothing can be left out, and written to ``runs/found/`` as a test that can be run.
+With ``--devices`` the rows of every image are shared by as many devices of a mesh, host devices of
+a CPU; of several numbers, the networks take turns among those that do not exceed their height.
+
+Results go to ``runs/fuzz_<seed>.jsonl`` as they come (on devices ``fuzz_<seed>_on_2_3_8.jsonl``);
+started again, the script goes on behind them, with ``--again`` those that failed included. A
+network that fails is made smaller until nothing can be left out, and written to ``runs/found/`` as
+a test that can be run.
 """
 
 import argparse
 import collections
+import dataclasses
 import importlib.metadata
 import json
 import os
@@ -26,6 +32,7 @@ import queue
 import select
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Sequence
@@ -62,13 +69,21 @@ def work(requests: Any, answers: Any) -> None:
         begun = time.monotonic()
         tell(phase="draw")
         if "seed" in request:
-            spec = spec_of(Random(request["seed"]), request["without"])
+            drawn = spec_of(Random(request["seed"]), request["without"])
+            spec = dataclasses.replace(drawn, devices=devices_of(request, drawn.height))
         else:
             spec = eval(request["spec"], {"L": L, "Spec": Spec})
         tell(spec=repr(spec))
         answer = judged(spec, lambda phase: tell(phase=phase))
         tell(done={**answer, "seconds": round(time.monotonic() - begun, 2)})
         jax.clear_caches()
+
+
+def devices_of(request: dict[str, Any], height: int) -> int:
+    """How many devices share an image of this height: those that may take turns by seeds."""
+    listed = request["devices"]
+    fitting = [count for count in listed if count <= height] or listed
+    return fitting[request["seed"] % len(fitting)]
 
 
 def judged(spec: Any, phase: Any) -> dict[str, Any]:
@@ -105,6 +120,7 @@ class Worker:
         self.process: subprocess.Popen[bytes] | None = None
         self.served = 0
         self.buffer = b""
+        self.errors: Any = None
 
     def ask(self, **request: Any) -> dict[str, Any]:
         """The answer for a network, also where the process did not live to give it."""
@@ -123,7 +139,8 @@ class Worker:
                 hung = self.process.poll() is None
                 code = self.stop()
                 status = "hung" if hung else "aborted"
-                detail = f"in {answer['phase']}" + ("" if hung else f", exit status {code}")
+                detail = f"in {answer['phase']}"
+                detail += "" if hung else f", exit status {code}: {self.last_words()}"
                 if answer["phase"] in ("draw", "build", "column"):
                     status, detail = "unsuitable", f"{status} without rows"
                 return {**answer, "status": status, "detail": detail, "seconds": self.timeout}
@@ -150,17 +167,25 @@ class Worker:
 
     def restart(self) -> None:
         self.stop()
+        self.errors = tempfile.TemporaryFile()  # noqa: SIM115
         self.process = subprocess.Popen(
             self.command,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
+            stderr=self.errors,
             env={
                 **os.environ,
                 "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {self.flags}".strip(),
             },
         )
         self.served, self.buffer = 0, b""
+
+    def last_words(self) -> str:
+        """The line in which XLA says which of its checks failed."""
+        self.errors.seek(0)
+        lines = self.errors.read().decode(errors="replace").splitlines()
+        failed = [line for line in lines if "Check failed" in line or line.startswith("F")]
+        return failed[-1].partition("] ")[2] if failed else ""
 
     def stop(self) -> int | None:
         if self.process is None:
@@ -175,6 +200,11 @@ def quick_flags() -> str:
     """Flags with which small programs compile three times as fast, where jaxlib knows them."""
     major, minor = map(int, importlib.metadata.version("jaxlib").split(".")[:2])
     return "--xla_cpu_use_fusion_emitters=false" if (major, minor) < (0, 11) else ""
+
+
+def device_flags(count: int) -> str:
+    """Flags with which a CPU is so many devices."""
+    return f"--xla_force_host_platform_device_count={count}" if count > 1 else ""
 
 
 def failing_class(answer: dict[str, Any]) -> str | None:
@@ -222,7 +252,7 @@ class Run:
 
     def __init__(self, args: argparse.Namespace):
         self.args = args
-        self.state = args.state or ROOT / "runs" / f"fuzz_{args.seed}.jsonl"
+        self.state = args.state or ROOT / "runs" / f"fuzz_{run_name(args)}.jsonl"
         self.answers: dict[int, dict[str, Any]] = {}
         self.versions: dict[str, str] = {}
         self.lock = threading.Lock()
@@ -249,28 +279,31 @@ class Run:
 
     def work(self) -> None:
         flags = dict.fromkeys((quick_flags(), "", WITHOUT_FUSIONS))
-        worker, *others = (Worker(self.args.timeout, flags=own) for own in flags)
+        devices = device_flags(max(self.args.devices))
+        workers = {own: Worker(self.args.timeout, flags=f"{devices} {own}") for own in flags}
+        worker = workers.pop(quick_flags())
+        asked = {"without": self.args.without, "devices": self.args.devices}
         try:
             while True:
                 try:
                     seed = self.todo.get_nowait()
                 except queue.Empty:
                     return
-                answer = worker.ask(seed=seed, without=self.args.without)
+                answer = worker.ask(seed=seed, **asked)
                 if answer["status"] == "hung":  # or the machine was busy
-                    answer = worker.ask(seed=seed, without=self.args.without)
-                for other in others:
+                    answer = worker.ask(seed=seed, **asked)
+                for own, other in workers.items():
                     if failing_class(answer) is not None:
-                        answer = other.ask(seed=seed, without=self.args.without)
-                        answer["compiled_again"] = other.flags or "as users do"
+                        answer = other.ask(seed=seed, **asked)
+                        answer["compiled_again"] = own or "as users do"
                 answer = {"seed": seed, **answer}
                 if failing_class(answer) is not None and self.args.shrink_seconds > 0:
-                    spec, best = shrunk(others[-1], answer, self.args.shrink_seconds)
+                    spec, best = shrunk(workers[WITHOUT_FUSIONS], answer, self.args.shrink_seconds)
                     answer["shrunk"], answer["detail"] = spec, best["detail"]
                     write_test(self.args.found / f"test_found_{seed}.py", seed, spec, answer)
                 self.add(answer)
         finally:
-            for one in (worker, *others):
+            for one in (worker, *workers.values()):
                 one.stop()
 
     def add(self, answer: dict[str, Any]) -> None:
@@ -309,6 +342,7 @@ class Run:
             "unsuitable": dict(collections.Counter(a["detail"] for a in unsuitable).most_common()),
             "strategies": dict(strategies.most_common()),
             "without": list(self.args.without),
+            "devices": dict(sorted(collections.Counter(map(devices_in, compared)).items())),
             "seconds_per_network": round(seconds / max(len(answers), 1), 2),
             "versions": self.versions,
         }
@@ -322,6 +356,26 @@ def strategy_of(spec: str) -> str:
     return "mixed" if behind.startswith("(") else behind.split("'")[1]
 
 
+def devices_in(answer: dict[str, Any]) -> int:
+    """How many devices shared the rows of a network."""
+    _, _, behind = answer["spec"].rpartition("devices=")
+    return int(behind.rstrip(")")) if behind != answer["spec"] else 1
+
+
+def run_name(args: argparse.Namespace) -> str:
+    """The seed, and on how many devices where that is more than one."""
+    on = "_on_" + "_".join(map(str, args.devices)) if args.devices != [1] else ""
+    return f"{args.seed}{on}"
+
+
+def counts(text: str) -> list[int]:
+    """Numbers of devices, by commas."""
+    found = [int(part) for part in text.split(",")]
+    if min(found) < 1:
+        raise argparse.ArgumentTypeError("use numbers of devices, 1 or more, such as 2,3,8")
+    return found
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -331,6 +385,9 @@ def main() -> int:
     parser.add_argument("--jobs", type=int, default=1, help="processes at a time")
     parser.add_argument("--timeout", type=float, default=120.0, help="seconds for one network")
     parser.add_argument("--again", action="store_true", help="also those that failed before")
+    parser.add_argument(
+        "--devices", type=counts, default=[1], help="that share rows; several, by commas: in turn"
+    )
     parser.add_argument("--without", default="", help="kinds or families to leave out, by commas")
     parser.add_argument(
         "--shrink-seconds", type=float, default=300.0, help="0: failures stay as is"

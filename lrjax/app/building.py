@@ -1,6 +1,7 @@
 """From a configuration to what it names: images, network, optimiser. Nothing is compiled."""
 
 import contextlib
+import dataclasses
 import zlib
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,7 +15,8 @@ import optax
 from lrjax.app import data
 from lrjax.app.config import Config, DataSection, ModelSection, StrategySection
 from lrjax.app.data import ImageSource
-from lrjax.app.strategy import Planned, Strategy, parse_num_blocks
+from lrjax.app.placement import ONE_DEVICE, Placement
+from lrjax.app.strategy import ROWS, Planned, Strategy, parse_num_blocks
 from lrjax.models import registry
 from lrjax.plan import Plan
 
@@ -34,6 +36,7 @@ class Prepared:
       execution: how the rows run; None where a budget is to be planned for.
       steps: of training.
       skipped: files that are left out, with reasons.
+      placement: the devices.
     """
 
     config: Config
@@ -44,6 +47,7 @@ class Prepared:
     execution: Strategy | Planned | None
     steps: int
     skipped: tuple[str, ...]
+    placement: Placement = ONE_DEVICE
 
     @property
     def facts(self) -> dict[str, Any]:
@@ -57,13 +61,13 @@ class Prepared:
         }
 
 
-def prepare(config: Config) -> Prepared:
+def prepare(config: Config, placement: Placement = ONE_DEVICE) -> Prepared:
     """Opens the data and builds the network, the optimiser and the strategy.
 
     Raises:
       ValueError: something does not exist, cannot be read or does not fit; says what to do.
     """
-    execution = execution_of(config.strategy)
+    execution = execution_of(config.strategy, placement)
     registry.network(config.model.name)
     whole = source_of(config)
     skipped = [str(file) for file in getattr(whole, "skipped", ())]
@@ -76,6 +80,7 @@ def prepare(config: Config) -> Prepared:
     augmentation = config.augment.build()
     if augmentation is not None:
         augmentation.check(source.image_shape)
+    placement.check(source.image_shape, config.train.batch)
     steps = config.steps(len(source))
     return Prepared(
         config=config,
@@ -86,6 +91,7 @@ def prepare(config: Config) -> Prepared:
         execution=execution,
         steps=steps,
         skipped=tuple(skipped),
+        placement=placement,
     )
 
 
@@ -180,8 +186,10 @@ def network_of(chosen: ModelSection, num_classes: int) -> nn.Module:
     )
 
 
-def execution_of(chosen: StrategySection) -> Strategy | Planned | None:
-    """How the rows run; None where a budget is to be planned for.
+def execution_of(
+    chosen: StrategySection, placement: Placement = ONE_DEVICE
+) -> Strategy | Planned | None:
+    """How the rows run, and on which devices; None where a budget is to be planned for.
 
     Raises:
       ValueError: a strategy that does not exist, or a file that is no plan.
@@ -193,10 +201,17 @@ def execution_of(chosen: StrategySection) -> Strategy | Planned | None:
         raise ValueError(
             f"{source}: the plan chooses strategy, blocks, cuts and micro-batches; leave them out"
         )
+    if (chosen.budget or chosen.plan) and placement != ONE_DEVICE:
+        raise ValueError(
+            f"{source}: a plan is made for one device; give its strategy, blocks (of each device) "
+            "and cuts instead, or leave devices out"
+        )
     if chosen.budget:
         return None
     if not chosen.plan:
-        return by_name
+        shared = placement.rows > 1
+        mesh, axis = (placement.mesh, ROWS) if shared else (None, None)
+        return dataclasses.replace(by_name, mesh=mesh, row_mesh_axis=axis)
     try:
         return Planned(Plan.load(chosen.plan))
     except OSError as error:

@@ -107,6 +107,32 @@ class StrategySection(_Section):
         return ",".join(map(str, value)) if isinstance(value, list | tuple) else value
 
 
+class MeshSection(_Section):
+    """Devices; see `lrjax.app.placement`.
+
+    Attributes:
+      rows: that share the rows of each image. Default: one; of several processes, all there are.
+      data: groups of devices that share a batch.
+    """
+
+    rows: int | None = None
+    data: int = 1
+
+
+class ProcessesSection(_Section):
+    """How several processes find each other; see `lrjax.app.processes.start`. Not kept with a run.
+
+    Attributes:
+      count: how many, or `"auto"`, where JAX knows the scheduler. Default: this one alone.
+      coordinator: `HOST:PORT` of the first.
+      id: the number of this one.
+    """
+
+    count: int | Literal["auto"] | None = None
+    coordinator: str | None = None
+    id: int | None = None
+
+
 class OptimizerSection(_Section):
     """The optimiser; keys beyond these are its own (`weight_decay`, `b1`, ...)."""
 
@@ -181,6 +207,8 @@ class Config(_Section):
     schedule: ScheduleSection = ScheduleSection()
     train: TrainSection = TrainSection()
     run: RunSection = RunSection()
+    mesh: MeshSection = MeshSection()
+    processes: ProcessesSection = ProcessesSection()
 
     @classmethod
     def of(cls, flat: Mapping[str, Any]) -> "Config":
@@ -214,6 +242,10 @@ class Config(_Section):
             for name, value in values.items()
         }
 
+    def kept(self) -> dict[str, Any]:
+        """What a run's directory keeps, for JSON: all but where its processes met."""
+        return self.model_dump(mode="json", exclude={"processes"})
+
     def check(self) -> None:
         """Raises `ValueError` for numbers that no run can have."""
         train, run = self.train, self.run
@@ -224,6 +256,8 @@ class Config(_Section):
             "train.validate_every": train.validate_every,
             "checkpoint_every": run.checkpoint_every,
             "data.max_pixels": self.data.max_pixels,
+            "devices": self.mesh.rows,
+            "data_devices": self.mesh.data,
         }
         for name, number in positive.items():
             if number is not None and not number > 0:
@@ -255,7 +289,10 @@ FREE_ON_RESUME = {
     *LENGTH,
     "train.validate_every",
     *(f"run.{name}" for name in RunSection.model_fields),
+    *(f"processes.{name}" for name in ProcessesSection.model_fields),
 }
+# These change sums' order, and so the last bits; blocks are each device's own.
+MESH = {f"mesh.{name}" for name in MeshSection.model_fields}
 
 
 def differences(saved: Config, given: Config) -> dict[str, tuple[Any, Any]]:
@@ -263,6 +300,7 @@ def differences(saved: Config, given: Config) -> dict[str, tuple[Any, Any]]:
     one, other = saved.flat(), given.flat()
     keys = {key for key in (*one, *other) if one.get(key) != other.get(key)}
     allowed = FREE_ON_RESUME - (LENGTH if saved.schedule.build().depends_on_length else set())
+    allowed |= MESH | ({"strategy.num_blocks"} if keys & MESH else set())
     return {key: (one.get(key), other.get(key)) for key in sorted(keys - allowed)}
 
 

@@ -11,6 +11,7 @@ import numpy as np
 import optax
 
 from lrjax.app.data import ImageSource, in_order
+from lrjax.app.placement import ONE_DEVICE, Placement
 from lrjax.app.step import batch_structs
 from lrjax.app.strategy import Execution
 
@@ -51,19 +52,31 @@ class Evaluator:
       source: images of the shape, and with the classes, that are evaluated.
       execution: how the rows run.
       batch_size: images at a time.
+      placement: the devices; those of the execution.
     """
 
     def __init__(
-        self, model: nn.Module, source: ImageSource, execution: Execution, *, batch_size: int
+        self,
+        model: nn.Module,
+        source: ImageSource,
+        execution: Execution,
+        *,
+        batch_size: int,
+        placement: Placement = ONE_DEVICE,
     ) -> None:
-        self._batch_size = batch_size
-        self._call = jax.jit(_sums_function(model, source, execution))
+        self._batch_size, self._placement = batch_size, placement
+        self._call = jax.jit(
+            _sums_function(model, source, execution), out_shardings=placement.replicated
+        )
 
     def __call__(self, params: Any, statistics: Any, source: ImageSource) -> Evaluation:
         """Evaluates every image of a source once."""
         total: _Sums | None = None
-        for batch, count in in_order(source, self._batch_size):
-            sums = self._call(params, batch["image"], batch["label"], statistics)
+        size, shape, placement = self._batch_size, source.image_shape, self._placement
+        params, statistics = (placement.everywhere(tree) for tree in (params, statistics))
+        for batch, count in in_order(source, size, placement.share(size, shape)):
+            images, labels = placement.batch(batch, size, shape)
+            sums = self._call(params, images, labels, statistics)
             found = _Sums(*(np.asarray(part, np.float64)[:count].sum(axis=0) for part in sums))
             total = found if total is None else _Sums(*map(np.add, total, found))
         if total is None:
@@ -123,9 +136,15 @@ class Predictor:
     """Classes of images, or of their pixels; arguments as for `Evaluator`."""
 
     def __init__(
-        self, model: nn.Module, source: ImageSource, execution: Execution, *, batch_size: int
+        self,
+        model: nn.Module,
+        source: ImageSource,
+        execution: Execution,
+        *,
+        batch_size: int,
+        placement: Placement = ONE_DEVICE,
     ) -> None:
-        self._structs = batch_structs(source, batch_size)
+        self._structs, self._placement = batch_structs(source, batch_size), placement
         strategy = execution.without_plan
         if source.label_shape:
 
@@ -158,5 +177,8 @@ class Predictor:
 
     def _predicted(self, params: Any, statistics: Any, batch: list[np.ndarray]) -> Any:
         size = self._structs[0].shape[0]
-        full = np.stack(batch + [batch[-1]] * (size - len(batch)))
+        full: Any = np.stack(batch + [batch[-1]] * (size - len(batch)))
+        divided = self._placement.of_batch(full.shape)
+        if divided is not None:
+            full = jax.device_put(full, divided)
         return np.asarray(self._call(params, full, statistics))[: len(batch)]

@@ -9,13 +9,13 @@ from typing import Any
 import jax
 
 from lrjax import memory
+from lrjax.app.strategy import ROWS
 from lrjax.planner.budget import parse_budget
 from lrjax.planner.inverse import METHODS, Largest, Question, largest
 from lrjax.planner.mesh import planned_row_mesh
 from lrjax.planner.problem import Problem, problem_of
 from lrjax.planner.proof import OnProgress
 
-ROWS = "rows"  # the mesh axis along which devices share rows
 SIDE_STEP = 256
 START_SIDE = 2048
 START_BATCH = 4

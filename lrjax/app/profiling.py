@@ -131,8 +131,8 @@ def gradient_program(
     Raises:
       ValueError: there are fewer rows than devices, or not so many devices.
     """
-    from lrjax.app.planning import ROWS, mesh_of, training_call
-    from lrjax.app.strategy import Strategy
+    from lrjax.app.planning import mesh_of, training_call
+    from lrjax.app.strategy import ROWS, Strategy
 
     _, args, in_axes = training_call(network, image, batch, dtype, labels_pixels=labels_pixels)
     row_mesh = planned_row_mesh(mesh_of(devices), None, target)

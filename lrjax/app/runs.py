@@ -13,11 +13,14 @@ from typing import Any
 import jax
 import numpy as np
 
-from lrjax.app import budget, checkpoints, diagnosis, logs, report, saved
+from lrjax.app import budget, checkpoints, diagnosis, interruption, logs, processes, report, saved
 from lrjax.app.building import Prepared, prepare
 from lrjax.app.checkpoints import Checkpoint, Checkpoints
 from lrjax.app.config import LENGTH, Config, differences
 from lrjax.app.evaluation import Evaluation, Evaluator
+from lrjax.app.interruption import StoppedError
+from lrjax.app.lock import locked
+from lrjax.app.placement import placement_of
 from lrjax.app.step import CompiledStep, check_step, compile_step, initial_state, keys_of
 from lrjax.app.strategy import Execution, Planned, Strategy
 from lrjax.app.training import DivergedError, Progress, Start, Training, train
@@ -70,7 +73,7 @@ def check(config: Config) -> None:
     Raises:
       ValueError: it does not; says what to do.
     """
-    prepared = prepare(config)
+    prepared = prepare(config, placement_of(config.mesh.rows, config.mesh.data))
     # A budget is planned for by compiling, so only model and data are looked at.
     execution = prepared.execution or Strategy("column")
     check_step(prepared.model, prepared.source, execution, batch_size=config.train.batch)
@@ -134,15 +137,36 @@ def run(
       DivergedError: a loss or gradient is not finite; says where.
       lrjax.app.diagnosis.OutOfMemoryError: the step does not fit; says what would.
       lrjax.app.checkpoints.CannotWriteError: the disk is full, or may not be written to.
+      lrjax.app.interruption.StoppedError: SIGTERM asked the run to end, and after a step it did.
     """
-    listener = listener or Listener()
-    report.check_writable(out)
+    if listener is None or not processes.is_first():
+        listener = Listener()
     if config.run.keep:
         checkpoints.check_directory(out)
     if config.run.tensorboard:
         logs.check_tensorboard()
-    _check_directory(out, resume=resume, overwrite=overwrite)
-    prepared = prepare(config)
+    with ExitStack() as held:
+
+        def enter() -> None:
+            report.check_writable(out)
+            held.enter_context(locked(out))
+            _check_directory(out, resume=resume, overwrite=overwrite)
+
+        processes.first_does(enter)
+        return _run(config, out, listener, options, resume=resume, overwrite=overwrite)
+
+
+def _run(
+    config: Config,
+    out: Path,
+    listener: Listener,
+    options: dict[str, Any] | None,
+    *,
+    resume: bool,
+    overwrite: bool,
+) -> Result:
+    """`run`, in a directory that no other trainer uses."""
+    prepared = prepare(config, placement_of(config.mesh.rows, config.mesh.data))
     listener.prepared(prepared)
     start = _start(prepared, out, listener) if resume else None
     compiled: CompiledStep | None = None
@@ -152,6 +176,8 @@ def run(
         return _Run(prepared, compiled, out, start, listener).result(options)
     except DivergedError as error:
         assert compiled is not None
+        if jax.process_count() > 1:  # which have parts of the batch each
+            raise
         error.args = (diagnosis.of_divergence(error, compiled, prepared.source),)
         raise
     except (jax.errors.JaxRuntimeError, DoesNotFitError) as error:
@@ -181,6 +207,7 @@ def _compiled(
         "batch_size": config.train.batch,
         "seed": config.train.seed,
         "state": start.state if start else None,
+        "placement": prepared.placement,
     }
     execution = prepared.execution
     if execution is None and resume and (out / saved.PLAN_FILE).exists():
@@ -242,6 +269,15 @@ def _begin(
     prepared: Prepared, compiled: CompiledStep, out: Path, start: Start | None, *, overwrite: bool
 ) -> None:
     """Makes the directory, with the configuration, the plan and the samples in it."""
+    if processes.is_first():
+        _write_beginning(prepared, compiled, out, start, overwrite=overwrite)
+    processes.wait_for_all("lrjax: the run's directory")
+    processes.check_shared(out / saved.CONFIG_FILE)
+
+
+def _write_beginning(
+    prepared: Prepared, compiled: CompiledStep, out: Path, start: Start | None, *, overwrite: bool
+) -> None:
     out.mkdir(parents=True, exist_ok=True)
     if start is None:
         _clear(out, everything=overwrite)
@@ -297,19 +333,20 @@ class _Run:
                 prepared.validation,
                 compiled.execution,
                 batch_size=self._config.train.batch,
+                placement=prepared.placement,
             )
 
     def result(self, options: dict[str, Any] | None) -> Result:
         """Trains, and writes what a finished run leaves."""
         config, run = self._config, self._config.run
         with ExitStack() as stack:
-            self._log = stack.enter_context(
-                logs.Log(
-                    self._out,
-                    after=self._start.step if self._start else 0,
-                    tensorboard=run.tensorboard,
+            self._log: logs.Log | None = None
+            if processes.is_first():
+                after = self._start.step if self._start else 0
+                self._log = stack.enter_context(
+                    logs.Log(self._out, after=after, tensorboard=run.tensorboard)
                 )
-            )
+            self._request = stack.enter_context(interruption.requests())
             self._checkpoints: Checkpoints | None = None
             if run.keep:
                 self._checkpoints = stack.enter_context(Checkpoints(self._out, keep=run.keep))
@@ -324,7 +361,7 @@ class _Run:
                 start=self._start,
                 on_progress=self._after_step,
             )
-        whole = self._with_earlier_steps(training)
+        whole = self._with_earlier_steps(training) if processes.is_first() else training
         metrics = report.metrics_of(
             whole,
             self._compiled.execution,
@@ -332,26 +369,29 @@ class _Run:
             self._prepared.skipped,
             self._evaluation,
         )
-        report.write_run(self._out, whole, metrics)
+        if processes.is_first():
+            report.write_run(self._out, whole, metrics)
         return Result(whole, self._compiled.execution, metrics, self._evaluation)
 
     def _after_step(self, progress: Progress) -> None:
         last = progress.step == self._prepared.steps
-        self._log.write(
-            progress.step,
-            {
-                "loss": progress.loss,
-                "gradient_norm": progress.gradient_norm,
-                "seconds": progress.seconds,
-            },
-        )
+        numbers = ("loss", "gradient_norm", "seconds")
+        self._write(progress.step, {name: getattr(progress, name) for name in numbers})
         self._listener.step(progress, self._prepared.steps)
         if self._evaluator is not None and (last or progress.step % self._validate_every == 0):
             self._evaluate(self._evaluator, progress)
-        if self._checkpoints is not None and (
-            last or progress.step % self._config.run.checkpoint_every == 0
-        ):
+        is_stopped = processes.any_says(self._request.is_made) and not last
+        is_due = last or is_stopped or progress.step % self._config.run.checkpoint_every == 0
+        if self._checkpoints is not None and is_due:
             self._checkpoints.save(self._checkpoint(progress))
+        if is_stopped:
+            if self._checkpoints is not None:
+                self._checkpoints.wait()
+            raise StoppedError(progress.step, is_saved=self._checkpoints is not None)
+
+    def _write(self, step: int, numbers: dict[str, Any]) -> None:
+        if self._log is not None:
+            self._log.write(step, numbers)
 
     @property
     def _validate_every(self) -> int:
@@ -362,12 +402,12 @@ class _Run:
         assert self._prepared.validation is not None
         state = progress.state
         self._evaluation = evaluator(state.params, state.statistics, self._prepared.validation)
-        self._log.write(progress.step, report.validation_numbers(self._evaluation))
+        self._write(progress.step, report.validation_numbers(self._evaluation))
         self._listener.evaluated(progress.step, self._evaluation)
 
     def _checkpoint(self, progress: Progress) -> Checkpoint:
         facts = {
-            "config": self._config.model_dump(mode="json"),
+            "config": self._config.kept(),
             "position": progress.position,
             **self._prepared.facts,
         }

@@ -64,7 +64,7 @@ class ImageShape:
 
 def write_config(run: Path, config: Config) -> None:
     """Writes a run's configuration, and by which lrjax."""
-    content = {"lrjax": lrjax.__version__, **config.model_dump(mode="json")}
+    content = {"lrjax": lrjax.__version__, **config.kept()}
     write_whole(run / CONFIG_FILE, json.dumps(content, indent=1) + "\n")
 
 

@@ -12,6 +12,7 @@ import optax
 
 from lrjax.app.data import ImageSource
 from lrjax.app.losses import LossFunction, loss_structs
+from lrjax.app.placement import ONE_DEVICE, Placement
 from lrjax.app.strategy import Execution
 from lrjax.memory import peak_bytes, temp_bytes
 
@@ -58,6 +59,7 @@ class CompiledStep:
       xla_peak: bytes that XLA plans to hold at most, with arguments and outputs.
       model, execution: what was compiled.
       step: the function, not compiled, and `structs`, its arguments' shapes.
+      placement: the devices that its arguments and results are on.
     """
 
     call: Callable[..., tuple[State, Outcome]] = field(repr=False)
@@ -70,6 +72,7 @@ class CompiledStep:
     execution: Execution = field(repr=False)
     step: Callable[..., tuple[State, Outcome]] = field(repr=False)
     structs: tuple[Any, ...] = field(repr=False)
+    placement: Placement = ONE_DEVICE
 
     @property
     def labels_pixels(self) -> bool:
@@ -124,6 +127,7 @@ def compile_step(
     batch_size: int,
     seed: int,
     state: State | None = None,
+    placement: Placement = ONE_DEVICE,
 ) -> CompiledStep:
     """Initialises the parameters from `seed` and compiles a training step; trains nothing.
 
@@ -135,6 +139,7 @@ def compile_step(
       batch_size: images per step.
       seed: of the parameters, and of dropout.
       state: to start from, in place of parameters from the seed.
+      placement: the devices; the strategy's mesh is the same one.
 
     Raises:
       ValueError: where the model does not take the images, or lrjax not the strategy.
@@ -147,10 +152,11 @@ def compile_step(
     structs = jax.tree.map(_struct, (state, images, labels, dropout_key))
 
     start = time.perf_counter()
-    compiled = jax.jit(step, donate_argnums=0).lower(*structs).compile()
+    jitted = jax.jit(step, donate_argnums=0, **_shardings(placement, images, labels))
+    compiled = jitted.lower(*structs).compile()
     return CompiledStep(
         call=compiled,
-        state=state,
+        state=placement.everywhere(state),
         dropout_key=dropout_key,
         compile_seconds=time.perf_counter() - start,
         xla_temp=temp_bytes(compiled),
@@ -159,7 +165,17 @@ def compile_step(
         execution=strategy,
         step=step,
         structs=structs,
+        placement=placement,
     )
+
+
+def _shardings(placement: Placement, images: Any, labels: Any) -> dict[str, Any]:
+    """How `jax.jit` of a step divides its arguments and results."""
+    everywhere = placement.replicated
+    if everywhere is None:
+        return {}
+    batch = placement.of_batch(images.shape), placement.of_batch(labels.shape)
+    return {"in_shardings": (everywhere, *batch, everywhere), "out_shardings": everywhere}
 
 
 def batch_structs(

@@ -9,12 +9,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import flax.linen as nn
+from jax.sharding import Mesh
 
 import lrjax
 import lrjax.linen
 from lrjax.app.losses import LossFunction, classification_loss, loss_in_axes
 from lrjax.plan import Plan
 from lrjax.strategies import Column, MicroBatches, named, registered
+
+ROWS = "rows"  # the mesh axis along which devices share rows
 
 
 @dataclass(frozen=True)
@@ -26,13 +29,16 @@ class Strategy:
       num_blocks: steps the rows are admitted in, or one number per segment; default: lrjax chooses.
       cuts: names of the values between segments; for VGG-16 `"pool1"` to `"pool5"`.
       micro_batches: parts of the batch that run one after the other.
-      row_mesh_axis: of the mesh at hand: along it devices share the rows.
+      mesh: devices that share the rows of each image; None: one device, the mesh at hand, or XLA
+        divides what arrays' shardings say.
+      row_mesh_axis: the mesh's axis along which they do.
     """
 
     name: str = "stream"
     num_blocks: int | tuple[int, ...] | None = None
     cuts: tuple[str, ...] = ()
     micro_batches: int = 1
+    mesh: Mesh | None = None
     row_mesh_axis: str | None = None
 
     def __post_init__(self) -> None:
@@ -116,6 +122,7 @@ class Strategy:
             "num_blocks": self.num_blocks,
             "strategy": MicroBatches(self.name, self.micro_batches),
             "cuts": self.cuts,
+            "mesh": self.mesh,
             "row_mesh_axis": self.row_mesh_axis,
         }
 

@@ -153,18 +153,27 @@ def train(
         raise ValueError(f"steps: got {steps}; use 1 or more")
     if steps < done:
         raise ValueError(f"steps: got {steps}, and {done} are done; use more than that")
-    state = start.state if start else compiled.state
+    placement = compiled.placement
+    state = placement.everywhere(start.state) if start else compiled.state
     losses: list[float] = []
     seconds: list[float] = []
-    data = batches(source, batch_size, seed=seed, balanced=balanced, augmentation=augmentation)
+    data = batches(
+        source,
+        batch_size,
+        seed=seed,
+        balanced=balanced,
+        augmentation=augmentation,
+        share=placement.share(batch_size, source.image_shape),
+    )
     if start is not None:
         data.set_state(start.position)
     with measured_rss() as rss:
         for number in range(done + 1, steps + 1):
             batch = next(data)
-            key = jax.random.fold_in(compiled.dropout_key, number)
+            key = placement.everywhere(jax.random.fold_in(compiled.dropout_key, number))
             begin = time.perf_counter()
-            state, outcome = compiled.call(state, batch["image"], batch["label"], key)
+            images, labels = placement.batch(batch, batch_size, source.image_shape)
+            state, outcome = compiled.call(state, images, labels, key)
             losses.append(float(outcome.loss))
             seconds.append(time.perf_counter() - begin)
             if not outcome.is_finite:

@@ -11,6 +11,7 @@ from lrjax.app import building, report, saved
 from lrjax.app.data import ImageSource, check_validation, decoding
 from lrjax.app.data.decoding import UnreadableImageError
 from lrjax.app.evaluation import Evaluator, Predictor
+from lrjax.app.placement import ONE_DEVICE, Placement, placement_of
 from lrjax.app.strategy import Execution, Planned
 from lrjax.files import replacing
 from lrjax.plan import Plan
@@ -22,6 +23,7 @@ def evaluate(
     *,
     step: int | None = None,
     batch: int | None = None,
+    devices: int = 1,
     note: Callable[[str], None] = lambda text: None,
 ) -> dict[str, Any]:
     """Numbers of a checkpoint on labelled images.
@@ -31,6 +33,7 @@ def evaluate(
       data: a folder; None: the images that the run held out, or else those it learnt from.
       step: of the checkpoint; None: the newest.
       batch: images at a time; None: the run's.
+      devices: that share the rows of each image, however many the run had.
       note: is told of damaged checkpoints.
 
     Raises:
@@ -40,11 +43,13 @@ def evaluate(
     source, description = _images_of(network, data)
     if source.class_names != network.class_names or source.image_shape != network.image_shape:
         check_validation(_shape(network), source, name="data")
+    placement = _placement(network, devices)
     evaluator = Evaluator(
         network.model,
         source,
-        _execution(run, network),
+        _execution(run, network, placement),
         batch_size=_batch(network, batch),
+        placement=placement,
     )
     found = evaluator(network.state.params, network.state.statistics, source)
     numbers = report.validation_numbers(found)
@@ -81,6 +86,7 @@ def predict(
     out: Path | None = None,
     step: int | None = None,
     batch: int | None = None,
+    devices: int = 1,
     note: Callable[[str], None] = lambda text: None,
 ) -> Iterator[dict[str, Any]]:
     """What the network says of images, one after another.
@@ -90,7 +96,7 @@ def predict(
       images: files, or directories of them.
       out: where masks go, `<stem>.png`, whose values are the classes; asked for where the network
         labels pixels, refused where it does not.
-      step, batch, note: as for `evaluate`.
+      step, batch, devices, note: as for `evaluate`.
 
     Yields:
       `file`, `class`, `probability` and `probabilities` (by class); of pixels `file`, `mask` and
@@ -105,8 +111,13 @@ def predict(
         _check_masks(files, out, len(network.class_names))
     elif out is not None:
         raise ValueError("out: this network gives a class per image, no masks; leave it out")
+    placement = _placement(network, devices)
     predictor = Predictor(
-        network.model, _shape(network), _execution(run, network), batch_size=_batch(network, batch)
+        network.model,
+        _shape(network),
+        _execution(run, network, placement),
+        batch_size=_batch(network, batch),
+        placement=placement,
     )
     return _lines(network, predictor, files, out)
 
@@ -198,11 +209,19 @@ def _shape(network: saved.SavedRun) -> saved.ImageShape:
     return saved.ImageShape(network.image_shape, network.class_names, label_shape)
 
 
-def _execution(run: Path, network: saved.SavedRun) -> Execution:
+def _placement(network: saved.SavedRun, devices: int) -> Placement:
+    if devices < 1:
+        raise ValueError(f"devices: got {devices}; use 1 or more")
+    found = placement_of(devices, 1)
+    found.check(network.image_shape, 1)
+    return found
+
+
+def _execution(run: Path, network: saved.SavedRun, placement: Placement) -> Execution:
     made = run / saved.PLAN_FILE
-    if made.exists():
+    if made.exists() and placement == ONE_DEVICE:
         return Planned(Plan.load(made))
-    found = building.execution_of(network.config.strategy)
+    found = building.execution_of(network.config.strategy, placement)
     assert found is not None  # a run with a budget leaves its plan
     return found
 

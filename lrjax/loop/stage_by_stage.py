@@ -13,10 +13,12 @@ from lrjax.loop.engine import run_loop
 from lrjax.loop.line_buffers import Values
 from lrjax.loop.offload import from_host, is_on_host, to_host
 from lrjax.loop.rowloop import RowLoop
-from lrjax.program.inline import FlatEquation, array_of, values_of
+from lrjax.program.inline import Atom, FlatEquation, array_of, values_of
 from lrjax.program.varying import varying_axes, varying_over
 from lrjax.rowgraph.graph import RowGraph
-from lrjax.rules.base import Array
+from lrjax.rowgraph.row_mesh import RowMesh
+from lrjax.rules.base import Array, traits_of
+from lrjax.rules.traits import Division
 
 RunLoop = Callable[[RowLoop, Values, Collection[int]], Values]
 
@@ -46,10 +48,12 @@ def run_graph(
     values.update(zip(graph.program.inputs, inputs, strict=True))
     images: Values = {}  # of row outputs that have rows behind the image too
     whole = ChainMap(copies, images, values)
+    shards = [loop.shards for loop in loops if loop is not None and loop.shards is not None]
+    row_mesh = shards[0].row_mesh if shards else None
     for stage, loop in enumerate(loops):
         for node in graph.column_nodes(stage):
             copies.update(_copies(graph, whole, node.equation.values))
-            values.update(run_column(graph, node.equation, whole))
+            values.update(run_column(graph, node.equation, whole, row_mesh))
         if loop is not None:
             copies.update(_copies(graph, whole, loop.wholes))
             taken = {v: whole[v] for v in loop.wholes}
@@ -67,11 +71,31 @@ def _copies(graph: RowGraph, values: Mapping[int, Any], taken: Sequence[int]) ->
     return {v: from_host(values[v], graph.row_axis[v]) for v in taken if is_on_host(values[v])}
 
 
-def run_column(graph: RowGraph, equation: FlatEquation, values: Mapping[int, Any]) -> Values:
-    """Evaluate one equation on whole values."""
-    results = equation.evaluate([array_of(v, values) for v in equation.inputs])
+def run_column(
+    graph: RowGraph,
+    equation: FlatEquation,
+    values: Mapping[int, Any],
+    row_mesh: RowMesh | None = None,
+) -> Values:
+    """Evaluate one equation on whole values.
+
+    With a ``row_mesh`` whose devices share rows, maps that XLA must not divide among them are read
+    and made whole on each; of an operation that needs whole maps, those that do not divide evenly.
+    """
+
+    division = traits_of(equation.primitive).division
+
+    def placed(atom: Atom, array: Array) -> Array:
+        axis = graph.axis_of(atom)
+        if row_mesh is None or axis is None:
+            return array
+        may_be_divided = division is not Division.NEVER and row_mesh.divides(array.shape[axis])
+        return array if may_be_divided else row_mesh.on_every_device(array, axis)
+
+    operands = [placed(atom, array_of(atom, values)) for atom in equation.inputs]
+    results = equation.evaluate(operands)
     avals = graph.program.avals
     return {
-        v: varying_over(result, varying_axes(avals[v]))
+        v: placed(v, varying_over(result, varying_axes(avals[v])))
         for v, result in zip(equation.outputs, results, strict=True)
     }

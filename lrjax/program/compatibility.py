@@ -172,6 +172,11 @@ def weakly_typed(value: Any) -> Any:
     return lax.convert_element_type_p.bind(value, **params)
 
 
+def is_ordered(params: dict[str, Any]) -> bool:
+    """Whether these are the parameters of a callback that runs in the order of the program."""
+    return bool(params.get("ordered")) or type(params.get("effect")).__name__.startswith("Ordered")
+
+
 def has_body(params: dict[str, Any]) -> bool:
     """Whether these are the parameters of a call, a loop or a branch."""
     return any("jaxpr" in name or name in ("branches", "call") for name in params)

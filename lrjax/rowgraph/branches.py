@@ -13,6 +13,7 @@ from jax import lax
 from jax.extend.core import jaxpr_as_fun
 
 from lrjax.program.inline import FlatEquation, flatten
+from lrjax.program.varying import varying_axes, varying_over
 from lrjax.rowgraph.bodies import (
     is_positional,
     operations_per_row,
@@ -50,9 +51,16 @@ def branches(equation: Equation) -> RowOp:
         pairs = zip(equation.outputs, out_axes, strict=True)
         kept = [jnp.ones(with_at(out.shape, a, rows.count), np.bool_) for out, a in pairs]
 
+        axes = frozenset[str]().union(*map(varying_axes, windows))  # results have equal types
+
         def run(body: RowGraph) -> Any:
             extra = kept if len(body.program.inputs) > len(values) else []
-            return lambda *operands: run_on_block(body, [*extra, *operands], rows, equation.height)
+
+            def branch(*operands: Array) -> list[Array]:
+                made = run_on_block(body, [*extra, *operands], rows, equation.height)
+                return [varying_over(out, axes) for out in made]
+
+            return branch
 
         return jax.lax.switch(windows[0], [run(body) for body in bodies], *values)
 

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from jax.extend.core import primitives as public
 
 from lrjax.program.inline import replaced_at
-from lrjax.program.varying import is_inexact
+from lrjax.program.varying import is_inexact, varying_axes, varying_over
 from lrjax.rowgraph.bodies import (
     is_positional,
     masked_rows,
@@ -237,7 +237,9 @@ class _Derivative:
             return None, tuple(self.cotangents(rows, values, cotangents))
 
         call.defvjp(forward, backward)
-        return call(rows, values)
+        # A cotangent must have its operand's type, and it varies as the results' cotangents do.
+        axes = frozenset[str]().union(*map(varying_axes, values))
+        return call(rows, tuple(varying_over(value, axes) for value in values))
 
     def cotangents(
         self, rows: Rows, values: Sequence[Array], cotangents: Sequence[Array]

@@ -10,9 +10,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from lrjax.loop import offload
+from lrjax.loop.stage_by_stage import run_column
 from lrjax.program.compatibility import checkpoint
-from lrjax.program.inline import evaluate
+from lrjax.program.inline import array_of, evaluate
+from lrjax.rowgraph.graph import RowNode, build
 from lrjax.rowgraph.segments import Segment
+from lrjax.rules.base import Array, traits_of
+from lrjax.rules.traits import Division
 from lrjax.strategies.base import NOTHING_HOSTED, Function, Strategy
 from lrjax.strategies.programs import WholeMaps
 
@@ -73,4 +77,19 @@ def with_hosted_maps(
 
 def evaluation(segment: Segment) -> Function:
     """The segment's operations, one after the other."""
-    return lambda *inputs: evaluate(segment.program, inputs)
+    program, row_mesh = segment.program, segment.row_mesh
+    if row_mesh is None:
+        return lambda *inputs: evaluate(program, inputs)
+    graph = build(program, segment.axes)
+
+    def evaluated(*inputs: Array) -> list[Array]:
+        values: dict[int, Array] = dict(graph.program.constants)
+        values.update(zip(graph.program.inputs, inputs, strict=True))
+        for node in graph.nodes:
+            division = traits_of(node.equation.primitive).division
+            is_free = isinstance(node, RowNode) and division is Division.ALWAYS
+            mesh = None if is_free else row_mesh
+            values.update(run_column(graph, node.equation, values, mesh))
+        return [array_of(v, values) for v in graph.program.outputs]
+
+    return evaluated

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
-from lrjax.app import config, runs, saved
+from lrjax.app import config, processes, runs, saved
 from lrjax.models import registry
 
 
@@ -116,6 +116,10 @@ class Printer(runs.Listener):
 def main(out, *settings):
     asked = config.Config.of({**SMALL, **config.assignments(settings)})
     resume = (out / saved.CONFIG_FILE).exists()
+    if resume:
+        asked = runs.config_to_resume(out, config.assignments(settings))
+    joined = asked.processes
+    processes.start(joined.count, joined.coordinator, joined.id)
     runs.run(asked, out, resume=resume, listener=Printer())
 
 

@@ -66,6 +66,8 @@ def simpler(spec: Spec) -> Iterator[Spec]:
         if argnums != spec.argnums and (argnums == (0, 1) or spec.argnums != (0, 1)):
             yield changed(argnums=argnums)
     yield from (changed(layers=part) for part in _with_smaller_bodies(layers))
+    if spec.devices > 1:
+        yield from (changed(devices=devices) for devices in (1, 2) if devices < spec.devices)
     for field, least in (("height", 1), ("num_blocks", 1), ("width", 1), ("channels", 1)):
         value = getattr(spec, field)
         if isinstance(value, int):

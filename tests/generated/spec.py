@@ -57,6 +57,7 @@ class Spec:
       argnums: arguments that are differentiated.
       negative_axes: row axes are counted from the end.
       keyword: "static" (a flag), "array" or None, an argument of the network given by its name.
+      devices: how many share the rows of the image.
     """
 
     layers: Sequence[Layer]
@@ -75,6 +76,7 @@ class Spec:
     argnums: tuple[int, ...] = (0, 1)
     negative_axes: bool = False
     keyword: str | None = None
+    devices: int = 1
 
     def __repr__(self) -> str:
         shown = []

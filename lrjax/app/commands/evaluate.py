@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from lrjax.app.commands import options
 from lrjax.app.commands.console import app, stop
 
 Run = Annotated[Path, typer.Argument(help="Directory of a run of `lrjax train`.")]
@@ -22,12 +23,13 @@ def evaluate(
     ] = None,
     step: Step = None,
     batch: Batch = None,
+    devices: options.Devices = None,
 ) -> None:
     """Loss, accuracy and intersection over union of a checkpoint, as one line of JSON."""
     from lrjax.app import using
 
     try:
-        found = using.evaluate(run, data, step=step, batch=batch, note=note)
+        found = using.evaluate(run, data, step=step, batch=batch, devices=devices or 1, note=note)
     except (ValueError, OSError, ImportError) as error:
         stop(error)
     typer.echo(json.dumps(found))

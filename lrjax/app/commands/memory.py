@@ -40,7 +40,7 @@ def memory(
     cuts: options.Cuts = None,
     micro_batches: options.MicroBatches = 1,
     target: options.Target = None,
-    devices: options.Devices = 1,
+    devices: options.TargetDevices = 1,
     list_targets: ListTargets = False,
     png: Annotated[Path | None, typer.Option(help="Draw the timeline.")] = None,
     html: Annotated[Path | None, typer.Option(help="Write the timeline as a page.")] = None,

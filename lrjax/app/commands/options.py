@@ -17,6 +17,9 @@ Strategy = Annotated[
     str, typer.Option(help="A strategy of lrjax's, such as stream; an unknown name lists them all.")
 ]
 MicroBatches = Annotated[int, typer.Option(help="Parts of the batch that run one after the other.")]
+Devices = Annotated[
+    int | None, typer.Option(help="How many devices share the rows of each image. Default: 1.")
+]
 NumBlocks = Annotated[
     str | None, typer.Option(help="Row blocks: a number, or one per segment, such as 8,4.")
 ]
@@ -27,7 +30,7 @@ Target = Annotated[
     str | None, typer.Option(help="The device, present or not; default: the one at hand.")
 ]
 
-Devices = Annotated[
+TargetDevices = Annotated[
     int,
     typer.Option(help="Devices that share the rows of every image; figures are those of one."),
 ]

@@ -15,7 +15,7 @@ from lrjax.app.commands.console import DOES_NOT_FIT, app, console, stop
 def plan(
     model: Annotated[str, typer.Option(help="The network, such as vgg16; see `lrjax train`.")],
     target: options.Target = None,
-    devices: options.Devices = 1,
+    devices: options.TargetDevices = 1,
     budget: Annotated[
         str | None,
         typer.Option(help="Of a device: 8GiB, bytes, or 0.5 of its memory. Default: all of it."),

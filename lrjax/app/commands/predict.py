@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from lrjax.app.commands import options
 from lrjax.app.commands.console import FAILED, app, stop
 from lrjax.app.commands.evaluate import Batch, Run, Step, note
 
@@ -19,6 +20,7 @@ def predict(
     ] = None,
     step: Step = None,
     batch: Batch = None,
+    devices: options.Devices = None,
 ) -> None:
     """The class of each image as a line of JSON; masks as PNG where pixels have classes.
 
@@ -28,7 +30,9 @@ def predict(
 
     failed = False
     try:
-        lines = using.predict(run, images, out=out, step=step, batch=batch, note=note)
+        lines = using.predict(
+            run, images, out=out, step=step, batch=batch, devices=devices or 1, note=note
+        )
         for line in lines:
             failed |= "error" in line
             typer.echo(json.dumps(line))

@@ -1,5 +1,6 @@
 """`lrjax train`."""
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -39,6 +40,11 @@ KEYS = {
     "checkpoint_every": "run.checkpoint_every",
     "keep": "run.keep",
     "tensorboard": "run.tensorboard",
+    "devices": "mesh.rows",
+    "data_devices": "mesh.data",
+    "processes": "processes.count",
+    "coordinator": "processes.coordinator",
+    "process_id": "processes.id",
 }
 
 
@@ -138,6 +144,18 @@ Keep = Annotated[
 Tensorboard = Annotated[
     bool | None, typer.Option("--tensorboard", help="Write events for TensorBoard.")
 ]
+DataDevices = Annotated[
+    int | None, typer.Option(help="Groups of devices that share a batch. Default: 1.")
+]
+Processes = Annotated[
+    str | None,
+    typer.Option(
+        help="How many processes train together, each started with these options; auto where "
+        "Slurm, Open MPI, GKE or a Cloud TPU started them."
+    ),
+]
+Coordinator = Annotated[str | None, typer.Option(help="HOST:PORT of the first process.")]
+ProcessId = Annotated[int | None, typer.Option(help="The number of this process, from 0.")]
 Resume = Annotated[
     bool, typer.Option("--resume", help="Go on after the newest checkpoint in --out.")
 ]
@@ -180,6 +198,11 @@ def train(
     checkpoint_every: CheckpointEvery = None,
     keep: Keep = None,
     tensorboard: Tensorboard = None,
+    devices: options.Devices = None,
+    data_devices: DataDevices = None,
+    processes: Processes = None,
+    coordinator: Coordinator = None,
+    process_id: ProcessId = None,
     resume: Resume = False,
     overwrite: Overwrite = False,
     check: Check = False,
@@ -207,10 +230,11 @@ def _train(
     """Trains, and turns what goes wrong into a message and a status."""
     # Imported here so that `--help` and a mistyped option do not wait for JAX.
     from lrjax.app import config as configs
-    from lrjax.app import runs
+    from lrjax.app import processes, runs
     from lrjax.app.commands.progress import TerminalListener
     from lrjax.app.data import UnreadableImageError
     from lrjax.app.diagnosis import OutOfMemoryError
+    from lrjax.app.interruption import EXIT_STATUS, StoppedError
     from lrjax.app.training import DivergedError
     from lrjax.memory import DoesNotFitError
 
@@ -223,10 +247,12 @@ def _train(
         if resume and overwrite:
             raise ValueError("overwrite: --resume goes on with the run; give one of them")
         chosen = runs.config_to_resume(out, asked) if resume else configs.Config.of(asked)
+        joined = chosen.processes
+        processes.start(joined.count, joined.coordinator, joined.id)
         if check:
             runs.check(chosen)
             return
-        with TerminalListener() as listener:
+        with TerminalListener() if processes.is_first() else nullcontext() as listener:
             result = runs.run(
                 chosen,
                 out,
@@ -237,11 +263,14 @@ def _train(
             )
     except DoesNotFitError as error:
         stop(error, DOES_NOT_FIT)
+    except StoppedError as error:
+        stop(error, EXIT_STATUS)
     except (DivergedError, OutOfMemoryError, UnreadableImageError, OSError) as error:
         stop(error, FAILED)
     except (ValueError, TypeError, ImportError) as error:
         stop(error)
-    _print_result(result, out)
+    if processes.is_first():
+        _print_result(result, out)
 
 
 def _options(config: Any) -> dict[str, Any]:

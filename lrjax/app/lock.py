@@ -1,0 +1,141 @@
+"""One trainer at a time in a run's directory.
+
+The lock is a file that says who holds it: host, process, and when that process started, for numbers
+of processes come again. One that a killed run left is taken over: on the same host as soon as its
+process is gone, else when its holder, who touches it every few seconds, no longer does.
+"""
+
+import contextlib
+import json
+import os
+import socket
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+FILE = "train.lock"
+# Seconds between touches by its holder, and after which one that was not touched is stale.
+TOUCHED_EVERY = 5.0
+STALE_AFTER = 20.0
+
+
+@contextlib.contextmanager
+def locked(run: Path) -> Iterator[None]:
+    """Holds the lock of a run's directory, which is made where it does not exist.
+
+    Raises:
+      ValueError: another trainer holds it; says which.
+    """
+    made = [place for place in (run, *run.parents) if not place.exists()]
+    run.mkdir(parents=True, exist_ok=True)
+    path = run / FILE
+    own = _identity()
+    try:
+        _take(path, own)
+    except OSError as error:
+        raise ValueError(f"out: cannot write to {run} ({error.strerror or error})") from error
+    done = threading.Event()
+    toucher = threading.Thread(target=_touch, args=(path, done), daemon=True)
+    toucher.start()
+    try:
+        yield
+    finally:
+        done.set()
+        toucher.join()
+        if _read(path) == own:
+            path.unlink(missing_ok=True)
+        for place in made:
+            with contextlib.suppress(OSError):  # there is something in it
+                place.rmdir()
+
+
+def _take(path: Path, own: dict[str, Any]) -> None:
+    while not _created(path, own):
+        holder = _read(path)
+        if holder is None:
+            continue  # it was given back just now
+        if not _is_stale(path, holder):
+            raise ValueError(
+                f"out: {path.parent} is in use by process {holder.get('pid')} on "
+                f"{holder.get('host')}; wait until it ends, or give another directory (if there is "
+                f"no such process, remove {path})"
+            )
+        # Whoever renames it first takes it over; it is no longer there for the others.
+        aside = path.with_name(f"{FILE}.{os.getpid()}")
+        with contextlib.suppress(FileNotFoundError):
+            path.rename(aside)
+            if _read(aside) != holder:  # somebody else was faster: it is theirs
+                with contextlib.suppress(FileExistsError):
+                    os.link(aside, path)
+            aside.unlink(missing_ok=True)
+
+
+def _created(path: Path, own: dict[str, Any]) -> bool:
+    """Whether the lock was made with its content, at once: no other process sees it without."""
+    handle, name = tempfile.mkstemp(prefix=FILE, dir=path.parent)
+    with os.fdopen(handle, "w", encoding="utf-8") as file:
+        file.write(json.dumps(own))
+    try:
+        os.link(name, path)
+    except FileExistsError:
+        return False
+    finally:
+        os.unlink(name)
+    return True
+
+
+def _identity() -> dict[str, Any]:
+    process = psutil.Process()
+    return {
+        "host": socket.gethostname(),
+        "pid": process.pid,
+        "started": process.create_time(),
+    }
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    """The holder; None where there is no lock. One that cannot be read has no holder."""
+    try:
+        found = json.loads(path.read_text("utf-8"))
+    except FileNotFoundError:
+        return None
+    except ValueError:
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _is_stale(path: Path, holder: dict[str, Any]) -> bool:
+    if holder.get("host") == socket.gethostname():
+        try:
+            started = psutil.Process(int(holder["pid"])).create_time()
+        except (psutil.NoSuchProcess, KeyError, TypeError, ValueError):
+            return True
+        except psutil.AccessDenied:
+            return False
+        return abs(started - float(holder.get("started", started))) > 1
+    # Not by this host's clock, which may be another than the file system's.
+    before = _touched(path)
+    end = time.monotonic() + STALE_AFTER
+    while time.monotonic() < end:
+        time.sleep(min(1.0, STALE_AFTER / 4))
+        if _touched(path) != before:
+            return False
+    return True
+
+
+def _touched(path: Path) -> float | None:
+    try:
+        return path.stat().st_mtime
+    except FileNotFoundError:
+        return None
+
+
+def _touch(path: Path, done: threading.Event) -> None:
+    while not done.wait(TOUCHED_EVERY):
+        with contextlib.suppress(OSError):
+            os.utime(path)

@@ -1,0 +1,215 @@
+"""A run that is asked to end, and two that want one directory."""
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+import tiny_runs
+from tiny_runs import assert_same_bits, go_on, train
+from typer.testing import CliRunner
+
+from lrjax.app import checkpoints, interruption, lock, logs, report, runs
+from lrjax.app.cli import app
+from lrjax.app.interruption import StoppedError
+
+
+class Asking(runs.Listener):
+    """Sends this process SIGTERM within a step, as a scheduler does."""
+
+    def __init__(self, step):
+        self._step = step
+
+    def step(self, progress, steps):
+        if progress.step == self._step:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+def test_sigterm_ends_a_run_behind_the_step_and_it_goes_on_with_the_same_bits(tmp_path):
+    expected = train(tmp_path / "whole", train__steps=5)
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(StoppedError, match=r"after step 3; .*go on with --resume") as caught:
+        train(tmp_path / "run", Asking(3), train__steps=5)
+    assert caught.value.step == 3
+    assert signal.getsignal(signal.SIGTERM) == before
+    assert checkpoints.saved_steps(tmp_path / "run")[-1] == 3
+    assert not (tmp_path / "run" / report.METRICS_FILE).exists()
+    assert_same_bits(go_on(tmp_path / "run"), expected)
+
+
+def test_without_checkpoints_it_says_so(tmp_path):
+    with pytest.raises(StoppedError, match="no checkpoint was written, as --keep is 0"):
+        train(tmp_path / "run", Asking(1), run__keep=0)
+    assert [line["step"] for line in logs.read(tmp_path / "run")] == [1]
+
+
+def test_sigterm_in_the_last_step_changes_nothing(tmp_path):
+    result = train(tmp_path / "run", Asking(4))
+    assert len(result.training.losses) == 4
+    assert (tmp_path / "run" / report.METRICS_FILE).exists()
+
+
+def test_a_second_sigterm_is_what_it_was_before():
+    received = []
+    before = signal.signal(signal.SIGTERM, lambda number, frame: received.append(number))
+    try:
+        with interruption.requests() as request:
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert request.is_made
+            assert received == []
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert received == [signal.SIGTERM]
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def test_other_threads_leave_signals_alone():
+    found = []
+
+    def enter():
+        with interruption.requests() as request:
+            found.append(request.is_made)
+
+    thread = threading.Thread(target=enter)
+    thread.start()
+    thread.join()
+    assert found == [False]
+
+
+def test_the_command_ends_with_the_status_that_schedulers_expect(tmp_path, monkeypatch):
+    @contextlib.contextmanager
+    def asked_at_once():
+        request = interruption.Request()
+        request.is_made = True
+        yield request
+
+    monkeypatch.setattr(interruption, "requests", asked_at_once)
+    arguments = [f"{key}={value}" for key, value in tiny_runs.SMALL.items()]
+    settings = [part for text in arguments for part in ("--set", text)]
+    result = CliRunner().invoke(app, ["train", "--out", str(tmp_path / "run"), *settings])
+    assert result.exit_code == 128 + 15
+    assert "stopped after step 1" in result.output
+    assert "--resume" in result.output
+
+
+# --- The lock -------------------------------------------------------------------------------------
+
+
+def write_lock(run, **holder):
+    run.mkdir(exist_ok=True)
+    (run / lock.FILE).write_text(json.dumps(holder))
+
+
+class Intruder(runs.Listener):
+    """Wants the directory of a run that is under way."""
+
+    def __init__(self, out):
+        self._out = out
+        self.errors = []
+
+    def step(self, progress, steps):
+        with pytest.raises(ValueError, match="in use by process") as caught:
+            go_on(self._out)
+        self.errors.append(str(caught.value))
+
+
+def test_two_trainers_do_not_share_a_directory(tmp_path):
+    out = tmp_path / "run"
+    intruder = Intruder(out)
+    train(out, intruder, train__steps=2)
+    assert len(intruder.errors) == 2
+    assert f"process {os.getpid()} on {socket.gethostname()}" in intruder.errors[0]
+    assert not (out / lock.FILE).exists()
+
+
+def test_a_lock_of_a_process_that_is_gone_is_taken_over(tmp_path):
+    gone = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"],
+                          capture_output=True, text=True, check=True)  # fmt: skip
+    write_lock(tmp_path, host=socket.gethostname(), pid=int(gone.stdout), started=1.0)
+    with lock.locked(tmp_path):
+        assert json.loads((tmp_path / lock.FILE).read_text())["pid"] == os.getpid()
+    assert [*tmp_path.iterdir()] == []
+
+
+def test_a_number_that_another_process_has_now_is_no_holder(tmp_path):
+    write_lock(tmp_path, host=socket.gethostname(), pid=os.getpid(), started=1.0)
+    with lock.locked(tmp_path):
+        pass
+
+
+@pytest.mark.parametrize("content", ["", "no json", "[]", '{"host": 3}', '{"pid": "x"}'])
+def test_a_lock_that_cannot_be_read_is_left_alone_for_a_while(tmp_path, monkeypatch, content):
+    monkeypatch.setattr(lock, "STALE_AFTER", 0.1)
+    (tmp_path / lock.FILE).write_text(content)
+    with lock.locked(tmp_path):
+        pass
+
+
+def test_a_lock_of_another_host_holds_while_it_is_touched(tmp_path, monkeypatch):
+    monkeypatch.setattr(lock, "STALE_AFTER", 0.4)
+    write_lock(tmp_path, host="elsewhere", pid=1, started=1.0)
+    done = threading.Event()
+
+    def touch():
+        while not done.wait(0.02):
+            os.utime(tmp_path / lock.FILE)
+
+    thread = threading.Thread(target=touch)
+    thread.start()
+    try:
+        with pytest.raises(ValueError, match="process 1 on elsewhere"), lock.locked(tmp_path):
+            pass
+    finally:
+        done.set()
+        thread.join()
+    with lock.locked(tmp_path):  # nobody touches it any more
+        pass
+
+
+def test_the_holder_touches_its_lock(tmp_path, monkeypatch):
+    monkeypatch.setattr(lock, "TOUCHED_EVERY", 0.01)
+    with lock.locked(tmp_path):
+        os.utime(tmp_path / lock.FILE, (1.0, 1.0))
+        end = time.monotonic() + 10
+        while (tmp_path / lock.FILE).stat().st_mtime == 1.0 and time.monotonic() < end:
+            time.sleep(0.01)
+        assert (tmp_path / lock.FILE).stat().st_mtime > 1.0
+
+
+def test_a_directory_that_was_made_for_nothing_is_removed(tmp_path):
+    with lock.locked(tmp_path / "a" / "b"):
+        assert (tmp_path / "a" / "b" / lock.FILE).exists()
+    assert [*tmp_path.iterdir()] == []
+
+
+def test_of_many_one_takes_over(tmp_path):
+    write_lock(tmp_path, host=socket.gethostname(), pid=os.getpid(), started=1.0)
+    results, start = [], threading.Barrier(8)
+
+    def enter():
+        start.wait()
+        try:
+            with lock.locked(tmp_path):
+                results.append("held")
+                finish.wait()
+        except ValueError:
+            results.append("refused")
+
+    finish = threading.Event()
+    threads = [threading.Thread(target=enter) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    end = time.monotonic() + 30
+    while len(results) < 8 and time.monotonic() < end:
+        time.sleep(0.01)
+    finish.set()
+    for thread in threads:
+        thread.join()
+    assert results.count("held") == 1
+    assert results.count("refused") == 7
