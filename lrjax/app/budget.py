@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 
 import lrjax
-from lrjax.app.planning import training_call
+from lrjax.app.placement import ONE_DEVICE, planned
+from lrjax.app.planning import mesh_of, training_call
 from lrjax.app.step import CompiledStep, compile_step
-from lrjax.app.strategy import Planned
 from lrjax.plan import Plan
 from lrjax.planner.budget import parse_budget
 from lrjax.text import MIB
@@ -46,11 +46,13 @@ def compile_within(
         jnp.uint8,
         labels_pixels=bool(source.label_shape),
     )
+    placement = compile_arguments.get("placement", ONE_DEVICE)
+    mesh = mesh_of(placement.rows)
     left = allowed - _bytes(jax.eval_shape(compile_arguments["optimizer"].init, args[0]))
     for _ in range(_ATTEMPTS):
-        plan = lrjax.plan(fun, *args, in_axes=in_axes, budget=max(left, 1), wrt=0)
+        plan = lrjax.plan(fun, *args, in_axes=in_axes, budget=max(left, 1), wrt=0, mesh=mesh)
         on_plan(plan)
-        compiled = compile_step(strategy=Planned(plan), **compile_arguments)
+        compiled = compile_step(strategy=planned(plan, placement), **compile_arguments)
         if compiled.xla_peak <= allowed:
             return compiled
         left -= compiled.xla_peak - allowed

@@ -15,7 +15,7 @@ import optax
 from lrjax.app import data
 from lrjax.app.config import Config, DataSection, ModelSection, StrategySection
 from lrjax.app.data import ImageSource
-from lrjax.app.placement import ONE_DEVICE, Placement
+from lrjax.app.placement import ONE_DEVICE, Placement, planned
 from lrjax.app.strategy import ROWS, Planned, Strategy, parse_num_blocks
 from lrjax.models import registry
 from lrjax.plan import Plan
@@ -201,19 +201,18 @@ def execution_of(
         raise ValueError(
             f"{source}: the plan chooses strategy, blocks, cuts and micro-batches; leave them out"
         )
-    if (chosen.budget or chosen.plan) and placement != ONE_DEVICE:
+    if (chosen.budget or chosen.plan) and placement.data > 1:
         raise ValueError(
-            f"{source}: a plan is made for one device; give its strategy, blocks (of each device) "
-            "and cuts instead, or leave devices out"
+            f"{source}: a plan is for devices that share the rows of all images; leave "
+            "--data-devices out, or give a strategy, blocks (of each device) and cuts"
         )
     if chosen.budget:
         return None
     if not chosen.plan:
-        shared = placement.rows > 1
-        mesh, axis = (placement.mesh, ROWS) if shared else (None, None)
+        mesh, axis = (placement.mesh, ROWS) if placement.rows > 1 else (None, None)
         return dataclasses.replace(by_name, mesh=mesh, row_mesh_axis=axis)
     try:
-        return Planned(Plan.load(chosen.plan))
+        return planned(Plan.load(chosen.plan), placement)
     except OSError as error:
         raise ValueError(f"plan: cannot read {chosen.plan}: {error}") from None
 

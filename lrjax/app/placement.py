@@ -16,7 +16,8 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from lrjax.app.data.batching import Share
-from lrjax.app.strategy import ROWS
+from lrjax.app.strategy import ROWS, Planned
+from lrjax.plan import Plan
 
 DATA = "data"
 
@@ -140,6 +141,23 @@ class Placement:
 
 
 ONE_DEVICE = Placement()
+
+
+def planned(plan: Plan, placement: Placement) -> Planned:
+    """A plan on the devices of a run.
+
+    Raises:
+      ValueError: it was made for others.
+    """
+    mesh = placement.mesh if placement.rows > 1 else None
+    axis = None if mesh is None else ROWS
+    if (plan.row_mesh_axis, plan.devices) != (axis, placement.rows):
+        raise ValueError(
+            f"plan: it was made for {plan.devices} devices along {plan.row_mesh_axis!r}, and the "
+            f"run has {placement.rows} along {axis!r}; give --devices {plan.devices}, or make a "
+            f"plan by lrjax plan --devices {placement.rows}"
+        )
+    return Planned(plan, mesh)
 
 
 def placement_of(rows: int | None, data: int) -> Placement:

@@ -20,7 +20,7 @@ from lrjax.app.config import LENGTH, Config, differences
 from lrjax.app.evaluation import Evaluation, Evaluator
 from lrjax.app.interruption import StoppedError
 from lrjax.app.lock import locked
-from lrjax.app.placement import placement_of
+from lrjax.app.placement import placement_of, planned
 from lrjax.app.step import CompiledStep, check_step, compile_step, initial_state, keys_of
 from lrjax.app.strategy import Execution, Planned, Strategy
 from lrjax.app.training import DivergedError, Progress, Start, Training, train
@@ -212,18 +212,20 @@ def _compiled(
     execution = prepared.execution
     if execution is None and resume and (out / saved.PLAN_FILE).exists():
         # The same plan again: another one would round otherwise.
-        execution = Planned(Plan.load(out / saved.PLAN_FILE))
+        plan = Plan.load(out / saved.PLAN_FILE)
+        if plan.devices == prepared.placement.rows:
+            execution = planned(plan, prepared.placement)
     if execution is not None:
         listener.compiling(execution.label)
         return compile_step(strategy=execution, **arguments)
     listener.compiling("planning")
     assert config.strategy.budget is not None
 
-    def planned(plan: Plan) -> None:
+    def on_plan(plan: Plan) -> None:
         listener.planned(plan)
         listener.compiling("plan")
 
-    return budget.compile_within(config.strategy.budget, arguments, planned)
+    return budget.compile_within(config.strategy.budget, arguments, on_plan)
 
 
 def _start(prepared: Prepared, out: Path, listener: Listener) -> Start | None:

@@ -149,9 +149,11 @@ class Planned:
 
     Attributes:
       plan: made for this loss (`lrjax.app.planning.training_call`); it runs no other.
+      mesh: devices that share the rows; None for one device.
     """
 
     plan: Plan
+    mesh: Mesh | None = None
 
     @property
     def label(self) -> str:
@@ -161,14 +163,17 @@ class Planned:
     def loss(self, model: nn.Module, *, labels_pixels: bool) -> LossFunction:
         """`classification_loss` of the model, run by the plan."""
         axes = loss_in_axes(labels_pixels=labels_pixels)
-        return lrjax.rowwise(classification_loss(model), in_axes=axes, plan=self.plan)
+        return lrjax.rowwise(
+            classification_loss(model), in_axes=axes, plan=self.plan, mesh=self.mesh
+        )
 
     @property
     def without_plan(self) -> Strategy:
         """For programs that the plan was not made for: stream in as many blocks as it has."""
         if self.plan.is_column:
             return Strategy("column")
-        return Strategy("stream", max(choice.num_blocks for choice in self.plan.choices))
+        blocks = max(choice.num_blocks for choice in self.plan.choices)
+        return Strategy("stream", blocks, mesh=self.mesh, row_mesh_axis=self.plan.row_mesh_axis)
 
 
 Execution = Strategy | Planned

@@ -13,6 +13,7 @@ from tiny_runs import go_on, train
 from lrjax.app import building, config, placement, using
 from lrjax.app.data import ScatteredDigits, batches, in_order
 from lrjax.app.data.batching import Share
+from lrjax.plan import Plan
 from several_devices import is_process_with, run_with
 
 IS_CHILD = is_process_with(4)
@@ -95,8 +96,8 @@ def test_heights_that_devices_do_not_divide(tmp_path):
         ({"mesh__data": 4, "train__batch": 6}, "batch: got 6.*use --batch 4, or another"),
         ({"mesh__data": 4, "train__batch": 2}, "batch: got 2.*use --batch 4"),
         (
-            {"mesh__rows": 2, "strategy__budget": "1GiB", "strategy__num_blocks": None},
-            "budget: a plan is made for one device",
+            {"mesh__data": 2, "strategy__budget": "1GiB", "strategy__num_blocks": None},
+            "budget: a plan is for devices that share the rows",
         ),
         ({"mesh__rows": 2, "strategy__num_blocks": "9"}, "largest allowed is"),
     ],
@@ -179,8 +180,22 @@ class TestShares:
             np.testing.assert_array_equal(batch[0]["image"], whole["image"][2:, 8:16])
 
 
-def test_a_plan_is_used_on_one_device_alone():
+@in_child
+def test_a_budget_is_planned_for_on_a_mesh_and_the_plan_goes_on(tmp_path):
+    """It is of each device's memory; the plan in the run's directory serves another run."""
+    settings = {"strategy__name": "stream", "train__steps": 2, "mesh__rows": 2}
+    by_budget = train(tmp_path / "budget", **settings, strategy__budget="1GiB")
+    plan = Plan.load(tmp_path / "budget" / "plan.json")
+    assert (plan.row_mesh_axis, plan.devices) == ("rows", 2)
+    saved = tmp_path / "budget" / "plan.json"
+    by_plan = train(tmp_path / "plan", **settings, strategy__plan=str(saved))
+    assert by_plan.training.losses == by_budget.training.losses
+    with pytest.raises(ValueError, match="made for 2 devices along 'rows', and the run has 4"):
+        train(tmp_path / "four", **{**settings, "mesh__rows": 4}, strategy__plan=str(saved))
+
+
+def test_a_plan_is_for_devices_that_share_rows():
     section = config.StrategySection(plan="nowhere.json")
-    mesh = jax.sharding.AbstractMesh((1, 2), ("data", "rows"))
-    with pytest.raises(ValueError, match="plan: a plan is made for one device"):
+    mesh = jax.sharding.AbstractMesh((2, 2), ("data", "rows"))
+    with pytest.raises(ValueError, match="plan: a plan is for devices that share the rows"):
         building.execution_of(section, placement.Placement(mesh))
