@@ -25,6 +25,7 @@ from lrjax.program.compatibility import checkpoint, strongly_typed, weakly_typed
 from lrjax.program.inline import array_of, values_of
 from lrjax.program.interpreter import with_room_for_calls
 from lrjax.program.varying import is_inexact
+from lrjax.rowgraph.graph import moving_values
 from lrjax.rowgraph.row_mesh import RowMesh
 from lrjax.rowgraph.segments import Segment, split, split_at
 from lrjax.rowgraph.tracing import Traced, is_within_rowwise, trace
@@ -127,13 +128,16 @@ def run(traced: Traced, options: Options) -> Any:
     row_mesh = row_mesh_at_hand(options.mesh, options.row_mesh_axis)
     segments, choices = segments_and_choices(traced, options, row_mesh)
     hosted = hosted_values(traced, segments, choices)
+    moving = moving_values(traced.program) | hosted.keys()
     values = dict(zip(traced.program.inputs, traced.inputs, strict=True))
     values.update(traced.program.constants)
     for group in options.groups(len(segments)):
         later = {v for segment in segments[group.stop :] for v in segment.program.inputs}
         later.update(values_of(traced.program.outputs))
         parts = [(segments[i], choices[i]) for i in group]
-        values.update(_run_group(parts, values, later, hosted))
+        made = _run_group(parts, values, later, hosted)
+        # What no gradient goes through has no tangents behind a row loop either.
+        values.update((v, _without_tangent(x, v in moving)) for v, x in made.items())
 
     for equation in traced.effects:
         # No callback takes tangents, and what a row loop gives always has one.
@@ -142,6 +146,10 @@ def run(traced: Traced, options: Options) -> Any:
     outputs = [array_of(v, values) for v in traced.outputs]
     outputs = [weakly_typed(x) if i in traced.weak else x for i, x in enumerate(outputs)]
     return jax.tree.unflatten(traced.out_tree, outputs)
+
+
+def _without_tangent(array: Any, is_moving: bool) -> Any:
+    return array if is_moving or not is_inexact(array) else jax.lax.stop_gradient(array)
 
 
 def _run_group(
