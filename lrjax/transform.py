@@ -26,6 +26,7 @@ from lrjax.program.compatibility import checkpoint, strongly_typed, weakly_typed
 from lrjax.program.inline import array_of, values_of
 from lrjax.program.interpreter import with_room_for_calls
 from lrjax.program.varying import is_inexact
+from lrjax.rowgraph.graph import moving_values
 from lrjax.rowgraph.row_mesh import RowMesh
 from lrjax.rowgraph.segments import Segment, split, split_at
 from lrjax.rowgraph.tracing import Traced, is_within_rowwise, trace
@@ -129,11 +130,14 @@ def run(traced: Traced, options: Options) -> Any:
     """A traced call under checked options: segment by segment, each under its strategy."""
     segments, choices = segments_and_choices(traced, options, row_mesh_of(options))
     hosted = hosted_values(traced, segments, choices)
+    moving = moving_values(traced.program) | hosted.keys()
     values = dict(zip(traced.program.inputs, traced.inputs, strict=True))
     values.update(traced.program.constants)
     parts = list(zip(segments, choices, strict=True))
     for tree in options.groups(len(segments)):
-        values.update(_run_tree(tree, parts, values, hosted, traced.program.outputs))
+        made = _run_tree(tree, parts, values, hosted, traced.program.outputs)
+        # What no gradient goes through has no tangents behind a row loop either.
+        values.update((v, _without_tangent(x, v in moving)) for v, x in made.items())
 
     for equation in traced.effects:
         # No callback takes tangents, and what a row loop gives always has one.
@@ -142,6 +146,10 @@ def run(traced: Traced, options: Options) -> Any:
     outputs = [array_of(v, values) for v in traced.outputs]
     outputs = [weakly_typed(x) if i in traced.weak else x for i, x in enumerate(outputs)]
     return jax.tree.unflatten(traced.out_tree, outputs)
+
+
+def _without_tangent(array: Any, is_moving: bool) -> Any:
+    return array if is_moving or not is_inexact(array) else jax.lax.stop_gradient(array)
 
 
 def _run_tree(

@@ -31,6 +31,7 @@ from lrjax.program.compatibility import (
 )
 from lrjax.program.extremes import evaluate_differentiably
 from lrjax.program.manual_axes import with_early_casts, without_meshes
+from lrjax.program.references import ADD_UPDATE, GET, SWAP
 from lrjax.program.varying import struct_like, varying_axes, varying_over
 
 # The parameter that holds the body of a call, by primitive.
@@ -254,6 +255,8 @@ class _Flattener:
                 ]
             elif eqn.primitive is lax.scan_p and self.is_unrolled(eqn, inputs):
                 outputs = self.unrolled(eqn, inputs)
+            elif eqn.primitive is ADD_UPDATE:
+                outputs = self.updated(eqn, inputs)
             elif eqn.primitive is lax.split_p:
                 outputs = self.slices(eqn, inputs[0])
             elif eqn.primitive is lax.concatenate_p:
@@ -287,6 +290,14 @@ class _Flattener:
         if self.rows.intersection(values_of(inputs)):
             self.rows.update(made)
         return list(made)
+
+    def updated(self, eqn: Any, inputs: Sequence[Atom]) -> list[Atom]:
+        """What is added to a reference, as read, added and written: these have results."""
+        (reference, value, *indices), one = inputs, [eqn.invars[1].aval]
+        old = self.add(GET, eqn.params, (reference, *indices), one, has_effects=True)
+        new = self.add(lax.add_p, {}, (*old, value), one)
+        self.add(SWAP, eqn.params, (reference, *new, *indices), one, has_effects=True)
+        return []
 
     def slices(self, eqn: Any, operand: Atom) -> list[Atom]:
         """A split as slices: each of its pieces may have rows of its own."""

@@ -123,15 +123,8 @@ class RowGraph:
 
     @functools.cached_property
     def moving(self) -> frozenset[int]:
-        """Values that may have tangents: floating-point ones that depend on such inputs by more
-        than functions without a derivative."""
-        avals = self.program.avals
-        found = {v for v in self.program.inputs if is_inexact(avals[v])}
-        for node in self.nodes:
-            has_derivative = traits_of(node.equation.primitive).has_derivative
-            if has_derivative and found.intersection(node.equation.values):
-                found.update(v for v in node.equation.outputs if is_inexact(avals[v]))
-        return frozenset(found)
+        """Values that may have tangents."""
+        return moving_values(self.program)
 
     @property
     def loops(self) -> list[int]:
@@ -181,6 +174,20 @@ class RowGraph:
     def row_bytes(self, value: int) -> int:
         """Bytes of one row."""
         return size_bytes(self.program.avals[value]) // max(self.height(value), 1)
+
+
+def moving_values(program: FlatProgram) -> frozenset[int]:
+    """Values that may have tangents: floating-point ones that depend on such inputs by more than
+    functions without a derivative."""
+    avals = program.avals
+    found = {v for v in program.inputs if is_inexact(avals[v])}
+    for equation in program.equations:
+        has_derivative = traits_of(equation.primitive).has_derivative
+        if has_derivative and found.intersection(equation.values):
+            # What is written to a mutable array is read of it later.
+            written = equation.values if equation.has_effects else ()
+            found.update(v for v in (*equation.outputs, *written) if is_inexact(avals[v]))
+    return frozenset(found)
 
 
 def root_of(graph: RowGraph, node: RowNode) -> tuple[int, Fraction]:
@@ -270,6 +277,7 @@ def stage_problem(
             by_rows=isinstance(node, RowNode),
             is_reduction=node.is_reduction,
             flops=math.inf if node.equation.has_effects else flops,
+            has_effects=node.equation.has_effects,
         )
 
     return Problem(

@@ -10,6 +10,7 @@ import numpy as np
 
 from lrjax.program.compatibility import tag_of
 from lrjax.program.inline import FlatEquation, FlatProgram, dependents, values_of
+from lrjax.program.references import uses_references
 from lrjax.rowgraph.graph import build, size_bytes
 from lrjax.rowgraph.row_mesh import RowMesh
 
@@ -64,6 +65,7 @@ def split(
         if in_order:
             _check_order(program, part, cuts)
     count = 1 + max(part.values(), default=0)
+    _check_references(program, count)
     return [_segment(program, whole.row_axis, part, index) for index in range(count)]
 
 
@@ -73,7 +75,18 @@ def split_at(
     """Cut behind these numbers of operations on rows, in rising order."""
     whole = Cuttable.of(program, axes)
     bounds = [0, *positions, len(whole.operations)]
+    _check_references(program, len(bounds) - 1)
     return [whole.between(start, stop) for start, stop in itertools.pairwise(bounds)]
+
+
+def _check_references(program: FlatProgram, count: int) -> None:
+    """Refuse to cut what is put in order by a mutable array."""
+    if count > 1 and uses_references(program.equations):
+        raise ValueError(
+            f"fun cannot be cut into {count} segments: it uses a mutable array (jax.new_ref), "
+            "whose reads and writes keep their order within a segment only. Give no cuts, or carry "
+            "the value as an array instead."
+        )
 
 
 @dataclasses.dataclass(frozen=True)

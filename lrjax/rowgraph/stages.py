@@ -38,6 +38,8 @@ class Operation:
       by_rows: it runs in a row loop; a column operation runs before its stage's loop.
       is_reduction: its outputs are whole after the loop.
       flops: to do it once, on all rows; infinite if it must not be done again.
+      has_effects: it runs behind all earlier operations with effects: what is read of a reference
+        is what was written to it before.
     """
 
     inputs: tuple[int, ...]
@@ -45,6 +47,7 @@ class Operation:
     by_rows: bool
     is_reduction: bool
     flops: float
+    has_effects: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -258,12 +261,15 @@ def _earliest_stages(problem: Problem) -> list[int]:
     whole_from = dict(problem.available)
     rows_from: dict[int, int] = {}
     stages = []
+    last_effect = 0
     for operation in problem.operations:
         if operation.by_rows:
             ready = (rows_from.get(v, whole_from.get(v, 0)) for v in operation.inputs)
         else:
             ready = (whole_from.get(v, 0) for v in operation.inputs)
         stage = max(ready, default=0)
+        if operation.has_effects:
+            stage = last_effect = max(stage, last_effect)
         stages.append(stage)
         for v in operation.outputs:
             if v in problem.size:

@@ -20,6 +20,8 @@ from lrjax.program.inline import (
 )
 from lrjax.program.interpreter import collection_paused
 from lrjax.program.manual_axes import with_casts_outside
+from lrjax.program.references import NEW as NEW_REFERENCE
+from lrjax.program.references import is_reference
 from lrjax.rowgraph.graph import build
 
 # True while the function of a row-wise one is traced. It is part of the keys of JAX's caches, so
@@ -104,20 +106,34 @@ def trace(
     consts = tuple(filter(is_moving, closed.consts))
     all_axes = (*(None,) * len(consts), *axes, *(None,) * len(keyword_arrays))
     program, inputs, input_axes = with_casts_outside(program, (*consts, *arrays), all_axes)
-    program, effects = _lifted_effects(program)
+    program, effects = _lifted_effects(program, inputs)
     weak = frozenset(
         i for i, aval in enumerate(closed.out_avals) if getattr(aval, "weak_type", False)
     )
     return Traced(program, inputs, input_axes, out_tree, effects, weak)
 
 
-def _lifted_effects(program: FlatProgram) -> tuple[FlatProgram, tuple[FlatEquation, ...]]:
+def _lifted_effects(
+    program: FlatProgram, inputs: Sequence[Any]
+) -> tuple[FlatProgram, tuple[FlatEquation, ...]]:
     """A program without the equations that have an effect and no result, and these equations.
 
     What they read becomes an output, so that a callback runs once, on whole values, after the
     program: inside, each pass over a recomputed forward would call it again.
+
+    Raises:
+      ValueError: one writes to a mutable array, which may be read before the end.
     """
     effects = tuple(e for e in program.equations if e.has_effects and not e.outputs)
+    mutable = {v for e in program.equations if e.primitive is NEW_REFERENCE for v in e.outputs}
+    mutable |= {v for v, x in zip(program.inputs, inputs, strict=True) if is_reference(x)}
+    for equation in effects:
+        if mutable.intersection(equation.values):
+            raise ValueError(
+                f"fun has a {equation.primitive.name} without results that writes to a mutable "
+                "array (jax.new_ref), so it cannot be put in order with what reads the array; "
+                "let it return what it writes, and write that outside of it."
+            )
     read = (v for equation in effects for v in equation.values)
     lean = dataclasses.replace(
         program,

@@ -23,6 +23,7 @@ from lrjax.program.inline import (
     replaced_at,
     without_dead_equations,
 )
+from lrjax.program.references import is_reference
 from lrjax.program.varying import is_inexact, struct_like
 
 
@@ -93,7 +94,7 @@ def joint_of(program: FlatProgram, wrt: Sequence[int], placed: Collection[int]) 
         def told(*moving: Any) -> tuple[list[Any], dict[int, Any]]:
             values = function(*moving)
             placed = zip(wanted, values[count:], strict=True)
-            return values[:count], {v: x for v, x in placed if not _is_reference(x)}
+            return values[:count], {v: x for v, x in placed if not is_reference(x)}
 
         values, pull, places = jax.vjp(told, *moving, has_aux=True)
         zeros = [np.zeros(out.shape, jax.dtypes.float0) for out in outputs]
@@ -111,11 +112,6 @@ def joint_of(program: FlatProgram, wrt: Sequence[int], placed: Collection[int]) 
         count,
         {v: place for v, place in places if isinstance(place, int) and place in known},
     )
-
-
-def _is_reference(value: Any) -> bool:
-    """A mutable array, which no function can return."""
-    return hasattr(jax.typeof(value), "inner_aval")
 
 
 def made_from(

@@ -32,6 +32,7 @@ def gradient_waits(graph: RowGraph, wrt: Sequence[int]) -> bool:
     made = {v for equation in tail for v in equation.outputs} | graph.program.constants.keys()
     given = tuple(dict.fromkeys(v for e in tail for v in e.values if v not in made))
     moving = dependents(graph.program.equations, {graph.program.inputs[i] for i in wrt})
+    moving &= graph.moving  # a callback, say, takes no tangents of what it gets without any
     avals = graph.program.avals
     on = [i for i, v in enumerate(given) if v in by_rows]
     asked = [i for i in on if given[i] in moving and is_inexact(avals[given[i]])]

@@ -19,6 +19,7 @@ import numpy as np
 from lrjax.loop.offload import instantiated, is_on_host, scaled
 from lrjax.program.inline import FlatProgram, evaluate, flatten, function_of, replaced_at
 from lrjax.program.interpreter import collection_paused
+from lrjax.program.references import reads_from_outside
 from lrjax.program.varying import is_inexact, struct_like, varying_axes, varying_over
 from lrjax.rowgraph.graph import RowGraph, build
 from lrjax.rowgraph.row_mesh import RowMesh
@@ -48,6 +49,15 @@ class Stream(Strategy):
         taken: Mapping[int, int] = NOTHING_HOSTED,
     ) -> Function:
         return stream_function(segment.program, segment.axes, num_blocks, given, segment.row_mesh)
+
+    def refusal(self, segment: Segment) -> str | None:
+        if not reads_from_outside(segment.program.equations):
+            return None
+        return (
+            "fun reads or writes a mutable array (jax.new_ref) that it does not make, and is "
+            "traced again with its gradient; take the array's value as an argument and return the "
+            "new one, or choose strategy '2ps'."
+        )
 
     def execution(self, segment: Segment, num_blocks: int, wrt: Sequence[int]) -> RowPrograms:
         return stream_programs(segment.program, segment.axes, num_blocks, wrt, segment.row_mesh)
