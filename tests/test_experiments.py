@@ -149,6 +149,29 @@ class TestRecord:
         assert stopped.value.code
         assert message in f"{stopped.value.code} {capsys.readouterr().err}"
 
+    def test_all_experiments_are_told_what_the_command_was(self, tmp_path, monkeypatch, capsys):
+        commands = []
+
+        def run(command):
+            commands.append(command[2:])
+            return types.SimpleNamespace(returncode=len(commands) - 1)
+
+        monkeypatch.setattr(evaluation.subprocess, "run", run)
+        (tmp_path / "quick").mkdir()
+        for suffix in (".json", ".md", ".png"):
+            name = record.FOLDER / "quick" / f"step_times{suffix}"
+            (tmp_path / "quick" / name.name).write_bytes(name.read_bytes())
+        arguments = ["--quick", "--resume", "--only", "frozen", "volumes", "--out", str(tmp_path)]
+        monkeypatch.setattr(sys, "argv", ["paper", *arguments])
+        assert evaluation.main() == 1, "one experiment's status was 1"
+        options = ["--out", str(tmp_path), "--quick", "--resume"]
+        assert commands == [
+            [f"experiments.paper.{name}", *options] for name in ("frozen", "volumes")
+        ]
+        printed = capsys.readouterr()
+        assert re.search(r"== frozen: status 0, \d+ s, \d+ s of a processor\n", printed.out)
+        assert "failed: volumes" in printed.err
+
     def test_nothing_to_draw_is_a_failure(self, tmp_path, monkeypatch, capsys):
         monkeypatch.setattr(sys, "argv", ["paper", "--figures", "--out", str(tmp_path)])
         assert evaluation.main() == 1

@@ -78,7 +78,7 @@ QUICK = Plan(
     sweeps={"side": Sweep(None, 128, (256, 512, 768)), "batch-224": Sweep(224, 1, (2, 8))},
     budgets={"512 MiB": 512 * MIB},
     width=0.25,
-    most_guesses=4,
+    most_guesses=2,
 )
 
 

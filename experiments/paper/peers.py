@@ -41,7 +41,7 @@ LABELS = {
     "torch": "PyTorch",
     "torch-checkpoint": "PyTorch, torch.utils.checkpoint",
 }
-FULL = {"side": 512, "turns": 7}
+FULL = {"side": 256, "turns": 5}
 QUICK = {"side": 128, "turns": 3}
 
 
