@@ -146,6 +146,7 @@ def measure(settings: record.Settings, known: record.Results, save: record.Save)
             start = time.perf_counter()
             step()
             results["seconds"][peer].append(time.perf_counter() - start)
+        save(results)
     return results
 
 
