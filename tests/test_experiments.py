@@ -74,6 +74,31 @@ class TestSearch:
         assert is_last or found.peak_bytes >= 0.99 * budget
         assert len(asked) == len(set(asked)) <= 6
 
+    def test_the_first_size_that_reaches_the_budget_is_guessed(self):
+        """Peaks of a small 3-D U-Net by rows: the cubic through them falls again beyond."""
+        peaks = {32: 37, 48: 65, 64: 105, 80: 158}
+        asked = []
+
+        def peak(side):
+            asked.append(side)
+            return 158 + 4 * (side - 80)
+
+        found = largest(peak, 256, step=16, known=peaks, degree=3)
+        assert found.size == 96
+        assert max(asked) <= 112
+
+    def test_a_guess_is_no_farther_than_eight_times_what_is_known(self):
+        """All but flat peaks tell little of where the budget is reached."""
+        asked = []
+
+        def peak(batch):
+            asked.append(batch)
+            return 1000 + batch
+
+        known = {1: 1001, 2: 1002}
+        assert largest(peak, 10**6, step=1, known=known, degree=1, most_guesses=2).size == 128
+        assert asked == [16, 128]
+
     def test_nothing_fits(self):
         found = largest(lambda n: 100 * n, 50, step=1, known={1: 100, 2: 200}, degree=1)
         assert (found.size, found.peak_bytes) == (0, 0)
@@ -148,6 +173,29 @@ class TestRecord:
             record.main(limits.EXPERIMENT, limits.__doc__)
         assert stopped.value.code
         assert message in f"{stopped.value.code} {capsys.readouterr().err}"
+
+    def test_all_experiments_are_told_what_the_command_was(self, tmp_path, monkeypatch, capsys):
+        commands = []
+
+        def run(command):
+            commands.append(command[2:])
+            return types.SimpleNamespace(returncode=len(commands) - 1)
+
+        monkeypatch.setattr(evaluation.subprocess, "run", run)
+        (tmp_path / "quick").mkdir()
+        for suffix in (".json", ".md", ".png"):
+            name = record.FOLDER / "quick" / f"step_times{suffix}"
+            (tmp_path / "quick" / name.name).write_bytes(name.read_bytes())
+        arguments = ["--quick", "--resume", "--only", "frozen", "volumes", "--out", str(tmp_path)]
+        monkeypatch.setattr(sys, "argv", ["paper", *arguments])
+        assert evaluation.main() == 1, "one experiment's status was 1"
+        options = ["--out", str(tmp_path), "--quick", "--resume"]
+        assert commands == [
+            [f"experiments.paper.{name}", *options] for name in ("frozen", "volumes")
+        ]
+        printed = capsys.readouterr()
+        assert re.search(r"== frozen: status 0, \d+ s, \d+ s of a processor\n", printed.out)
+        assert "failed: volumes" in printed.err
 
     def test_nothing_to_draw_is_a_failure(self, tmp_path, monkeypatch, capsys):
         monkeypatch.setattr(sys, "argv", ["paper", "--figures", "--out", str(tmp_path)])

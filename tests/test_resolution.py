@@ -249,7 +249,9 @@ def test_shortfalls_are_told():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--quick"], "--quick: give --out, so that the committed results stay"),
+        (["--quick"], "--quick, --seed: give --out, so that the committed results stay"),
+        (["--seed", "1"], "--quick, --seed: give --out, so that the committed results stay"),
+        (["--seed", "-1", "--out", "results.json"], "--seed: got -1; use 0 or more"),
         (["--quick", "--out", "results.md"], "--out: got results.md; name a .json file"),
         (["--redraw", "--out", "nowhere.json"], "--redraw: nowhere.json is not there"),
     ],

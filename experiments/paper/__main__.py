@@ -1,11 +1,13 @@
 """All experiments of LR-CNN's evaluation, one after the other; or all tables and figures again.
 
 python -m experiments.paper --quick      # each in a process of its own
+python -m experiments.paper --quick --resume     # what an earlier run measured stays
 python -m experiments.paper --figures    # from the JSON files that are there
 """
 
 import argparse
 import importlib
+import resource
 import subprocess
 import sys
 import time
@@ -43,23 +45,39 @@ def render_all(folder: Path) -> list[Path]:
     return found
 
 
+def measured(name: str, options: argparse.Namespace) -> int:
+    """An experiment in a process of its own; prints what it took, and returns its status."""
+    command = [sys.executable, "-m", f"experiments.paper.{name}", "--out", str(options.out)]
+    command += ["--quick"] * options.quick + ["--resume"] * options.resume
+    start, before = time.perf_counter(), processor_seconds()
+    status = subprocess.run(command).returncode
+    print(
+        f"== {name}: status {status}, {time.perf_counter() - start:.0f} s, "
+        f"{processor_seconds() - before:.0f} s of a processor",
+        flush=True,
+    )
+    return status
+
+
+def processor_seconds() -> float:
+    """Of all child processes that have ended: on a busy machine, what a run took by itself."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--quick", action="store_true", help="measure with small settings")
     parser.add_argument("--full", action="store_true", help="measure with full settings: hours")
     parser.add_argument("--figures", action="store_true", help="draw again what is there")
+    parser.add_argument("--resume", action="store_true", help="keep what an earlier run measured")
     parser.add_argument("--only", nargs="*", choices=NAMES, default=NAMES)
     parser.add_argument("--out", type=Path, default=record.FOLDER, help="where the results are")
     options = parser.parse_args()
     if not (options.quick or options.full or options.figures):
         parser.error("say what to do: --quick, --full or --figures")
-    failed = []
-    for name in options.only if options.quick or options.full else ():
-        start = time.perf_counter()
-        command = [sys.executable, "-m", f"experiments.paper.{name}", "--out", str(options.out)]
-        status = subprocess.run([*command, *(["--quick"] if options.quick else [])]).returncode
-        print(f"== {name}: status {status}, {time.perf_counter() - start:.0f} s", flush=True)
-        failed += [name] if status else []
+    names = options.only if options.quick or options.full else ()
+    failed = [name for name in names if measured(name, options)]
     drawn = render_all(options.out)
     for path in drawn:
         print(f"drawn from {path}")

@@ -78,7 +78,7 @@ QUICK = Plan(
     sweeps={"side": Sweep(None, 128, (256, 512, 768)), "batch-224": Sweep(224, 1, (2, 8))},
     budgets={"512 MiB": 512 * MIB},
     width=0.25,
-    most_guesses=4,
+    most_guesses=3,
 )
 
 
@@ -220,8 +220,9 @@ def table(found: record.Record) -> str:
     for sweep, networks in results["largest"].items():
         for network, methods in networks.items():
             rows = [
-                [label(method), *(_cell(own.get(budget)) for budget in budgets)]
-                for method, own in methods.items()
+                [label(method), *(_cell(methods[method].get(budget)) for budget in budgets)]
+                for method in (*METHODS, PLANNER)
+                if method in methods
             ]
             lines += [
                 f"{network}, {TITLES[sweep]} (peak MiB):",

@@ -41,7 +41,7 @@ LABELS = {
     "torch": "PyTorch",
     "torch-checkpoint": "PyTorch, torch.utils.checkpoint",
 }
-FULL = {"side": 512, "turns": 7}
+FULL = {"side": 256, "turns": 5}
 QUICK = {"side": 128, "turns": 3}
 
 
@@ -146,6 +146,7 @@ def measure(settings: record.Settings, known: record.Results, save: record.Save)
             start = time.perf_counter()
             step()
             results["seconds"][peer].append(time.perf_counter() - start)
+        save(results)
     return results
 
 

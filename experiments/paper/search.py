@@ -14,6 +14,8 @@ import numpy as np
 # Of the budget: what a further compilation is not worth.
 _NEAR = 0.01
 MOST_GUESSES = 6
+# Times the largest size whose peak is known: what a guess is trusted for.
+_FARTHEST = 8
 
 
 @dataclass(frozen=True)
@@ -76,10 +78,17 @@ def largest(
 
 
 def _guess(known: dict[int, int], budget: int, step: int, degree: int) -> int:
-    """The size at which the polynomial through the peaks nearest to the budget reaches it."""
+    """Where the polynomial through the peaks nearest to the budget first reaches it.
+
+    First: a polynomial of third degree may come back to the budget far away. And at most
+    ``_FARTHEST`` times the largest size that is known.
+    """
     nearest = sorted(known, key=lambda size: abs(np.log(known[size] / budget)))[: degree + 1]
     curve = np.polynomial.Polynomial.fit(nearest, [known[s] for s in nearest], degree)
-    roots = [r.real for r in (curve - budget).roots() if abs(r.imag) < 1e-6 * abs(r) and r.real > 0]
-    if not roots:  # peaks that do not grow as they should: scale from the nearest
-        roots = [nearest[0] * (budget / known[nearest[0]]) ** (1 / degree)]
-    return max(step, int(max(roots) // step) * step)
+    fitting = max((size for size, own in known.items() if own <= budget), default=0)
+    roots = [r.real for r in (curve - budget).roots() if abs(r.imag) < 1e-6 * abs(r)]
+    beyond = [root for root in roots if root > fitting]
+    if not beyond:  # peaks that do not grow as they should: scale from the nearest
+        beyond = [nearest[0] * (budget / known[nearest[0]]) ** (1 / degree)]
+    guess = min(*beyond, _FARTHEST * max(known))
+    return max(step, int(guess // step) * step)
