@@ -42,7 +42,6 @@ TARGET = "h200"
 MIB = 2**20
 RESULTS = report.RESULTS / "rows_over_devices.json"
 CUTS = "pool1,pool2,pool3,pool4"
-BLOCKS = "stage1_block3,stage2_block4,stage3_block6"
 
 WEAK = (
     *("vgg16/{}/stream:16", "resnet50-frozen/{}/stream:8", "resnet50-batch/{}/stream:8"),
@@ -50,11 +49,12 @@ WEAK = (
     *(f"vgg16/{{}}/checkpoint@{CUTS}", f"vgg16/{{}}/overl:1@{CUTS}"),
 )
 STRONG = ((1, 64), (2, 32), (4, 16), (8, 8))  # devices, blocks of each: as many rows a step
-LOW = ("stream:4", "overl:1", f"overl:1@{CUTS}", f"overl:1,1@{CUTS.split(',')[1]}", "plan:768MiB")
+LOW = ("stream:4", f"stream:2@{CUTS}", "overl:1", f"overl:1@{CUTS}", "plan:768MiB")
 ROWS = (
     *(row.format(at) for row in WEAK for at in ("4096x4096/1", "32768x4096/8")),
     *(f"vgg16/16384x16384/{count}/stream:{blocks}" for count, blocks in STRONG),
     "vgg16/131072x16384/8/stream:64",
+    "vgg16/1024x1024/1/column",
     *(f"vgg16/{at}/{method}" for method in LOW for at in ("1024x1024/1", "8192x1024/8")),
 )
 

@@ -309,20 +309,23 @@ def devices_strong() -> str:
 
 def devices_waste() -> str:
     version, found = of_devices()
-    lines = []
+    column, lines = found["vgg16", "1024x1024", 1, "column"], []
     for (network, size, count, method), own in found.items():
         alone = found.get((network, "1024x1024", 1, method))
         if size != "8192x1024" or count != 8 or alone is None:
             continue
-        wasted = own["tflop"] / alone["tflop"] - 1
-        how = method_label(method) + (f": {own['plan']}" if "plan" in own else "")
-        lines.append([how, mib(alone), mib(own), f"{wasted:.1%}", f"{alone['ms']:,.1f}",
-                      f"{own['ms']:,.1f}"])  # fmt: skip
-    header = ["how", "MiB, one device", "of eight", "operations wasted", "ms, one device"]
-    header += ["of eight"]
+        times = [f"{row['tflop'] / column['tflop']:.3f}" for row in (alone, own)]
+        is_same = own.get("plan") == alone.get("plan")
+        plans = "" if is_same else f": {alone['plan']}, and of eight {own['plan']}"
+        lines.append([method_label(method) + plans, mib(alone), mib(own), *times,
+                      f"{own['tflop'] / alone['tflop'] - 1:.1%}" if is_same else "",
+                      f"{alone['ms']:,.1f}", f"{own['ms']:,.1f}"])  # fmt: skip
+    header = ["how", "MiB, one device", "of eight", "operations, one device", "of eight"]
+    header += ["wasted", "ms, one device", "of eight"]
     note = (
-        "VGG-16, 1,024 rows of each device: operations of a device of eight over those of one "
-        f"device alone. Compiled by jax {version}."
+        "VGG-16, 1024 x 1024 on one device, 8192 x 1024 on eight; operations as multiples of "
+        f"column's on one device; wasted: what eight take more. Compiled by jax {version}. In one "
+        "block one device computes as many rows outside the image as eight do of their neighbours'."
     )
     return f"{markdown_table(header, lines)}\n\n{note}"
 

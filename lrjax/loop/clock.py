@@ -81,6 +81,10 @@ class Clock:
         """
         return self[name] if self.device is None else self[name] + self.device * share
 
+    def row_of_image(self, row: int, share: int) -> Any:
+        """A device's row, in a step of its own, counted from the image's first."""
+        return row if self.device is None else row + self.device * share
+
     def inside(self, name: Any, count: int, low: Any, high: Any, share: int = 0) -> jax.Array:
         """Which of ``count`` rows, the first of them named, are in ``[low, high)``.
 

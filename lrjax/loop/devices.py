@@ -172,6 +172,20 @@ def of_image(loop: RowLoop, clock: Clock, source: Source, window: Array, fill: A
     return keep(window, clock.inside(name, rows, 0, height, own), axis, fill)
 
 
+def of_image_alone(
+    loop: RowLoop, clock: Clock, source: Source, window: Array, start: int, fill: Any
+) -> Array:
+    """A window in a step of its own, from ``start`` on: rows outside the image hold ``fill``."""
+    axis, rows = source.read.axis, window.shape[source.read.axis]
+    own, height = 0, loop.graph.program.avals[source.value].shape[axis]
+    if loop.shards is not None:
+        own = division_of(loop, source).share
+    devices = 1 if loop.shards is None else loop.shards.count
+    if start >= 0 and start + rows + (devices - 1) * own <= height:
+        return window
+    return keep_rows(window, clock.row_of_image(start, own), axis, 0, height, fill)
+
+
 def own_rows(loop: RowLoop, clock: Clock, source: Source, window: Array) -> Array:
     """What a reduction reads, without rows that are other devices' or outside the image.
 

@@ -3,7 +3,8 @@
 All steps have one shape, so the first and the last compute rows outside the image: operations lag
 behind each other, by a round trip in a gradient. Where that is much, those steps are compiled by
 themselves, for the rows of the image alone, as compilers peel loops (software pipelining). The
-steps between them then read and write no row outside the image, and mask nothing. Numbers only.
+steps between them then read and write no row outside the image, and mask nothing. Where devices
+share the rows, the same is done for the rows that a share depends on. Numbers only.
 """
 
 from __future__ import annotations

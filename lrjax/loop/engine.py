@@ -85,17 +85,21 @@ def slice_windows(
     windows = {}
     for s in loop.sliced:
         name = "window", s.node, s.operand
-        start, size = clock[name], loop.window_rows(s)
+        start, size, bounds = clock[name], loop.window_rows(s), clock.bounds(name)
         if clock.is_alone:
             part = loop.rows_inside(s.node, clock["step"])
             if part == (0, 0):
                 continue
             start, size = loop.window_of(s, part)
-        fill, bounds = _fill(loop, s), clock.bounds(name)
+            bounds = start, start
+        fill = _fill(loop, s)
         array = arrays[devices.array_key(loop, s)]
         if isinstance(array, WithHalo):
-            window = array.read(start, size, fill, bounds)
-            window = devices.of_image(loop, clock, s, window, fill)
+            window = array.read(start, size, fill, bounds, zero)
+            if not clock.is_alone:
+                window = devices.of_image(loop, clock, s, window, fill)
+            elif loop.fill_of(s) is not None:
+                window = devices.of_image_alone(loop, clock, s, window, start, fill)
         else:
             window = read_rows(array, start, size, s.read.axis, fill, bounds, zero)
         windows[s.node, s.operand] = window
@@ -181,10 +185,11 @@ class _Step:
                     else array_of(atom, self.wholes)
                     for operand, atom in enumerate(node.equation.inputs)
                 ]
-                start = self.clock.in_image(("start", i), devices.share_of_node(loop, i))
-                count = loop.schedule.tracks[i].rows
-                if part is not None:
-                    start, count = part[0], part[1] - part[0]
+                share, count = devices.share_of_node(loop, i), loop.schedule.tracks[i].rows
+                if part is None:
+                    start = self.clock.in_image(("start", i), share)
+                else:
+                    start, count = self.clock.row_of_image(part[0], share), part[1] - part[0]
                 results = node.op.evaluate(operands, Rows(start, count, loop.is_differentiated))
             if node.is_reduction:
                 for v, partial in zip(node.equation.outputs, results, strict=True):
@@ -290,30 +295,33 @@ class _Step:
         zero: Any = 0,
     ) -> Array:
         """The rows that a read takes for some rows of the node's, in a step of its own."""
-        loop, axis = self.loop, source.read.axis
+        loop, (start, size) = self.loop, self.loop.window_of(source, part)
+        fill, is_masked = loop.fill_of(source), loop.masked_at_read(source)
+        if loop.shards is not None and loop.nodes[source.node].is_reduction:
+            fill, is_masked = source.read.fill, True
         if source.value not in loop.producer:
-            return self.windows[source.node, source.operand]
-        start, size = loop.window_of(source, part)
-        back = self.clock["stop", loop.producer[source.value]] - start
-        window = at_hand[source.value].window(back, size, source.read.slack, zero)
-        height = loop.graph.program.avals[source.value].shape[axis]
-        if loop.masked_at_read(source) and (start < 0 or start + size > height):
-            fill = loop.fill_of(source)
-            window = keep_rows(window, start, axis, 0, height, fill)
-        return window
+            window = self.windows[source.node, source.operand]
+        else:
+            back = self.clock["stop", loop.producer[source.value]] - start
+            window = at_hand[source.value].window(back, size, source.read.slack, zero)
+        if not is_masked:
+            return window
+        return devices.of_image_alone(loop, self.clock, source, window, start, fill)
 
     def filled(self, value: int, slab: Array, part: tuple[int, int] | None = None) -> Array:
         """A step's rows of a value, of which those outside the image hold what readers need.
 
-        Of ``part`` of the rows all others are outside.
+        Of ``part`` of the rows all others are outside, or nothing depends on them.
         """
         loop, clock = self.loop, self.clock
         if part is not None:
             node, axis = loop.producer[value], loop.graph.row_axis[value]
             start, stop = clock["start", node], clock["stop", node]
             fill, height = loop.production_fill.get(value, 0), loop.graph.height(value)
-            if part[1] > height and value in loop.production_fill:
-                slab = keep_rows(slab, part[0], axis, 0, height, fill)
+            is_inside = devices.is_inside_image(loop, value, *part)
+            if not is_inside and value in loop.production_fill:
+                first = clock.row_of_image(part[0], devices.share(loop, value))
+                slab = keep_rows(slab, first, axis, 0, height, fill)
             return padded_rows(slab, part[0] - start, stop - part[1], axis, fill)
         if value not in loop.production_fill:
             return slab
@@ -451,7 +459,10 @@ def _run_over_devices(
         arrays = devices.with_halos(loop, own)
         shards = {division.value: array for division, array in own.items()}
         start = start_of(loop, {**wholes, **shards}, (), after)
-        outputs, sums, saved = _scanned(loop, arrays, wholes, start, (), saves_lines=saves_lines)
+        awaited = _awaited(loop, {**wholes, **shards}, after)
+        outputs, sums, saved = _scanned(
+            loop, arrays, wholes, start, awaited, saves_lines=saves_lines
+        )
         return outputs, finished_sums(loop, devices.combined(loop, sums)), saved
 
     outputs, sums, saved = devices.shards_of_loop(loop).run(

@@ -29,7 +29,7 @@ from lrjax.program.inline import FlatEquation
 from lrjax.program.varying import is_inexact
 from lrjax.rowgraph.graph import RowGraph, RowNode, root_of
 from lrjax.rules.base import RowRead
-from lrjax.rules.geometry import Frontier, ceil_div, round_up
+from lrjax.rules.geometry import Frontier, ceil_div, round_down, round_up
 from lrjax.rules.traits import Kind
 
 
@@ -159,12 +159,15 @@ class RowLoop:
     def rows_inside(self, index: int, step: int) -> tuple[int, int]:
         """The first row of the image that a node has in a step, and one past the last.
 
-        Of a reduction those that the step owns. ``(0, 0)``: none.
+        Of a reduction those that the step owns. ``(0, 0)``: none. Where devices share the rows,
+        those on which the share of each depends; the image may begin or end among them.
         """
         node, track = self.nodes[index], self.schedule.tracks[index]
         first = track.owned(step)[0] if node.is_reduction else track.start(step)
         quantum = math.lcm(*(read.row_map.quantum for _, _, read in node.row_reads))
-        start, stop = max(first, 0), min(track.stop(step), round_up(node.op.height, quantum))
+        low, high = (0, node.op.height) if self.shards is None else self.needs[index]
+        start = max(first, round_down(low, quantum))
+        stop = min(track.stop(step), round_up(high, quantum))
         return (start, stop) if stop > start else (0, 0)
 
     def window_of(self, source: Source, part: tuple[int, int]) -> tuple[int, int]:
@@ -176,10 +179,9 @@ class RowLoop:
     def repeated(self) -> tuple[int, int]:
         """The first of the steps that one program repeats, and one past the last.
 
-        The others are programs of their own; see ``ends``. Where devices share the rows, all steps
-        are alike: which rows are outside the image is another on each.
+        The others are programs of their own; see ``ends``.
         """
-        if self.is_differentiated or self.shards is not None:
+        if self.is_differentiated:
             return 0, self.steps
 
         def inside(step: int) -> float:

@@ -162,13 +162,15 @@ class WithHalo:
     firsts: tuple[int, ...]
     axis: int
 
-    def read(self, start: Any, size: int, fill: Any, bounds: tuple[int, int]) -> Array:
+    def read(
+        self, start: Any, size: int, fill: Any, bounds: tuple[int, int], zero: Any = 0
+    ) -> Array:
         """``read_rows`` of all pieces; rows in none of them are ``fill``."""
         low, high = bounds
 
         def read_of(piece: Array, first: int) -> Array:
             moved = low - first, high - first
-            return read_rows(piece, start - first, size, self.axis, fill, moved)
+            return read_rows(piece, start - first, size, self.axis, fill, moved, zero)
 
         found = read_of(self.pieces[0], 0)
         for piece, first in zip(self.pieces[1:], self.firsts[1:], strict=True):

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
+import numpy as np
 from jax.sharding import AxisType
 
 from lrjax.memory.compile import mesh_for
@@ -84,4 +85,4 @@ def _sizes(mesh: PlannedMesh, axis: str | None) -> dict[str, int]:
             f"mesh={mesh!r:.80} is no mesh; give what jax.make_mesh returned, or the size of its "
             "axis by name, as {'rows': 8}."
         )
-    return dict(mesh)
+    return {n: size.item() if isinstance(size, np.integer) else size for n, size in mesh.items()}

@@ -162,7 +162,7 @@ def test_a_device_of_eight_costs_what_one_with_its_rows_does(choice):
 
 
 @alone
-def test_one_block_is_a_checkpoint_of_the_shares():
+def test_one_block_is_offered_for_shares():
     def counts(devices):
         row_mesh = None if devices == 1 else row_mesh_of(devices)
         traced = problem_of(logits, structs(512, 8), (None, 1), "h200", None, row_mesh).traced
