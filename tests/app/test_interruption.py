@@ -143,6 +143,18 @@ def test_a_number_that_another_process_has_now_is_no_holder(tmp_path):
         pass
 
 
+def test_a_file_system_without_links_has_locks_too(tmp_path, monkeypatch):
+    def link(*names):
+        raise PermissionError("no links here")
+
+    monkeypatch.setattr(lock.os, "link", link)
+    with lock.locked(tmp_path):
+        with pytest.raises(ValueError, match="in use by process"), lock.locked(tmp_path):
+            pass
+        assert [path.name for path in tmp_path.iterdir()] == [lock.FILE]
+    assert [*tmp_path.iterdir()] == []
+
+
 @pytest.mark.parametrize("content", ["", "no json", "[]", '{"host": 3}', '{"pid": "x"}'])
 def test_a_lock_that_cannot_be_read_is_left_alone_for_a_while(tmp_path, monkeypatch, content):
     monkeypatch.setattr(lock, "STALE_AFTER", 0.1)
@@ -168,8 +180,9 @@ def test_a_lock_of_another_host_holds_while_it_is_touched(tmp_path, monkeypatch)
     finally:
         done.set()
         thread.join()
-    with lock.locked(tmp_path):  # nobody touches it any more
-        pass
+    notes = []
+    with lock.locked(tmp_path, notes.append):  # nobody touches it any more
+        assert "elsewhere" in notes[0]
 
 
 def test_the_holder_touches_its_lock(tmp_path, monkeypatch):
