@@ -127,12 +127,13 @@ def _read(path: Path) -> dict[str, Any] | None:
 def _is_stale(path: Path, holder: dict[str, Any], note: Callable[[str], None]) -> bool:
     if holder.get("host") == socket.gethostname():
         try:
-            started = psutil.Process(int(holder["pid"])).create_time()
-        except (psutil.NoSuchProcess, KeyError, TypeError, ValueError):
+            process = psutil.Process(int(holder["pid"]))
+            is_another = abs(process.create_time() - float(holder["started"])) > 1
+            return is_another or process.status() == psutil.STATUS_ZOMBIE
+        except (psutil.NoSuchProcess, KeyError, TypeError, ValueError, OverflowError):
             return True
         except psutil.AccessDenied:
             return False
-        return abs(started - float(holder.get("started", started))) > 1
     note(f"{path} is of {holder.get('host')}; looking for {STALE_AFTER:g} s whether it is stale")
     # Not by this host's clock, which may be another than the file system's.
     before = _touched(path)

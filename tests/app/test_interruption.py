@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 
+import psutil
 import pytest
 import tiny_runs
 from tiny_runs import assert_same_bits, go_on, train
@@ -101,6 +102,9 @@ def test_the_command_ends_with_the_status_that_schedulers_expect(tmp_path, monke
 # --- The lock -------------------------------------------------------------------------------------
 
 
+OWN_HOST = json.dumps({"host": socket.gethostname(), "pid": os.getpid(), "started": "x"})
+
+
 def write_lock(run, **holder):
     run.mkdir(exist_ok=True)
     (run / lock.FILE).write_text(json.dumps(holder))
@@ -137,6 +141,17 @@ def test_a_lock_of_a_process_that_is_gone_is_taken_over(tmp_path):
     assert [*tmp_path.iterdir()] == []
 
 
+def test_a_process_that_ended_and_that_nobody_waited_for_is_gone(tmp_path):
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    process = psutil.Process(ended.pid)
+    write_lock(tmp_path, host=socket.gethostname(), pid=ended.pid, started=process.create_time())
+    while process.status() != psutil.STATUS_ZOMBIE:
+        time.sleep(0.01)
+    with lock.locked(tmp_path):
+        pass
+    ended.wait()
+
+
 def test_a_number_that_another_process_has_now_is_no_holder(tmp_path):
     write_lock(tmp_path, host=socket.gethostname(), pid=os.getpid(), started=1.0)
     with lock.locked(tmp_path):
@@ -155,7 +170,7 @@ def test_a_file_system_without_links_has_locks_too(tmp_path, monkeypatch):
     assert [*tmp_path.iterdir()] == []
 
 
-@pytest.mark.parametrize("content", ["", "no json", "[]", '{"host": 3}', '{"pid": "x"}'])
+@pytest.mark.parametrize("content", ["", "no json", "[]", '{"host": 3}', '{"pid": "x"}', OWN_HOST])
 def test_a_lock_that_cannot_be_read_is_left_alone_for_a_while(tmp_path, monkeypatch, content):
     monkeypatch.setattr(lock, "STALE_AFTER", 0.1)
     (tmp_path / lock.FILE).write_text(content)
