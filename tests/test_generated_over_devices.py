@@ -52,6 +52,13 @@ FOUND = {
         argnums=(1,),
         devices=3,
     ),
+    # XLA wrote a row behind the last one of two, where it belongs into the last.
+    "updated slice": Spec(
+        layers=(L("conv", kernel=5, padding="VALID"), L("updated_slice", letter="H", start=2)),
+        strategy="2ps",
+        num_blocks=1,
+        devices=2,
+    ),
     # A call with a derivative of its own, of rows and a constant.
     "softplus": Spec(
         layers=(L("act", name="softplus"),), height=2, strategy="overl", num_blocks=1, devices=2

@@ -50,7 +50,8 @@ def requests() -> Iterator[Request]:
         request.is_made = True
         signal.signal(signal.SIGTERM, before)
 
-    before = signal.signal(signal.SIGTERM, handle)
+    # None: what was there is no handler of Python's.
+    before = signal.signal(signal.SIGTERM, handle) or signal.SIG_DFL
     try:
         yield request
     finally:

@@ -12,7 +12,7 @@ import socket
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +25,12 @@ STALE_AFTER = 20.0
 
 
 @contextlib.contextmanager
-def locked(run: Path) -> Iterator[None]:
+def locked(run: Path, note: Callable[[str], None] = lambda text: None) -> Iterator[None]:
     """Holds the lock of a run's directory, which is made where it does not exist.
+
+    Args:
+      run: the directory.
+      note: is told when a lock of another host is watched, to see whether it is stale.
 
     Raises:
       ValueError: another trainer holds it; says which.
@@ -36,7 +40,7 @@ def locked(run: Path) -> Iterator[None]:
     path = run / FILE
     own = _identity()
     try:
-        _take(path, own)
+        _take(path, own, note)
     except OSError as error:
         raise ValueError(f"out: cannot write to {run} ({error.strerror or error})") from error
     done = threading.Event()
@@ -54,12 +58,12 @@ def locked(run: Path) -> Iterator[None]:
                 place.rmdir()
 
 
-def _take(path: Path, own: dict[str, Any]) -> None:
+def _take(path: Path, own: dict[str, Any], note: Callable[[str], None]) -> None:
     while not _created(path, own):
         holder = _read(path)
         if holder is None:
             continue  # it was given back just now
-        if not _is_stale(path, holder):
+        if not _is_stale(path, holder, note):
             raise ValueError(
                 f"out: {path.parent} is in use by process {holder.get('pid')} on "
                 f"{holder.get('host')}; wait until it ends, or give another directory (if there is "
@@ -70,7 +74,7 @@ def _take(path: Path, own: dict[str, Any]) -> None:
         with contextlib.suppress(FileNotFoundError):
             path.rename(aside)
             if _read(aside) != holder:  # somebody else was faster: it is theirs
-                with contextlib.suppress(FileExistsError):
+                with contextlib.suppress(OSError):
                     os.link(aside, path)
             aside.unlink(missing_ok=True)
 
@@ -84,8 +88,19 @@ def _created(path: Path, own: dict[str, Any]) -> bool:
         os.link(name, path)
     except FileExistsError:
         return False
+    except OSError:  # a file system without links
+        return _created_without_links(path, own)
     finally:
         os.unlink(name)
+    return True
+
+
+def _created_without_links(path: Path, own: dict[str, Any]) -> bool:
+    try:
+        with path.open("x", encoding="utf-8") as file:
+            file.write(json.dumps(own))
+    except FileExistsError:
+        return False
     return True
 
 
@@ -109,15 +124,17 @@ def _read(path: Path) -> dict[str, Any] | None:
     return found if isinstance(found, dict) else {}
 
 
-def _is_stale(path: Path, holder: dict[str, Any]) -> bool:
+def _is_stale(path: Path, holder: dict[str, Any], note: Callable[[str], None]) -> bool:
     if holder.get("host") == socket.gethostname():
         try:
-            started = psutil.Process(int(holder["pid"])).create_time()
-        except (psutil.NoSuchProcess, KeyError, TypeError, ValueError):
+            process = psutil.Process(int(holder["pid"]))
+            is_another = abs(process.create_time() - float(holder["started"])) > 1
+            return is_another or process.status() == psutil.STATUS_ZOMBIE
+        except (psutil.NoSuchProcess, KeyError, TypeError, ValueError, OverflowError):
             return True
         except psutil.AccessDenied:
             return False
-        return abs(started - float(holder.get("started", started))) > 1
+    note(f"{path} is of {holder.get('host')}; looking for {STALE_AFTER:g} s whether it is stale")
     # Not by this host's clock, which may be another than the file system's.
     before = _touched(path)
     end = time.monotonic() + STALE_AFTER

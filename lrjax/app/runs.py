@@ -149,7 +149,7 @@ def run(
 
         def enter() -> None:
             report.check_writable(out)
-            held.enter_context(locked(out))
+            held.enter_context(locked(out, listener.note))
             _check_directory(out, resume=resume, overwrite=overwrite)
 
         processes.first_does(enter)

@@ -13,6 +13,7 @@ from lrjax.loop.engine import run_loop
 from lrjax.loop.line_buffers import Values
 from lrjax.loop.offload import from_host, is_on_host, to_host
 from lrjax.loop.rowloop import RowLoop
+from lrjax.program.compatibility import has_body
 from lrjax.program.inline import Atom, FlatEquation, array_of, values_of
 from lrjax.program.varying import varying_axes, varying_over
 from lrjax.rowgraph.graph import RowGraph
@@ -84,6 +85,8 @@ def run_column(
     """
 
     division = traits_of(equation.primitive).division
+    if has_body(equation.params):  # which may hold any operation
+        division = Division.NEVER
 
     def placed(atom: Atom, array: Array) -> Array:
         axis = graph.axis_of(atom)

@@ -206,7 +206,7 @@ RULES = (
         division=Division.EVENLY,
     )),
     Rule((lax.dynamic_update_slice_p,), dynamic_update_slice, Traits(
-        preserves_finiteness=True, linearity=additive_in(0, 1),
+        preserves_finiteness=True, linearity=additive_in(0, 1), division=Division.NEVER,
     )),
 )
 # fmt: on

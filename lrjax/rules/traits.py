@@ -41,8 +41,8 @@ class Division(enum.Enum):
       ALWAYS: all.
       EVENLY: those whose rows divide evenly. It aborts on some scatters of others, as the gradient
         of a sort is one.
-      NEVER: none that it transforms along rows. A Fourier transform of double precision gets
-        factors of single precision, which no program may mix.
+      NEVER: none that it works on along rows. A slice at a position out of range is not where it
+        should be, and a Fourier transform of double precision gets factors of single precision.
     """
 
     ALWAYS = "always"

@@ -87,7 +87,7 @@ def evaluation(segment: Segment) -> Function:
         values.update(zip(graph.program.inputs, inputs, strict=True))
         for node in graph.nodes:
             division = traits_of(node.equation.primitive).division
-            is_free = isinstance(node, RowNode) and division is Division.ALWAYS
+            is_free = isinstance(node, RowNode) and division is not Division.EVENLY
             mesh = None if is_free else row_mesh
             values.update(run_column(graph, node.equation, values, mesh))
         return [array_of(v, values) for v in graph.program.outputs]

@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 
+import psutil
 import pytest
 import tiny_runs
 from tiny_runs import assert_same_bits, go_on, train
@@ -101,6 +102,9 @@ def test_the_command_ends_with_the_status_that_schedulers_expect(tmp_path, monke
 # --- The lock -------------------------------------------------------------------------------------
 
 
+OWN_HOST = json.dumps({"host": socket.gethostname(), "pid": os.getpid(), "started": "x"})
+
+
 def write_lock(run, **holder):
     run.mkdir(exist_ok=True)
     (run / lock.FILE).write_text(json.dumps(holder))
@@ -137,13 +141,36 @@ def test_a_lock_of_a_process_that_is_gone_is_taken_over(tmp_path):
     assert [*tmp_path.iterdir()] == []
 
 
+def test_a_process_that_ended_and_that_nobody_waited_for_is_gone(tmp_path):
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    process = psutil.Process(ended.pid)
+    write_lock(tmp_path, host=socket.gethostname(), pid=ended.pid, started=process.create_time())
+    while process.status() != psutil.STATUS_ZOMBIE:
+        time.sleep(0.01)
+    with lock.locked(tmp_path):
+        pass
+    ended.wait()
+
+
 def test_a_number_that_another_process_has_now_is_no_holder(tmp_path):
     write_lock(tmp_path, host=socket.gethostname(), pid=os.getpid(), started=1.0)
     with lock.locked(tmp_path):
         pass
 
 
-@pytest.mark.parametrize("content", ["", "no json", "[]", '{"host": 3}', '{"pid": "x"}'])
+def test_a_file_system_without_links_has_locks_too(tmp_path, monkeypatch):
+    def link(*names):
+        raise PermissionError("no links here")
+
+    monkeypatch.setattr(lock.os, "link", link)
+    with lock.locked(tmp_path):
+        with pytest.raises(ValueError, match="in use by process"), lock.locked(tmp_path):
+            pass
+        assert [path.name for path in tmp_path.iterdir()] == [lock.FILE]
+    assert [*tmp_path.iterdir()] == []
+
+
+@pytest.mark.parametrize("content", ["", "no json", "[]", '{"host": 3}', '{"pid": "x"}', OWN_HOST])
 def test_a_lock_that_cannot_be_read_is_left_alone_for_a_while(tmp_path, monkeypatch, content):
     monkeypatch.setattr(lock, "STALE_AFTER", 0.1)
     (tmp_path / lock.FILE).write_text(content)
@@ -168,8 +195,9 @@ def test_a_lock_of_another_host_holds_while_it_is_touched(tmp_path, monkeypatch)
     finally:
         done.set()
         thread.join()
-    with lock.locked(tmp_path):  # nobody touches it any more
-        pass
+    notes = []
+    with lock.locked(tmp_path, notes.append):  # nobody touches it any more
+        assert "elsewhere" in notes[0]
 
 
 def test_the_holder_touches_its_lock(tmp_path, monkeypatch):

@@ -48,6 +48,10 @@ def compare_strategies(
     if any(option.split("=")[0] in within for option in context.args):
         stop("give these within --strategy, as name[:blocks][/parts][@cuts]")
 
+    together = ("--processes", "--coordinator", "--process-id")
+    if any(option.split("=")[0] in together for option in context.args):
+        stop("processes: a comparison runs in one process after the other; use lrjax train")
+
     arguments = {
         spec: _arguments(context.args, _directory(out, spec), parsed)
         for spec, parsed in zip(strategy, chosen, strict=True)
