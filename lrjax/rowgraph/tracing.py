@@ -21,7 +21,7 @@ from lrjax.program.inline import (
 from lrjax.program.interpreter import collection_paused
 from lrjax.program.manual_axes import with_casts_outside
 from lrjax.program.references import NEW as NEW_REFERENCE
-from lrjax.program.references import is_reference
+from lrjax.program.varying import is_reference
 from lrjax.rowgraph.graph import build
 
 # True while the function of a row-wise one is traced. It is part of the keys of JAX's caches, so
