@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from lrjax.groups import Tree, leaves
 from lrjax.meshes import check_callbacks, check_heights, on_auto_axes, row_mesh_at_hand
@@ -143,7 +144,8 @@ def run(traced: Traced, options: Options) -> Any:
         # No callback takes tangents, and what a row loop gives always has one.
         operands = [array_of(v, values) for v in equation.inputs]
         equation.evaluate(list(map(jax.lax.stop_gradient, operands)))
-    outputs = [array_of(v, values) for v in traced.outputs]
+    # NumPy's arrays among the results are constants of the program, of a type of JAX's own.
+    outputs = [jnp.asarray(array_of(v, values)) for v in traced.outputs]
     outputs = [weakly_typed(x) if i in traced.weak else x for i, x in enumerate(outputs)]
     return jax.tree.unflatten(traced.out_tree, outputs)
 

@@ -6,9 +6,12 @@ import numpy as np
 import pytest
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
+from jax.experimental import io_callback
 
 import lrjax
 from lrjax.testing import Results, assert_same_as_column, check
+
+pytestmark = pytest.mark.usefixtures("x64")
 
 WEIGHTS = [np.random.default_rng(i).standard_normal((3, 1, c, 2)) / 2 for i, c in ((0, 1), (1, 2))]
 IMAGE = np.random.default_rng(2).standard_normal((1, 9, 4, 1))
@@ -101,8 +104,45 @@ def of_outside(weights, image, ref):
     return network(weights, image)
 
 
+def without_a_result_first(weights, image):
+    rows = network(weights, image)
+    io_callback(lambda _: None, None, rows, ordered=True)
+    return rows * io_callback(
+        np.sin, jax.ShapeDtypeStruct(rows.shape, rows.dtype), rows, ordered=True
+    )
+
+
+@pytest.mark.parametrize("cuts", [(), ("middle",), 2])
+@pytest.mark.parametrize("strategy", ["stream", "2ps"])
+def test_callbacks_run_once_and_in_order(strategy, cuts):
+    """Those that no row touches too, and those whose result nobody reads."""
+    met = []
+
+    def called(name, *operands):
+        def call(*_):
+            met.append(name)
+            return np.float64(1.5)
+
+        return io_callback(call, jax.ShapeDtypeStruct((), np.float64), *operands, ordered=True)
+
+    def fun(weights, image):
+        first = called("first")
+        rows = jnp.tanh(convolve(image * first, weights[0]))
+        called("unread", lax.stop_gradient(rows.sum()))
+        rows = convolve(checkpoint_name(rows, "middle"), weights[1])
+        second = called("second", lax.stop_gradient(rows[0, 0, 0, 0]))
+        return (rows * second * called("third")).mean()
+
+    by_rows = lrjax.rowwise(fun, in_axes=(None, 1), num_blocks=3, strategy=strategy, cuts=cuts)
+    found = jax.jit(jax.grad(by_rows))(WEIGHTS, IMAGE)
+    jax.effects_barrier()
+    assert met == ["first", "unread", "second", "third"]
+    check(Results(found), Results(jax.jit(jax.grad(fun))(WEIGHTS, IMAGE)))
+
+
 REFUSED = {
     "a branch without results": (in_a_branch, {}, "a cond without results that writes to"),
+    "an ordered callback": (without_a_result_first, {}, "io_callback without a result before one"),
     "cuts": (added_up, {"cuts": ["middle"]}, "cannot be cut into 2 segments: it uses a mutable"),
 }
 

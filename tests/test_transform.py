@@ -396,6 +396,13 @@ def test_an_error_of_the_function_is_its_own():
         by_rows(fun)(PARAMS, IMAGE)
 
 
+def test_results_are_arrays_of_jax():
+    def fun(params, image):
+        return network(params, image), np.arange(3), 2.5, params["w"]
+
+    assert all(isinstance(x, jax.Array) for x in jax.tree.leaves(by_rows(fun)(PARAMS, IMAGE)))
+
+
 def test_the_function_keeps_its_name():
     assert by_rows(network).__name__ == "network"
 

@@ -14,7 +14,7 @@ from jax.extend.core import Literal, Primitive
 from jax.extend.core import primitives as public
 from jax.interpreters import ad
 
-from lrjax.program.varying import is_in_shard_map, varying_axes, varying_over
+from lrjax.program.varying import is_in_shard_map, is_reference, varying_axes, varying_over
 
 # Primitives that some of the supported versions lack; ``primitive`` is None for them there.
 _NOT_IN_EVERY_VERSION = frozenset(
@@ -159,7 +159,9 @@ def from_real_parts(parts: Any) -> Any:
 
 
 def strongly_typed(value: Any) -> Any:
-    """A number or an array as an array whose type is not weak."""
+    """A number or an array as an array whose type is not weak; a reference as it is."""
+    if is_reference(value):
+        return value
     array = jnp.asarray(value)
     is_weak = getattr(array, "weak_type", False)  # random keys have none
     return lax.convert_element_type(array, array.dtype) if is_weak else array

@@ -8,16 +8,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-import jax
-
 from lrjax.program.compatibility import primitives
 
 NEW, GET, SWAP, ADD_UPDATE, _FREEZE = primitives("new_ref", "get", "swap", "addupdate", "freeze")
-
-
-def is_reference(value: Any) -> bool:
-    """Whether a value is a mutable array."""
-    return hasattr(jax.typeof(value), "inner_aval")
 
 
 def uses_references(equations: Iterable[Any]) -> bool:

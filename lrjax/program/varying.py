@@ -16,6 +16,11 @@ def is_inexact(value: Any) -> bool:
     return bool(jnp.issubdtype(value.dtype, jnp.inexact))
 
 
+def is_reference(value: Any) -> bool:
+    """Whether a value is a mutable array (``jax.new_ref``)."""
+    return hasattr(jax.typeof(value), "inner_aval")
+
+
 def is_in_shard_map() -> bool:
     """Whether some axes of the mesh at hand are divided by an enclosing ``jax.shard_map``."""
     return bool(jax.sharding.get_abstract_mesh().manual_axes)

@@ -96,7 +96,8 @@ class Cuttable:
     Attributes:
       program: the whole program.
       row_axis: axis of every value that carries rows.
-      operations: its equations that depend on rows, in order.
+      operations: its equations that depend on rows or on an effect, in order: those of one segment
+        alone.
     """
 
     program: FlatProgram
@@ -110,7 +111,8 @@ class Cuttable:
         """A program with row axes of its inputs; where it is not cut, those are enough."""
         given = {v: a for v, a in zip(program.inputs, axes, strict=True) if a is not None}
         row_axis = build(program, axes).row_axis if is_cut else given
-        depends = dependents(program.equations, given)
+        effects = (v for e in program.equations if e.has_effects for v in e.outputs)
+        depends = dependents(program.equations, {*given, *effects})
         operations = tuple(e for e in program.equations if depends.intersection(e.outputs))
         return cls(program, row_axis, operations)
 
@@ -121,7 +123,7 @@ class Cuttable:
 
 
 def _parts_by_name(whole: Cuttable, names: Sequence[str]) -> dict[int, int]:
-    """Segment of every equation (by its first output) that depends on rows."""
+    """Segment of every operation (by its first output); effects keep their order."""
     tags = map(tag_of, whole.program.equations)
     found = [tag for tag in tags if tag is not None]
     for name in names:
@@ -132,8 +134,11 @@ def _parts_by_name(whole: Cuttable, names: Sequence[str]) -> dict[int, int]:
             )
     after: dict[int, int] = {}
     part: dict[int, int] = {}
+    last_effect = 0
     for equation in whole.operations:
         own = max((after.get(v, 0) for v in equation.values), default=0)
+        if equation.has_effects:
+            own = last_effect = max(own, last_effect)
         part[equation.outputs[0]] = own
         after.update((v, own + (tag_of(equation) in names)) for v in equation.outputs)
     # A tag that ends the program leaves no segment behind it; the numbers stay without gaps.
@@ -220,7 +225,8 @@ def _segment(
     needed = set(made)
     equations = []
     for equation in reversed(program.equations):
-        is_needed = needed.intersection(equation.outputs) or (equation.has_effects and is_last)
+        is_effect = equation.has_effects and part.get(equation.outputs[0], home) == index
+        is_needed = is_effect or needed.intersection(equation.outputs)
         if is_needed and part.get(equation.outputs[0], index) == index:
             equations.append(equation)
             needed.update(equation.values)

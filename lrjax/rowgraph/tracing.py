@@ -21,7 +21,7 @@ from lrjax.program.inline import (
 from lrjax.program.interpreter import collection_paused
 from lrjax.program.manual_axes import with_casts_outside
 from lrjax.program.references import NEW as NEW_REFERENCE
-from lrjax.program.references import is_reference
+from lrjax.program.varying import is_reference
 from lrjax.rowgraph.graph import build
 
 # True while the function of a row-wise one is traced. It is part of the keys of JAX's caches, so
@@ -122,7 +122,8 @@ def _lifted_effects(
     program: inside, each pass over a recomputed forward would call it again.
 
     Raises:
-      ValueError: one writes to a mutable array, which may be read before the end.
+      ValueError: one writes to a mutable array, which may be read before the end; or ordered ones
+        come before an ordered one with a result.
     """
     effects = tuple(e for e in program.equations if e.has_effects and not e.outputs)
     mutable = {v for e in program.equations if e.primitive is NEW_REFERENCE for v in e.outputs}
@@ -134,6 +135,12 @@ def _lifted_effects(
                 "array (jax.new_ref), so it cannot be put in order with what reads the array; "
                 "let it return what it writes, and write that outside of it."
             )
+    ordered = [not e.outputs for e in program.equations if e.params.get("ordered")]
+    if ordered != sorted(ordered):
+        raise ValueError(
+            "fun has an ordered io_callback without a result before one with a result; those "
+            "without run after the rest of fun, so give it a result, or move it behind."
+        )
     read = (v for equation in effects for v in equation.values)
     lean = dataclasses.replace(
         program,

@@ -23,8 +23,7 @@ from lrjax.program.inline import (
     replaced_at,
     without_dead_equations,
 )
-from lrjax.program.references import is_reference
-from lrjax.program.varying import is_inexact, struct_like
+from lrjax.program.varying import is_inexact, is_reference, struct_like
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
