@@ -12,6 +12,7 @@ The answers go to ``results/step_times.json`` and, as a table, ``.md``.
 """
 
 import argparse
+import itertools
 import os
 import time
 from collections.abc import Callable
@@ -170,9 +171,15 @@ def planned(row: Row, target: str) -> Planned:
     told = {
         "planning_s": round(time.perf_counter() - start, 1),
         "compilations": plan.compilations,
-        "segments": ", ".join(ways),
+        "segments": _counted(ways),
     }
     return Planned(lrjax.rowwise(of_params(task), in_axes=in_axes, plan=plan), told)
+
+
+def _counted(names: list[str]) -> str:
+    """The names in order, equal neighbours as one with their number."""
+    groups = [(name, len(list(equal))) for name, equal in itertools.groupby(names)]
+    return ", ".join(name if count == 1 else f"{count} x {name}" for name, count in groups)
 
 
 def measure(row: Row, target: str) -> dict[str, Any]:

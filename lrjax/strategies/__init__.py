@@ -22,6 +22,6 @@ __all__ = [
     "registered",
 ]
 
-_NAMED = (Column(), Checkpoint(), Selective(), SelectiveNarrow(), Stream(), TwoPhase(), Overlap())
+_NAMED = (Column(), Checkpoint(), Stream(), TwoPhase(), Overlap(), Selective(), SelectiveNarrow())
 for _strategy in _NAMED:
     register(_strategy)
