@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -136,7 +136,7 @@ def run(traced: Traced, options: Options) -> Any:
         later = {v for segment in segments[group.stop :] for v in segment.program.inputs}
         later.update(values_of(traced.program.outputs))
         parts = [(segments[i], choices[i]) for i in group]
-        made = _run_group(parts, values, later, hosted)
+        made = _run_group(parts, values, later, hosted, moving)
         # What no gradient goes through has no tangents behind a row loop either.
         values.update((v, _without_tangent(x, v in moving)) for v, x in made.items())
 
@@ -159,19 +159,21 @@ def _run_group(
     values: dict[int, Any],
     later: set[int],
     hosted: Mapping[int, int],
+    moving: Collection[int],
 ) -> dict[int, Any]:
     """What a group of segments makes for ``later`` use; maps between them live in it alone."""
-    made = [v for segment, _ in parts for v in segment.made]
+    own_values = {v for segment, _ in parts for v in segment.made}
     taken = dict.fromkeys(v for segment, _ in parts for v in segment.program.inputs)
-    inputs = [v for v in taken if v not in made]
-    kept = [v for v in made if v in later]
+    inputs = [v for v in taken if v not in own_values]
+    kept = [v for segment, _ in parts for v in segment.made if v in later]
 
     def call(*arrays: Any) -> list[Any]:
         own = dict(zip(inputs, arrays, strict=True))
         for segment, choice in parts:
             function = _with_derivatives(segment, choice, hosted)
             outputs = function(*(own[v] for v in segment.program.inputs))
-            own.update(zip(segment.made, outputs, strict=True))
+            made = zip(segment.made, outputs, strict=True)
+            own.update((v, _without_tangent(x, v in moving)) for v, x in made)
         return [own[v] for v in kept]
 
     if len(parts) > 1:
