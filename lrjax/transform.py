@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -136,7 +136,7 @@ def run(traced: Traced, options: Options) -> Any:
     values.update(traced.program.constants)
     parts = list(zip(segments, choices, strict=True))
     for tree in options.groups(len(segments)):
-        made = _run_tree(tree, parts, values, hosted, traced.program.outputs)
+        made = _run_tree(tree, parts, values, hosted, moving, traced.program.outputs)
         # What no gradient goes through has no tangents behind a row loop either.
         values.update((v, _without_tangent(x, v in moving)) for v, x in made.items())
 
@@ -159,6 +159,7 @@ def _run_tree(
     parts: Sequence[tuple[Segment, Choice]],
     values: Mapping[int, Any],
     hosted: Mapping[int, int],
+    moving: Collection[int],
     outputs: Sequence[Any],
 ) -> dict[int, Any]:
     """What a segment, or a group of them, makes for later use; maps between them live in it alone.
@@ -168,6 +169,7 @@ def _run_tree(
       parts: all segments.
       values: all that was made before.
       hosted: maps that wait in the host's memory, with their row axes.
+      moving: values through which gradients flow.
       outputs: what the caller gets.
     """
     if isinstance(tree, int):
@@ -186,7 +188,8 @@ def _run_tree(
     def call(*arrays: Any) -> list[Any]:
         own = dict(zip(inputs, arrays, strict=True))
         for one in tree:
-            own.update(_run_tree(one, parts, own, hosted, outputs))
+            made_here = _run_tree(one, parts, own, hosted, moving, outputs)
+            own.update((v, _without_tangent(x, v in moving)) for v, x in made_here.items())
         return [own[v] for v in kept]
 
     results = checkpoint(call)(*(strongly_typed(values[v]) for v in inputs))
