@@ -59,6 +59,16 @@ FOUND = {
         num_blocks=1,
         devices=2,
     ),
+    # XLA cut a convolution wrongly whose halo is higher than a device's share.
+    "conv": Spec(
+        layers=(L("position"), L("conv", kernel=7, stride=2)),
+        head=L("head", how="pool"),
+        height=2,
+        width=1,
+        seed=9193,
+        num_blocks=1,
+        devices=2,
+    ),
     # A call with a derivative of its own, of rows and a constant.
     "softplus": Spec(
         layers=(L("act", name="softplus"),), height=2, strategy="overl", num_blocks=1, devices=2

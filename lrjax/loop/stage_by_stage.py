@@ -13,13 +13,11 @@ from lrjax.loop.engine import run_loop
 from lrjax.loop.line_buffers import Values
 from lrjax.loop.offload import from_host, is_on_host, to_host
 from lrjax.loop.rowloop import RowLoop
-from lrjax.program.compatibility import has_body
 from lrjax.program.inline import Atom, FlatEquation, array_of, values_of
 from lrjax.program.varying import varying_axes, varying_over
 from lrjax.rowgraph.graph import RowGraph
 from lrjax.rowgraph.row_mesh import RowMesh
 from lrjax.rules.base import Array, traits_of
-from lrjax.rules.traits import Division
 
 RunLoop = Callable[[RowLoop, Values, Collection[int]], Values]
 
@@ -54,7 +52,9 @@ def run_graph(
     for stage, loop in enumerate(loops):
         for node in graph.column_nodes(stage):
             copies.update(_copies(graph, whole, node.equation.values))
-            values.update(run_column(graph, node.equation, whole, row_mesh))
+            is_elementwise = traits_of(node.equation.primitive).is_elementwise
+            mesh = None if is_elementwise else row_mesh
+            values.update(run_column(graph, node.equation, whole, mesh))
         if loop is not None:
             copies.update(_copies(graph, whole, loop.wholes))
             taken = {v: whole[v] for v in loop.wholes}
@@ -80,20 +80,16 @@ def run_column(
 ) -> Values:
     """Evaluate one equation on whole values.
 
-    With a ``row_mesh`` whose devices share rows, maps that XLA must not divide among them are read
-    and made whole on each; of an operation that needs whole maps, those that do not divide evenly.
+    With a ``row_mesh`` whose devices share rows, they are read and made whole on each: XLA's
+    partitioner cuts some operations along rows wrongly (slices out of range, Fourier transforms,
+    convolutions whose halo is higher than a share; jaxlib 0.10 to 0.12).
     """
-
-    division = traits_of(equation.primitive).division
-    if has_body(equation.params):  # which may hold any operation
-        division = Division.NEVER
 
     def placed(atom: Atom, array: Array) -> Array:
         axis = graph.axis_of(atom)
         if row_mesh is None or axis is None:
             return array
-        may_be_divided = division is not Division.NEVER and row_mesh.divides(array.shape[axis])
-        return array if may_be_divided else row_mesh.on_every_device(array, axis)
+        return row_mesh.on_every_device(array, axis)
 
     operands = [placed(atom, array_of(atom, values)) for atom in equation.inputs]
     results = equation.evaluate(operands)

@@ -25,7 +25,7 @@ from lrjax.rules.base import (
 from lrjax.rules.block_sums import is_small, spread
 from lrjax.rules.geometry import IDENTITY
 from lrjax.rules.linearity import additive_in, additive_in_all, choice, conversion, product
-from lrjax.rules.traits import Division, Kind, Traits
+from lrjax.rules.traits import Kind, Traits
 
 
 def elementwise(equation: Equation) -> RowOp:
@@ -170,11 +170,11 @@ RULES = (
         preserves_finiteness=True, linearity=additive_in(0), reverse_reads_operands=False,
     )),
     Rule((lax.sort_p,), sort, Traits(
-        Kind.LIBRARY, preserves_finiteness=True, division=Division.EVENLY,
+        Kind.LIBRARY, preserves_finiteness=True, divides_unevenly=False,
     )),
-    Rule((lax.top_k_p,), top_k, Traits(preserves_finiteness=True, division=Division.EVENLY)),
+    Rule((lax.top_k_p,), top_k, Traits(preserves_finiteness=True, divides_unevenly=False)),
     Rule((lax.fft_p,), fourier_transform, Traits(
-        Kind.LIBRARY, preserves_finiteness=True, linearity=additive_in(0), division=Division.NEVER,
+        Kind.LIBRARY, preserves_finiteness=True, linearity=additive_in(0),
     )),
 )
 # fmt: on

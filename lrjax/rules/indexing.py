@@ -29,7 +29,7 @@ from lrjax.rules.base import (
 )
 from lrjax.rules.geometry import IDENTITY
 from lrjax.rules.linearity import additive_in
-from lrjax.rules.traits import Division, Kind, Traits
+from lrjax.rules.traits import Kind, Traits
 
 
 def gather(equation: Equation) -> RowOp:
@@ -196,17 +196,17 @@ def _dimensions_without(dims: Sequence[int], rank: int) -> list[int]:
 # fmt: off
 RULES = (
     Rule((lax.gather_p,), gather, Traits(
-        Kind.FUSED, preserves_finiteness=True, linearity=additive_in(0), division=Division.EVENLY,
+        Kind.FUSED, preserves_finiteness=True, linearity=additive_in(0), divides_unevenly=False,
     )),
     Rule((
         lax.scatter_p, lax.scatter_max_p, lax.scatter_min_p, lax.scatter_mul_p, lax.scatter_sub_p,
-    ), scatter, Traits(Kind.LIBRARY, preserves_finiteness=True, division=Division.EVENLY)),
+    ), scatter, Traits(Kind.LIBRARY, preserves_finiteness=True, divides_unevenly=False)),
     Rule((lax.scatter_add_p,), scatter, Traits(
         Kind.LIBRARY, preserves_finiteness=True, linearity=additive_in(0, 2),
-        division=Division.EVENLY,
+        divides_unevenly=False,
     )),
     Rule((lax.dynamic_update_slice_p,), dynamic_update_slice, Traits(
-        preserves_finiteness=True, linearity=additive_in(0, 1), division=Division.NEVER,
+        preserves_finiteness=True, linearity=additive_in(0, 1),
     )),
 )
 # fmt: on

@@ -27,7 +27,7 @@ from lrjax.rules.base import (
 from lrjax.rules.block_sums import spread
 from lrjax.rules.geometry import IDENTITY, RowMap
 from lrjax.rules.linearity import additive_in, additive_in_all
-from lrjax.rules.traits import Division, Kind, Traits
+from lrjax.rules.traits import Kind, Traits
 
 
 def _row_by_row(equation: Equation, out_axis: int, **block_params: object) -> RowOp:
@@ -310,9 +310,7 @@ RULES = (
     Rule((lax.rev_p,), rev, _MOVE),
     Rule((lax.slice_p,), slice_, _MOVE),
     Rule((lax.tile_p,), tile, _MOVE),
-    Rule(
-        (lax.dynamic_slice_p,), dynamic_slice, dataclasses.replace(_MOVE, division=Division.NEVER)
-    ),
+    Rule((lax.dynamic_slice_p,), dynamic_slice, _MOVE),
     Rule((lax.split_p,), None, _MOVE),  # a program has slices in its place
     Rule((lax.pad_p,), pad, _MOVE_OF_ALL),
     Rule((lax.concatenate_p,), concatenate, _MOVE_OF_ALL),

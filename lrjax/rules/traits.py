@@ -34,22 +34,6 @@ class Kind(enum.Enum):
     LIBRARY = "library"
 
 
-class Division(enum.Enum):
-    """Which maps XLA's partitioner may divide by rows among devices (jaxlib 0.10 to 0.12).
-
-    Attributes:
-      ALWAYS: all.
-      EVENLY: those whose rows divide evenly. It aborts on some scatters of others, as the gradient
-        of a sort is one.
-      NEVER: none that it works on along rows. A slice at a position out of range is not where it
-        should be, and a Fourier transform of double precision gets factors of single precision.
-    """
-
-    ALWAYS = "always"
-    EVENLY = "evenly"
-    NEVER = "never"
-
-
 def no_operations(equation: Equation) -> float:
     """Of what moves elements only."""
     return 0.0
@@ -72,7 +56,9 @@ class Traits:
       linearity: which results are additive in which operands.
       reverse_reads_operands: False where the cotangents of its operands are made from the result's
         cotangent alone, so that no operand is kept for them.
-      division: how XLA's partitioner may divide the rows of its maps, and of its derivatives'.
+      divides_unevenly: run by whole maps, XLA's partitioner may divide its rows, and those of its
+        derivatives, among devices that they do not divide evenly. It aborts on some scatters of
+        such, as the gradient of a sort is one (jaxlib 0.10 to 0.12).
       operations: floating-point operations of an equation on whole maps, as column runs it.
     """
 
@@ -84,7 +70,7 @@ class Traits:
     has_derivative: bool = True
     linearity: Linearity = not_additive
     reverse_reads_operands: bool = True
-    division: Division = Division.ALWAYS
+    divides_unevenly: bool = True
     operations: Callable[[Equation], float] = no_operations
 
 

@@ -13,10 +13,10 @@ from lrjax.loop import offload
 from lrjax.loop.stage_by_stage import run_column
 from lrjax.program.compatibility import checkpoint
 from lrjax.program.inline import array_of, evaluate
-from lrjax.rowgraph.graph import RowNode, build
+from lrjax.rowgraph.graph import Node, RowGraph, RowNode, build
+from lrjax.rowgraph.row_mesh import RowMesh
 from lrjax.rowgraph.segments import Segment
 from lrjax.rules.base import Array, traits_of
-from lrjax.rules.traits import Division
 from lrjax.strategies.base import NOTHING_HOSTED, Function, Strategy
 from lrjax.strategies.programs import WholeMaps
 
@@ -86,10 +86,18 @@ def evaluation(segment: Segment) -> Function:
         values: dict[int, Array] = dict(graph.program.constants)
         values.update(zip(graph.program.inputs, inputs, strict=True))
         for node in graph.nodes:
-            division = traits_of(node.equation.primitive).division
-            is_free = isinstance(node, RowNode) and division is not Division.EVENLY
-            mesh = None if is_free else row_mesh
+            is_divided = _is_divided(graph, node, row_mesh)
+            mesh = None if is_divided else row_mesh
             values.update(run_column(graph, node.equation, values, mesh))
         return [array_of(v, values) for v in graph.program.outputs]
 
     return evaluated
+
+
+def _is_divided(graph: RowGraph, node: Node, row_mesh: RowMesh) -> bool:
+    """Whether XLA may divide the rows of what an operation reads and makes among devices."""
+    traits, equation = traits_of(node.equation.primitive), node.equation
+    if isinstance(node, RowNode) and not traits.divides_unevenly:
+        rows = [v for v in (*equation.values, *equation.outputs) if v in graph.row_axis]
+        return all(row_mesh.divides(graph.height(v)) for v in rows)
+    return isinstance(node, RowNode) or traits.is_elementwise

@@ -56,6 +56,18 @@ def test_help_names_every_option(command):
             assert parameter.help.split()[0] in result.output  # [brackets] are no markup
 
 
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [("--num-blocks", "give these within --strategy"), ("--processes", "one process after the")],
+)
+def test_comparisons_refuse_what_is_each_runs_own(option, message, tmp_path):
+    found = invoke(
+        "compare-strategies", "--out", tmp_path / "out", "--strategy", "column", option, 2
+    )
+    assert found.exit_code == 2
+    assert message in found.output
+
+
 @pytest.mark.slow
 def test_train_reads_a_folder_and_names_what_it_leaves_out(tmp_path):
     for name in ("ant", "bee"):

@@ -44,14 +44,7 @@ def compare_strategies(
         chosen = [training.Strategy.parse(spec) for spec in strategy]
     except ValueError as error:
         stop(error)
-    within = ("--num-blocks", "--cuts", "--micro-batches")
-    if any(option.split("=")[0] in within for option in context.args):
-        stop("give these within --strategy, as name[:blocks][/parts][@cuts]")
-
-    together = ("--processes", "--coordinator", "--process-id")
-    if any(option.split("=")[0] in together for option in context.args):
-        stop("processes: a comparison runs in one process after the other; use lrjax train")
-
+    _check_options(context.args)
     arguments = {
         spec: _arguments(context.args, _directory(out, spec), parsed)
         for spec, parsed in zip(strategy, chosen, strict=True)
@@ -95,6 +88,14 @@ def _directory(out: Path, spec: str) -> Path:
 def _succeeded(spec: str, code: int) -> None:
     if code:
         stop(f"the run {spec} failed with status {code}", code if code > 0 else FAILED)
+
+
+def _check_options(arguments: list[str]) -> None:
+    given = {option.split("=")[0] for option in arguments}
+    if given & {"--num-blocks", "--cuts", "--micro-batches"}:
+        stop("give these within --strategy, as name[:blocks][/parts][@cuts]")
+    if given & {"--processes", "--coordinator", "--process-id"}:
+        stop("processes: a comparison runs in one process after the other; use lrjax train")
 
 
 def _arguments(given: list[str], out: Path, strategy: Any) -> list[str]:
