@@ -170,7 +170,10 @@ def test_a_file_system_without_links_has_locks_too(tmp_path, monkeypatch):
     assert [*tmp_path.iterdir()] == []
 
 
-@pytest.mark.parametrize("content", ["", "no json", "[]", '{"host": 3}', '{"pid": "x"}', OWN_HOST])
+@pytest.mark.parametrize(
+    "content",
+    ["", "no json", "[]", '{"host": 3}', '{"pid": "x"}', pytest.param(OWN_HOST, id="own host")],
+)
 def test_a_lock_that_cannot_be_read_is_left_alone_for_a_while(tmp_path, monkeypatch, content):
     monkeypatch.setattr(lock, "STALE_AFTER", 0.1)
     (tmp_path / lock.FILE).write_text(content)
