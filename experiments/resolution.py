@@ -74,7 +74,7 @@ class Settings:
 
 # Twice as many updates of half as many images each are learnt in the time of a quickstart, and from
 # smaller digits, of which column sees next to nothing.
-QUICK = Settings(sizes=(7, 10), sides=(), with_patches=False, steps=750, batch=4, held_out=600)
+QUICK = Settings(sizes=(7, 10), sides=(), with_patches=False, steps=800, batch=4, held_out=600)
 
 
 class Experiment:

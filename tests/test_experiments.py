@@ -27,15 +27,13 @@ from experiments.paper import (
     granularity,
     inference,
     limits,
-    peers,
     programs,
     record,
     reversible,
     step_times,
     volumes,
 )
-from experiments.paper.search import largest
-from experiments.vgg16_stack import init, loss, parse_method
+from experiments.vgg16_stack import init, loss
 from lrjax.planner import inverse
 
 RESULTS = sorted(record.FOLDER.rglob("*.json"))
@@ -44,72 +42,6 @@ QUICK_ON_CPU = record.Settings(quick=True, target="cpu")
 
 def name_of(path):
     return str(path.relative_to(record.FOLDER))
-
-
-class TestSearch:
-    @pytest.mark.parametrize(
-        ("peak", "degree", "samples", "step"),
-        [
-            (lambda n: 100 + 7 * n, 1, (2, 8), 1),
-            (lambda n: 1000 + 3 * n * n, 2, (64, 128, 192), 32),
-            # What XLA decides for a size may add to any curve.
-            (lambda n: 100 + 7 * n + (n % 5) * 3, 1, (2, 8), 1),
-            (lambda n: 10 + n**3, 3, (4, 8, 12, 16), 4),
-        ],
-    )
-    @pytest.mark.parametrize("budget", [5_000, 100_000])
-    def test_finds_the_largest_in_few_compilations(self, peak, degree, samples, step, budget):
-        asked = []
-
-        def counted(size):
-            asked.append(size)
-            return peak(size)
-
-        found = largest(
-            counted, budget, step=step, known={n: peak(n) for n in samples}, degree=degree
-        )
-        assert found.size % step == 0
-        assert found.peak_bytes == peak(found.size) <= budget
-        is_last = peak(found.size + step) > budget
-        assert is_last or found.peak_bytes >= 0.99 * budget
-        assert len(asked) == len(set(asked)) <= 6
-
-    def test_the_first_size_that_reaches_the_budget_is_guessed(self):
-        """Peaks of a small 3-D U-Net by rows: the cubic through them falls again beyond."""
-        peaks = {32: 37, 48: 65, 64: 105, 80: 158}
-        asked = []
-
-        def peak(side):
-            asked.append(side)
-            return 158 + 4 * (side - 80)
-
-        found = largest(peak, 256, step=16, known=peaks, degree=3)
-        assert found.size == 96
-        assert max(asked) <= 112
-
-    def test_a_guess_is_no_farther_than_eight_times_what_is_known(self):
-        """All but flat peaks tell little of where the budget is reached."""
-        asked = []
-
-        def peak(batch):
-            asked.append(batch)
-            return 1000 + batch
-
-        known = {1: 1001, 2: 1002}
-        assert largest(peak, 10**6, step=1, known=known, degree=1, most_guesses=2).size == 128
-        assert asked == [16, 128]
-
-    def test_nothing_fits(self):
-        found = largest(lambda n: 100 * n, 50, step=1, known={1: 100, 2: 200}, degree=1)
-        assert (found.size, found.peak_bytes) == (0, 0)
-
-    def test_no_budget_is_refused(self):
-        with pytest.raises(ValueError, match="budget=0: give a positive number of bytes"):
-            largest(lambda n: n, 0, step=1, known={1: 1, 2: 2}, degree=1)
-
-    def test_a_curve_needs_points(self):
-        with pytest.raises(ValueError, match="known: 1 peaks; give 2 for degree=1"):
-            largest(lambda n: n, 5, step=1, known={1: 1}, degree=1)
 
 
 class TestRecord:
@@ -461,37 +393,6 @@ class TestTimes:
         settings = record.Settings(quick=False, target="cpu", only=("gpu",))
         with pytest.raises(ValueError, match="target: got 'cpu'; use a GPU, or --only cpu"):
             step_times.measure(settings, {}, lambda results: None)
-
-    def test_accumulated_gradients_are_the_batchs(self):
-        few = [(k[..., :4] if i == 0 else k[:, :, :4, :4], b[:4]) for i, (k, b) in
-               enumerate(init(jax.random.key(0)))]  # fmt: skip
-        images = jax.random.normal(jax.random.key(1), (peers.BATCH, 32, 32, 3))
-        run = peers.accumulated(few, images)
-        expected = jax.jit(parse_method("column").gradient())(few, images)
-        assert max_error(run(), expected) <= 1e-5
-        assert max_error(run(), expected) <= 1e-5, "a second run starts from zero"
-
-    @pytest.mark.parametrize("size", [peers.QUICK, peers.FULL])
-    def test_peers_by_rows_have_no_more_blocks_than_the_last_map_has_rows(self, size):
-        by_rows = [peer for peer in peers.peers_of(size) if "/" in peer]
-        assert [peers.label(peer) for peer in by_rows] == [
-            f"lrjax, 2PS in {size['blocks']} blocks",
-            f"lrjax, stream in {size['blocks']} blocks",
-        ]
-        arguments = jax.eval_shape(lambda: peers.arrays(size["side"]))
-        for peer in by_rows:
-            assert jax.eval_shape(parse_method(peer).gradient(), *arguments)
-
-    @pytest.mark.slow
-    @pytest.mark.skipif(not peers.has_torch(), reason="needs PyTorch: pip install 'lrjax[peers]'")
-    @pytest.mark.parametrize("peer", peers.TORCH_PEERS)
-    def test_torchs_gradients_are_jaxs(self, peer):
-        with jax.enable_x64(True):
-            params, images = jax.tree.map(lambda x: x.astype("float64"), peers.arrays(32))
-            expected = jax.jit(parse_method("column").gradient())(params, images)
-            found = peers.torch_step(peer, params, images)()
-            # The loss itself is computed in float32.
-            assert max_error(found, jax.tree.map(np.asarray, expected)) <= 1e-7
 
 
 def test_every_experiment_is_in_the_documentation():
