@@ -52,9 +52,7 @@ def run_graph(
     for stage, loop in enumerate(loops):
         for node in graph.column_nodes(stage):
             copies.update(_copies(graph, whole, node.equation.values))
-            is_elementwise = traits_of(node.equation.primitive).is_elementwise
-            mesh = None if is_elementwise else row_mesh
-            values.update(run_column(graph, node.equation, whole, mesh))
+            values.update(run_column(graph, node.equation, whole, row_mesh))
         if loop is not None:
             copies.update(_copies(graph, whole, loop.wholes))
             taken = {v: whole[v] for v in loop.wholes}
@@ -80,14 +78,19 @@ def run_column(
 ) -> Values:
     """Evaluate one equation on whole values.
 
-    With a ``row_mesh`` whose devices share rows, they are read and made whole on each: XLA's
+    With a ``row_mesh`` whose devices share rows, they are read and made whole on each, unless the
+    operation is elementwise and its rows divide evenly: XLA's
     partitioner cuts some operations along rows wrongly (slices out of range, Fourier transforms,
     convolutions whose halo is higher than a share; jaxlib 0.10 to 0.12).
     """
 
+    is_elementwise = traits_of(equation.primitive).is_elementwise
+
     def placed(atom: Atom, array: Array) -> Array:
         axis = graph.axis_of(atom)
         if row_mesh is None or axis is None:
+            return array
+        if is_elementwise and row_mesh.divides(array.shape[axis]):
             return array
         return row_mesh.on_every_device(array, axis)
 

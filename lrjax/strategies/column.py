@@ -100,4 +100,4 @@ def _is_divided(graph: RowGraph, node: Node, row_mesh: RowMesh) -> bool:
     if isinstance(node, RowNode) and not traits.divides_unevenly:
         rows = [v for v in (*equation.values, *equation.outputs) if v in graph.row_axis]
         return all(row_mesh.divides(graph.height(v)) for v in rows)
-    return isinstance(node, RowNode) or traits.is_elementwise
+    return isinstance(node, RowNode)
