@@ -127,12 +127,13 @@ def peaks(monkeypatch, fun, channels, size, dtype, target, **options):
 
 @pytest.mark.parametrize("channels", [pytest.param((3, 16, 24, 32, 40, 48, 8), marks=H200)])
 def test_later_segments_zeros_do_not_wait_for_them_on_a_gpu(channels, monkeypatch):
+    """From jax 0.12 on XLA:GPU makes most of them late by itself."""
     late, early = peaks(
         *(monkeypatch, network, channels, 512, jnp.bfloat16, "h200"),
         num_blocks=16,
         cuts=["map1", "map3"],
     )
-    assert late <= 0.97 * early
+    assert late <= (0.97 if jax.__version_info__ < (0, 12) else 1) * early
 
 
 @pytest.mark.users_compiler
