@@ -315,6 +315,11 @@ SEGMENTED = {
         "strategy": ("2ps", "checkpoint", "stream", "column"),
         "num_blocks": (2, None, 2, None),
     },
+    "selective": {
+        "cuts": ("first", "second", "third"),
+        "strategy": ("selective", "stream", "selective-narrow", "column"),
+        "num_blocks": (None, 2, None, None),
+    },
     "micro-batches": {"strategy": MicroBatches("stream", 2)},
     "micro-batches of 2ps": {"strategy": MicroBatches("2ps", 2)},
 }
@@ -323,7 +328,10 @@ SEGMENTED = {
 @in_child
 @pytest.mark.parametrize(
     "name",
-    [pytest.param(name, marks=[] if name == "mixed" else pytest.mark.slow) for name in SEGMENTED],
+    [
+        pytest.param(name, marks=[] if name in ("mixed", "selective") else pytest.mark.slow)
+        for name in SEGMENTED
+    ],
 )
 def test_with_cuts_groups_and_micro_batches(name):
     options = {"num_blocks": 2, **SEGMENTED[name]}

@@ -7,12 +7,12 @@ them alone.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from lrjax.loop import offload
 from lrjax.loop.stage_by_stage import run_column
 from lrjax.program.compatibility import checkpoint
-from lrjax.program.inline import array_of, evaluate
+from lrjax.program.inline import FlatProgram, array_of, evaluate
 from lrjax.rowgraph.graph import Node, RowGraph, RowNode, build
 from lrjax.rowgraph.row_mesh import RowMesh
 from lrjax.rowgraph.segments import Segment
@@ -75,12 +75,23 @@ def with_hosted_maps(
     return offload.with_hosted_outputs(function, given) if given else function
 
 
-def evaluation(segment: Segment) -> Function:
-    """The segment's operations, one after the other."""
+Seen = Callable[[int, Array], Array]
+
+
+def evaluation(
+    segment: Segment, seen_of: Callable[[FlatProgram], Seen] = lambda program: lambda v, x: x
+) -> Function:
+    """The segment's operations, one after the other.
+
+    Args:
+      segment: the segment.
+      seen_of: of a program, what stands for every value and its result, such as it with a name.
+    """
     program, row_mesh = segment.program, segment.row_mesh
     if row_mesh is None:
-        return lambda *inputs: evaluate(program, inputs)
+        return lambda *inputs: evaluate(program, inputs, seen=seen_of(program))
     graph = build(program, segment.axes)
+    seen = seen_of(graph.program)
 
     def evaluated(*inputs: Array) -> list[Array]:
         values: dict[int, Array] = dict(graph.program.constants)
@@ -88,7 +99,8 @@ def evaluation(segment: Segment) -> Function:
         for node in graph.nodes:
             is_divided = _is_divided(graph, node, row_mesh)
             mesh = None if is_divided else row_mesh
-            values.update(run_column(graph, node.equation, values, mesh))
+            made = run_column(graph, node.equation, values, mesh)
+            values.update((v, seen(v, x)) for v, x in made.items())
         return [array_of(v, values) for v in graph.program.outputs]
 
     return evaluated

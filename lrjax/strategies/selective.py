@@ -18,13 +18,13 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
 from lrjax.program.compatibility import checkpoint
-from lrjax.program.inline import FlatProgram, evaluate
+from lrjax.program.inline import FlatProgram
 from lrjax.rowgraph.graph import size_bytes
 from lrjax.rowgraph.segments import Segment
 from lrjax.rules.base import Array, traits_of
 from lrjax.rules.traits import Kind
 from lrjax.strategies.base import NOTHING_HOSTED, Function, Strategy
-from lrjax.strategies.column import with_hosted_maps
+from lrjax.strategies.column import Seen, evaluation, with_hosted_maps
 from lrjax.strategies.programs import WholeMaps
 
 KEPT = "lrjax_selective_kept"
@@ -53,16 +53,17 @@ class Selective(Strategy):
         given: Mapping[int, int] = NOTHING_HOSTED,
         taken: Mapping[int, int] = NOTHING_HOSTED,
     ) -> Function:
-        kept = self.kept_values(segment.program)
+        policy = jax.checkpoint_policies.save_only_these_names(KEPT)
+        function = checkpoint(evaluation(segment, self._named), policy=policy)
+        return with_hosted_maps(function, given, taken)
+
+    def _named(self, program: FlatProgram) -> Seen:
+        kept = self.kept_values(program)
 
         def named(value: int, result: Array) -> Array:
             return checkpoint_name(result, KEPT) if value in kept else result
 
-        policy = jax.checkpoint_policies.save_only_these_names(KEPT)
-        function = checkpoint(
-            lambda *inputs: evaluate(segment.program, inputs, seen=named), policy=policy
-        )
-        return with_hosted_maps(function, given, taken)
+        return named
 
     def execution(self, segment: Segment, num_blocks: int, wrt: Sequence[int]) -> WholeMaps:
         return WholeMaps(is_recomputed=True, kept=self.kept_values)
