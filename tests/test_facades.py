@@ -209,7 +209,7 @@ BAD_OPTIONS = [
     ({"num_blocks": 17}, "num_blocks=17 is more than the 16 input rows"),
     (
         {"strategy": None},
-        "strategy=None is unknown; choose one of 'column', 'checkpoint', 'selective'",
+        "strategy=None is unknown; choose one of 'column', 'checkpoint', 'stream'",
     ),
     ({"cuts": None}, "cuts=None must be a list of names"),
     ({"cuts": ["end"]}, "no value is named 'end'; names in fun are ['middle']"),

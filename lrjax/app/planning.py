@@ -11,7 +11,7 @@ import jax
 from lrjax import memory
 from lrjax.app.strategy import ROWS
 from lrjax.planner.budget import parse_budget
-from lrjax.planner.inverse import METHODS, Largest, Question, largest
+from lrjax.planner.inverse import Largest, Question, largest_by_methods
 from lrjax.planner.mesh import planned_row_mesh
 from lrjax.planner.problem import Problem, problem_of
 from lrjax.planner.proof import OnProgress
@@ -86,4 +86,4 @@ def largest_by_method(
         memory_bytes=capacity if budget is None else parse_budget(budget, target),  # type: ignore[arg-type]
         grows_rows=maximise == "image",
     )
-    return [largest(question, method, on_progress) for method in METHODS]
+    return largest_by_methods(question, on_progress)

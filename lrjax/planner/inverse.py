@@ -81,6 +81,19 @@ def largest(question: Question, method: str, on_progress: OnProgress) -> Largest
     return _Largest(question, method, on_progress).find()
 
 
+def largest_by_methods(question: Question, on_progress: OnProgress) -> list[Largest]:
+    """The largest size by every method.
+
+    Each may do what those before it do, so its answer is no smaller than theirs.
+    """
+    found: list[Largest] = []
+    for method in METHODS:
+        own = largest(question, method, on_progress)
+        best = max([own, *found], key=lambda one: one.size)
+        found.append(dataclasses.replace(best, method=method, compilations=own.compilations))
+    return found
+
+
 class _Largest:
     def __init__(self, question: Question, method: str, on_progress: OnProgress):
         self.question, self.method, self.on_progress = question, method, on_progress

@@ -58,8 +58,7 @@ def memory(
 
     wide = Console(width=max(console.width, 150))
     if list_targets:
-        wide.print(_targets())
-        return
+        return wide.print(_targets())
     try:
         options.check_counts(devices=devices)
         profiling.check_target(target, devices)
@@ -67,20 +66,14 @@ def memory(
         stop(error)
     try:  # an ImportError from here on is the function's own
         _check_files(png, html, json)
-        if (function is None) == (model is None):
-            raise ValueError("give either MODULE:FUNCTION or --model")
-        if function is not None and devices > 1:
-            raise ValueError(
-                "devices: a function does not say which of its arguments carry rows; give --model, "
-                "or lrjax.memory.profile(..., mesh_shape=..., in_specs=...) from Python"
-            )
+        _check_program(function, model, devices)
         if function is not None:
             program = profiling.function_program(function, args)
         else:
-            chosen = building.strategy_of(strategy, num_blocks, cuts, micro_batches)
+            how = building.strategy_of(strategy, num_blocks, cuts, micro_batches)
             step = options.training_step(str(model), image, batch, dtype, width, head, norm)
             program = profiling.gradient_program(
-                strategy=chosen, target=target, devices=devices, **step
+                strategy=how, target=target, devices=devices, **step
             )
     except (ValueError, OSError) as error:
         stop(error)
@@ -96,6 +89,16 @@ def memory(
     _save(profile, roofline, png, html, json)
     if profile.fits is False:
         raise typer.Exit(DOES_NOT_FIT)
+
+
+def _check_program(function: str | None, model: str | None, devices: int) -> None:
+    if (function is None) == (model is None):
+        raise ValueError("give either MODULE:FUNCTION or --model")
+    if function is not None and devices > 1:
+        raise ValueError(
+            "devices: a function does not say which of its arguments carry rows; give --model, or "
+            "lrjax.memory.profile(..., mesh_shape=..., in_specs=...) from Python"
+        )
 
 
 def _roofline(program: Any, target: str | None) -> Any:
