@@ -12,7 +12,7 @@ import types
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from lrjax.loop.rowloop import Order, reference_height
+from lrjax.loop.heights import Order, reference_height
 from lrjax.rowgraph.graph import RowGraph
 from lrjax.rowgraph.segments import Segment
 from lrjax.rules.base import Array

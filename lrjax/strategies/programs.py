@@ -16,7 +16,8 @@ import jax
 
 from lrjax.loop import engine
 from lrjax.loop.dependent_fill import dependency_on
-from lrjax.loop.rowloop import Order, RowLoop, row_loop
+from lrjax.loop.heights import Order
+from lrjax.loop.rowloop import RowLoop, row_loop
 from lrjax.loop.shards import shards_of
 from lrjax.loop.stage_by_stage import run_graph
 from lrjax.program.comparisons import simpler_comparisons

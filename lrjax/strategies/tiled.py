@@ -23,9 +23,10 @@ from lrjax.loop import devices, engine
 from lrjax.loop.blocks import read_rows, write_rows
 from lrjax.loop.clock import Clock, clock_of
 from lrjax.loop.dependent_fill import full_depending_on, full_like
+from lrjax.loop.heights import Order
 from lrjax.loop.line_buffers import Values, reader_of
 from lrjax.loop.offload import instantiated, is_on_host, to_host
-from lrjax.loop.rowloop import Order, RowLoop
+from lrjax.loop.rowloop import RowLoop
 from lrjax.loop.shards import WithHalo
 from lrjax.loop.small_sums import SmallSums
 from lrjax.loop.stage_by_stage import run_graph
