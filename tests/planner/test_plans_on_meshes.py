@@ -262,7 +262,11 @@ def test_another_mesh_is_refused(plan, plan_of_one, is_of_one, options, message)
         ({"mesh": {"rows": 2}, "row_mesh_axis": "x"}, "'x' is no axis of the mesh; it has"),
         ({"mesh": {"rows": 0}}, "must name axes and sizes"),
         ({"mesh": {"rows": 1024}}, "wants 1024 devices and there are"),
-        ({"mesh": {"rows": 2}, "target": "tpu-v5e"}, "is a TPU"),
+        pytest.param(
+            {"mesh": {"rows": 2}, "target": "tpu-v5e"},
+            "is a TPU",
+            marks=pytest.mark.skipif(not memory.is_installed("tpu-v5e"), reason="needs lrjax[tpu]"),
+        ),
     ],
 )
 def test_meshes_that_no_plan_is_made_for(options, message):
