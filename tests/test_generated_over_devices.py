@@ -24,6 +24,16 @@ def test_on_eight_devices():
 
 # Each was found by scripts/fuzz.py, and made smaller.
 FOUND = {
+    # XLA divided what was behind interior padding, and cut its gradient's strided slice wrongly.
+    "interior padding": Spec(
+        layers=(L("second_image", how="one_hot"), L("pad", interior=1, value="parameter")),
+        head=L("head", how="flatten"),
+        height=18,
+        width=1,
+        seed=9346,
+        num_blocks=1,
+        devices=2,
+    ),
     # XLA's partitioner aborted on the scatter that a sort's gradient is, of eleven rows on two.
     "sort": Spec(
         layers=(L("over_rows", how="sort"), L("scale", op="sub", letters="H")),

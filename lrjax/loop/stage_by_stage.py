@@ -79,9 +79,9 @@ def run_column(
     """Evaluate one equation on whole values.
 
     With a ``row_mesh`` whose devices share rows, they are read and made whole on each, unless the
-    operation is elementwise and its rows divide evenly: XLA's
-    partitioner cuts some operations along rows wrongly (slices out of range, Fourier transforms,
-    convolutions whose halo is higher than a share; jaxlib 0.10 to 0.12).
+    operation is elementwise and its rows divide evenly: XLA's partitioner cuts some operations
+    along rows wrongly (slices out of range, Fourier transforms, convolutions whose halo is higher
+    than a share, what is behind interior padding; jaxlib 0.10 to 0.12).
     """
 
     is_elementwise = traits_of(equation.primitive).is_elementwise
@@ -97,7 +97,19 @@ def run_column(
     operands = [placed(atom, array_of(atom, values)) for atom in equation.inputs]
     results = equation.evaluate(operands)
     avals = graph.program.avals
-    return {
+    found = {
         v: placed(v, varying_over(result, varying_axes(avals[v])))
         for v, result in zip(equation.outputs, results, strict=True)
     }
+    read = [v for v in equation.values if v in graph.row_axis]
+    if row_mesh is not None and read and not is_elementwise:
+        for v in (v for v in found if v not in graph.row_axis):
+            found[v] = row_mesh.whole(found[v], _batch_axis(graph, read, v))
+    return found
+
+
+def _batch_axis(graph: RowGraph, read: Sequence[int], value: int) -> int | None:
+    """The first axis of a value made of maps, where it is theirs too and rows are behind it."""
+    shapes = [graph.program.avals[v].shape for v in (value, *read)]
+    is_first = all(shape[:1] == shapes[0][:1] != () for shape in shapes)
+    return 0 if is_first and all(graph.row_axis[v] for v in read) else None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -35,7 +36,22 @@ class RowMesh:
     def on_every_device(self, array: jax.Array, axis: int) -> jax.Array:
         """An array with rows along ``axis``, all of which every device has."""
         rest = PartitionSpec.UNCONSTRAINED
-        spec = PartitionSpec(*(None if a == axis else rest for a in range(array.ndim)))
+        return self._placed(array, [None if a == axis else rest for a in range(array.ndim)])
+
+    def whole(self, array: jax.Array, batch_axis: int | None) -> jax.Array:
+        """An array all of which every device has, but for its images where devices share a batch.
+
+        Of an array without rows it is not known which of its axes XLA would divide.
+        """
+        shares_batch = batch_axis is not None and self.mesh.size > self.count
+        rest = PartitionSpec.UNCONSTRAINED
+        axes = range(array.ndim)
+        return self._placed(
+            array, [rest if shares_batch and a == batch_axis else None for a in axes]
+        )
+
+    def _placed(self, array: jax.Array, parts: Sequence[Any]) -> jax.Array:
+        spec = PartitionSpec(*parts)
         at_hand = jax.sharding.get_abstract_mesh()
         where = spec if not at_hand.empty else NamedSharding(self.mesh, spec)
         return lax.with_sharding_constraint(array, where)
