@@ -158,8 +158,7 @@ class TestCommittedResults:
                     sizes = [m[budget]["size"] for name, m in own.items() if name != "planner"]
                     assert planned["size"] >= max(sizes), (path, budget)
                     compared += 1
-        if not compared:
-            pytest.skip("no plans among the committed results")
+        assert compared
 
     def test_losses_coincide(self):
         for path in RESULTS:
