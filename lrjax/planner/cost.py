@@ -89,9 +89,11 @@ def _whole_maps_cost(
     segment: Segment, execution: WholeMaps, wrt: tuple[int, ...], target: str
 ) -> SegmentCost:
     if execution.kept is not None:
-        return _partly_recomputed_cost(segment, execution.kept, wrt, target)
-    cost = _recomputed_cost if execution.is_recomputed else _kept_cost
-    found, devices = cost(segment, wrt, target), segment.devices
+        found = _partly_recomputed_cost(segment, execution.kept, wrt, target)
+    else:
+        cost = _recomputed_cost if execution.is_recomputed else _kept_cost
+        found = cost(segment, wrt, target)
+    devices = segment.devices
     # XLA divides maps, and what it does with them, evenly.
     return dataclasses.replace(
         found,

@@ -151,7 +151,10 @@ def costs_of(choice, height, devices):
 @alone
 @pytest.mark.parametrize(
     "choice",
-    [Choice("column"), Choice("checkpoint"), *(Choice(s, 8) for s in ("stream", "2ps", "overl"))],
+    [
+        *map(Choice, ("column", "checkpoint", "selective", "selective-narrow")),
+        *(Choice(s, 8) for s in ("stream", "2ps", "overl")),
+    ],
     ids=str,
 )
 def test_a_device_of_eight_costs_what_one_with_its_rows_does(choice):
