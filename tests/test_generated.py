@@ -7,6 +7,7 @@ more as wanted.
 """
 
 import contextlib
+import dataclasses
 import itertools
 import subprocess
 import sys
@@ -55,6 +56,23 @@ def test_networks_by_rows_are_column(chunk, users_compiler):
     assert ill_conditioned <= 1
     assert compiled_again <= 1
     assert unsuitable <= NETWORKS
+
+
+@pytest.mark.parametrize("strategy", ["selective", "selective-narrow"])
+def test_networks_of_which_a_part_is_computed_again_are_column(strategy, users_compiler):
+    """Strategies of whole maps, which are not drawn: one segment, or those that were drawn."""
+    compared, seeds = 0, itertools.count(40_000)
+    while compared < NETWORKS:
+        spec = spec_of(Random(next(seeds)))
+        own = (strategy,) * len(spec.strategy) if isinstance(spec.strategy, tuple) else strategy
+        spec = dataclasses.replace(spec, strategy=own)
+        try:
+            check(spec)
+        except Unsuitable:
+            continue
+        except Exception:
+            compiled_as_users_do(spec, users_compiler)
+        compared += 1
 
 
 def compiled_as_users_do(spec, users_compiler):
