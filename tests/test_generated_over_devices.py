@@ -24,6 +24,15 @@ def test_on_eight_devices():
 
 # Each was found by scripts/fuzz.py, and made smaller.
 FOUND = {
+    # Behind a map made whole, it divided what is made of that in turn.
+    "padding behind whole maps": Spec(
+        layers=(L("edge_pad", low=2, high=2), L("over_rows", how="cummax")),
+        height=8,
+        width=1,
+        seed=2885,
+        num_blocks=1,
+        devices=8,
+    ),
     # XLA divided what was behind interior padding, and cut its gradient's strided slice wrongly.
     "interior padding": Spec(
         layers=(L("second_image", how="one_hot"), L("pad", interior=1, value="parameter")),

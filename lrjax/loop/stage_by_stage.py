@@ -101,7 +101,7 @@ def run_column(
         v: placed(v, varying_over(result, varying_axes(avals[v])))
         for v, result in zip(equation.outputs, results, strict=True)
     }
-    read = [v for v in equation.values if v in graph.row_axis]
+    read = [v for v in equation.values if v in graph.made_of_rows]
     if row_mesh is not None and read and not is_elementwise:
         for v in (v for v in found if v not in graph.row_axis):
             found[v] = row_mesh.whole(found[v], _batch_axis(graph, read, v))
@@ -109,7 +109,7 @@ def run_column(
 
 
 def _batch_axis(graph: RowGraph, read: Sequence[int], value: int) -> int | None:
-    """The first axis of a value made of maps, where it is theirs too and rows are behind it."""
+    """The first axis of a value made of others, where it is theirs too and has no rows."""
     shapes = [graph.program.avals[v].shape for v in (value, *read)]
     is_first = all(shape[:1] == shapes[0][:1] != () for shape in shapes)
-    return 0 if is_first and all(graph.row_axis[v] for v in read) else None
+    return 0 if is_first and all(graph.axis_of(v) != 0 for v in read) else None

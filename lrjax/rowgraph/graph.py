@@ -22,6 +22,7 @@ from lrjax.program.inline import (
     FlatEquation,
     FlatProgram,
     Literal,
+    dependents,
     values_of,
     without_dead_equations,
 )
@@ -125,6 +126,11 @@ class RowGraph:
     def moving(self) -> frozenset[int]:
         """Values that may have tangents."""
         return moving_values(self.program)
+
+    @functools.cached_property
+    def made_of_rows(self) -> frozenset[int]:
+        """Values with rows, and all that is made of them."""
+        return frozenset(dependents(self.program.equations, self.row_axis))
 
     @property
     def loops(self) -> list[int]:
