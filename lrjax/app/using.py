@@ -158,7 +158,7 @@ def _line(
 ) -> dict[str, Any]:
     names = network.class_names
     if out is None:
-        best = int(answer.argmax())
+        best = int(np.argmax(answer))
         return {
             "file": str(file),
             "class": names[best],
