@@ -18,6 +18,7 @@ from lrjax import memory
 from lrjax.memory.compile import device_of
 from lrjax.plan import MIB, Plan
 from lrjax.planner.candidates import Kind
+from lrjax.planner.mesh import PlannedMesh, planned_row_mesh
 from lrjax.planner.problem import Problem, problem_of
 from lrjax.planner.proof import OnProgress, Prover, planned, prover_of
 from lrjax.planner.search import Limits
@@ -73,14 +74,21 @@ class Frontier:
     Attributes:
       target: the device compiled for; None for JAX's default.
       points: column first, then the alternatives, then lrjax from much memory to little.
+      devices: how many share the rows; peaks are those of one.
     """
 
     target: str | None
     points: tuple[Point, ...]
+    devices: int = 1
+
+    @property
+    def where(self) -> str:
+        """The devices, in words."""
+        where = self.target or "the default device"
+        return where if self.devices == 1 else f"{where} x {self.devices}, of one device"
 
     def __repr__(self) -> str:
-        target = self.target or "the default device"
-        return f"Frontier({target}, {len(self.points)} points; print it for a table)"
+        return f"Frontier({self.where}, {len(self.points)} points; print it for a table)"
 
     def of(self, method: str) -> list[Point]:
         return [point for point in self.points if point.method == method]
@@ -115,7 +123,8 @@ class Frontier:
             {f.name: getattr(p, f.name) for f in dataclasses.fields(p) if f.name != "plan"}
             for p in self.points
         ]
-        return json.dumps({"target": self.target, "points": points}, indent=1) + "\n"
+        written = {"target": self.target, "devices": self.devices, "points": points}
+        return json.dumps(written, indent=1) + "\n"
 
     def save_png(self, path: str | os.PathLike[str], title: str = "") -> None:
         """Draw the curves.
@@ -135,14 +144,16 @@ def frontier(
     steps: int = 8,
     timed: bool = False,
     on_progress: OnProgress | None = None,
+    mesh: PlannedMesh = None,
+    row_mesh_axis: str | None = None,
 ) -> Frontier:
     """What memory costs in operations, from ordinary execution to the least memory there is.
 
     Args:
-      fun, args, in_axes, target, wrt, on_progress: as for ``lrjax.plan``.
+      fun, args, in_axes, target, wrt, on_progress, mesh, row_mesh_axis: as for ``lrjax.plan``.
       steps: budgets, in equal ratios from column's peak to the smallest peak that was found.
       timed: run every program on the device at hand too, and measure its time; the arguments'
-        values are made up. Wants ``target=None``.
+        values are made up. Wants ``target=None``, and no mesh.
 
     Returns:
       A ``Frontier``: lrjax's plans; column; ``jax.checkpoint`` around the best segments; and,
@@ -166,8 +177,13 @@ def frontier(
             f"timed=True measures on the device at hand, but target={target!r} names one to "
             "compile for; leave target out, or the times."
         )
+    if timed and (mesh is not None or row_mesh_axis is not None):
+        raise ValueError(
+            "timed=True measures on one device; leave mesh and row_mesh_axis out, or the times."
+        )
     device_of(target)
-    problem = problem_of(fun, args, in_axes, target, wrt)
+    row_mesh = planned_row_mesh(mesh, row_mesh_axis, target)
+    problem = problem_of(fun, args, in_axes, target, wrt, row_mesh)
     prover, tell = prover_of(problem), on_progress or (lambda progress: None)
     column = prover.verify(prover.model.column, tell).peak
     everything = Limits(math.inf)
@@ -179,7 +195,8 @@ def frontier(
     note = "no room; predicted" if prover.proofs[prover.model.column].is_refused else ""
     first = Point("column", None, column, 1.0, note, prover.plan(prover.model.column, column))
     points = [first, *checkpoint, *_accumulation(problem), *own]
-    return Frontier(target, tuple(_timed(problem, points) if timed else points))
+    points = _timed(problem, points) if timed else points
+    return Frontier(target, tuple(points), problem.devices)
 
 
 def _timed(problem: Problem, points: Sequence[Point]) -> list[Point]:
@@ -240,7 +257,7 @@ def _accumulation(problem: Problem) -> list[Point]:
     while batch % parts == 0 and parts <= batch:
         by_parts = accumulated(problem, batch, parts)
         try:
-            compiled = memory.compile_for(by_parts, *problem.args, target=problem.target)
+            compiled = problem.compiled(by_parts)
         except memory.DoesNotFitError:
             parts *= 2
             continue
@@ -321,7 +338,7 @@ def draw(curves: Frontier, path: str | os.PathLike[str], title: str) -> None:
     for axes, (name, height) in zip(rows, panels.items(), strict=True):
         _draw_panel(axes, curves, height)
         axes.set_ylabel(f"{name}, times column's")
-    rows[-1].set_xlabel(f"peak memory, MiB ({curves.target or 'the default device'}, XLA)")
+    rows[-1].set_xlabel(f"peak memory, MiB ({curves.where}, XLA)")
     rows[0].legend(frameon=False)
     if title:
         rows[0].set_title(title)

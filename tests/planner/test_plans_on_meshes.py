@@ -109,6 +109,31 @@ def test_a_budget_is_a_devices(tmp_path, x64):
 
 
 @in_child
+@pytest.mark.slow
+def test_a_frontier_of_one_device_of_eight():
+    args = arguments(512, 16, batch=2, convolutions=2)
+    call = {"in_axes": (None, 1), "target": "cpu", "steps": 2}
+    curve = lrjax.frontier(logits, *args, mesh={"rows": 8}, **call)
+    (column,) = curve.of("column")
+    assert curve.devices == 8
+    assert "Frontier(cpu x 8, of one device" in repr(curve)
+    assert column.peak_bytes == peak_on(8, logits, args)
+    assert min(point.peak_bytes for point in curve.of("lrjax")) < column.peak_bytes
+    assert [point.micro_batches for point in curve.of("accumulation")] == [2]
+    smallest = curve.of("lrjax")[-1].plan
+    assert (smallest.row_mesh_axis, smallest.devices) == ("rows", 8)
+    by_rows = lrjax.rowwise(logits, in_axes=(None, 1), plan=smallest)
+    assert peak_on(8, by_rows, args) == curve.of("lrjax")[-1].peak_bytes
+
+
+@alone
+@pytest.mark.parametrize("mesh", [{"mesh": {"rows": 8}}, {"row_mesh_axis": "rows"}])
+def test_times_of_several_devices_are_refused(mesh):
+    with pytest.raises(ValueError, match="on one device; leave mesh"):
+        lrjax.frontier(logits, *structs(), in_axes=(None, 1), timed=True, **mesh)
+
+
+@in_child
 def test_another_number_of_devices_is_refused():
     args = structs(64, 8)
     plan = plan_by_hand(logits, args, CHOICES, PLACES, row_mesh=row_mesh_of(8))

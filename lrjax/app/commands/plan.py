@@ -57,7 +57,7 @@ def plan(
                 _print_largest(step, maximise, amount, target, devices, tell, wide)
                 return
             call = {"target": target, "on_progress": tell}
-            curve = _curve(step, steps, timed=timed, **call) if frontier else None
+            curve = _curve(step, devices, steps=steps, timed=timed, **call) if frontier else None
             made = _planned(step, amount, devices, **call)
             if curve is not None:
                 curve.save_png(frontier, f"{model}, {image}, batch {batch}, {dtype}")
@@ -86,8 +86,8 @@ def _check(
     profiling.check_target(target, devices)
     for path in filter(None, (save, frontier)):
         files.check_writable(path)
-    if devices > 1 and frontier is not None:
-        raise ValueError("devices: a frontier is of one device; leave --devices or --frontier out")
+    if timed and devices > 1:
+        raise ValueError("timed: times are measured on one device; leave --devices or --timed out")
     if timed and frontier is None:
         raise ValueError("timed: times belong to the frontier; give --frontier FILE too")
     if maximise is not None and (save or frontier):
@@ -106,12 +106,13 @@ def _planned(step: dict[str, Any], amount: str | float | int, devices: int, **ca
     return lrjax.plan(fun, *args, in_axes=in_axes, budget=amount, wrt=0, mesh=mesh, **call)
 
 
-def _curve(step: dict[str, Any], steps: int, *, timed: bool, **call: Any) -> Any:
+def _curve(step: dict[str, Any], devices: int, **call: Any) -> Any:
     import lrjax
     from lrjax.app import planning
 
     fun, args, in_axes = planning.training_call(**step)
-    return lrjax.frontier(fun, *args, in_axes=in_axes, steps=steps, timed=timed, wrt=0, **call)
+    mesh = planning.mesh_of(devices)
+    return lrjax.frontier(fun, *args, in_axes=in_axes, wrt=0, mesh=mesh, **call)
 
 
 def _tell(status: Any, progress: Any) -> None:
