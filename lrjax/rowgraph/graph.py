@@ -334,12 +334,18 @@ class _Typer:
         if self.row_axis.keys().isdisjoint(equation.values):
             self.add_column(equation, None)
             return
+        op = None
         try:
-            self.add_rows(equation)
+            op = row_op(self.described(equation))
+            self.add_rows(equation, op)
         except NotRowLocal as reason:
-            self.add_column(equation, str(reason))
+            axes = reason.out_axes if op is None or op.reduction is not None else op.out_axes
+            self.add_column(equation, str(reason), axes)
 
-    def add_column(self, equation: FlatEquation, reason: str | None) -> None:
+    def add_column(
+        self, equation: FlatEquation, reason: str | None, axes: Sequence[int | None] = ()
+    ) -> None:
+        """Run an equation on whole values; along ``axes`` its results carry rows all the same."""
         for v in equation.values:
             # Of one row, it is as likely a mean over rows.
             if v in self.row_axis and self.height(v) > 1:
@@ -348,13 +354,15 @@ class _Typer:
             shape = self.avals[v].shape
             if len(shape) > 1 and shape in self.whole_maps and self.constants.of(v) is None:
                 self.row_axis[v] = self.whole_maps[shape]
+        for v, axis in zip(equation.outputs, axes, strict=False):
+            if axis is not None and self.avals[v].shape[axis] > 1 and self.constants.of(v) is None:
+                self.row_axis[v] = axis
         self.nodes.append(ColumnNode(equation, reason))
 
     def height(self, value: int) -> int:
         return self.avals[value].shape[self.row_axis[value]]
 
-    def add_rows(self, equation: FlatEquation) -> None:
-        op = row_op(self.described(equation))
+    def add_rows(self, equation: FlatEquation, op: RowOp) -> None:
         if op.height == 0:
             raise NotRowLocal("its result has no rows")
         refused = self.accepts(equation, op)

@@ -35,7 +35,15 @@ LARGEST_CHECKED = 2**16
 
 
 class NotRowLocal(Exception):
-    """The equation mixes rows in a way that no row map describes; the reason is the message."""
+    """The equation mixes rows in a way that no row map describes; the reason is the message.
+
+    Attributes:
+      out_axes: along which its results carry rows all the same, as far as a rule knows.
+    """
+
+    def __init__(self, reason: str, out_axes: Sequence[int | None] = ()):
+        super().__init__(reason)
+        self.out_axes = out_axes
 
 
 @dataclasses.dataclass(frozen=True)

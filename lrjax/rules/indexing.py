@@ -52,9 +52,11 @@ def gather(equation: Equation) -> RowOp:
     axis = equation.row_axis
     if axis in numbers.collapsed_slice_dims:
         return _picked_rows(equation, batch_dims)
-    if axis not in window_dims or sizes[axis] != operand.height:
+    if axis not in window_dims:
         raise NotRowLocal("rows are picked by indices")
     out_axis = numbers.offset_dims[window_dims.index(axis)]
+    if sizes[axis] != operand.height:
+        raise NotRowLocal("rows are picked by indices", (out_axis,))
 
     def evaluate(windows: Sequence[Array], rows: Rows) -> Sequence[Array]:
         return equation.bind(*windows, slice_sizes=with_at(sizes, axis, rows.count))
@@ -100,6 +102,8 @@ def _picked_rows(equation: Equation, batch_dims: Sequence[int]) -> RowOp:
     others_whole = with_at(sizes, axis, height) == operand.shape
     if tuple(numbers.start_index_map) != (axis,) or len(batch_dims) != 1 or not others_whole:
         raise NotRowLocal("rows are picked by indices")
+    if equation.operands[1].constant is None:
+        raise NotRowLocal("rows are picked by indices known only at run time", tuple(batch_dims))
 
     def make() -> Taps:
         rows = constant_rows(equation, 1, height)

@@ -273,7 +273,8 @@ def dynamic_slice(equation: Equation) -> RowOp:
     operand = equation.operands[0]
     axis, sizes = operand.row_axis, equation.params["slice_sizes"]
     if axis is None or sizes[axis] != operand.shape[axis]:
-        raise NotRowLocal("rows are sliced at a position known only at run time")
+        axes = () if axis is None else (axis,)
+        raise NotRowLocal("rows are sliced at a position known only at run time", axes)
 
     def evaluate(windows: Sequence[Array], rows: Rows) -> Sequence[Array]:
         starts = with_at(windows[1:], axis, jax.numpy.zeros_like(windows[1 + axis]))

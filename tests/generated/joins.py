@@ -356,6 +356,39 @@ def over_rows(m: Map, how: str = "flip") -> Map:
     return m.of(x - jnp.median(x, axis, keepdims=True))
 
 
+OTHER_HEIGHTS = ("wrap", "crop", "crop_each", "picked", "doubled", "sorted", "rolled")
+
+
+@kind("barrier", 2.5, lambda random, m: {"how": random.choice(OTHER_HEIGHTS)})
+def other_height(m: Map, how: str = "wrap") -> Map:
+    """What needs all rows and makes a map of another height, by whose rows all goes on."""
+    x, axis, height = m.x, m.axis("H"), m.size("H")
+    first = lax.slice_in_dim(x, 0, 1, axis=axis)
+    if how == "wrap":
+        last = lax.slice_in_dim(x, max(height - 2, 0), None, axis=axis)
+        return m.of(jnp.concatenate([last, x, first], axis))
+    if how == "doubled":
+        return m.of(jnp.concatenate([x, jnp.sin(x)], axis))
+    if how == "sorted":
+        return m.of(lax.slice_in_dim(jnp.sort(x, axis), height // 3, None, axis=axis))
+    if how == "rolled":
+        return m.of(jnp.roll(x, m.integers("shift", height), axis))
+    kept = max(height - 3, 1)
+    start = m.integers("start", height - kept + 1)
+    if how == "crop":
+        return m.of(lax.dynamic_slice_in_dim(x, start, kept, axis))
+    if how == "picked":
+        return m.of(jnp.take(x, m.integers("rows", height, kept), axis=axis))
+    images = m.axis("N")
+    each = jnp.stack([start, 0 * start, *[start] * m.size("N")])[: m.size("N")]
+    inner = axis - (images < axis)
+
+    def cut(image: Any, start: Any) -> Any:
+        return lax.dynamic_slice_in_dim(image, start, kept, inner)
+
+    return m.of(jax.vmap(cut, (images, 0), images)(x, each))
+
+
 # --- Outputs -------------------------------------------------------------------------------------
 
 OUTPUTS = ("map", "sum", "mean", "max", "rows", "argmax", "count", "half")

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from jax import lax
 
+import lrjax
 from lrjax.testing import assert_same_as_column
 
 pytestmark = pytest.mark.usefixtures("x64")
@@ -135,3 +136,48 @@ def test_a_map_without_rows(rows, strategy):
 
     args = normal(rows + 1, 1, 2, 2), normal(1, rows, 3, 2)
     assert_same_as_column(fun, args, (None, 1), num_blocks=1, strategy=strategy)
+
+
+def rolled_by(y, start):
+    return jnp.roll(y, start, 1)
+
+
+def cropped(y, start):
+    return lax.dynamic_slice(y, (0, start, start, 0), (2, 9, 4, 2))
+
+
+def cropped_each(y, start):
+    def crop(image, start):
+        return lax.dynamic_slice_in_dim(image, start, 9)
+
+    return jax.vmap(crop)(y, jnp.stack([start, start + 1]))
+
+
+def picked(y, start):
+    return y[:, start + jnp.array([4, 0, 0, 7, 1])]
+
+
+def wrapped(y, start):
+    del start
+    return jnp.pad(y, ((0, 0), (2, 1), (0, 0), (0, 0)), mode="wrap")
+
+
+def put_together(y, start):
+    del start
+    return jnp.concatenate([y, 2 * y], 1)
+
+
+@pytest.mark.parametrize("strategy", ["stream", "2ps", "overl"])
+@pytest.mark.parametrize("moved", [rolled_by, cropped, cropped_each, picked, wrapped, put_together])
+def test_all_goes_on_by_rows_behind_what_needs_all_rows(moved, strategy):
+    """Whatever the height of what it makes is: a crop at random begins a network, say."""
+
+    def fun(image, first, second, start):
+        return convolve(jnp.tanh(convolve(moved(image, start), first)), second)
+
+    args = normal(2, 13, 6, 2), normal(3, 3, 2, 2, seed=1), normal(3, 3, 2, 2, seed=2), 3
+    options = {"num_blocks": 2, "strategy": strategy}
+    assert_same_as_column(fun, args, (1, None, None, None), **options)
+    explanation = lrjax.explain(fun, *args, in_axes=(1, None, None, None), **options)
+    by_rows = [op.name for op in explanation.segments[0].passes[0].operations]
+    assert sum(name.startswith("conv_general_dilated") for name in by_rows) >= 2
