@@ -100,10 +100,9 @@ def _picked_rows(equation: Equation, batch_dims: Sequence[int]) -> RowOp:
     operand, axis, height = equation.operands[0], equation.row_axis, equation.height
     numbers, sizes = equation.params["dimension_numbers"], equation.params["slice_sizes"]
     others_whole = with_at(sizes, axis, height) == operand.shape
-    if tuple(numbers.start_index_map) != (axis,) or len(batch_dims) != 1 or not others_whole:
-        raise NotRowLocal("rows are picked by indices")
-    if equation.operands[1].constant is None:
-        raise NotRowLocal("rows are picked by indices known only at run time", tuple(batch_dims))
+    is_of_rows = tuple(numbers.start_index_map) == (axis,) and len(batch_dims) == 1 and others_whole
+    if not is_of_rows or equation.operands[1].constant is None:
+        raise NotRowLocal("rows are picked by indices", tuple(batch_dims[:1]))
 
     def make() -> Taps:
         rows = constant_rows(equation, 1, height)

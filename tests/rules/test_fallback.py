@@ -157,6 +157,19 @@ def picked(y, start):
     return y[:, start + jnp.array([4, 0, 0, 7, 1])]
 
 
+def warped(y, start):
+    """Bilinear, at other places: a rotation, say."""
+    rows, columns = jnp.meshgrid(
+        jnp.linspace(0, 7, 9) + 0.3 * start, jnp.arange(5.0), indexing="ij"
+    )
+
+    def sampled(plane):
+        places = [rows, columns + 0.1 * rows]
+        return jax.scipy.ndimage.map_coordinates(plane, places, 1, mode="nearest")
+
+    return jax.vmap(jax.vmap(sampled, -1, -1))(y)
+
+
 def wrapped(y, start):
     del start
     return jnp.pad(y, ((0, 0), (2, 1), (0, 0), (0, 0)), mode="wrap")
@@ -168,7 +181,9 @@ def put_together(y, start):
 
 
 @pytest.mark.parametrize("strategy", ["stream", "2ps", "overl"])
-@pytest.mark.parametrize("moved", [rolled_by, cropped, cropped_each, picked, wrapped, put_together])
+@pytest.mark.parametrize(
+    "moved", [rolled_by, cropped, cropped_each, picked, warped, wrapped, put_together]
+)
 def test_all_goes_on_by_rows_behind_what_needs_all_rows(moved, strategy):
     """Whatever the height of what it makes is: a crop at random begins a network, say."""
 
