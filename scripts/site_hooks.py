@@ -28,6 +28,7 @@ OUTSIDE = (
 )
 COMMANDS = "<!-- command -->"  # where the subcommands are listed
 _LINK = re.compile(r"(!?)\[((?:[^\[\]]|\[[^\]]*\])*)\]\(([^)\s]+)\)")
+_MATHJAX = re.compile(r"<script data-mkdocs-jupyter-mathjax=.*?</script>", re.DOTALL)
 _CODE = re.compile(r"(```.*?```|`[^`\n]*`)", re.DOTALL)
 
 
@@ -57,6 +58,12 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
     if COMMANDS in markdown:
         markdown = markdown.replace(COMMANDS, command_tables())
     return relinked(markdown, own, {file.src_uri for file in files})
+
+
+def on_post_page(output: str, page: Any, config: Any) -> str:
+    """Leave out MathJax, which the plugin for notebooks adds: no page asks another server."""
+    del page, config
+    return _MATHJAX.sub("", output)
 
 
 def command_tables() -> str:

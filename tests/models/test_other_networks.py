@@ -161,7 +161,10 @@ def diffusers_autoencoder():
 
 def equimo_mobilenet_v3():
     """Its maps: the mean of the last one, behind GroupNorm, is the same for every image."""
-    from equimo.models.mobilenet import MobileNetv3
+    try:
+        from equimo.vision.models.mobilenet import MobileNetv3
+    except ModuleNotFoundError:  # before equimo 2
+        from equimo.models.mobilenet import MobileNetv3
 
     layers = [
         (16, 16, 3, 2, True, "relu"),
