@@ -36,7 +36,7 @@ FACADES = ("tests/test_facades.py",)
 CHECKER = ("tests/test_checker.py",)
 CONTRACTS = ("tests/rules/test_rule_contracts.py",)
 PLANS = ("tests/planner/test_plan_value.py",)
-DEVICES = ("tests/test_rows_over_devices.py",)
+DEVICES = ("tests/test_rows_over_devices.py::test_on_eight_devices[not slow]",)
 # Of the named geometries, in order of what they cost.
 STREAM = "same_as_column and stream and resnet"
 TWO_PHASE = "same_as_column and 2ps and resnet"
@@ -1004,7 +1004,6 @@ SHARES = (
         "shards.with_returned_halo(bar, *halo(loop, d))",
         "bar.pieces[0]",
         DEVICES,
-        "on_eight_devices and not slow",
     ),
     Mutation(
         "neighbours-rows-added",
@@ -1013,7 +1012,6 @@ SHARES = (
         "high: Any = row_map.end(share_of_node(loop, source.node))",
         "high: Any = row_map.end(share_of_node(loop, source.node) + 1)",
         DEVICES,
-        "on_eight_devices and not slow",
     ),
     Mutation(
         "no-steps-before-the-share",
@@ -1022,7 +1020,6 @@ SHARES = (
         "before += max(1, math.ceil(max(missing)))",
         "return _with_tracks(tasks, lazy)",
         DEVICES,
-        "on_eight_devices and not slow",
     ),
     Mutation(
         "padding-in-the-image",
@@ -1031,7 +1028,6 @@ SHARES = (
         "self[name] + self.device * share",
         "self[name]",
         DEVICES,
-        "on_eight_devices and not slow",
     ),
 )
 
