@@ -31,6 +31,8 @@ _MUCH = 0.1
 # Predicted to fit, a simple plan is compiled also where it seems to be slower by up to this part:
 # predictions err by as much.
 _DOUBT = 0.2
+# XLA's peak over the predicted one of the smallest plan, from which on others are tried.
+_FAR_ABOVE = 1.2
 
 
 class BudgetTooSmallError(memory.DoesNotFitError):
@@ -204,6 +206,8 @@ class Prover:
             if self.fits(column, limits.budget):
                 return self.best_known(limits) or column
         self.approach(limits, self.compilations + most_compilations, on_progress)
+        if self.best_known(limits) is None:
+            self.approach(limits.plain, self.compilations + most_compilations, on_progress)
         self.climb(limits, on_progress)
         best = self.best_known(limits)
         if best is None:
@@ -255,13 +259,17 @@ class Prover:
         best = self.best_known(limits)
         simple = (
             steps
-            for steps in self.model.simple_plans
-            if all(step.kind in limits.kinds for step in steps)
-            and steps not in self.proofs
+            for steps in self.simple(limits)
+            if steps not in self.proofs
             and self.model.peak_bytes(steps) <= budget
             and self.is_faster(steps, best, by)
         )
         return min(simple, key=lambda steps: self.model.seconds(*steps), default=None)
+
+    def simple(self, limits: Limits) -> list[Steps]:
+        """The simple plans of these strategies."""
+        plans = self.model.simple_plans
+        return [steps for steps in plans if all(step.kind in limits.kinds for step in steps)]
 
     def is_faster(self, steps: Steps, other: Steps | None, by: float = _WORTHWHILE) -> bool:
         """Whether it is predicted to be faster than a plan that was compiled, by this part."""
@@ -280,13 +288,20 @@ class Prover:
 
     # --- Without a budget ------------------------------------------------------------------------
 
-    def smallest(self, limits: Limits, on_progress: OnProgress, attempts: int = 3) -> Steps:
-        """About the smallest peak that any plan reaches, confirmed by XLA."""
-        for _ in range(attempts):
-            found = self.smallest_predicted(limits)
-            if found is None or found in self.proofs:
-                break
-            self.verify(found, on_progress)
+    def smallest(self, limits: Limits, on_progress: OnProgress) -> Steps:
+        """About the smallest peak that any plan reaches, confirmed by XLA.
+
+        Where XLA's is far above the prediction, plans that are easier to predict and the smallest
+        simple plan have to show what they reach.
+        """
+        for own in (limits, limits.plain):
+            found = self.smallest_predicted(own)
+            if found is not None:
+                proof = self.verify(found, on_progress)
+                if proof.peak <= _FAR_ABOVE * proof.predicted:
+                    break
+        else:
+            self.verify(min(self.simple(limits), key=self.model.peak_bytes), on_progress)
         if not self.known(limits):
             self.verify(self.model.column, on_progress)
         return min(

@@ -33,6 +33,12 @@ class Limits:
     budget: float
     kinds: tuple[Kind, ...] = dataclasses.field(default_factory=every_kind)
 
+    @property
+    def plain(self) -> Limits:
+        """Without groups and offloading, whose peaks are the hardest to predict."""
+        kinds = tuple(kind for kind in self.kinds if not (kind.is_group or kind.offload))
+        return dataclasses.replace(self, kinds=kinds)
+
 
 @dataclasses.dataclass(frozen=True)
 class _Label:
