@@ -1,7 +1,7 @@
 """Plans for half, a quarter and a tenth of column's peak: memory, time, and what planning took.
 
-    python -m experiments.plan_networks                       # every network, at 1024x1024
-    python -m experiments.plan_networks --only edsr bit --size 2048 --parts 0.5
+    python -m experiments.plan_networks                       # every network, at 2048x2048
+    python -m experiments.plan_networks --only edsr bit --size 1024 --parts 0.5
 
 Gradients in bfloat16 with respect to the parameters, one image, compiled for an H200 that need not
 be there. Six networks of ``lrjax.models``, six written as other people write them
@@ -9,10 +9,9 @@ be there. Six networks of ``lrjax.models``, six written as other people write th
 column's; programs compiled and seconds of planning, compilations included, from nothing (processor
 time beside it: the machine does other things too); and of the simple plans (column, checkpoints at
 few cuts, one strategy for all in a few numbers of blocks) the fastest that is predicted to fit,
-compiled. The two cores were shared with other compilations when this was measured, two to four
-programs at a time, and VGG-16's quarter before a second plan that is too large was allowed. Where
-no plan fits: the smallest peak that was found, over column's; None where arguments and gradients
-alone are more than the budget. Results: ``results/plan_networks.json`` and ``.md``.
+compiled. Two or three programs shared two cores when this was measured. Where no plan fits: the
+smallest peak that was found, over column's; None where arguments and gradients alone are more than
+the budget. Results: ``results/plan_networks.json`` and ``.md``.
 """
 
 import argparse
@@ -173,7 +172,7 @@ def table(results: dict[str, Any]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--only", nargs="*", default=NETWORKS, choices=NETWORKS)
-    parser.add_argument("--size", type=int, default=1024)
+    parser.add_argument("--size", type=int, default=2048)
     parser.add_argument("--parts", type=float, nargs="*", default=PARTS)
     options = parser.parse_args()
     for name in options.only:
