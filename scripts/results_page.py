@@ -173,7 +173,8 @@ def plans() -> str:
             if row is None:
                 cells.append("")
             elif "peak" in row:
-                cells.append(f"{row['peak']:.2f} : {row['time']:.2f} ({row['simple_time']:.2f})")
+                simple = f"{row['simple_time']:.2f}" if "simple_time" in row else "none fits"
+                cells.append(f"{row['peak']:.2f} : {row['time']:.2f} ({simple})")
             elif row["smallest"] is None:
                 cells.append("no plan can be")
             else:
