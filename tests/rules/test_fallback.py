@@ -196,3 +196,19 @@ def test_all_goes_on_by_rows_behind_what_needs_all_rows(moved, strategy):
     explanation = lrjax.explain(fun, *args, in_axes=(1, None, None, None), **options)
     by_rows = [op.name for op in explanation.segments[0].passes[0].operations]
     assert sum(name.startswith("conv_general_dilated") for name in by_rows) >= 2
+
+
+def test_a_crop_at_random_begins_a_network_that_needs_little_memory():
+    def loss(kernels, images, start):
+        images = lax.dynamic_slice(images, (0, start, start, 0), (1, 1024, 64, 4))
+        for kernel in kernels:
+            images = jnp.tanh(convolve(images, kernel))
+        return jnp.mean(images**2)
+
+    def peak(fun):
+        gradient = jax.value_and_grad(fun)
+        return lrjax.memory.peak_bytes(lrjax.memory.compile_for(gradient, *args, target="cpu"))
+
+    args = [normal(3, 3, 4, 4)] * 6, normal(1, 2048, 96, 4), 3
+    by_rows = lrjax.rowwise(loss, in_axes=(None, 1, None), num_blocks=16)
+    assert peak(by_rows) < 0.5 * peak(loss)
