@@ -268,7 +268,8 @@ def pieces(kernels, image):
 
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize(
-    # 2PS makes the gradient of the wrapped map row by row too, which has two rows more.
+    # By 2PS the convolution lags by two rows behind what the wrapped map is made of, so that the
+    # loop makes 21 rows, as many at a time as in a loop of 19.
     ("strategy", "steps_of"),
     [("2ps", {2: 3, 7: 7, 19: 21}), ("overl", {2: 2, 7: 7, 19: 19})],
 )

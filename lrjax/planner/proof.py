@@ -206,7 +206,7 @@ class Prover:
             if self.fits(column, limits.budget):
                 return self.best_known(limits) or column
         self.approach(limits, self.compilations + most_compilations, on_progress)
-        if self.best_known(limits) is None:
+        if self.best_known(limits) is None and limits.plain != limits:
             self.approach(limits.plain, self.compilations + most_compilations, on_progress)
         self.climb(limits, on_progress)
         best = self.best_known(limits)

@@ -93,7 +93,7 @@ def sort(equation: Equation) -> RowOp:
 
 def top_k(equation: Equation) -> RowOp:
     if equation.params["axis"] == equation.row_axis:
-        raise NotRowLocal("top_k along rows")
+        raise NotRowLocal("top_k along rows", (equation.row_axis,) * 2)
     axis, elements = equation.row_axis, float(np.prod(equation.operands[0].shape))
     return row_for_row(equation, (axis,), axis, flops=elements)
 
@@ -102,7 +102,7 @@ def fourier_transform(equation: Equation) -> RowOp:
     """A transform along the last axes; rows before them are examples."""
     axis, lengths = equation.row_axis, equation.params["fft_lengths"]
     if axis >= len(equation.operands[0].shape) - len(lengths):
-        raise NotRowLocal("a Fourier transform along rows")
+        raise NotRowLocal("a Fourier transform along rows", (axis,))
     elements = max(np.prod(equation.operands[0].shape), np.prod(equation.outputs[0].shape))
     flops = float(5 * elements * np.log2(max(np.prod(lengths), 2)))
     return row_for_row(equation, (axis,), axis, flops=flops)

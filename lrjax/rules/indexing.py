@@ -92,6 +92,9 @@ def scatter(equation: Equation) -> RowOp:
         matches = [f in (None, a) for f, a in zip(found, axes, strict=True)]
         if all(matches) and any(f is not None for f in found):
             return row_for_row(equation, axes, axis)
+    if updates.row_axis in numbers.update_window_dims:
+        written = window_dims[numbers.update_window_dims.index(updates.row_axis)]
+        raise NotRowLocal("rows are scattered by indices", (written,))
     return _scattered_rows(equation, batch_dims)
 
 
@@ -164,7 +167,7 @@ def dynamic_update_slice(equation: Equation) -> RowOp:
     if {operand.row_axis, update.row_axis} - {None, axis}:
         raise NotRowLocal("operands carry rows on different axes")
     if update.shape[axis] != operand.shape[axis]:
-        raise NotRowLocal("rows are written at a position known only at run time")
+        raise NotRowLocal("rows are written at a position known only at run time", (axis,))
 
     def evaluate(windows: Sequence[Array], rows: Rows) -> Sequence[Array]:
         starts = with_at(windows[2:], axis, jax.numpy.zeros_like(windows[2 + axis]))

@@ -196,7 +196,7 @@ def pad(equation: Equation) -> RowOp:
     low, high, interior = config[axis]
     touches_rows = (low, high, interior) != (0, 0, 0)
     if touches_rows and value.constant is None:
-        raise NotRowLocal("rows are padded with a value that is not a constant")
+        raise NotRowLocal("rows are padded with a value that is not a constant", (axis,))
     row_map = RowMap(pad=low, base=interior + 1)
     filling = value.constant.value().item() if touches_rows and value.constant else None
 
@@ -265,7 +265,7 @@ def unstack(equation: Equation) -> RowOp:
 
 def tile(equation: Equation) -> RowOp:
     if equation.params["reps"][equation.row_axis] != 1:
-        raise NotRowLocal("rows are tiled")
+        raise NotRowLocal("rows are tiled", (equation.row_axis,))
     return _row_by_row(equation, equation.row_axis)
 
 

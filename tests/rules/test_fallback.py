@@ -180,15 +180,48 @@ def put_together(y, start):
     return jnp.concatenate([y, 2 * y], 1)
 
 
-@pytest.mark.parametrize("strategy", ["stream", "2ps", "overl"])
-@pytest.mark.parametrize(
-    "moved", [rolled_by, cropped, cropped_each, picked, warped, wrapped, put_together]
+def tiled(y, start):
+    del start
+    return jnp.tile(y, (1, 2, 1, 1))
+
+
+def padded(y, start):
+    return lax.pad(y, jnp.tanh(0.1 * start), ((0, 0, 0), (2, 3, 0), (0, 0, 0), (0, 0, 0)))
+
+
+def pasted(y, start):
+    return lax.dynamic_update_slice(jnp.zeros((2, 20, 6, 2)), y, (0, start, 0, 0))
+
+
+def written(y, start):
+    del start
+    return jnp.zeros((2, 20, 6, 2)).at[:, 4:17].set(y)
+
+
+def largest_of_rows(y, start):
+    del start
+    return jnp.moveaxis(lax.top_k(jnp.moveaxis(y, 1, -1), 9)[0], -1, 1)
+
+
+def low_frequencies(y, start):
+    del start
+    return jnp.fft.irfft(jnp.fft.rfft(y, axis=1)[:, :5], axis=1)
+
+
+MOVES = (
+    *(rolled_by, cropped, cropped_each, picked, warped, wrapped, put_together, tiled),
+    *(padded, pasted, written, largest_of_rows, low_frequencies),
 )
+
+
+@pytest.mark.parametrize("strategy", ["stream", "2ps", "overl"])
+@pytest.mark.parametrize("moved", MOVES)
 def test_all_goes_on_by_rows_behind_what_needs_all_rows(moved, strategy):
     """Whatever the height of what it makes is: a crop at random begins a network, say."""
 
     def fun(image, first, second, start):
-        return convolve(jnp.tanh(convolve(moved(image, start), first)), second)
+        image = moved(image + first[0, 0, 0], start)
+        return convolve(jnp.tanh(convolve(image, first)), second)
 
     args = normal(2, 13, 6, 2), normal(3, 3, 2, 2, seed=1), normal(3, 3, 2, 2, seed=2), 3
     options = {"num_blocks": 2, "strategy": strategy}
