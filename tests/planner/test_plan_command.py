@@ -49,6 +49,21 @@ class TestDevices:
         assert lrjax.Plan.load(tmp_path / "plan.json").devices == 2
 
     @pytest.mark.slow
+    def test_a_frontier_for_several(self, tmp_path):
+        call = "--image", "128x32", "--budget", "1GiB", "--steps", 2
+        result = invoke(*self.SMALL, *call, "--frontier", tmp_path / "frontier.png")
+        assert result.exit_code == 0, result.output
+        assert (tmp_path / "frontier.png").stat().st_size > 1000
+        assert "method      budget MiB  peak MiB" in result.output
+
+    def test_times_on_several_are_refused(self, tmp_path):
+        call = "--image", "128x32", "--timed", "--frontier", tmp_path / "frontier.png"
+        result = invoke(*self.SMALL, *call)
+        assert result.exit_code == 2
+        assert "leave --devices or --timed out" in " ".join(result.output.split())
+        assert not (tmp_path / "frontier.png").exists()
+
+    @pytest.mark.slow
     def test_the_largest_batch_on_several(self, monkeypatch):
         only = {"column": inverse.METHODS["column"]}  # others take minutes
         monkeypatch.setattr(inverse, "METHODS", only)

@@ -190,6 +190,48 @@ def test_simple_plans_stand_in_where_searched_ones_do_not_fit(monkeypatch):
     assert prover.compilations <= 8
 
 
+def is_hard_to_predict(steps):
+    return any(step.kind.is_group or step.kind.offload for step in steps)
+
+
+@pytest.mark.parametrize("part", [0.2, 0.4])
+def test_plans_that_are_easy_to_predict_stand_in_for_those_that_are_not(monkeypatch, part):
+    """Neither the smallest one nor a simple one: the fastest of those that are predicted well."""
+
+    def proof_of(steps):
+        is_far_off = is_hard_to_predict(steps) or steps in prover.model.simple_plans
+        return (9.0 if is_far_off else 1.0), 1.0
+
+    prover, _ = prover_with(monkeypatch, proof_of)
+    limits = Limits(part * prover.model.peak_bytes(prover.model.column))
+    assert is_hard_to_predict(search(prover.model, limits))
+    found = fastest(prover, limits)
+    assert found == search(prover.model, limits.plain)
+    assert prover.proofs[found].peak <= limits.budget
+
+
+def test_the_smallest_plan_is_no_misprediction(monkeypatch):
+    prover, limits = prover_with(
+        monkeypatch, lambda steps: (4.0 if is_hard_to_predict(steps) else 1.0, 1.0)
+    )
+    assert is_hard_to_predict(prover.smallest_predicted(limits))
+    found = prover.smallest(limits, lambda progress: None)
+    least = prover.model.peak_bytes(prover.smallest_predicted(limits.plain))
+    assert prover.proofs[found].peak <= least
+    assert prover.compilations == 2
+
+
+def test_the_smallest_plan_may_be_a_simple_one(monkeypatch):
+    prover, limits = prover_with(
+        monkeypatch, lambda steps: (0.5 if steps in prover.model.simple_plans else 4.0, 1.0)
+    )
+    searched = prover.smallest_predicted(limits), prover.smallest_predicted(limits.plain)
+    smallest = min(prover.model.simple_plans, key=prover.model.peak_bytes)
+    found = prover.smallest(limits, lambda progress: None)
+    assert found == smallest
+    assert prover.compilations <= len({*searched, smallest})
+
+
 def test_a_simple_plan_that_is_faster_is_found(monkeypatch):
     """Row loops take six times as long as predicted."""
 
