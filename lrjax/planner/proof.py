@@ -15,7 +15,7 @@ from lrjax.memory.targets import GpuTarget, find
 from lrjax.plan import Plan, SegmentPlan
 from lrjax.planner.candidates import COLUMN, Candidates
 from lrjax.planner.problem import Problem
-from lrjax.planner.search import Limits, Model, Step, Steps, search
+from lrjax.planner.search import Kind, Limits, Model, Step, Steps, search
 from lrjax.roofline import roofline_of
 from lrjax.transform import rowwise
 
@@ -31,8 +31,9 @@ _MUCH = 0.1
 # Predicted to fit, a simple plan is compiled also where it seems to be slower by up to this part:
 # predictions err by as much.
 _DOUBT = 0.2
-# XLA's peak over the predicted one of the smallest plan, from which on others are tried.
-_FAR_ABOVE = 1.2
+# XLA's peak over the predicted one: up to the first a plan that does not fit missed narrowly, from
+# the second on plans besides the smallest one are tried.
+_ABOVE, _FAR_ABOVE = 1.1, 1.2
 
 
 class BudgetTooSmallError(memory.DoesNotFitError):
@@ -206,8 +207,10 @@ class Prover:
             if self.fits(column, limits.budget):
                 return self.best_known(limits) or column
         self.approach(limits, self.compilations + most_compilations, on_progress)
-        if self.best_known(limits) is None and limits.plain != limits:
+        if self.is_disappointed(limits) and limits.plain != limits:
             self.approach(limits.plain, self.compilations + most_compilations, on_progress)
+        if self.is_disappointed(limits) and self.best_known(limits) is not None:
+            self.approach(self.trusted(limits), self.compilations + most_compilations, on_progress)
         self.climb(limits, on_progress)
         best = self.best_known(limits)
         if best is None:
@@ -220,11 +223,11 @@ class Prover:
         """Search within the bytes at which the last prediction's error meets the budget.
 
         It ends with the first plan that fits and is no improvement, or the second that does not fit
-        when another does.
+        when another does (the third where plans seem to be much faster than that).
         """
         misses = 0
         fixed, too_much = self.problem.fixed_bytes, math.inf
-        within = min(limits.budget, self.room)
+        within = min([limits.budget, self.room, *self.narrow_misses(limits)])
         while self.compilations < last:
             found = search(self.model, dataclasses.replace(limits, budget=within))
             best = self.best_known(limits)
@@ -232,16 +235,46 @@ class Prover:
                 return
             budget, proof = min(limits.budget, self.room), self.verify(found, on_progress)
             error = (proof.peak - fixed) / max(proof.predicted - fixed, 1)
-            right = fixed + 0.98 * (min(budget, self.room) - fixed) / error
+            right = fixed + 0.99 * (min(budget, self.room) - fixed) / error
             if best is not None and self.best_known(limits) == best:
                 misses += 1
-                if misses > 1 or self.fits(found, budget):
+                most = 2 if self.is_disappointed(limits) else 1
+                if misses > most or self.fits(found, budget):
                     return
             if self.fits(found, budget):
-                within = min(right, MOST_OVERPREDICTED * budget, 0.98 * too_much)
+                within = min(right, MOST_OVERPREDICTED * budget, 0.99 * too_much)
             else:
                 too_much = min(too_much, proof.predicted)
-                within = min(right, 0.95 * too_much)
+                within = min(right, 0.99 * too_much)
+
+    def narrow_misses(self, limits: Limits) -> list[float]:
+        """Bytes below which plans must be predicted, after plans that nearly fitted."""
+        missed = [self.proofs[s] for s in self.known(limits) if not self.fits(s, limits.budget)]
+        near = [one for one in missed if one.peak <= _ABOVE * one.predicted]
+        return [0.99 * limits.budget * one.predicted / one.peak for one in near]
+
+    def is_disappointed(self, limits: Limits) -> bool:
+        """Whether much faster plans than those that fit were predicted to fit, and do not."""
+        best, budget = self.best_known(limits), limits.budget
+        missed = [s for s in self.known(limits) if not self.fits(s, budget)]
+        hoped = (s for s in missed if self.proofs[s].predicted <= budget)
+        return best is None or any(
+            self.proofs[s].predicted_seconds < (1 - _MUCH) * self.proofs[best].seconds
+            for s in hoped
+        )
+
+    def trusted(self, limits: Limits) -> Limits:
+        """Without kinds that only plans contain whose peaks are far above the predictions.
+
+        Where no plan was predicted well, all kinds are as good.
+        """
+        doubtful: set[Kind] = set()
+        trusted: set[Kind] = set()
+        for steps, proof in self.proofs.items():
+            kinds = doubtful if proof.peak > _ABOVE * proof.predicted else trusted
+            kinds.update(step.kind for step in steps)
+        kept = tuple(k for k in limits.kinds if k in trusted or k not in doubtful or not trusted)
+        return dataclasses.replace(limits, kinds=kept)
 
     def climb(self, limits: Limits, on_progress: OnProgress) -> None:
         """Compile the simple plans that are faster than what is known to fit, and may fit."""

@@ -194,6 +194,19 @@ def is_hard_to_predict(steps):
     return any(step.kind.is_group or step.kind.offload for step in steps)
 
 
+def test_plans_that_are_easy_to_predict_are_tried_too_where_others_fit_only_if_slow(monkeypatch):
+    prover, _ = prover_with(
+        monkeypatch, lambda steps: (3.0 if is_hard_to_predict(steps) else 1.0, 1.0)
+    )
+    limits = Limits(0.4 * prover.model.peak_bytes(prover.model.column))
+    hoped = search(prover.model, limits)
+    assert is_hard_to_predict(hoped)
+    found = fastest(prover, limits)
+    easy = search(prover.model, limits.plain)
+    assert prover.fits(found, limits.budget)
+    assert prover.proofs[found].seconds <= 1.02 * prover.model.seconds(*easy)
+
+
 @pytest.mark.parametrize("part", [0.2, 0.4])
 def test_plans_that_are_easy_to_predict_stand_in_for_those_that_are_not(monkeypatch, part):
     """Neither the smallest one nor a simple one: the fastest of those that are predicted well."""
