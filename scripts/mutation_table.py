@@ -106,6 +106,22 @@ SCHEDULES = (
         SCHEDULE,
     ),
     Mutation(
+        "part-before-the-whole",
+        "what is brought forward reads rows that are not there yet",
+        "lrjax/loop/schedule.py",
+        "round_up(max(behind, 0), task.quantum)",
+        "round_up(max(behind - 1, 0), task.quantum)",
+        SCHEDULE,
+    ),
+    Mutation(
+        "whole-waits",
+        "a value waits for the reader of a part of it",
+        "lrjax/strategies/programs.py",
+        "loop and with_less_waiting(loop)",
+        "loop and loop",
+        ("tests/strategies/test_waiting_parts.py",),
+    ),
+    Mutation(
         "last-step-missing",
         "the last rows belong to no step",
         "lrjax/loop/schedule.py",

@@ -21,6 +21,7 @@ from lrjax.loop.schedule import (
     Schedule,
     Task,
     Track,
+    brought_forward,
     needed_rows,
     overlap_schedule,
     shared_schedule,
@@ -375,6 +376,7 @@ def row_loop(
                 speed,
                 is_sink=is_sink(graph, node, stage),
                 most_halo=halo,
+                width=sum(graph.row_bytes(v) for v in node.equation.outputs if v in producer),
             )
             for node, speed, halo in zip(nodes, speeds, halos, strict=True)
         ]
@@ -384,6 +386,12 @@ def row_loop(
 
     found = _shortest_blocks(graph, nodes, references, num_blocks, schedule)
     return RowLoop(graph, tuple(nodes), found, row_outputs, producer, is_differentiated, shards)
+
+
+def with_less_waiting(loop: RowLoop) -> RowLoop:
+    """The loop with operations brought forward that give less than what waits for them."""
+    found = dataclasses.replace(loop, schedule=brought_forward(loop.schedule))
+    return found if found.line_bytes < loop.line_bytes else loop
 
 
 def _shortest_blocks(

@@ -45,6 +45,7 @@ class Task:
       is_sink: its rows leave the loop (an output or a reduction).
       most_halo: rows beyond its share that a step may compute again, so that a reader's window is
         the slab as it is.
+      width: bytes of a row of what it gives; 0 if not known.
     """
 
     reads: tuple[Read, ...]
@@ -52,6 +53,7 @@ class Task:
     speed: Fraction
     is_sink: bool = False
     most_halo: int = 0
+    width: float = 0.0
 
     @functools.cached_property
     def quantum(self) -> int:
@@ -109,11 +111,21 @@ class Track:
 
 @dataclasses.dataclass(frozen=True)
 class Schedule:
-    """The steps of one row loop; ``tracks`` has one entry per task."""
+    """The steps of one row loop.
+
+    Attributes:
+      tracks: one per task.
+      steps: how many there are.
+      tasks: what runs.
+      before: steps before the one that begins at row 0 without a lag.
+      needed: where the rows are one device's share, the rows of every task that must be made.
+    """
 
     tracks: tuple[Track, ...]
     steps: int
     tasks: tuple[Task, ...]
+    before: int = 0
+    needed: tuple[tuple[int, int], ...] = ()
 
 
 def needed_rows(tasks: Sequence[Task]) -> list[tuple[int, int]]:
@@ -148,7 +160,8 @@ def shared_schedule(tasks: Sequence[Task], *, is_share: bool = False) -> Schedul
             if rows[0] > first
         ]
         if not missing:
-            return _with_tracks(tasks, lazy)
+            found = _with_tracks(tasks, lazy)
+            return dataclasses.replace(found, before=before, needed=tuple(needed))
         before += max(1, math.ceil(max(missing)))
 
 
@@ -229,6 +242,73 @@ def _held_back(tasks: Sequence[Task], eager: list[Frontier], before: int) -> lis
                 needed = read.row_map.end(lazy[i])
                 wanted[read.task] = np.maximum(wanted.get(read.task, needed), needed)
     return lazy
+
+
+def brought_forward(schedule: Schedule) -> Schedule:
+    """A shared schedule with the least lag for tasks that give less than what waits for them.
+
+    So the gradient of a concatenation is divided at once where one part of it is read long after
+    the other (U-Net's shortcuts), and that part waits, not all of it.
+    """
+    tasks = schedule.tasks
+    frontiers = [np.array(track.frontier) for track in schedule.tracks]
+    readers: dict[int, list[int]] = {}
+    for i, task in enumerate(tasks):
+        for j in dict.fromkeys(read.task for read in task.reads):
+            if j is not None:
+                readers.setdefault(j, []).append(i)
+    for j, others in readers.items():
+        if any(tasks[i].width < tasks[j].width for i in others):
+            for i, frontier in _moved(schedule, frontiers, j, others).items():
+                frontiers[i] = frontier
+    if all(np.array_equal(a, b.frontier) for a, b in zip(frontiers, schedule.tracks, strict=True)):
+        return schedule
+    found = _with_tracks(tasks, frontiers)
+    return dataclasses.replace(found, before=schedule.before, needed=schedule.needed)
+
+
+def _moved(
+    schedule: Schedule, frontiers: list[Frontier], value: int, readers: Sequence[int]
+) -> dict[int, Frontier]:
+    """New frontiers of a task's latest readers, if less waits then in all."""
+    tasks = schedule.tasks
+    own = int(np.max(np.diff(frontiers[value])))
+    back = {i: max(_back(tasks, frontiers, i, value), own) for i in readers}
+    latest = sorted(readers, key=lambda i: back[i], reverse=True)
+    moved: dict[int, Frontier] = {}
+    cost = 0.0
+    for k, i in enumerate(latest):
+        frontier = _earliest(schedule, frontiers, i)
+        if frontier is None or tasks[i].width >= tasks[value].width:
+            return {}
+        moved[i] = frontier
+        cost += int(np.max(frontier - frontiers[i])) * tasks[i].width
+        left = back[latest[k + 1]] if k + 1 < len(latest) else own
+        if cost < (back[latest[0]] - left) * tasks[value].width:
+            return moved
+    return {}
+
+
+def _back(tasks: Sequence[Task], frontiers: list[Frontier], reader: int, value: int) -> int:
+    """How far before a task's frontier the rows begin that a reader takes, at most."""
+    starts = frontiers[reader][1:] - int(np.max(np.diff(frontiers[reader])))
+    maps = [read.row_map for read in tasks[reader].reads if read.task == value]
+    return max(int(np.max(frontiers[value][1:] - one.first(starts))) for one in maps)
+
+
+def _earliest(schedule: Schedule, frontiers: list[Frontier], index: int) -> Frontier | None:
+    """The frontier of the least lag behind what a task reads, if that is one task's rows."""
+    task, before = schedule.tasks[index], schedule.before
+    reads = [read for read in task.reads if read.task is not None]
+    if task.is_sink or len(reads) != 1 or reads[0].task is None:
+        return None
+    steps = schedule.steps - before
+    allowed = reads[0].row_map.frontier(frontiers[reads[0].task])
+    behind = int(np.max(_even(task, steps, 0, before) - allowed))
+    found = _even(task, steps, round_up(max(behind, 0), task.quantum), before)
+    if schedule.needed and int(found[0]) > schedule.needed[index][0]:
+        return None
+    return found
 
 
 def _raise_to_demand(tasks: Sequence[Task], frontiers: list[Frontier]) -> None:

@@ -17,7 +17,7 @@ import jax
 from lrjax.loop import engine
 from lrjax.loop.dependent_fill import dependency_on
 from lrjax.loop.heights import Order
-from lrjax.loop.rowloop import RowLoop, row_loop
+from lrjax.loop.rowloop import RowLoop, row_loop, with_less_waiting
 from lrjax.loop.shards import shards_of
 from lrjax.loop.stage_by_stage import run_graph
 from lrjax.program.comparisons import simpler_comparisons
@@ -100,6 +100,8 @@ def row_program(
         loop_of(graph, stage) if members else None
         for stage, members in enumerate(graph.stages.members)
     ]
+    if not order.recomputes_halos and num_blocks > 1:
+        loops = [loop and with_less_waiting(loop) for loop in loops]
     return RowProgram(graph, tuple(loops))
 
 

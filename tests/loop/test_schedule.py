@@ -6,10 +6,14 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from lrjax.loop.schedule import Read, Task, overlap_schedule, shared_schedule
+from lrjax.loop.schedule import Read, Task, brought_forward, overlap_schedule, shared_schedule
 from lrjax.rules.geometry import IDENTITY, RowMap
 
-MAKERS = {"shared": shared_schedule, "overlap": overlap_schedule}
+MAKERS = {
+    "shared": shared_schedule,
+    "brought forward": lambda tasks: brought_forward(shared_schedule(tasks)),
+    "overlap": overlap_schedule,
+}
 same_rate = [RowMap(extent=k, pad=p) for k in (1, 2, 3, 5) for p in (-1, 0, 1, 2)]
 other_rate = [
     RowMap(stride=s, extent=k, pad=p, base=b)
@@ -34,7 +38,8 @@ def row_loops(draw):
         partners = [m for m in made if m[2] == rate and m[0] is not None]
         if partners and draw(st.booleans()):
             reads.append(Read(draw(st.sampled_from(partners))[0], draw(st.sampled_from(same_rate))))
-        tasks.append(Task(tuple(reads), out, rows * rate, draw(st.booleans())))
+        width = draw(st.sampled_from([1.0, 2.0, 8.0]))
+        tasks.append(Task(tuple(reads), out, rows * rate, draw(st.booleans()), width=width))
         made.append((index, out, rate))
     last = tasks.pop()
     return [*tasks, Task(last.reads, last.height, last.speed, is_sink=True)]
@@ -154,6 +159,40 @@ POOL = RowMap(stride=2, extent=2)
 def test_two_convolutions_share_two_rows():
     first, second = shared_schedule(chain(CONV, CONV)).tracks
     assert (first.carried, first.rows, second.rows) == (2, 8, 8)
+
+
+def divided(early, late, rows=4):
+    """Two parts of a value, of which one is read at once and one behind a chain of windows."""
+    speed, near = Fraction(rows), RowMap(extent=9, pad=4)
+
+    def task(*sources, width=1.0, is_sink=False):
+        reads = tuple(Read(source, row_map) for source, row_map in sources)
+        return Task(reads, 64, speed, is_sink, width=width)
+
+    return [
+        task((None, IDENTITY), width=4.0),
+        task((0, IDENTITY), width=early),
+        task((1, near)),
+        task((2, near)),
+        task((0, IDENTITY), width=late),
+        task((3, IDENTITY), (4, IDENTITY), is_sink=True),
+    ]
+
+
+def test_a_part_waits_instead_of_the_whole():
+    before = shared_schedule(divided(2.0, 2.0))
+    after = brought_forward(before)
+    whole, part = before.tracks[0], before.tracks[4]
+    assert (whole.carried, part.carried) == (8, 0)
+    assert (after.tracks[0].carried, after.tracks[4].carried) == (0, 8)
+    assert after.steps == before.steps
+    assert after.tracks[1:4] == before.tracks[1:4]
+
+
+@pytest.mark.parametrize("late", [4.0, 8.0])
+def test_what_gives_as_much_as_it_takes_stays_behind(late):
+    schedule = shared_schedule(divided(2.0, late))
+    assert brought_forward(schedule) is schedule
 
 
 def test_two_convolutions_overlap_by_two_rows():
