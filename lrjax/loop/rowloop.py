@@ -51,6 +51,8 @@ class Source:
 # ConvNeXt-T's gradient at 4096x4096 takes a third more without deep rings.
 RING_SLAB = 16
 DEEP_SLABS = 16
+# Rows of a step over those asked for, at most, where operations of all rates then take even steps.
+_MOST_ALIGNED = 1.0625
 
 
 @dataclasses.dataclass(frozen=True)
@@ -413,6 +415,11 @@ def _shortest_blocks(
     rows = ceil_div(height, num_blocks)
     own = [own for node in nodes for at, own in [root_of(graph, node)] if at == root]
     unit = math.lcm(*((own_rate / rate).denominator for own_rate in own))
+    if rows % unit and round_up(rows, unit) <= _MOST_ALIGNED * rows:
+        # Even steps of all operations: buffers need not shift by other numbers of rows every time.
+        tried = schedule(Fraction(height, round_up(rows, unit)))
+        if tried.steps <= found.steps:
+            found, rows = tried, round_up(rows, unit)
     unit = unit if rows % unit == 0 else 1
     # In units of rows: too few for so many steps, and enough.
     low, high = ceil_div(ceil_div(height, found.steps), unit) - 1, rows // unit

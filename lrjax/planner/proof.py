@@ -15,7 +15,7 @@ from lrjax.memory.targets import GpuTarget, find
 from lrjax.plan import Plan, SegmentPlan
 from lrjax.planner.candidates import COLUMN, Candidates
 from lrjax.planner.problem import Problem
-from lrjax.planner.search import Kind, Limits, Model, Step, Steps, search
+from lrjax.planner.search import Kind, Limits, Model, Step, Steps, neighbours, search
 from lrjax.roofline import roofline_of
 from lrjax.transform import rowwise
 
@@ -212,6 +212,7 @@ class Prover:
         if self.is_disappointed(limits) and self.best_known(limits) is not None:
             self.approach(self.trusted(limits), self.compilations + most_compilations, on_progress)
         self.climb(limits, on_progress)
+        self.polish(limits, on_progress)
         best = self.best_known(limits)
         if best is None:
             best = self.smallest(limits, on_progress)
@@ -286,6 +287,23 @@ class Prover:
                 self.verify(rung, on_progress)
                 if part < 1 and self.best_known(limits) is not None:
                     break
+
+    def polish(self, limits: Limits, on_progress: OnProgress) -> None:
+        """Compile what is next to the best plan, where that plan's own error says that it fits."""
+        best = self.best_known(limits)
+        if best is None:
+            return
+        error = self.proofs[best].peak / self.proofs[best].predicted
+        fitting = (
+            steps
+            for steps in neighbours(self.model, best)
+            if steps not in self.proofs
+            and self.model.peak_bytes(steps) * error <= limits.budget
+            and self.is_faster(steps, best)
+        )
+        found = min(fitting, key=lambda steps: self.model.seconds(*steps), default=None)
+        if found is not None:
+            self.verify(found, on_progress)
 
     def rung(self, limits: Limits, budget: float, by: float) -> Steps | None:
         """The fastest simple plan that was not compiled yet and is predicted to be worth it."""

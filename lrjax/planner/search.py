@@ -7,23 +7,38 @@ does not matter, because its own passes enclose theirs. A group of segments unde
 one of the segments to choose from (``groups``). Of two labels at a cut, one that neither
 holds less nor is faster is dropped (label setting, as for shortest paths under a constraint).
 
-Numbers of blocks are searched in steps of four, and then refined in steps of two.
+Numbers of blocks are searched in steps of four, then refined in steps of two, and then to steps of
+a quarter more rows, half as many again and three quarters more.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
+from lrjax.plan import Choice
 from lrjax.planner.candidates import Kind, every_kind
 from lrjax.planner.groups import groups
 from lrjax.planner.model import Model, Step, Steps
+from lrjax.rules.geometry import ceil_div
 
-__all__ = ["Kind", "Limits", "Model", "Step", "Steps", "every_kind", "refined", "search"]
+__all__ = [
+    "Kind",
+    "Limits",
+    "Model",
+    "Step",
+    "Steps",
+    "every_kind",
+    "neighbours",
+    "refined",
+    "search",
+]
 
 # Labels that hold about as much are one.
 _ALIKE_BYTES = 1.002
+# Blocks from which on numbers between powers of two are worth a search.
+_FINE_BLOCKS = 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,18 +149,32 @@ def refined(model: Model, limits: Limits, steps: Steps) -> Steps:
     """The plan with numbers of blocks that were not searched, as long as that makes it faster."""
     while True:
         best = steps
-        for i, step in enumerate(steps):
-            if step.inner:
-                continue
-            span = model.candidates.span(step.start, step.stop)
-            for choice in span.choices(step.kind, ratio=2):
-                count = choice.num_blocks
-                if count in (2 * step.choice.num_blocks, step.choice.num_blocks // 2):
-                    other = dataclasses.replace(step, choice=choice)
-                    changed = (*steps[:i], other, *steps[i + 1 :])
-                    is_faster = model.seconds(*changed) < model.seconds(*best)
-                    if is_faster and model.peak_bytes(changed) <= limits.budget:
-                        best = changed
+        for changed in neighbours(model, steps):
+            is_faster = model.seconds(*changed) < model.seconds(*best)
+            if is_faster and model.peak_bytes(changed) <= limits.budget:
+                best = changed
         if best == steps:
             return steps
         steps = best
+
+
+def neighbours(model: Model, steps: Steps) -> Iterator[Steps]:
+    """Plans of which one segment runs in another number of blocks."""
+    for i, step in enumerate(steps):
+        for choice in () if step.inner else _other_blocks(model, step):
+            yield (*steps[:i], dataclasses.replace(step, choice=choice), *steps[i + 1 :])
+
+
+def _other_blocks(model: Model, step: Step) -> Iterable[Choice]:
+    """The choice in twice and half as many blocks, and in blocks of a few more rows."""
+    count, strategy = step.choice.num_blocks, step.choice.strategy
+    if not strategy.by_rows:
+        return
+    span = model.candidates.span(step.start, step.stop)
+    for choice in span.choices(step.kind, ratio=2):
+        if choice.num_blocks in (2 * count, count // 2):
+            yield choice
+    if count >= _FINE_BLOCKS and strategy.streams:
+        for quarters in (5, 6, 7):
+            fewer = ceil_div(4 * count, quarters)
+            yield dataclasses.replace(step.choice, num_blocks=fewer)

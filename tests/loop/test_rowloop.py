@@ -48,3 +48,16 @@ def test_no_more_rows_than_the_steps_need(height, layers, num_blocks, stride, st
     loop = loop_of(height, layers, num_blocks, stride)
     assert loop.steps == steps
     assert max(max(track.advances) for track in loop.schedule.tracks) == rows // stride
+
+
+@pytest.mark.parametrize(("height", "num_blocks", "rows"), [(1000, 11, 96), (2048, 22, 96)])
+def test_rows_are_rounded_up_so_that_all_operations_take_even_steps(height, num_blocks, rows):
+    loop = loop_of(height, 4, num_blocks, stride=2)
+    assert loop.steps == num_blocks
+    found = [set(track.advances) for track in loop.schedule.tracks]
+    assert found == [{rows // 2**k} for k in (1, 2, 3, 4)]
+
+
+def test_rows_are_not_rounded_up_far():
+    loop = loop_of(1000, 4, 12, stride=2)  # 84 rows; 96 are a seventh more
+    assert max(loop.schedule.tracks[0].advances) <= 42

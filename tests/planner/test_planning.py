@@ -18,7 +18,7 @@ from lrjax.planner.candidates import Candidates, Kind
 from lrjax.planner.places import MOST_CUTS
 from lrjax.planner.problem import problem_of
 from lrjax.planner.proof import Proof, Prover
-from lrjax.planner.search import Limits, Step, search
+from lrjax.planner.search import Limits, Step, neighbours, search
 from lrjax.strategies import Checkpoint, Column
 from lrjax.testing import assert_same_as_column
 
@@ -221,6 +221,27 @@ def test_plans_that_are_easy_to_predict_stand_in_for_those_that_are_not(monkeypa
     found = fastest(prover, limits)
     assert found == search(prover.model, limits.plain)
     assert prover.proofs[found].peak <= limits.budget
+
+
+def test_what_is_next_to_the_best_plan_is_tried(monkeypatch):
+    """A stream's peak is predicted too high: fewer blocks, with more rows each, fit as well."""
+    prover, _ = prover_with(monkeypatch, lambda steps: (0.6, 1.0))
+    counts = (16, 8)
+    slow, fast = (
+        next(
+            steps
+            for steps in prover.model.simple_plans
+            if steps[0].choice.strategy.name == "stream" and steps[0].choice.num_blocks == count
+        )
+        for count in counts
+    )
+    assert fast in neighbours(prover.model, slow)
+    prover.verify(slow, lambda progress: None)
+    limits = Limits(0.61 * prover.model.peak_bytes(fast))
+    prover.polish(limits, lambda progress: None)
+    found = prover.best_known(limits)
+    assert found != slow
+    assert prover.proofs[found].seconds < 0.98 * prover.proofs[slow].seconds
 
 
 def test_the_smallest_plan_is_no_misprediction(monkeypatch):
