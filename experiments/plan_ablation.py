@@ -24,7 +24,7 @@ import jax
 
 from experiments import report
 from experiments.plans import parse, wrt_of
-from lrjax.planner import compilers, cost, loops, reverse, whole
+from lrjax.planner import compilers, cost, loops, reverse, steps, whole
 from lrjax.planner.liveness import Liveness
 from lrjax.rowgraph.graph import size_bytes
 
@@ -35,8 +35,8 @@ PEAKS = report.RESULTS / "plan_costs.json"
 _line_bytes = loops.line_bytes
 
 
-def _held_once(loop: Any, *, shifting_only: bool = False) -> float:
-    return 0.0 if shifting_only else _line_bytes(loop)
+def _held_once(loop: Any, *, deep_only: bool = False) -> float:
+    return 0.0 if deep_only else _line_bytes(loop)
 
 
 def _unchanged(operations: Any, *rest: Any) -> Any:
@@ -62,7 +62,8 @@ PARTS: dict[str, list[tuple[Any, str, Any]]] = {
         (reverse, "bytes_beside", lambda sizes, hosts: sum(sizes)),
     ],
     "residuals of branches": [(reverse, "with_residuals", lambda step, rest: step.operations)],
-    "line buffers that shift twice": [(loops, "line_bytes", _held_once)],
+    "slabs that are read as they are": [(steps.Step, "_is_slab", lambda self, source: False)],
+    "line buffers deeper than a slab twice": [(loops, "line_bytes", _held_once)],
 }
 
 

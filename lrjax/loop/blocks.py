@@ -59,7 +59,7 @@ def read_rows(
 ) -> Array:
     """Rows of a whole array, those outside it ``fill``; ``bounds`` are the extremes of start.
 
-    Where the start is a constant, nothing is read before ``zero`` is there.
+    Nothing is read before ``zero`` is there.
     """
     height = array.shape[axis]
     if isinstance(start, int):
@@ -67,10 +67,10 @@ def read_rows(
         rows, before = slice_rows(array, low, stop - low, axis, zero), min(max(-start, 0), size)
         return padded_rows(rows, before, size - before - (stop - low), axis, fill)
     if bounds[0] >= 0 and bounds[1] + size <= height:
-        return slice_rows(array, start, size, axis)
+        return slice_rows(array, start, size, axis, zero)
     count = min(size, height)
     inside = _clamped(start, height - count)
-    rows = slice_rows(array, inside, count, axis)
+    rows = slice_rows(array, inside, count, axis, zero)
     return _shifted(rows, start - inside, size, axis, fill)
 
 

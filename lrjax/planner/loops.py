@@ -78,7 +78,7 @@ class _Events:
         if len(loop.bands) == 1:
             # Rows that shift are written to a second buffer and copied back when the step is done;
             # the results of branches are that second buffer.
-            inside += line_bytes(loop, shifting_only=True)
+            inside += line_bytes(loop, deep_only=True)
         time = loop_seconds(loop, lives, self.target)
         loops = Operation("row loop", tuple(read), made, Kind.LIBRARY, scratch=inside, seconds=time)
         self.operations.append(loops)

@@ -19,12 +19,19 @@ def row_bytes(graph: RowGraph, value: int) -> float:
     return size_bytes(graph.program.avals[value]) / max(graph.height(value), 1)
 
 
-def line_bytes(loop: RowLoop, *, shifting_only: bool = False) -> float:
-    """Bytes of all line buffers of a loop, or of those that are no rings."""
+def line_bytes(loop: RowLoop, *, deep_only: bool = False) -> float:
+    """Bytes of all line buffers of a loop, or of those that shift rows older than the newest slab.
+
+    What is kept of the newest slab alone is written in place.
+    """
+
+    def is_deep(value: int) -> bool:
+        return not loop.is_ring(value) and loop.line_rows(value) > loop.track(value).rows
+
     return sum(
         row_bytes(loop.graph, v) * loop.line_rows(v)
         for v in loop.producer
-        if not (shifting_only and loop.is_ring(v))
+        if not deep_only or is_deep(v)
     )
 
 
@@ -120,6 +127,8 @@ class Step:
     def _window(self, source: Source) -> int:
         """What an operation reads: all that is at hand, or a copy of some rows."""
         loop, value, axis = self.loop, source.value, source.read.axis
+        if self._is_slab(source):
+            return self.slab.get(value, value)
         start, stop = loop.window(source, 0)
         aval = self.avals[value]
         size = size_bytes(aval) / max(aval.shape[axis], 1) * (stop - start)
@@ -129,6 +138,15 @@ class Step:
         like = _rows_of(aval, axis, stop - start)
         self.operations.append(Operation(WINDOW, (value,), (window,), Kind.FUSED, like))
         return window
+
+    def _is_slab(self, source: Source) -> bool:
+        """The rows that are read are the newest, as they are (``AtHand.window``)."""
+        loop, value = self.loop, source.value
+        if value not in loop.producer or loop.is_ring(value):
+            return False
+        rows, size = loop.track(value).rows, loop.window_rows(source)
+        is_newest = bool((loop.look_back(source) == rows).all())
+        return is_newest and 0 <= rows - size <= source.read.slack
 
     def _extend(self, value: int) -> None:
         axis = self.loop.graph.row_axis[value]

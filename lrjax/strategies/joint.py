@@ -22,6 +22,7 @@ from lrjax.program.inline import (
     function_of,
     replaced_at,
     without_dead_equations,
+    without_names,
 )
 from lrjax.program.varying import is_inexact, is_reference, struct_like
 
@@ -101,7 +102,7 @@ def joint_of(program: FlatProgram, wrt: Sequence[int], placed: Collection[int]) 
 
     structs = [struct_like(outputs[i]) for i in inexact]
     closed, (_, placed) = jax.make_jaxpr(joint, return_shape=True)(*program.structs, *structs)
-    traced, stop = flatten(closed), count + len(wrt)
+    traced, stop = without_names(flatten(closed)), count + len(wrt)
     places = zip(sorted(placed), traced.outputs[stop:], strict=True)
     found = simpler_comparisons(dataclasses.replace(traced, outputs=traced.outputs[:stop]))
     known = {v for equation in found.equations for v in equation.outputs}

@@ -21,7 +21,7 @@ from lrjax.loop.rowloop import RowLoop, row_loop, with_less_waiting
 from lrjax.loop.shards import shards_of
 from lrjax.loop.stage_by_stage import run_graph
 from lrjax.program.comparisons import simpler_comparisons
-from lrjax.program.inline import FlatProgram, dependents, flatten, values_of
+from lrjax.program.inline import FlatProgram, dependents, flatten, values_of, without_names
 from lrjax.program.interpreter import collection_paused
 from lrjax.rowgraph.graph import RowGraph, build, size_bytes
 from lrjax.rowgraph.row_mesh import RowMesh
@@ -109,7 +109,8 @@ def traced_graph(
     function: Callable[..., Any], structs: Sequence[Any], axes: Axes, budget: float = math.inf
 ) -> RowGraph:
     """Trace any function of arrays at full shape, as a row graph."""
-    program = simpler_comparisons(flatten(jax.make_jaxpr(function)(*structs)))
+    program = without_names(flatten(jax.make_jaxpr(function)(*structs)))
+    program = simpler_comparisons(program)
     return build(program, axes, budget=budget)
 
 

@@ -26,11 +26,11 @@ from lrjax.loop.dependent_fill import full_depending_on, full_like
 from lrjax.loop.heights import Order
 from lrjax.loop.line_buffers import Values, reader_of
 from lrjax.loop.offload import instantiated, is_on_host, to_host
-from lrjax.loop.rowloop import RowLoop
+from lrjax.loop.rowloop import RowLoop, Source
 from lrjax.loop.shards import WithHalo
 from lrjax.loop.small_sums import SmallSums
 from lrjax.loop.stage_by_stage import run_graph
-from lrjax.program.inline import FlatEquation, FlatProgram, values_of
+from lrjax.program.inline import FlatEquation, FlatProgram, values_of, without_names
 from lrjax.program.varying import is_inexact
 from lrjax.rowgraph.graph import build
 from lrjax.rowgraph.row_mesh import RowMesh
@@ -110,7 +110,7 @@ def differentiable_program(
     row_mesh: RowMesh | None = None,
 ) -> RowProgram:
     """The forward program as row loops whose steps can be differentiated one by one."""
-    graph = build(program, axes, _differentiable_in_blocks)
+    graph = build(without_names(program), axes, _differentiable_in_blocks)
     return row_program(graph, order, num_blocks, is_differentiated=True, row_mesh=row_mesh)
 
 
@@ -338,11 +338,19 @@ class _ReverseLoop:
     def step(self, below: Cotangents, row_and_lines: Any) -> tuple[Cotangents, None]:
         loop, (row, lines) = self.loop, row_and_lines
         now = self.clock.at(row)
-        windows = engine.slice_windows(loop, now, self.arrays)
+        windows = {
+            (s.node, s.operand): engine.window_of_array(loop, now, self.arrays, s)
+            for s in loop.sliced
+        }
 
         def function(lines_in: Values, windows_in: Any, wholes_in: Values) -> Any:
-            inputs = {**lines, **lines_in}, {**windows, **windows_in}, {**self.wholes, **wholes_in}
-            result = engine.run_step(loop, now, *inputs)
+            given, wholes = {**windows, **windows_in}, {**self.wholes, **wholes_in}
+
+            def read(clock: Clock, source: Source, zero: Any) -> Array:
+                del clock, zero
+                return given[source.node, source.operand]
+
+            result = engine.run_step(loop, now, {**lines, **lines_in}, read, wholes)
             return _inexact(result.lines), _inexact(result.rows), _inexact(result.partial)
 
         moving = {name: windows[name] for name in self.moving_windows}

@@ -1,0 +1,56 @@
+"""Rows that kernel gradients read are cut when their cotangents are there, not before."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+
+import lrjax
+from lrjax import memory
+from lrjax.loop import engine
+from lrjax.testing import assert_same_as_column
+
+SIDE, CHANNELS, DEPTH = 1024, 32, 6
+
+
+def loss(weights, image):
+    for i, kernel in enumerate(weights):
+        image = lax.conv_general_dilated(
+            image, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+        )
+        # One of its readers takes the rows as they are, so that they exist.
+        image = jnp.maximum(image, 0) if i % 2 else jnp.tanh(image)
+    return (image.astype(jnp.float32) ** 2).mean()
+
+
+def shapes():
+    channels = [3] + [CHANNELS] * (DEPTH - 1)
+    return [(3 if i % 2 else 1, 3 if i % 2 else 1, c, CHANNELS) for i, c in enumerate(channels)]
+
+
+def peak_bytes():
+    args = (
+        [jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in shapes()],
+        jax.ShapeDtypeStruct((1, SIDE, SIDE, 3), jnp.bfloat16),
+    )
+    by_rows = lrjax.rowwise(loss, in_axes=(None, 1), num_blocks=4)
+    return memory.peak_bytes(memory.compile_for(jax.grad(by_rows), *args, target="h200"))
+
+
+def test_less_memory(monkeypatch):
+    """XLA has no room for windows that wait beside what they are cut from."""
+    late = peak_bytes()
+    monkeypatch.setattr(engine, "zero_behind", lambda arrays: 0)
+    jax.clear_caches()
+    assert late < 0.95 * peak_bytes()
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("num_blocks", [2, 3, 7])
+@pytest.mark.parametrize("height", [29, 48])
+def test_same_as_column(height, num_blocks):
+    generator = np.random.default_rng(1)
+    weights = [0.2 * generator.standard_normal(shape) for shape in shapes()]
+    image = generator.standard_normal((2, height, 6, 3))
+    assert_same_as_column(loss, (weights, image), (None, 1), num_blocks=num_blocks)
