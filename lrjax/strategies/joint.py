@@ -22,8 +22,8 @@ from lrjax.program.inline import (
     function_of,
     replaced_at,
     without_dead_equations,
-    without_names,
 )
+from lrjax.program.names import without_names
 from lrjax.program.varying import is_inexact, is_reference, struct_like
 
 

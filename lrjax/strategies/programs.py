@@ -21,8 +21,9 @@ from lrjax.loop.rowloop import RowLoop, row_loop, with_less_waiting
 from lrjax.loop.shards import shards_of
 from lrjax.loop.stage_by_stage import run_graph
 from lrjax.program.comparisons import simpler_comparisons
-from lrjax.program.inline import FlatProgram, dependents, flatten, values_of, without_names
+from lrjax.program.inline import FlatProgram, dependents, flatten, values_of
 from lrjax.program.interpreter import collection_paused
+from lrjax.program.names import without_names
 from lrjax.rowgraph.graph import RowGraph, build, size_bytes
 from lrjax.rowgraph.row_mesh import RowMesh
 from lrjax.rules.base import Array

@@ -30,7 +30,8 @@ from lrjax.loop.rowloop import RowLoop, Source
 from lrjax.loop.shards import WithHalo
 from lrjax.loop.small_sums import SmallSums
 from lrjax.loop.stage_by_stage import run_graph
-from lrjax.program.inline import FlatEquation, FlatProgram, values_of, without_names
+from lrjax.program.inline import FlatEquation, FlatProgram, values_of
+from lrjax.program.names import without_names
 from lrjax.program.varying import is_inexact
 from lrjax.rowgraph.graph import build
 from lrjax.rowgraph.row_mesh import RowMesh

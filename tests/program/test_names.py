@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from jax.ad_checkpoint import checkpoint_name
 
-from lrjax.program.inline import evaluate, flatten, without_names
+from lrjax.program.inline import evaluate, flatten
+from lrjax.program.names import without_names
 from lrjax.rowgraph.segments import Segment
 from lrjax.rowgraph.tracing import trace
 from lrjax.strategies import named
