@@ -127,6 +127,54 @@ class TestNarrowSums:
         assert peak_bytes([cost], fixed) == pytest.approx(peak, rel=0.1)
 
 
+def bottlenecks(params, images):
+    """What crosses from one to the next is read as it is, by a 1x1 convolution and a shortcut."""
+    x = images
+    for kernels in params:
+        y = x
+        for kernel, scale, bias in kernels:
+            y = lax.conv_general_dilated(
+                y, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+            )
+            y = y * scale + bias
+            y = jax.nn.relu(y) if kernel.shape[-1] < x.shape[-1] else y
+        x = jax.nn.relu(x + y)
+    return x
+
+
+class TestSegmentsByRows:
+    """In the middle of a plan: maps come in, and cotangents."""
+
+    pytestmark = COMPILES_FOR_H200
+
+    @pytest.mark.parametrize("num_blocks", [4, 16])
+    def test_backward_pass_is_near_xla(self, num_blocks):
+        wide, narrow, side = 128, 32, 512
+        shapes = ((1, wide, narrow), (3, narrow, narrow), (1, narrow, wide))
+        params = [
+            [
+                (
+                    jax.ShapeDtypeStruct((k, k, a, b), jnp.bfloat16),
+                    *[jax.ShapeDtypeStruct((b,), jnp.bfloat16)] * 2,
+                )
+                for k, a, b in shapes
+            ]
+            for _ in range(3)
+        ]
+        images = jax.ShapeDtypeStruct((1, side, side, wide), jnp.bfloat16)
+        traced = trace(bottlenecks, (None, 1), (params, images), {})
+        (segment,) = split(traced.program, traced.axes, ())
+        wrt = [*range(len(segment.program.inputs))]
+        choice = Choice("stream", num_blocks)
+        expected = segment_cost(segment, choice, wrt, "h200").backward_bytes
+        rows = choice.strategy.execution(segment, num_blocks, wrt).backward
+        run = memory.compile_for(
+            lambda *xs: rows.run(xs), *rows.graph.program.structs, target="h200"
+        )
+        found = memory.peak_bytes(run) - size_bytes(images)  # arguments take nothing in costs
+        assert abs(expected / found - 1) < 0.1, (expected, found)
+
+
 def test_streams_memory_does_not_depend_on_the_height():
     low, high = cost_of(512, Choice("stream", 16)), cost_of(2048, Choice("stream", 64))
     assert low.forward_bytes == pytest.approx(high.forward_bytes, rel=0.02)

@@ -43,6 +43,16 @@ def test_sums_of_one_map_are_one_kernel():
     assert spent(*sums) == [30]  # the map once, two results
 
 
+def test_sums_that_share_a_map_are_one_kernel():
+    """Gradients of a scale and of a bias: one reads the normalised map too."""
+    sums = [Operation("", read, (v,), Kind.ROOT, LIKE) for read, v in (((0,), 2), ((0, 1), 3))]
+    assert spent(*sums) == [40]  # both maps once, two results
+    library = Operation("", (0,), (2,), Kind.LIBRARY, LIKE)
+    assert sorted(spent(library, sums[1])) == [20, 30]
+    others = [Operation("", (v,), (v + 2,), Kind.ROOT, LIKE) for v in (0, 1)]
+    assert spent(*others) == [20, 20]
+
+
 def test_a_map_is_not_normalised_while_it_is_summed():
     operations = (
         Operation("", (0,), (1,), Kind.ROOT, LIKE),
