@@ -143,6 +143,14 @@ SCHEDULES = (
 
 LINE_BUFFERS = (
     Mutation(
+        "windows-cut-early",
+        "rows that kernel gradients read wait beside those that they are cut from",
+        "lrjax/loop/engine.py",
+        "return zero_behind([self.window(drivers[0], at_hand, part)])",
+        "return 0",
+        ("tests/strategies/test_late_windows.py",),
+    ),
+    Mutation(
         "wrong-shift",
         "a line buffer shifts by a row too many",
         "lrjax/loop/clock.py",
@@ -881,6 +889,14 @@ CALLS = (
 )
 
 PROGRAMS = (
+    Mutation(
+        "names-are-kept",
+        "a value that has a name is kept twice",
+        "lrjax/program/names.py",
+        "if equation.primitive is public.name_p:",
+        "if equation.primitive is public.add_p:",
+        ("tests/program/test_names.py",),
+    ),
     Mutation(
         "effects-dropped",
         "callbacks do not run",
