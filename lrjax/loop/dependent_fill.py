@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.custom_batching import custom_vmap
 from jax.custom_derivatives import SymbolicZero
 
 from lrjax.loop.offload import first_element
@@ -65,7 +66,19 @@ def full_depending_on(arrays: Iterable[Any]) -> Full:
 def zero_behind(arrays: Any) -> Any:
     """The integer 0, known to XLA only when ``arrays`` are there."""
     latest = dependency_on(jax.tree.leaves(arrays))
-    return lax.lt(latest[0], np.float32(-np.inf)).astype(np.int32) if latest else 0
+    return _zero(latest[0]) if latest else 0
+
+
+@custom_vmap
+def _zero(latest: Array) -> Array:
+    return lax.lt(latest, np.float32(-np.inf)).astype(np.int32)
+
+
+@_zero.def_vmap
+def _one_zero_for_all(axis_size: int, in_batched: Any, latest: Array) -> tuple[Array, bool]:
+    """An offset of each example's own would make a gather of every slice."""
+    del axis_size
+    return _zero(latest[0] if in_batched[0] else latest), False
 
 
 def full_like(

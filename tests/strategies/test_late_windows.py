@@ -54,3 +54,26 @@ def test_same_as_column(height, num_blocks):
     weights = [0.2 * generator.standard_normal(shape) for shape in shapes()]
     image = generator.standard_normal((2, height, 6, 3))
     assert_same_as_column(loss, (weights, image), (None, 1), num_blocks=num_blocks)
+
+
+def test_examples_share_the_offset():
+    """Each with an offset of its own would make a gather of every window."""
+    args = (
+        [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes()],
+        jax.ShapeDtypeStruct((3, 1, 40, 6, 3), jnp.float32),
+    )
+    by_rows = lrjax.rowwise(loss, in_axes=(None, 1), num_blocks=4)
+    each = jax.vmap(jax.grad(by_rows), (None, 0))
+    assert " gather(" not in jax.jit(each).lower(*args).compile().as_text()
+
+
+@pytest.mark.usefixtures("x64")
+def test_every_example_has_its_gradient():
+    generator = np.random.default_rng(2)
+    weights = [0.2 * generator.standard_normal(shape) for shape in shapes()]
+    images = generator.standard_normal((3, 1, 29, 6, 3))
+    by_rows = lrjax.rowwise(loss, in_axes=(None, 1), num_blocks=4)
+    found = jax.jit(jax.vmap(jax.grad(by_rows), (None, 0)))(weights, images)
+    expected = jax.vmap(jax.grad(loss), (None, 0))(weights, images)
+    for one, other in zip(found, expected, strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-7)
