@@ -46,13 +46,18 @@ class AtHand:
         slab but the last.
         """
         slab = self.pieces[-1]
-        if isinstance(back, int) and back == slab.shape[self.axis] and 0 <= back - size <= slack:
+        if isinstance(back, int) and takes_slab(back, size, slack, slab.shape[self.axis]):
             return slab
         total = sum(piece.shape[self.axis] for piece in self.pieces)
         if isinstance(back, int):
             return _cut(self.pieces, total - back, size, self.axis, zero)
         joined = lax.concatenate(self.pieces, self.axis)
         return slice_rows(joined, total - back, size, self.axis)
+
+
+def takes_slab(back: int, size: int, slack: int, rows: int) -> bool:
+    """A window is the newest ``rows`` as they are; see ``AtHand.window``."""
+    return back == rows and 0 <= back - size <= slack
 
 
 def _cut(pieces: Sequence[Array], start: int, size: int, axis: int, zero: Any = 0) -> Array:

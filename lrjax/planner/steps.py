@@ -8,6 +8,7 @@ from typing import Any
 import jax
 from jax import lax
 
+from lrjax.loop.line_buffers import takes_slab
 from lrjax.loop.rowloop import Band, RowLoop, Source
 from lrjax.planner.compilers import EXTEND, KERNEL_GRADIENT, WINDOW, compiled
 from lrjax.planner.liveness import Kind, Liveness, Operation
@@ -140,13 +141,13 @@ class Step:
         return window
 
     def _is_slab(self, source: Source) -> bool:
-        """The rows that are read are the newest, as they are (``AtHand.window``)."""
+        """The rows that are read are the newest slab, without a copy."""
         loop, value = self.loop, source.value
         if value not in loop.producer or loop.is_ring(value):
             return False
         rows, size = loop.track(value).rows, loop.window_rows(source)
-        is_newest = bool((loop.look_back(source) == rows).all())
-        return is_newest and 0 <= rows - size <= source.read.slack
+        backs = {int(back) for back in loop.look_back(source)}
+        return all(takes_slab(back, size, source.read.slack, rows) for back in backs)
 
     def _extend(self, value: int) -> None:
         axis = self.loop.graph.row_axis[value]

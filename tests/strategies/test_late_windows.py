@@ -10,6 +10,7 @@ import lrjax
 from lrjax import memory
 from lrjax.loop import engine
 from lrjax.testing import assert_same_as_column
+from marks import COMPILES_FOR_H200
 
 SIDE, CHANNELS, DEPTH = 1024, 32, 6
 
@@ -19,7 +20,6 @@ def loss(weights, image):
         image = lax.conv_general_dilated(
             image, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
         )
-        # One of its readers takes the rows as they are, so that they exist.
         image = jnp.maximum(image, 0) if i % 2 else jnp.tanh(image)
     return (image.astype(jnp.float32) ** 2).mean()
 
@@ -38,12 +38,14 @@ def peak_bytes():
     return memory.peak_bytes(memory.compile_for(jax.grad(by_rows), *args, target="h200"))
 
 
-def test_less_memory(monkeypatch):
-    """XLA has no room for windows that wait beside what they are cut from."""
-    late = peak_bytes()
-    monkeypatch.setattr(engine, "zero_behind", lambda arrays: 0)
-    jax.clear_caches()
-    assert late < 0.95 * peak_bytes()
+class TestMemory:
+    pytestmark = COMPILES_FOR_H200
+
+    def test_windows_do_not_wait_beside_what_they_are_cut_from(self, monkeypatch):
+        late = peak_bytes()
+        monkeypatch.setattr(engine, "zero_behind", lambda arrays: 0)
+        jax.clear_caches()
+        assert late < 0.95 * peak_bytes()
 
 
 @pytest.mark.usefixtures("x64")
