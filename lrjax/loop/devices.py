@@ -102,11 +102,6 @@ def row_specs(loop: RowLoop, values: Iterable[int], leading: int = 0) -> dict[in
     return {v: shards.spec(loop.graph.row_axis[v] + leading) for v in values}
 
 
-def line_specs(loop: RowLoop) -> dict[int, jax.P]:
-    """How line buffers are divided that are saved for every step: every device has its own."""
-    return row_specs(loop, (v for v in loop.producer if loop.line_rows(v)), leading=1)
-
-
 def read_specs(loop: RowLoop) -> tuple[dict[Division, jax.P], jax.P]:
     """How the two that ``read_values`` gives are divided."""
     shards = shards_of_loop(loop)

@@ -25,11 +25,13 @@ from lrjax.loop.dependent_fill import Full, full_depending_on, full_like, zero_b
 from lrjax.loop.line_buffers import (
     AtHand,
     Ring,
+    SavedLines,
     Values,
     empty_lines,
     extend,
     line_buffer_of,
     producer_of,
+    saved_line_specs,
     typed,
 )
 from lrjax.loop.offload import empty_on_host
@@ -404,7 +406,7 @@ def run_steps(
     after: Sequence[Any] = (),
     *,
     saves_lines: bool = False,
-) -> tuple[Values, Values | None]:
+) -> tuple[Values, SavedLines | None]:
     """``run_loop``; with it the line buffers that every step starts with, if they are saved."""
     if loop.shards is not None:
         return _run_over_devices(loop, values, after, saves_lines=saves_lines)
@@ -423,7 +425,7 @@ def _scanned(
     awaited: Sequence[Any],
     *,
     saves_lines: bool,
-) -> tuple[Values, Values, Values | None]:
+) -> tuple[Values, Values, SavedLines | None]:
     """Row outputs, accumulators and saved line buffers, behind the last step."""
     every = clock_of(loop)
 
@@ -443,22 +445,25 @@ def _scanned(
     def one(carry: Carry, t: int) -> tuple[Any, Values | None]:
         return step(every.alone(t), carry, None, zero_behind(carry[1:] if t else awaited))
 
-    carry, saved = start, None
-    first, stop = (0, loop.steps) if saves_lines else loop.repeated
+    carry, repeated, (first, stop) = start, None, loop.repeated
+    alone = {}
     for t in range(first):
-        carry, _ = one(carry, t)
+        carry, alone[t] = one(carry, t)
     if stop > first:
         clock = every.of_steps(first, stop)
-        carry, saved = lax.scan(functools.partial(step, clock), carry, clock.table())
+        carry, repeated = lax.scan(functools.partial(step, clock), carry, clock.table())
     for t in range(stop, loop.steps):
-        carry, _ = one(carry, t)
+        carry, alone[t] = one(carry, t)
     _, outputs, sums = carry
-    return outputs, sums, saved
+    if not saves_lines:
+        return outputs, sums, None
+    before, behind = ([alone[t] for t in ts] for ts in (range(first), range(stop, loop.steps)))
+    return outputs, sums, SavedLines(tuple(before), repeated or {}, tuple(behind))
 
 
 def _run_over_devices(
     loop: RowLoop, values: Values, after: Sequence[Any], *, saves_lines: bool
-) -> tuple[Values, Values | None]:
+) -> tuple[Values, SavedLines | None]:
     """``run_steps`` on every device's share; row outputs have as many rows as all shares have."""
 
     def on_device(own: Any, wholes: Values, after: Sequence[Any]) -> tuple[Values, Any, Any]:
@@ -479,7 +484,7 @@ def _run_over_devices(
         (
             devices.row_specs(loop, loop.row_outputs),
             jax.P(),
-            devices.line_specs(loop) if saves_lines else None,
+            saved_line_specs(loop) if saves_lines else None,
         ),
     )
     return {**outputs, **sums}, saved

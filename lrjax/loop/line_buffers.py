@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import functools
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 from jax import lax
@@ -14,7 +14,7 @@ from jax import lax
 from lrjax.loop.blocks import put_rows, slice_rows
 from lrjax.loop.clock import Clock
 from lrjax.loop.dependent_fill import Full, full_like
-from lrjax.loop.devices import axes_within, type_on_device
+from lrjax.loop.devices import axes_within, row_specs, type_on_device
 from lrjax.loop.rowloop import RowLoop
 from lrjax.program.inline import FlatEquation
 from lrjax.program.varying import varying_over
@@ -23,6 +23,20 @@ from lrjax.rules.geometry import ceil_div
 from lrjax.scopes import LINE_BUFFERS
 
 Values = dict[int, Array]
+
+
+class SavedLines(NamedTuple):
+    """The line buffers that the steps of a loop started with, or what belongs to each of these.
+
+    Attributes:
+      before: of every step before those that one program repeats.
+      repeated: of those, along a leading axis.
+      behind: of every step behind them.
+    """
+
+    before: tuple[Any, ...]
+    repeated: Any
+    behind: tuple[Any, ...]
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["pieces"], meta_fields=["axis"])
@@ -131,6 +145,14 @@ def empty_lines(loop: RowLoop, full: Full) -> Values:
                 shape = with_at(aval.shape, loop.graph.row_axis[v], loop.line_rows(v))
                 lines[v] = full_like(full, aval, fill, shape=shape)
     return lines
+
+
+def saved_line_specs(loop: RowLoop) -> SavedLines:
+    """How saved line buffers are divided among devices: every device has its own."""
+    lines = [v for v in loop.producer if loop.line_rows(v)]
+    (first, stop), alone = loop.repeated, row_specs(loop, lines)
+    repeated = row_specs(loop, lines, leading=1) if stop > first else {}
+    return SavedLines((alone,) * first, repeated, (alone,) * (loop.steps - stop))
 
 
 def typed(loop: RowLoop, value: int, rows: Array) -> Array:

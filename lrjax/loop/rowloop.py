@@ -172,15 +172,16 @@ class RowLoop:
 
         The others are programs of their own; see ``ends``.
         """
-        if self.is_differentiated:
-            return 0, self.steps
+        # What is differentiated runs forward, then forward and backward.
+        runs = 4 if self.is_differentiated else 1
 
         def inside(step: int) -> float:
             parts = (self.rows_inside(i, step) for i in range(len(self.nodes)))
             pairs = zip(self.nodes, parts, strict=True)
-            return sum(node.op.flops * (stop - start) for node, (start, stop) in pairs)
+            return runs * sum(node.op.flops * (stop - start) for node, (start, stop) in pairs)
 
-        return repeated_steps(self.steps, sum(self.work), inside)
+        is_shared = self.shards is not None
+        return repeated_steps(self.steps, runs * sum(self.work), inside, is_shared=is_shared)
 
     @functools.cached_property
     def work(self) -> tuple[float, ...]:

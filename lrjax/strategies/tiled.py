@@ -22,9 +22,9 @@ from jax import lax
 from lrjax.loop import devices, engine
 from lrjax.loop.blocks import read_rows, write_rows
 from lrjax.loop.clock import Clock, clock_of
-from lrjax.loop.dependent_fill import full_depending_on, full_like
+from lrjax.loop.dependent_fill import full_depending_on, full_like, zero_behind
 from lrjax.loop.heights import Order
-from lrjax.loop.line_buffers import Values, reader_of
+from lrjax.loop.line_buffers import SavedLines, Values, reader_of, saved_line_specs
 from lrjax.loop.offload import instantiated, is_on_host, to_host
 from lrjax.loop.rowloop import RowLoop, Source
 from lrjax.loop.shards import WithHalo
@@ -220,7 +220,7 @@ class Cotangents:
 
 
 def _reverse(
-    loop: RowLoop, values: Values, cotangents: Values, perturbed: frozenset[int], lines: Values
+    loop: RowLoop, values: Values, cotangents: Values, perturbed: frozenset[int], lines: SavedLines
 ) -> Values:
     """Cotangents of what the loop reads, from the line buffers that every step started with."""
     arrays = {v: values[v] for v in loop.arrays}
@@ -237,14 +237,14 @@ def _reverse(
 
 
 def _reverse_over_devices(
-    loop: RowLoop, values: Values, cotangents: Values, perturbed: frozenset[int], lines: Values
+    loop: RowLoop, values: Values, cotangents: Values, perturbed: frozenset[int], lines: SavedLines
 ) -> Values:
     """``_reverse`` on every device's share: what a device reads of others' rows, it sends back."""
     shards = devices.shards_of_loop(loop)
     moving = {v: ct for v, ct in cotangents.items() if is_inexact(ct)}
     is_sum = {v: v in loop.reductions for v in moving}
 
-    def on_device(own: Any, wholes: Values, cotangents: Values, lines: Values) -> Any:
+    def on_device(own: Any, wholes: Values, cotangents: Values, lines: SavedLines) -> Any:
         arrays, wholes = devices.with_halos(loop, own), devices.varying(loop, wholes)
         sums = devices.varying(loop, {v: ct for v, ct in cotangents.items() if is_sum[v]})
         reverse = _ReverseLoop(loop, arrays, wholes, {**cotangents, **sums}, perturbed)
@@ -263,7 +263,7 @@ def _reverse_over_devices(
             array_specs,
             whole_specs,
             {v: rows.get(v, jax.P()) for v in moving},
-            devices.line_specs(loop),
+            saved_line_specs(loop),
         ),
         ({d: array_specs[d] for d in _moving_arrays(loop, perturbed)}, jax.P()),
     )
@@ -318,13 +318,26 @@ class _ReverseLoop:
         read = [s for s in loop.sliced if devices.array_key(loop, s) in self.moving_arrays]
         self.moving_windows = {(s.node, s.operand): s for s in read}
 
-    def run(self, saved: Values) -> Cotangents:
+    def run(self, saved: SavedLines) -> Cotangents:
         """What the first step gives, from the line buffers that every step started with."""
-        scanned = (self.clock.table(), saved)
-        found, _ = lax.scan(self.step, self.start(saved), scanned, reverse=True)
+        first, stop = self.loop.repeated
+        found = self.start(saved)
+        for t in reversed(range(stop, self.loop.steps)):
+            found = self.alone(t, found, saved.behind[t - stop])
+        if stop > first:
+            clock = self.clock.of_steps(first, stop)
+
+            def step(below: Cotangents, row_and_lines: Any) -> tuple[Cotangents, None]:
+                row, lines = row_and_lines
+                return self.step(clock.at(row), below, lines), None
+
+            scanned = clock.table(), saved.repeated
+            found, _ = lax.scan(step, found, scanned, reverse=True)
+        for t in reversed(range(first)):
+            found = self.alone(t, found, saved.before[t])
         return found
 
-    def start(self, saved: Values) -> Cotangents:
+    def start(self, saved: SavedLines) -> Cotangents:
         arrays = {
             v: jax.tree.map(lambda part: full_like(self.full, part), self.arrays[v])
             for v in self.moving_arrays
@@ -333,15 +346,24 @@ class _ReverseLoop:
         for v, a in self.moving_wholes.items():
             with self.readers[v].origin():
                 wholes[v] = full_like(self.full, a, dtype=engine.accumulator_dtype(a.dtype))
-        lines = {v: full_like(self.full, x, shape=x.shape[1:]) for v, x in _inexact(saved).items()}
+        some, leading = saved.repeated, 1
+        if saved.before or saved.behind:
+            some, leading = (*saved.before, *saved.behind)[-1], 0
+        lines = {
+            v: full_like(self.full, x, shape=x.shape[leading:]) for v, x in _inexact(some).items()
+        }
         return Cotangents(lines, arrays, self.small.packed(wholes))
 
-    def step(self, below: Cotangents, row_and_lines: Any) -> tuple[Cotangents, None]:
-        loop, (row, lines) = self.loop, row_and_lines
-        now = self.clock.at(row)
+    def alone(self, t: int, below: Cotangents, lines: Values) -> Cotangents:
+        """A step that is a program of its own; it begins when the one below it is done."""
+        return self.step(self.clock.alone(t), below, lines, zero_behind(below))
+
+    def step(self, now: Clock, below: Cotangents, lines: Values, zero: Any = 0) -> Cotangents:
+        loop = self.loop
         windows = {
-            (s.node, s.operand): engine.window_of_array(loop, now, self.arrays, s)
+            (s.node, s.operand): engine.window_of_array(loop, now, self.arrays, s, zero)
             for s in loop.sliced
+            if not (now.is_alone and loop.rows_inside(s.node, now["step"]) == (0, 0))
         }
 
         def function(lines_in: Values, windows_in: Any, wholes_in: Values) -> Any:
@@ -354,7 +376,7 @@ class _ReverseLoop:
             result = engine.run_step(loop, now, {**lines, **lines_in}, read, wholes)
             return _inexact(result.lines), _inexact(result.rows), _inexact(result.partial)
 
-        moving = {name: windows[name] for name in self.moving_windows}
+        moving = {name: windows[name] for name in self.moving_windows if name in windows}
         outputs, pull = jax.vjp(function, _inexact(lines), moving, self.moving_wholes)
         row_bars = {v: _owned_rows(loop, now, v, self.cotangents[v]) for v in outputs[1]}
         sum_bars = {v: self.cotangents[v].astype(x.dtype) for v, x in outputs[2].items()}
@@ -365,17 +387,21 @@ class _ReverseLoop:
         for v, bar in self.small.packed(wide).items():
             with self.readers[v].origin() if v in self.readers else contextlib.nullcontext():
                 added[v] = below.wholes[v] + bar
-        return Cotangents(line_bars, arrays, added), None
+        return Cotangents(line_bars, arrays, added)
 
     def with_windows(
         self, arrays: Mapping[Any, Array | WithHalo], window_bars: Any, now: Clock
     ) -> dict[Any, Array | WithHalo]:
         """The cotangents of whole arrays with those of a step's windows added."""
         found = {**arrays}
-        for name, source in self.moving_windows.items():
-            key, place = devices.array_key(self.loop, source), ("window", *name)
-            own, bar = found[key], window_bars[name]
-            start, bounds = now[place], now.bounds(place)
+        for name, bar in window_bars.items():
+            source, place = self.moving_windows[name], ("window", *name)
+            key = devices.array_key(self.loop, source)
+            own, start, bounds = found[key], now[place], now.bounds(place)
+            if now.is_alone:
+                part = self.loop.rows_inside(source.node, now["step"])
+                start, _ = self.loop.window_of(source, part)
+                bounds = start, start
             if isinstance(own, WithHalo):
                 found[key] = own.plus(bar, start, bounds)
             else:

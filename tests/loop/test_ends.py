@@ -21,6 +21,7 @@ from lrjax.strategies.base import TOP_DOWN
 from lrjax.testing import assert_same_as_column
 from strategies.test_strategies import GEOMETRIES, convolve, normal
 
+STRATEGIES = ["stream", "2ps", "overl"]
 NHWC = ("NHWC", "HWIO", "NHWC")
 
 
@@ -68,13 +69,22 @@ def test_steps_with_much_outside_the_image_are_programs_of_their_own(inside, exp
     assert repeated_steps(len(inside), 1e12, inside.__getitem__) == expected
 
 
+@pytest.mark.parametrize(("second", "on_mesh"), [(7e11, (2, 16)), (7.5e11, (1, 17))])
+def test_on_a_mesh_the_second_must_save_enough_by_itself(second, on_mesh):
+    inside = [1e11, second, *[1e12] * 14, second, 1e11]
+    assert repeated_steps(18, 1e12, inside.__getitem__) == (2, 16)
+    assert repeated_steps(18, 1e12, inside.__getitem__, is_shared=True) == on_mesh
+
+
 def test_small_programs_are_not_compiled_several_times():
     assert repeated_steps(4, 1e8, [1e7, 1e8, 1e8, 1e7].__getitem__) == (0, 4)
 
 
 @pytest.mark.usefixtures("everywhere")
-def test_the_ends_compute_rows_of_the_image_alone():
-    loop = loop_of(convolutions(4, count=8), (1, 64, 8, 4), 4)
+@pytest.mark.parametrize("is_differentiated", [False, True])
+def test_the_ends_compute_rows_of_the_image_alone(is_differentiated):
+    network = convolutions(4, count=8)
+    loop = loop_of(network, (1, 64, 8, 4), 4, is_differentiated=is_differentiated)
     first, stop = loop.repeated
     assert (first, stop) == (1, loop.steps - 1)
     assert loop.steps - 2 < loop.full_steps < loop.steps
@@ -90,9 +100,8 @@ def test_the_ends_compute_rows_of_the_image_alone():
 
 
 @pytest.mark.usefixtures("everywhere")
-def test_steps_that_are_differentiated_are_alike():
+def test_no_rows_are_computed_again_where_steps_are_differentiated():
     loop = loop_of(convolutions(4), (1, 64, 8, 4), 4, is_differentiated=True)
-    assert loop.repeated == (0, loop.steps)
     assert all(track.is_steady for track in loop.schedule.tracks)
 
 
@@ -107,43 +116,52 @@ def test_a_window_is_a_slab_where_copies_take_longer():
 
 
 @pytest.mark.usefixtures("x64", "everywhere")
+@pytest.mark.parametrize("strategy", STRATEGIES)
 @pytest.mark.parametrize("name", GEOMETRIES)
-def test_geometries(name):
+def test_geometries(name, strategy):
     fun, shapes, image = GEOMETRIES[name]
     args = ([normal(i, *s, scale=0.6) for i, s in enumerate(shapes)], normal(7, *image))
-    most = largest_num_blocks(fun, args, (None, 1), "stream")
+    most = largest_num_blocks(fun, args, (None, 1), strategy)
     expected = None
     for blocks in {2, (most + 1) // 2}:
         expected = assert_same_as_column(
-            fun, args, (None, 1), num_blocks=min(blocks, most), expected=expected
+            fun,
+            args,
+            (None, 1),
+            num_blocks=min(blocks, most),
+            strategy=strategy,
+            expected=expected,
         )
 
 
 @pytest.mark.usefixtures("x64", "everywhere")
+@pytest.mark.parametrize("strategy", STRATEGIES)
 @pytest.mark.parametrize("name", ["unet_none", "resnet_frozen", "resnet"])
-def test_networks(name):
+def test_networks(name, strategy):
     call = TrainingCall(MODELS[name])
-    assert_same_as_column(call, call.arguments(), (None, 1, None), num_blocks=3)
+    assert_same_as_column(call, call.arguments(), (None, 1, None), num_blocks=3, strategy=strategy)
 
 
 @pytest.mark.usefixtures("x64", "everywhere")
+@pytest.mark.parametrize("strategy", STRATEGIES)
 @pytest.mark.parametrize("num_blocks", [1, 2, 5])
-def test_a_sum_over_rows_in_one_pass(num_blocks):
+def test_a_sum_over_rows_in_one_pass(num_blocks, strategy):
     def loss(kernels, image):
         for kernel in kernels:
             image = jnp.tanh(convolve(image, kernel))
         return jnp.sum(image**2), jnp.max(image)
 
     args = ([normal(i, 3, 3, 2, 2, scale=0.5) for i in range(3)], normal(7, 2, 11, 5, 2))
-    assert_same_as_column(loss, args, (None, 1), num_blocks=num_blocks)
+    assert_same_as_column(loss, args, (None, 1), num_blocks=num_blocks, strategy=strategy)
 
 
 @pytest.mark.usefixtures("x64", "everywhere")
-def test_rows_outside_are_not_read():
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_rows_outside_are_not_read(strategy):
     """A logarithm of what is outside the image would be infinite."""
 
     def fun(kernel, image):
         return convolve(jnp.log(convolve(jnp.exp(image), jnp.exp(kernel))), kernel)
 
     args = normal(1, 3, 3, 1, 1), normal(7, 1, 17, 4, 1)
-    assert_same_as_column(fun, args, (None, 1), num_blocks=3)
+    assert_same_as_column(fun, args, (None, 1), num_blocks=3, strategy=strategy)

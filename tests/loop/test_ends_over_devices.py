@@ -42,7 +42,7 @@ def test_on_eight_devices(marks):
 @pytest.fixture
 def everywhere(monkeypatch):
     """All loops that can have a prologue or an epilogue have them: programs here are small."""
-    for name in ("LEAST_OUTSIDE", "LEAST_SAVED", "LEAST_OPERATIONS"):
+    for name in ("LEAST_OUTSIDE", "LEAST_SAVED", "LEAST_OPERATIONS", "LEAST_OF_SECOND"):
         monkeypatch.setattr(ends, name, 0)
     monkeypatch.setattr(halos, "LARGEST_HALO", Fraction(3))
 
@@ -77,6 +77,17 @@ def test_same_as_column(network, devices, height):
             network, args, (None, 1), num_blocks=num_blocks, expected=expected,
             **over_devices(devices),
         )  # fmt: skip
+
+
+@in_child
+@pytest.mark.usefixtures("x64", "everywhere")
+@pytest.mark.parametrize("strategy", ["2ps", "overl"])
+@pytest.mark.parametrize("network", [batch_norm, unet, far_reaching])
+def test_steps_that_are_differentiated(network, strategy):
+    args = PARAMS, image_of(45)
+    assert_same_as_column(
+        network, args, (None, 1), num_blocks=3, strategy=strategy, **over_devices(3)
+    )
 
 
 @pytest.mark.skipif(IS_CHILD, reason="needs one device")
