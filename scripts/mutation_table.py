@@ -890,6 +890,15 @@ CALLS = (
 
 PROGRAMS = (
     Mutation(
+        "window-of-a-part-misplaced",
+        "cotangents of rows inside the image are added where those of the whole slab would be",
+        "lrjax/strategies/tiled.py",
+        "                start, _ = self.loop.window_of(source, part)",
+        "                start = now[place]",
+        ("tests/loop/test_ends.py",),
+        "2ps",
+    ),
+    Mutation(
         "names-are-kept",
         "a value that has a name is kept twice",
         "lrjax/program/names.py",

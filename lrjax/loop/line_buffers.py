@@ -147,6 +147,13 @@ def empty_lines(loop: RowLoop, full: Full) -> Values:
     return lines
 
 
+def no_saved_lines(loop: RowLoop) -> SavedLines:
+    """Of a loop whose steps compute all rows that they read."""
+    assert not any(map(loop.line_rows, loop.producer))
+    first, stop = loop.repeated
+    return SavedLines(({},) * first, {}, ({},) * (loop.steps - stop))
+
+
 def saved_line_specs(loop: RowLoop) -> SavedLines:
     """How saved line buffers are divided among devices: every device has its own."""
     lines = [v for v in loop.producer if loop.line_rows(v)]

@@ -68,6 +68,8 @@ class RowLoop:
       is_differentiated: steps are differentiated one by one: line buffers are saved for every
         step and must be small, so they are no rings.
       shards: where the rows are divided among devices, how; the schedule is of a share's rows.
+      forward: of steps that are differentiated and find nothing in line buffers, the loop that
+        makes the same rows once; None where this one does.
     """
 
     graph: RowGraph
@@ -77,6 +79,7 @@ class RowLoop:
     producer: dict[int, int]
     is_differentiated: bool
     shards: Shards | None = None
+    forward: RowLoop | None = None
 
     @functools.cached_property
     def needs(self) -> list[tuple[int, int]]:

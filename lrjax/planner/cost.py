@@ -190,9 +190,10 @@ def _differentiated_cost(
 ) -> SegmentCost:
     """The forward loops, then each step again and differentiated, in reverse."""
     rows = execution.rows
-    found = differentiated_bytes(rows, segment.axes, wrt, target)
-    operations = column_operations(segment, wrt) + program_operations(segment.program)
-    operations *= repetition(rows) / rows.devices
+    found = differentiated_bytes(execution, segment.axes, wrt, target)
+    first = program_operations(segment.program) * repetition(execution.forward)
+    second = column_operations(segment, wrt) * repetition(rows)
+    operations = (first + second) / rows.devices
     return SegmentCost(
         operations, found.saved, found.forward, found.backward, seconds=found.seconds
     )

@@ -20,7 +20,7 @@ from lrjax.planner.steps import Step, kernels_read, line_bytes, row_bytes
 from lrjax.planner.whole import values
 from lrjax.roofline import rates_of
 from lrjax.rowgraph.graph import size_bytes
-from lrjax.strategies.programs import RowProgram
+from lrjax.strategies.programs import DifferentiatedRows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,16 +34,17 @@ class DifferentiatedBytes:
 
 
 def differentiated_bytes(
-    rows: RowProgram, axes: Sequence[int | None], wrt: Sequence[int], target: str
+    execution: DifferentiatedRows, axes: Sequence[int | None], wrt: Sequence[int], target: str
 ) -> DifferentiatedBytes:
     """What a differentiable row program takes.
 
     Args:
-      rows: the forward program.
+      execution: the program.
       axes: row axis of every input.
       wrt: inputs that are differentiated.
       target: the device.
     """
+    rows = execution.rows
     program = rows.graph.program
     own = set(program.inputs)
     moving = {program.inputs[i] for i in wrt}
@@ -64,7 +65,7 @@ def differentiated_bytes(
         most = max(most, around + line_bytes(loop) + inner)
         time += reverse_seconds(loop, step, moving, target)
     saved = lines + sum(device_bytes(rows, v) for v in held)
-    forward = program_liveness(rows, own, target)
+    forward = program_liveness(execution.forward, own, target)
     time += seconds(forward, rates_of(target))
     return DifferentiatedBytes(saved, forward.peak() + lines, most, time)
 
@@ -88,7 +89,7 @@ def reverse_seconds(loop: RowLoop, step: Liveness, moving: Collection[int], targ
         if s.value in moving:
             start, stop = loop.window(s, 0)
             total += kernel_seconds(rates, 0.0, 3 * row_bytes(graph, s.value) * (stop - start))
-    return loop.steps * total
+    return loop.full_steps * total
 
 
 def _weight_bytes(loop: RowLoop, moving: Collection[int], params: Collection[int]) -> float:

@@ -193,13 +193,19 @@ class DifferentiatedRows:
 
     rows: RowProgram
 
+    @functools.cached_property
+    def forward(self) -> RowProgram:
+        """What runs first: where steps compute their halos, no halo is computed twice in it."""
+        loops = (loop and (loop.forward or loop) for loop in self.rows.loops)
+        return RowProgram(self.rows.graph, tuple(loops))
+
     @property
     def passes(self) -> tuple[RowPass, ...]:
         loops = [loop for loop in self.rows.loops if loop is not None]
         saved = sum(loop.steps * loop.line_bytes for loop in loops)
         name = "backward (every step again, in reverse)"
         return (
-            RowPass("forward", self.rows, saved, _all_heads(self.rows.graph)),
+            RowPass("forward", self.forward, saved, _all_heads(self.rows.graph)),
             RowPass(name, self.rows, 0, frozenset(), is_reversed=True),
         )
 

@@ -2,7 +2,8 @@
 
 One forward row graph, whose step is differentiated by ``jax.vjp`` in a reverse loop. Under 2PS
 neighbouring blocks share their boundary rows, and the cotangents of those flow to the step above;
-under OverL every block computes its halo itself. The line buffers that a step starts with are
+under OverL every block computes its halo itself, though not in the forward pass, where nothing is
+saved but the inputs and no row is computed twice. The line buffers that a step starts with are
 saved for all steps, so 2PS holds more the more blocks there are.
 """
 
@@ -24,7 +25,7 @@ from lrjax.loop.blocks import read_rows, write_rows
 from lrjax.loop.clock import Clock, clock_of
 from lrjax.loop.dependent_fill import full_depending_on, full_like, zero_behind
 from lrjax.loop.heights import Order
-from lrjax.loop.line_buffers import SavedLines, Values, reader_of, saved_line_specs
+from lrjax.loop.line_buffers import SavedLines, Values, no_saved_lines, reader_of, saved_line_specs
 from lrjax.loop.offload import instantiated, is_on_host, to_host
 from lrjax.loop.rowloop import RowLoop, Source
 from lrjax.loop.shards import WithHalo
@@ -112,7 +113,17 @@ def differentiable_program(
 ) -> RowProgram:
     """The forward program as row loops whose steps can be differentiated one by one."""
     graph = build(without_names(program), axes, _differentiable_in_blocks)
-    return row_program(graph, order, num_blocks, is_differentiated=True, row_mesh=row_mesh)
+    rows = row_program(graph, order, num_blocks, is_differentiated=True, row_mesh=row_mesh)
+    if not order.recomputes_halos or num_blocks == 1:
+        return rows
+    order = dataclasses.replace(order, recomputes_halos=False)
+    once = row_program(graph, order, num_blocks, is_differentiated=True, row_mesh=row_mesh)
+    pairs = zip(rows.loops, map(_not_differentiated, once.loops), strict=True)
+    return RowProgram(graph, tuple(a and dataclasses.replace(a, forward=b) for a, b in pairs))
+
+
+def _not_differentiated(loop: RowLoop | None) -> RowLoop | None:
+    return loop and dataclasses.replace(loop, is_differentiated=False)
 
 
 ProgramOf = Callable[[FlatProgram, Axes], RowProgram]
@@ -135,7 +146,8 @@ def _differentiable_loop(
 
     @jax.custom_vjp
     def call(inputs: Values) -> Values:
-        return engine.run_loop(dataclasses.replace(loop, is_differentiated=False), inputs)
+        alone = loop.forward or dataclasses.replace(loop, is_differentiated=False)
+        return engine.run_loop(alone, inputs)
 
     def forward(inputs: dict[int, Any]) -> Any:
         perturbed = frozenset(v for v in names if inputs[v].perturbed)
@@ -144,7 +156,10 @@ def _differentiable_loop(
         if divided is not None and program_of is not None:
             outputs, pull = _divided_loop(loop, divided, plain, perturbed, program_of)
             return outputs, Residuals(pull, None)
-        outputs, lines = engine.run_steps(loop, plain, saves_lines=True)
+        if loop.forward is None:
+            outputs, lines = engine.run_steps(loop, plain, saves_lines=True)
+        else:
+            outputs, lines = engine.run_loop(loop.forward, plain), no_saved_lines(loop)
         return outputs, Residuals((plain, lines), perturbed)
 
     def backward(residuals: Residuals, cotangents: Values) -> tuple[dict[int, Any]]:

@@ -267,6 +267,20 @@ def test_a_name_is_given_once(no_new_names):
         register(Other())
 
 
+def test_halos_are_computed_where_rows_are_computed_again():
+    """Nothing is saved of OverL's forward pass, so that it needs none of its own."""
+    traced = trace(network, IN_AXES, ARGS, {})
+    whole = Cuttable.of(traced.program, traced.axes)
+    segment = whole.between(0, len(whole.operations))
+    forward, backward = Overlap().execution(segment, 4, (0, 1)).passes
+    rows = [
+        [loop.schedule.tracks[0].rows for loop in one.rows.loops if loop is not None]
+        for one in (forward, backward)
+    ]
+    assert rows == [[4], [6]]
+    assert forward.saved_bytes == 0
+
+
 def test_an_execution_is_all_that_explain_needs():
     """Steps and saved bytes come from the execution's passes, whatever the strategy is."""
 
