@@ -94,11 +94,15 @@ class Frontier:
         return [point for point in self.points if point.method == method]
 
     def time_of(self, point: Point) -> float | None:
-        """A point's time as a multiple of column's; None where one of them was not measured."""
-        column = self.points[0].seconds
-        if point.seconds is None or column is None or math.isinf(column):
-            return None
-        return point.seconds / column
+        """A point's time as a multiple of column's: measured, else by rooflines of both programs.
+
+        None where one of the two is not known: rooflines are of plans for GPUs.
+        """
+        times = [(p.seconds, p.plan and p.plan.roofline_seconds) for p in (point, self.points[0])]
+        for own, column in zip(*times, strict=True):
+            if own is not None and column is not None:
+                return None if math.isinf(column) else own / column
+        return None
 
     def __str__(self) -> str:
         header = ("method", "budget MiB", "peak MiB", "of column", "operations", "time", "")
@@ -147,7 +151,7 @@ def frontier(
     mesh: PlannedMesh = None,
     row_mesh_axis: str | None = None,
 ) -> Frontier:
-    """What memory costs in operations, from ordinary execution to the least memory there is.
+    """What memory costs in time and operations, from ordinary execution to the least there is.
 
     Args:
       fun, args, in_axes, target, wrt, on_progress, mesh, row_mesh_axis: as for ``lrjax.plan``.

@@ -1,5 +1,6 @@
 """Curves of memory against operations."""
 
+import dataclasses
 import json
 
 import jax.numpy as jnp
@@ -55,6 +56,21 @@ def test_times_are_measured_side_by_side(tmp_path):
     assert f"{ratio:.2f}" in str(curve).splitlines()[-1].split()
     curve.save_png(tmp_path / "curve.png")
     assert (tmp_path / "curve.png").stat().st_size > 10_000
+
+
+def test_times_of_an_absent_gpu_are_those_of_rooflines(curve):
+    def at(point, seconds):
+        return dataclasses.replace(
+            point, plan=dataclasses.replace(point.plan, roofline_seconds=seconds)
+        )
+
+    column, last = curve.points[0], curve.points[-1]
+    assert curve.time_of(last) is None  # compiled for a CPU
+    priced = dataclasses.replace(curve, points=(at(column, 0.2), at(last, 0.3)))
+    assert [priced.time_of(point) for point in priced.points] == pytest.approx([1, 1.5])
+    assert "1.50" in str(priced).splitlines()[-1].split()
+    measured = dataclasses.replace(priced.points[1], seconds=4.0)
+    assert priced.time_of(measured) == pytest.approx(1.5)  # column was not measured
 
 
 def test_times_of_an_absent_device_are_refused():
