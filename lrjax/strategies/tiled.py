@@ -118,12 +118,8 @@ def differentiable_program(
         return rows
     order = dataclasses.replace(order, recomputes_halos=False)
     once = row_program(graph, order, num_blocks, is_differentiated=True, row_mesh=row_mesh)
-    pairs = zip(rows.loops, map(_not_differentiated, once.loops), strict=True)
+    pairs = zip(rows.loops, once.loops, strict=True)
     return RowProgram(graph, tuple(a and dataclasses.replace(a, forward=b) for a, b in pairs))
-
-
-def _not_differentiated(loop: RowLoop | None) -> RowLoop | None:
-    return loop and dataclasses.replace(loop, is_differentiated=False)
 
 
 ProgramOf = Callable[[FlatProgram, Axes], RowProgram]
@@ -146,8 +142,8 @@ def _differentiable_loop(
 
     @jax.custom_vjp
     def call(inputs: Values) -> Values:
-        alone = loop.forward or dataclasses.replace(loop, is_differentiated=False)
-        return engine.run_loop(alone, inputs)
+        once = dataclasses.replace(loop.forward or loop, is_differentiated=False)
+        return engine.run_loop(once, inputs)
 
     def forward(inputs: dict[int, Any]) -> Any:
         perturbed = frozenset(v for v in names if inputs[v].perturbed)
