@@ -280,7 +280,7 @@ def test_pieces_of_maps_do_not_limit_the_blocks(strategy, steps_of):
     # One block more than the rows is one too many; in between, a step is ceil(rows / blocks) rows.
     for blocks, steps in steps_of.items():
         found = lrjax.explain(pieces, *args, num_blocks=blocks, **options)
-        assert {max(one.steps) for one in found.segments[0].passes} == {steps}
+        assert max(found.segments[0].passes[-1].steps) == steps
     with pytest.raises(ValueError, match="num_blocks=20 is more than the 19 output rows"):
         lrjax.explain(pieces, *args, num_blocks=20, **options)
 
@@ -354,7 +354,7 @@ def test_what_is_computed_again_is_counted():
 
     assert recomputed(maps) == pytest.approx(1, abs=0.15)  # some copies run late
     assert recomputed(maps, strategy="2ps") == 1
-    assert recomputed(maps, strategy="overl") > 1.3  # the halos, in both passes
+    assert recomputed(maps, strategy="overl") > 1.15  # the halos, in the backward pass
     assert recomputed(maps, strategy="column") == 0
     assert recomputed(lambda kernels, x: (maps(kernels, x) ** 2).sum()) < 0.3  # one pass
 
@@ -371,12 +371,16 @@ def test_an_explanation_counts_rows():
             strategy=strategy,
         )
         names = ("receptive_field", "halo", "rows_per_step", "line_buffer_rows", "recomputed_rows")
-        operations = found.segments[0].passes[0].operations
-        return [tuple(getattr(operation, name) for name in names) for operation in operations]
+        return [
+            [tuple(getattr(operation, name) for name in names) for operation in one.operations]
+            for one in found.segments[0].passes
+        ]
 
     # A row of lag is a step more: five steps of seven rows.
-    assert counted("stream") == counted("2ps") == [(3, 2, 7, 2, 0), (5, 2, 7, 0, 0)]
-    assert counted("overl") == [(3, 2, 10, 0, 6), (5, 2, 8, 0, 0)]
+    once, again = [(3, 2, 7, 2, 0), (5, 2, 7, 0, 0)], [(3, 2, 7, 2, 32), (5, 2, 7, 0, 32)]
+    assert counted("stream")[0] == once
+    assert counted("2ps") == [once, again]
+    assert counted("overl") == [once, [(3, 2, 10, 0, 38), (5, 2, 8, 0, 32)]]  # six rows of halos
 
 
 def test_explain_shows_micro_batches_and_what_waits_on_the_host():
