@@ -9,6 +9,8 @@ import jax
 import pytest
 from jax._src import compiler
 
+import graphs
+
 # A test runs a program once. Without LLVM's optimisations XLA:CPU compiles it in half the time, and
 # with its older emitters, which it has until jax 0.11, in an eighth (a gradient by rows of two
 # convolutions: 1.06 s, 0.60 s, 0.12 s).
@@ -64,6 +66,12 @@ def users_compiler():
             jax.clear_caches()
 
     return as_users_do
+
+
+def pytest_configure(config):
+    """Without slow tests rules are tested under two strategies: OverL runs steps as 2PS does."""
+    if "not slow" in config.option.markexpr:
+        graphs.STRATEGIES = ("stream", "2ps")
 
 
 # Every compiled program maps memory, and a process may have 65,530 mappings (Linux's default); LLVM

@@ -53,13 +53,17 @@ def largest_num_blocks(fun: Any, args: Sequence[Any], in_axes: Any, strategy: st
     return int(found.group(1))
 
 
+# Those that ``check_rule`` checks: see tests/conftest.py.
+STRATEGIES = ("stream", "2ps", "overl")
+
+
 def check_rule(
     op: Any,
     *images: Any,
     axes: int | tuple[int | None, ...] = 1,
     falls_back: bool = False,
     one_loop: bool = True,
-    strategies: Sequence[str] = ("stream", "2ps", "overl"),
+    strategies: Sequence[str] = (),
     num_blocks: int = 3,
 ) -> None:
     """One operation on rows made in the loop: its graph, outputs and gradients.
@@ -71,7 +75,7 @@ def check_rule(
       axes: their row axes.
       falls_back: whether it should run column-wise (and be exact all the same).
       one_loop: whether there is no barrier in it.
-      strategies: those to check.
+      strategies: those to check, instead of all.
       num_blocks: the number of blocks, at most.
     """
 
@@ -86,7 +90,7 @@ def check_rule(
     else:
         assert_row_local(fun, args, in_axes, one_loop=one_loop)
     expected = None
-    for strategy in strategies:
+    for strategy in strategies or STRATEGIES:
         most = largest_num_blocks(fun, args, in_axes, strategy)
         expected = assert_same_as_column(
             fun,

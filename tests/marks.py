@@ -4,6 +4,9 @@ import pytest
 
 from lrjax.memory import is_installed
 
+# OverL differs from 2PS in its schedule and in what its forward pass keeps.
+STRATEGIES = ["stream", "2ps", pytest.param("overl", marks=pytest.mark.slow)]
+
 # .ci/run installs the plugin, so that these run there; no GPU is wanted.
 COMPILES_FOR_H200 = [
     pytest.mark.cuda,

@@ -28,6 +28,7 @@ from graphs import fallbacks, graphs_of
 
 ROOT = Path(__file__).resolve().parents[1]
 CHUNKS, NETWORKS = 20, 16
+FAST = 4
 
 # Layers that are local in rows whatever their parameters are.
 LOCAL = {"conv", "pool", "act", "function", "norm", "dense", "position", "random"}
@@ -37,7 +38,10 @@ def only(families):
     return {kind.family for kind in KINDS.values()} - set(families)
 
 
-@pytest.mark.parametrize("chunk", range(CHUNKS))
+@pytest.mark.parametrize(
+    "chunk",
+    [*range(FAST), *(pytest.param(i, marks=pytest.mark.slow) for i in range(FAST, CHUNKS))],
+)
 def test_networks_by_rows_are_column(chunk, users_compiler):
     compared = ill_conditioned = unsuitable = compiled_again = 0
     seeds = itertools.count(chunk, CHUNKS)

@@ -207,6 +207,7 @@ TINY = resolution.Settings(
 )
 
 
+@pytest.mark.slow
 def test_everything_runs_and_is_drawn_again_from_the_json_alone(tmp_path, capsys):
     results = resolution.measure(TINY)
     path = tmp_path / "resolution.json"

@@ -264,6 +264,7 @@ def run_with_kills(tmp_path, kills, steps):
     return hits
 
 
+@pytest.mark.slow
 def test_killed_twice_it_ends_with_the_same_bits(tmp_path):
     assert run_with_kills(tmp_path, kills=2, steps=25) == 2
 

@@ -19,9 +19,9 @@ from lrjax.rowgraph.graph import build
 from lrjax.rowgraph.tracing import trace
 from lrjax.strategies.base import TOP_DOWN
 from lrjax.testing import assert_same_as_column
+from marks import STRATEGIES
 from strategies.test_strategies import GEOMETRIES, convolve, normal
 
-STRATEGIES = ["stream", "2ps", "overl"]
 NHWC = ("NHWC", "HWIO", "NHWC")
 
 

@@ -8,6 +8,7 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
 import lrjax
+import marks
 from graphs import assert_row_local, largest_num_blocks
 from lrjax.testing import assert_same_as_column, check, results
 
@@ -187,7 +188,7 @@ class TestGeometries:
         args = ([normal(i, *s, scale=0.6) for i, s in enumerate(shapes)], normal(7, *image))
         assert_row_local(fun, args, (None, 1))
 
-    @pytest.mark.parametrize("strategy", STRATEGIES)
+    @pytest.mark.parametrize("strategy", marks.STRATEGIES)
     def test_same_as_column(self, name, strategy):
         fun, shapes, image = GEOMETRIES[name]
         args = ([normal(i, *s, scale=0.6) for i, s in enumerate(shapes)], normal(7, *image))
