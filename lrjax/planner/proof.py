@@ -31,6 +31,8 @@ _MUCH = 0.1
 # Predicted to fit, a simple plan is compiled also where it seems to be slower by up to this part:
 # predictions err by as much.
 _DOUBT = 0.2
+# Of the budget, what the best plan takes at least where nothing else is tried.
+_ROOMY = 0.9
 # XLA's peak over the predicted one: up to the first a plan that does not fit missed narrowly, from
 # the second on plans besides the smallest one are tried.
 _ABOVE, _FAR_ABOVE = 1.1, 1.2
@@ -207,7 +209,7 @@ class Prover:
             if self.fits(column, limits.budget):
                 return self.best_known(limits) or column
         self.approach(limits, self.compilations + most_compilations, on_progress)
-        if self.is_disappointed(limits) and limits.plain != limits:
+        if self.has_more_to_hope_for(limits) and limits.plain != limits:
             self.approach(limits.plain, self.compilations + most_compilations, on_progress)
         if self.is_disappointed(limits) and self.best_known(limits) is not None:
             self.approach(self.trusted(limits), self.compilations + most_compilations, on_progress)
@@ -262,6 +264,14 @@ class Prover:
         return best is None or any(
             self.proofs[s].predicted_seconds < (1 - _MUCH) * self.proofs[best].seconds
             for s in hoped
+        )
+
+    def has_more_to_hope_for(self, limits: Limits) -> bool:
+        """Whether what fits is slow, or leaves much of the budget: what missed sent it too low."""
+        best = self.best_known(limits)
+        return self.is_disappointed(limits) or (
+            best not in (None, self.model.column)
+            and self.proofs[best].peak < _ROOMY * limits.budget
         )
 
     def trusted(self, limits: Limits) -> Limits:

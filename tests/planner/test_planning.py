@@ -207,6 +207,16 @@ def test_plans_that_are_easy_to_predict_are_tried_too_where_others_fit_only_if_s
     assert prover.proofs[found].seconds <= 1.02 * prover.model.seconds(*easy)
 
 
+@pytest.mark.parametrize(("used", "is_roomy"), [(0.95, False), (0.8, True)])
+def test_where_much_of_the_budget_is_left_others_are_tried_too(monkeypatch, used, is_roomy):
+    prover, _ = prover_with(monkeypatch, lambda steps: (1.0, 1.0))
+    known = prover.model.simple_plans[-1]
+    peak = prover.verify(known, lambda progress: None).peak
+    limits = Limits(peak / used)
+    assert prover.best_known(limits) == known
+    assert prover.has_more_to_hope_for(limits) == is_roomy
+
+
 @pytest.mark.parametrize("part", [0.22, 0.4])
 def test_plans_that_are_easy_to_predict_stand_in_for_those_that_are_not(monkeypatch, part):
     """Neither the smallest one nor a simple one: the fastest of those that are predicted well."""
