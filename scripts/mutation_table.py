@@ -891,10 +891,10 @@ CALLS = (
 PROGRAMS = (
     Mutation(
         "window-of-a-part-misplaced",
-        "cotangents of rows inside the image are added where those of the whole slab would be",
+        "cotangents of a window are added a row below where it was read",
         "lrjax/strategies/tiled.py",
-        "                start, _ = self.loop.window_of(source, part)",
-        "                start = now[place]",
+        "start, _, bounds = engine.place_of_window(self.loop, now, source)",
+        "start, _, bounds = engine.place_of_window(self.loop, now, source); start = start + 1",
         ("tests/loop/test_ends.py",),
         "2ps",
     ),

@@ -57,6 +57,15 @@ def largest_num_blocks(fun: Any, args: Sequence[Any], in_axes: Any, strategy: st
 STRATEGIES = ("stream", "2ps", "overl")
 
 
+def assert_same_in_blocks(fun: Any, args: Any, counts: Any, strategy: str) -> None:
+    """By rows of the second argument's axis 1; ``counts`` are blocks, given the most there are."""
+    most, expected = largest_num_blocks(fun, args, (None, 1), strategy), None
+    for blocks in {min(count, most) for count in counts(most)}:
+        expected = assert_same_as_column(
+            fun, args, (None, 1), num_blocks=blocks, strategy=strategy, expected=expected
+        )
+
+
 def check_rule(
     op: Any,
     *images: Any,

@@ -82,6 +82,18 @@ jax.tree_util.register_dataclass(StepResult, ["at_hand", "lines", "rows", "parti
 ReadWindow = Callable[[Clock, Source, Any], Array]
 
 
+def place_of_window(
+    loop: RowLoop, clock: Clock, source: Source
+) -> tuple[Any, int, tuple[int, int]]:
+    """First row and rows of what a step's read takes, and the extremes of the first row."""
+    if clock.is_alone:
+        part = loop.rows_inside(source.node, clock["step"])
+        start, size = loop.window_of(source, part)
+        return start, size, (start, start)
+    name = "window", source.node, source.operand
+    return clock[name], loop.window_rows(source), clock.bounds(name)
+
+
 def window_of_array(
     loop: RowLoop,
     clock: Clock,
@@ -90,12 +102,7 @@ def window_of_array(
     zero: Any = 0,
 ) -> Array:
     """The rows that a step's read takes of an array that exists whole."""
-    name = "window", source.node, source.operand
-    start, size, bounds = clock[name], loop.window_rows(source), clock.bounds(name)
-    if clock.is_alone:
-        part = loop.rows_inside(source.node, clock["step"])
-        start, size = loop.window_of(source, part)
-        bounds = start, start
+    start, size, bounds = place_of_window(loop, clock, source)
     fill = _fill(loop, source)
     array = arrays[devices.array_key(loop, source)]
     if not isinstance(array, WithHalo):

@@ -175,7 +175,8 @@ class RowLoop:
 
         The others are programs of their own; see ``ends``.
         """
-        # What is differentiated runs forward, then forward and backward.
+        # What is differentiated runs forward, then forward and backward (OverL's first run is
+        # another loop's: less is saved than is counted).
         runs = 4 if self.is_differentiated else 1
 
         def inside(step: int) -> float:

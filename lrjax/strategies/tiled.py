@@ -406,13 +406,10 @@ class _ReverseLoop:
         """The cotangents of whole arrays with those of a step's windows added."""
         found = {**arrays}
         for name, bar in window_bars.items():
-            source, place = self.moving_windows[name], ("window", *name)
+            source = self.moving_windows[name]
             key = devices.array_key(self.loop, source)
-            own, start, bounds = found[key], now[place], now.bounds(place)
-            if now.is_alone:
-                part = self.loop.rows_inside(source.node, now["step"])
-                start, _ = self.loop.window_of(source, part)
-                bounds = start, start
+            own = found[key]
+            start, _, bounds = engine.place_of_window(self.loop, now, source)
             if isinstance(own, WithHalo):
                 found[key] = own.plus(bar, start, bounds)
             else:

@@ -11,7 +11,7 @@ import pytest
 from jax import lax
 
 from experiments.small_models import MODELS, TrainingCall
-from graphs import largest_num_blocks
+from graphs import assert_same_in_blocks
 from lrjax.loop import ends, halos
 from lrjax.loop.ends import repeated_steps
 from lrjax.loop.rowloop import row_loop
@@ -121,17 +121,7 @@ def test_a_window_is_a_slab_where_copies_take_longer():
 def test_geometries(name, strategy):
     fun, shapes, image = GEOMETRIES[name]
     args = ([normal(i, *s, scale=0.6) for i, s in enumerate(shapes)], normal(7, *image))
-    most = largest_num_blocks(fun, args, (None, 1), strategy)
-    expected = None
-    for blocks in {2, (most + 1) // 2}:
-        expected = assert_same_as_column(
-            fun,
-            args,
-            (None, 1),
-            num_blocks=min(blocks, most),
-            strategy=strategy,
-            expected=expected,
-        )
+    assert_same_in_blocks(fun, args, lambda most: (2, (most + 1) // 2), strategy)
 
 
 @pytest.mark.usefixtures("x64", "everywhere")

@@ -217,6 +217,18 @@ def test_where_much_of_the_budget_is_left_others_are_tried_too(monkeypatch, used
     assert prover.has_more_to_hope_for(limits) == is_roomy
 
 
+def test_plans_that_are_easy_to_predict_are_tried_too_where_others_leave_memory(monkeypatch):
+    prover, _ = prover_with(
+        monkeypatch, lambda steps: (3.0 if is_hard_to_predict(steps) else 1.0, 1.0)
+    )
+    monkeypatch.setattr(Prover, "is_disappointed", lambda self, limits: False)
+    limits = Limits(0.4 * prover.model.peak_bytes(prover.model.column))
+    found = fastest(prover, limits)
+    easy = search(prover.model, limits.plain)
+    assert prover.fits(found, limits.budget)
+    assert prover.proofs[found].seconds <= 1.02 * prover.model.seconds(*easy)
+
+
 @pytest.mark.parametrize("part", [0.22, 0.4])
 def test_plans_that_are_easy_to_predict_stand_in_for_those_that_are_not(monkeypatch, part):
     """Neither the smallest one nor a simple one: the fastest of those that are predicted well."""

@@ -9,7 +9,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 import lrjax
 import marks
-from graphs import assert_row_local, largest_num_blocks
+from graphs import assert_row_local, assert_same_in_blocks, largest_num_blocks
 from lrjax.testing import assert_same_as_column, check, results
 
 STRATEGIES = ("stream", "2ps", "overl")
@@ -192,17 +192,7 @@ class TestGeometries:
     def test_same_as_column(self, name, strategy):
         fun, shapes, image = GEOMETRIES[name]
         args = ([normal(i, *s, scale=0.6) for i, s in enumerate(shapes)], normal(7, *image))
-        most = largest_num_blocks(fun, args, (None, 1), strategy)
-        expected = None
-        for blocks in {1, 2, (most + 1) // 2, most}:
-            expected = assert_same_as_column(
-                fun,
-                args,
-                (None, 1),
-                num_blocks=min(blocks, most),
-                strategy=strategy,
-                expected=expected,
-            )
+        assert_same_in_blocks(fun, args, lambda most: (1, 2, (most + 1) // 2, most), strategy)
 
 
 @pytest.mark.usefixtures("x64")
