@@ -7,9 +7,11 @@ from fractions import Fraction
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from jax import lax
 
+import lrjax
 from experiments.small_models import MODELS, TrainingCall
 from graphs import assert_same_in_blocks
 from lrjax.loop import ends, halos
@@ -155,3 +157,36 @@ def test_rows_outside_are_not_read(strategy):
 
     args = normal(1, 3, 3, 1, 1), normal(7, 1, 17, 4, 1)
     assert_same_as_column(fun, args, (None, 1), num_blocks=3, strategy=strategy)
+
+
+WAYS = {
+    "a gradient's derivative": lambda fun: (
+        lambda params, image: jax.jvp(lambda own: jax.grad(fun)(own, image), (params,), (params,))
+    ),
+    "a gradient's gradient": lambda fun: jax.grad(
+        lambda params, image: sum(
+            jnp.sum(bar**3) for bar in jax.tree.leaves(jax.grad(fun)(params, image))
+        )
+    ),
+    "several images": lambda fun: (
+        lambda params, image: jax.vmap(jax.grad(fun), (None, 0))(
+            params, jnp.stack([image, -2 * image])
+        )
+    ),
+    "a checkpoint": lambda fun: jax.grad(jax.checkpoint(fun), (0, 1)),
+}
+
+
+@pytest.mark.usefixtures("x64", "everywhere")
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("way", WAYS)
+def test_transformations(way, strategy):
+    def loss(kernels, image):
+        image = jnp.tanh(convolve(image, kernels[0], (2, 1)))
+        return jnp.mean(jnp.log1p(convolve(image, kernels[1]) ** 2))
+
+    args = ([normal(i, 3, 3, 2, 2, scale=0.5) for i in range(2)], normal(7, 1, 27, 5, 2))
+    by_rows = lrjax.rowwise(loss, in_axes=(None, 1), num_blocks=4, strategy=strategy)
+    found, expected = (jax.jit(WAYS[way](fun))(*args) for fun in (by_rows, loss))
+    for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(one, other, rtol=0, atol=1e-11 * float(jnp.max(jnp.abs(other))))
