@@ -187,8 +187,9 @@ class TestSite:
             browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
             page = browser.new_page(viewport={"width": 1300, "height": 900})
             page.goto(f"{site[1]}/index.html")
-            page.fill("input[name=query]", "frontiers")
-            page.wait_for_selector(".md-search-result__link", timeout=20_000)
+            # Key by key: the theme reads the field when a key is released, and `fill` presses none.
+            page.locator("input[name=query]").press_sequentially("frontiers")
+            page.wait_for_selector(".md-search-result__link", timeout=60_000)
             links = page.locator(".md-search-result__link").evaluate_all(
                 "links => links.map(link => link.getAttribute('href'))"
             )
