@@ -4,11 +4,13 @@ Numbers at full size are in experiments/results/paper; here small programs show 
 compared is equal, and committed results that tables and figures are drawn from them alone.
 """
 
+import argparse
 import json
 import os
 import re
 import subprocess
 import sys
+import threading
 import types
 from pathlib import Path
 
@@ -399,6 +401,25 @@ def test_every_experiment_is_in_the_documentation():
     for name in evaluation.NAMES:
         assert evaluation.experiment(name).name == name
         assert f"experiments.paper.{name}" in page, name
+
+
+def test_experiments_that_time_steps_run_by_themselves(monkeypatch, tmp_path):
+    running, beside = set(), {}
+    meeting = threading.Barrier(2)
+
+    def measured(name, options):
+        running.add(name)
+        if name in ("limits", "volumes"):
+            meeting.wait(timeout=10)  # fails unless both run at once
+        beside[name] = running - {name}
+        running.discard(name)
+        return int(name == "volumes")
+
+    monkeypatch.setattr(evaluation, "measured", measured)
+    names = ("peers", "limits", "volumes", "step_times")
+    assert evaluation.all_measured(names, argparse.Namespace(jobs=2)) == ["volumes"]
+    assert set(beside) == set(names)
+    assert beside["peers"] == beside["step_times"] == set()
 
 
 @pytest.mark.slow

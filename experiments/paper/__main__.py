@@ -1,16 +1,19 @@
-"""All experiments of LR-CNN's evaluation, one after the other; or all tables and figures again.
+"""All experiments of LR-CNN's evaluation, each in a process; or all tables and figures again.
 
-python -m experiments.paper --quick      # each in a process of its own
+python -m experiments.paper --quick      # two at a time, and one where steps are timed
+python -m experiments.paper --quick --jobs 1
 python -m experiments.paper --quick --resume     # what an earlier run measured stays
 python -m experiments.paper --figures    # from the JSON files that are there
 """
 
 import argparse
 import importlib
-import resource
+import os
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from experiments.paper import record
@@ -49,20 +52,26 @@ def measured(name: str, options: argparse.Namespace) -> int:
     """An experiment in a process of its own; prints what it took, and returns its status."""
     command = [sys.executable, "-m", f"experiments.paper.{name}", "--out", str(options.out)]
     command += ["--quick"] * options.quick + ["--resume"] * options.resume
-    start, before = time.perf_counter(), processor_seconds()
-    status = subprocess.run(command).returncode
+    start = time.perf_counter()
+    process = subprocess.Popen(command)
+    _, status, used = os.wait4(process.pid, 0)  # tells what it used, whatever runs beside it
+    process.returncode = os.waitstatus_to_exitcode(status)
     print(
-        f"== {name}: status {status}, {time.perf_counter() - start:.0f} s, "
-        f"{processor_seconds() - before:.0f} s of a processor",
+        f"== {name}: status {process.returncode}, {time.perf_counter() - start:.0f} s, "
+        f"{used.ru_utime + used.ru_stime:.0f} s of a processor",
         flush=True,
     )
-    return status
+    return process.returncode
 
 
-def processor_seconds() -> float:
-    """Of all child processes that have ended: on a busy machine, what a run took by itself."""
-    used = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return used.ru_utime + used.ru_stime
+def all_measured(names: Sequence[str], options: argparse.Namespace) -> list[str]:
+    """Runs experiments, those that time steps last and by themselves; returns which failed."""
+    timed = [name for name in names if experiment(name).timed]
+    together = [name for name in names if name not in timed]
+    with ThreadPoolExecutor(options.jobs) as pool:
+        statuses = list(pool.map(lambda name: measured(name, options), together))
+    statuses += [measured(name, options) for name in timed]
+    return [name for name, status in zip(together + timed, statuses, strict=True) if status]
 
 
 def main() -> int:
@@ -71,13 +80,18 @@ def main() -> int:
     parser.add_argument("--full", action="store_true", help="measure with full settings: hours")
     parser.add_argument("--figures", action="store_true", help="draw again what is there")
     parser.add_argument("--resume", action="store_true", help="keep what an earlier run measured")
+    parser.add_argument(
+        "--jobs", type=int, default=2, help="experiments at a time, where no steps are timed"
+    )
     parser.add_argument("--only", nargs="*", choices=NAMES, default=NAMES)
     parser.add_argument("--out", type=Path, default=record.FOLDER, help="where the results are")
     options = parser.parse_args()
     if not (options.quick or options.full or options.figures):
         parser.error("say what to do: --quick, --full or --figures")
+    if options.jobs < 1:
+        parser.error(f"--jobs {options.jobs}: at least one experiment runs at a time")
     names = options.only if options.quick or options.full else ()
-    failed = [name for name in names if measured(name, options)]
+    failed = all_measured(names, options)
     drawn = render_all(options.out)
     for path in drawn:
         print(f"drawn from {path}")

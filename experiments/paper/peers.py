@@ -216,7 +216,7 @@ def draw(found: record.Record, figure: Any) -> None:
     axes.set(xlabel="peak RSS over plain JAX's", ylabel="time over plain JAX's", title="CPU")
 
 
-EXPERIMENT = record.Experiment("peers", measure, table, draw, target="cpu")
+EXPERIMENT = record.Experiment("peers", measure, table, draw, target="cpu", timed=True)
 
 if __name__ == "__main__":
     record.main(EXPERIMENT, __doc__)

@@ -55,6 +55,7 @@ class Experiment:
       parts: what may be measured by itself, as ``Settings.only`` names it.
       target: what it compiles for, unless another is named; quick runs without that target's plugin
         compile for the CPU.
+      timed: times steps on this machine, so that nothing else should run beside it.
     """
 
     name: str
@@ -63,6 +64,7 @@ class Experiment:
     draw: Callable[[Record, Any], None] | None = None
     parts: tuple[str, ...] = ()
     target: str = "h200"
+    timed: bool = False
 
     def path(self, folder: Path, quick: bool) -> Path:
         return (folder / "quick" if quick else folder) / f"{self.name}.json"

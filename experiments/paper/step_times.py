@@ -147,7 +147,7 @@ def draw(found: record.Record, figure: Any) -> None:
         axes.set(title=title, xlabel="time over Base's")
 
 
-EXPERIMENT = record.Experiment("step_times", measure, table, draw, ("cpu", "gpu"))
+EXPERIMENT = record.Experiment("step_times", measure, table, draw, ("cpu", "gpu"), timed=True)
 
 if __name__ == "__main__":
     record.main(EXPERIMENT, __doc__)
