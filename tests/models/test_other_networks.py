@@ -3,8 +3,8 @@
 Each takes one training step's forward pass in double precision: outputs, updated statistics and the
 gradients of all weights and of the images are those of column. Weights are drawn here, not by the
 libraries, whose zero scales and biases would hide errors. Where a library lets depth and width be
-chosen, they are small; Keras's networks have their full depth. Updated statistics are not
-differentiated, as in training.
+chosen, they are small; of Keras's networks some have their full depth, others end early, behind
+blocks of every kind. Updated statistics are not differentiated, as in training.
 """
 
 import functools
@@ -264,20 +264,22 @@ def keras(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("name", "size", "options"),
+    ("name", "size", "last", "options"),
     [
-        ("ResNet50", 64, {}),
-        ("DenseNet121", 64, {}),
-        ("EfficientNetB0", 64, {}),
-        ("MobileNet", 64, {"alpha": 0.25}),
-        ("InceptionV3", 107, {}),
+        ("ResNet50", 64, None, {}),
+        ("DenseNet121", 64, "pool3_conv", {}),
+        ("EfficientNetB0", 64, "block4b_add", {}),
+        ("MobileNet", 64, None, {"alpha": 0.25}),
+        ("InceptionV3", 107, None, {}),
     ],
 )
-def test_keras(keras, name, size, options):
-    """In training mode at full depth."""
-    network = getattr(keras.applications, name)(
-        weights=None, include_top=False, pooling="avg", input_shape=(size, size, 3), **options
+def test_keras(keras, name, size, last, options):
+    """In training mode, as far as the layer ``last``; None: at full depth."""
+    whole = getattr(keras.applications, name)(
+        weights=None, include_top=False, input_shape=(size, size, 3), **options
     )
+    maps = whole.output if last is None else whole.get_layer(last).output
+    network = keras.Model(whole.input, keras.layers.GlobalAveragePooling2D()(maps))
 
     def forward(trainable, inputs, others):
         return without_gradient(network.stateless_call(trainable, others, inputs, training=True))
