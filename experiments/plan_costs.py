@@ -126,16 +126,17 @@ U-Net at 1536 was 14.2% before, VGG-16 at 1536 4.2%).
 
 Over 20% are EfficientNet-B0, held out (the model keeps the sigmoid of every swish for the backward
 pass, as XLA keeps a GELU's `erf`, but none is among the buffers at XLA:GPU's peak), MobileNetV2
-under 2PS, VGG-16 under 2PS and OverL on a CPU, where XLA takes a third less than it did when the
-model was made, and TPUs.
+under 2PS, VGG-16 under OverL on a CPU, where XLA takes a third less than it did when the model was
+made, and TPUs.
 
 Times are predicted from the same operations, as kernels (`lrjax.planner.kernels`), and compared
 with the roofline of the compiled program (`lrjax.roofline`), in milliseconds. Their one constant,
 launches beside a predicted kernel, was fitted to these programs: none is held out. Later parts of
 the memory model went that were worth little (`plan_ablation`). Of line buffers those deeper than a
 slab are counted twice; a slab that a library reads as it is exists (both found in segments of
-ResNet-50 at 4096, in neither set). With that, row loops of H200s and CPUs were compiled again;
-those of TPUs were not."""
+ResNet-50 at 4096, in neither set). With that, row loops of H200s and CPUs were compiled again, and
+2PS and OverL once more when their first and last steps became programs of their own; those of TPUs
+were not."""
 
 
 def table(results: dict[str, Any]) -> str:
