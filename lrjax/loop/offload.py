@@ -87,7 +87,7 @@ from_host.defvjp(
 def scaled(array: Array, factor: Array, axis: int) -> Array:
     """A map in the host's memory times a number, there."""
     target = empty_on_host(array.shape, array.dtype)
-    return _copied(array, target, axis, lambda rows: rows * factor.astype(rows.dtype))
+    return _copied(array, target, axis, lambda rows: (rows * factor).astype(rows.dtype))
 
 
 def _copied(source: Array, target: Array, axis: int, change: Any = lambda rows: rows) -> Array:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
+import jax.numpy as jnp
 from jax import lax
 from jax.extend.core import primitives as public
 
@@ -55,7 +57,7 @@ def simpler_comparisons(program: FlatProgram) -> FlatProgram:
     equations = []
     for equation in program.equations:
         inputs = equation.inputs
-        if equation.primitive in _WINS:
+        if equation.primitive in _WINS and not _is_complex(program.aval(equation.outputs[0])):
             extremes[equation.outputs[0]] = equation
             is_relu = equation.primitive is lax.max_p and _is_zero(inputs[1])
             if is_relu and isinstance(inputs[0], int):
@@ -88,6 +90,11 @@ def _is_same(first: Atom, second: Atom) -> bool:
     if isinstance(first, int) or isinstance(second, int):
         return isinstance(first, int) and isinstance(second, int) and first == second
     return first.scalar is not None and bool(first.scalar == second.scalar)
+
+
+def _is_complex(aval: Any) -> bool:
+    """Whether ``ge`` does not take it."""
+    return jnp.issubdtype(aval.dtype, jnp.complexfloating)
 
 
 def _is_zero(atom: Atom) -> bool:

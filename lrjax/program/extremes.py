@@ -28,7 +28,8 @@ def evaluate_differentiably(
     """An equation's results, with such a derivative; None for an equation that needs none."""
     if not values or not jnp.issubdtype(jnp.result_type(values[0]), jnp.inexact):
         return None
-    if primitive in (lax.max_p, lax.min_p):
+    is_ordered = not jnp.issubdtype(jnp.result_type(values[0]), jnp.complexfloating)
+    if primitive in (lax.max_p, lax.min_p) and is_ordered:
         wins = lax.ge if primitive is lax.max_p else lax.le
         return [_of_two(lambda *xs: bind(primitive, xs, params)[0], wins)(*values)]
     if primitive in (lax.reduce_max_p, lax.reduce_min_p):

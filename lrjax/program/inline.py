@@ -355,10 +355,8 @@ class _Flattener:
         takes_rows = [isinstance(v, int) and v in self.rows for v in inputs]
         if not any(takes_rows) or size > MOST_UNROLLED or eqn.effects:
             return False
-        return not (
-            self.is_along_rows(inputs[sum(scan_arity(eqn)) :])
-            or _slices_at_run_time(jaxpr, takes_rows)
-        )
+        is_along = self.is_along_rows(inputs[sum(scan_arity(eqn)) :])
+        return not (is_along or _slices_at_run_time(jaxpr, takes_rows))
 
     def is_along_rows(self, scanned: Sequence[Atom]) -> bool:
         """Whether rows of one of these values run along its first axis."""
@@ -411,6 +409,8 @@ class _Flattener:
 
     def stacked(self, pieces: Sequence[Atom], aval: Any) -> Atom:
         """The stack of a scan's results; a scan that takes it finds the pieces again."""
+        if not pieces:
+            return self.constant(np.zeros(aval.shape, aval.dtype))
         rows: list[Atom] = []
         one = struct_like(aval, (1, *aval.shape[1:]))
         dimensions = tuple(range(1, len(aval.shape)))

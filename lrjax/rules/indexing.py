@@ -13,6 +13,7 @@ import jax
 import numpy as np
 from jax import lax
 
+from lrjax.program.inline import FlatEquation
 from lrjax.rules import banded
 from lrjax.rules.banded import Taps, constant_rows
 from lrjax.rules.base import (
@@ -28,7 +29,7 @@ from lrjax.rules.base import (
     with_at,
 )
 from lrjax.rules.geometry import IDENTITY
-from lrjax.rules.linearity import additive_in
+from lrjax.rules.linearity import Dependence, additive_in, not_additive
 from lrjax.rules.traits import Kind, Traits
 
 
@@ -199,10 +200,19 @@ def _dimensions_without(dims: Sequence[int], rank: int) -> list[int]:
     return [a for a in range(rank) if a not in dims]
 
 
+def _picks(equation: FlatEquation, given: Sequence[Dependence]) -> list[Dependence]:
+    """Additive, but for a number other than NaN that stands where indices lie outside."""
+    fills = equation.params["mode"] == lax.GatherScatterMode.FILL_OR_DROP
+    number = equation.params["fill_value"]
+    if fills and number not in (None, 0) and not np.isnan(number):
+        return not_additive(equation, given)
+    return additive_in(0)(equation, given)
+
+
 # fmt: off
 RULES = (
     Rule((lax.gather_p,), gather, Traits(
-        Kind.FUSED, preserves_finiteness=True, linearity=additive_in(0), divides_unevenly=False,
+        Kind.FUSED, preserves_finiteness=True, linearity=_picks, divides_unevenly=False,
     )),
     Rule((
         lax.scatter_p, lax.scatter_max_p, lax.scatter_min_p, lax.scatter_mul_p, lax.scatter_sub_p,

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from lrjax.program.inline import FlatProgram, dependents, flatten, function_of, values_of
@@ -53,3 +54,17 @@ def _gradient_depends(program: FlatProgram, wrt: Sequence[int], on: Sequence[int
     traced = flatten(jax.make_jaxpr(gradient)(*program.structs))
     found = dependents(traced.equations, (traced.inputs[i] for i in on))
     return not found.isdisjoint(values_of(traced.outputs))
+
+
+def needs_scale(program: FlatProgram) -> bool:
+    """Whether a gradient may overflow, or vanish, unless its cotangent is scaled.
+
+    So in float16 and float8, whose exponents have fewer bits than float32's. Scaling a loss against
+    that (arXiv 1710.03740) scales what comes between, which a factor afterwards does not.
+    """
+    made = [program.aval(v) for equation in program.equations for v in equation.outputs]
+    return any(
+        jnp.finfo(aval.dtype).maxexp < jnp.finfo(jnp.float32).maxexp
+        for aval in made
+        if is_inexact(aval)
+    )

@@ -28,7 +28,7 @@ from lrjax.rules.base import Array
 from lrjax.rules.dependence import has_custom_vjp, output_dependences
 from lrjax.rules.linearity import Dependence
 from lrjax.strategies.base import NOTHING_HOSTED, TOP_DOWN, Function, Strategy
-from lrjax.strategies.one_pass import gradient_waits
+from lrjax.strategies.one_pass import gradient_waits, needs_scale
 from lrjax.strategies.programs import Axes, Residuals, RowPrograms, row_program, traced_graph
 from lrjax.strategies.residuals import cotangent_axes, residuals
 
@@ -151,9 +151,7 @@ def stream_function(
         if second is None:
             (ct,) = given
             gradients = [
-                scaled(g, ct, returned[k])
-                if k in returned
-                else (g * ct.astype(g.dtype)).astype(g.dtype)
+                scaled(g, ct, returned[k]) if k in returned else (g * ct).astype(g.dtype)
                 for k, g in enumerate(residuals.arrays)
             ]
         else:
@@ -195,7 +193,7 @@ def _value_and_gradient(program: FlatProgram, axes: Axes, wrt: Sequence[int]) ->
         return None
     one, over = np.ones((), out.dtype), varying_axes(out)
     found = traced_graph(lambda *xs: both(varying_over(one, over), *xs), program.structs, axes)
-    return found if len(found.loops) == 1 else None
+    return None if len(found.loops) != 1 or needs_scale(found.program) else found
 
 
 def _has_linear_gradient(

@@ -74,6 +74,20 @@ def test_same_as_column(network):
         )
 
 
+def test_maxima_of_complex_numbers():
+    """JAX orders them; ``ge`` does not."""
+
+    def network(first, scale, image):
+        y = convolve(image, first) * (scale + 1j)
+        return jnp.abs(jnp.where(jnp.maximum(y, 0.1 + 0.2j) == y, y, 2.0)).sum((1, 2))
+
+    first, _, scale, image = arguments()
+    for strategy in ("stream", "2ps", "overl"):
+        assert_same_as_column(
+            network, (first, scale, image), (None, None, 1), num_blocks=4, strategy=strategy
+        )
+
+
 def test_a_maximum_that_no_recomputed_element_equals():
     """Compiled with optimisations, the two passes round this division differently."""
 

@@ -129,6 +129,16 @@ WHOLE = {
         with_vjp(scaled, lambda x, s, g: (g * s, (g * x).sum() * jnp.tanh(x.sum()))),
         "not proved linear",
     ),
+    "a number beside picked cotangents": (
+        with_vjp(
+            lambda x, s: x,
+            lambda x, s, g: (
+                g.at[..., 1 + jnp.arange(g.shape[-1])].get(mode="fill", fill_value=1.0),
+                jnp.zeros_like(s),
+            ),
+        ),
+        "cotangent of operand 0 is not proved linear",
+    ),
     "added to the cotangent": (
         with_vjp(scaled, lambda x, s, g: (g * s + 0.1, (g * x).sum())),
         "cotangent of operand 0 is not proved linear",
@@ -270,6 +280,9 @@ class TestProofs:
             (lambda g, x: jnp.where(x > 0, g, 1.0), "UNKNOWN"),
             (lambda g, x: x / g, "UNKNOWN"),
             (lambda g, x: g.astype(int), "UNKNOWN"),
+            (lambda g, x: g.at[:, x[0].astype(int)].get(mode="fill"), "ADDITIVE"),
+            (lambda g, x: g.at[:, x[0].astype(int)].get(mode="clip"), "ADDITIVE"),
+            (lambda g, x: g.at[:, 2 + jnp.arange(3)].get(mode="fill", fill_value=1.0), "UNKNOWN"),
             (lambda g, x: lax.cond(g.sum() > 0, lambda g: g, lambda g: -g, g), "UNKNOWN"),
             (lambda g, x: lax.cond(x.sum() > 0, lambda g: g, lambda g: g + 1, g), "UNKNOWN"),
             (lambda g, x: jnp.sort(g), "UNKNOWN"),

@@ -52,6 +52,15 @@ def test_scan_whose_maps_are_scanned_again():
     assert "concatenate" not in names
 
 
+@pytest.mark.parametrize("stacks", [False, True])
+def test_a_scan_over_no_layers(stacks):
+    def op(x, kernels):
+        x, between = layers(jnp.sin(x), kernels)
+        return (x, between) if stacks else x
+
+    check_rule(op, normal(2, 13, 3), normal(0, 3, 3, seed=1), axes=(1, None), num_blocks=4)
+
+
 def test_gradient_of_a_scan():
     """Forward and backward loops within one function, as ``rowwise(value_and_grad)`` has them."""
 

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from jax import lax
 
+import lrjax
 from lrjax.program.inline import function_of
 from lrjax.rowgraph.graph import build
 from lrjax.rowgraph.tracing import trace
@@ -51,3 +52,30 @@ def test_told_without_the_gradient(name):
     found = traced_graph(both, program.structs, axes)
     assert (len(found.loops) > 1) == expected
     assert gradient_waits(build(program, axes), wrt) == expected
+
+
+@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16])
+@pytest.mark.parametrize("scale", [1e-5, 2.0**16])
+def test_a_scaled_loss_scales_what_comes_between(dtype, scale):
+    """Float16's gradients of a mean over pixels vanish, and those of a sum overflow, at scale 1."""
+    keys = jax.random.split(jax.random.key(0), 2)
+    kernel = jax.random.normal(keys[0], KERNEL.shape, dtype) * jnp.asarray(0.1, dtype)
+    images = jax.random.normal(keys[1], (1, 64, 64, 3), dtype)
+    of = jnp.mean if scale > 1 else jnp.sum
+
+    def gradient(function):
+        def scaled(kernel, images):
+            return scale * function(kernel, images)
+
+        return jax.grad(scaled, (0, 1))(kernel, images)
+
+    def loss(kernel, images):
+        return of((100 * _maps(kernel, images).astype(jnp.float32)) ** (2 if scale < 1 else 1))
+
+    for strategy in ("stream", "2ps"):
+        found = gradient(lrjax.rowwise(loss, in_axes=(None, 1), num_blocks=4, strategy=strategy))
+        for one, expected in zip(found, gradient(loss), strict=True):
+            assert jnp.isfinite(expected).all()
+            difference = one.astype(jnp.float32) - expected.astype(jnp.float32)
+            norm = jnp.linalg.norm(expected.astype(jnp.float32))
+            assert jnp.linalg.norm(difference) < 0.02 * norm
