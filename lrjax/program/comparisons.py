@@ -16,6 +16,9 @@ _COMPARE = (lax.eq_p, lax.ne_p, lax.ge_p, lax.gt_p, lax.le_p, lax.lt_p)
 _EXTREMES = (lax.reduce_max_p, lax.reduce_min_p)
 # What such operations give is, element for element, what they take.
 _MOVES = (*MOVES, lax.optimization_barrier_p, public.name_p)
+# What they give for two equal numbers, and what jumps there without being asked for a number.
+_EQUAL = {lax.sub_p: 0, lax.div_p: 1}
+_JUMPS = (lax.sign_p, lax.floor_p, lax.ceil_p)
 
 
 def is_comparison(equation: FlatEquation) -> bool:
@@ -25,19 +28,34 @@ def is_comparison(equation: FlatEquation) -> bool:
 def compared_extremes(program: FlatProgram) -> frozenset[int]:
     """Results of ``reduce_max`` and ``reduce_min`` that are compared, and moved forms of them.
 
+    ``x - max >= 0`` and ``x / max >= 1`` compare too.
+
     Such a result must come from the very numbers it is compared with: if either were computed
     again in another program, rounded otherwise, no element might equal the maximum.
     """
     source: dict[int, int] = {}
+    gaps: dict[int, tuple[int, int]] = {}  # an extreme less or by a value, and what equals then
     compared: set[int] = set()
     for equation in program.equations:
         inputs = equation.values
         if equation.primitive in _EXTREMES:
             source.update((v, v) for v in equation.outputs)
-        elif equation.primitive in _MOVES and inputs and inputs[0] in source:
-            source.update((v, source[inputs[0]]) for v in equation.outputs)
+        elif equation.primitive in _MOVES and inputs:
+            for known in (source, gaps):
+                if inputs[0] in known:
+                    known.update((v, known[inputs[0]]) for v in equation.outputs)
+        elif equation.primitive in _EQUAL:
+            equal = _EQUAL[equation.primitive]
+            gaps.update((equation.outputs[0], (source[v], equal)) for v in inputs if v in source)
         elif is_comparison(equation):
             compared.update(source[v] for v in inputs if v in source)
+            compared.update(
+                gaps[v][0]
+                for v in inputs
+                if v in gaps and any(_is_scalar(atom, gaps[v][1]) for atom in equation.inputs)
+            )
+        elif equation.primitive in _JUMPS:
+            compared.update(gaps[v][0] for v in inputs if v in gaps)
     return frozenset(v for v, origin in source.items() if origin in compared)
 
 
@@ -98,4 +116,8 @@ def _is_complex(aval: Any) -> bool:
 
 
 def _is_zero(atom: Atom) -> bool:
-    return isinstance(atom, Literal) and atom.scalar is not None and atom.scalar == 0
+    return _is_scalar(atom, 0)
+
+
+def _is_scalar(atom: Atom, number: int) -> bool:
+    return isinstance(atom, Literal) and atom.scalar is not None and bool(atom.scalar == number)

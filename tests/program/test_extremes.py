@@ -62,7 +62,12 @@ def ties(first, second, scale, image):
     return jnp.round(y).max((1, 2)) * scale + jnp.maximum(z * scale, scale * z).sum((1, 2))
 
 
-NETWORKS = (global_maximum, attention, marked, of_two_maps, ties)
+def relative(first, second, scale, image):
+    y = batch_norm(convolve(image, first))
+    return convolve(jnp.where(y - y.max((1, 2), keepdims=True) >= 0, y * scale, y / 8), second)
+
+
+NETWORKS = (global_maximum, attention, marked, relative, of_two_maps, ties)
 
 
 @pytest.mark.parametrize("network", NETWORKS, ids=lambda network: network.__name__)
@@ -101,7 +106,7 @@ def test_a_maximum_that_no_recomputed_element_equals():
         assert gradient[0, 0, 0] > 0.4
 
 
-@pytest.mark.parametrize("network", NETWORKS[:3], ids=lambda network: network.__name__)
+@pytest.mark.parametrize("network", NETWORKS[:4], ids=lambda network: network.__name__)
 def test_a_compared_maximum_comes_from_the_stage_that_compares_it(network):
     found = 0
     for graph in graphs_of(network, arguments(), AXES):
@@ -122,6 +127,12 @@ def test_a_compared_maximum_comes_from_the_stage_that_compares_it(network):
     [
         (lambda x: x == x.max(1, keepdims=True), True),
         (lambda x: x >= jnp.broadcast_to(x.min(1)[:, None], x.shape), True),
+        (lambda x: x - x.max(1, keepdims=True) >= 0, True),
+        (lambda x: x / x.max(1, keepdims=True) >= 1, True),
+        (lambda x: jnp.sign(x.min(1)[:, None] - x), True),
+        (lambda x: jnp.floor(x / x.max()), True),
+        (lambda x: x / x.max() > 0.5, False),
+        (lambda x: x - x.max() > -1, False),
         (lambda x: jnp.exp(x - x.max(1, keepdims=True)), False),
         (lambda x: jax.nn.logsumexp(x, 1), False),
         (lambda x: x.max(1) + x.sum(1), False),
