@@ -16,6 +16,8 @@ _COMPARE = (lax.eq_p, lax.ne_p, lax.ge_p, lax.gt_p, lax.le_p, lax.lt_p)
 _EXTREMES = (lax.reduce_max_p, lax.reduce_min_p)
 # What such operations give is, element for element, what they take.
 _MOVES = (*MOVES, lax.optimization_barrier_p, public.name_p)
+# Nor do these give anything but what they take, one or another.
+_CHOICES = (*_MOVES, lax.max_p, lax.min_p, lax.clamp_p, lax.select_n_p, lax.concatenate_p)
 # What they give for two equal numbers, and what jumps there without being asked for a number.
 _EQUAL = {lax.sub_p: 0, lax.div_p: 1}
 _JUMPS = (lax.sign_p, lax.floor_p, lax.ceil_p)
@@ -28,35 +30,32 @@ def is_comparison(equation: FlatEquation) -> bool:
 def compared_extremes(program: FlatProgram) -> frozenset[int]:
     """Results of ``reduce_max`` and ``reduce_min`` that are compared, and moved forms of them.
 
-    ``x - max >= 0`` and ``x / max >= 1`` compare too.
+    ``x - max >= 0`` and ``x / max >= 1`` compare too, and so do ``max(max, 0.1)`` and the like.
 
     Such a result must come from the very numbers it is compared with: if either were computed
     again in another program, rounded otherwise, no element might equal the maximum.
     """
-    source: dict[int, int] = {}
-    gaps: dict[int, tuple[int, int]] = {}  # an extreme less or by a value, and what equals then
+    taken: dict[int, frozenset[int]] = {}  # the extremes whose number a value may be
+    gaps: dict[int, tuple[frozenset[int], int]] = {}  # and less or by another: what equals then
     compared: set[int] = set()
     for equation in program.equations:
-        inputs = equation.values
-        if equation.primitive in _EXTREMES:
-            source.update((v, v) for v in equation.outputs)
-        elif equation.primitive in _MOVES and inputs:
-            for known in (source, gaps):
-                if inputs[0] in known:
-                    known.update((v, known[inputs[0]]) for v in equation.outputs)
-        elif equation.primitive in _EQUAL:
-            equal = _EQUAL[equation.primitive]
-            gaps.update((equation.outputs[0], (source[v], equal)) for v in inputs if v in source)
+        primitive, inputs = equation.primitive, equation.values
+        origins = frozenset[int]().union(*(taken.get(v, ()) for v in inputs))
+        if primitive in _EXTREMES:
+            taken.update((v, origins | {v}) for v in equation.outputs)
+        elif primitive in _CHOICES:
+            taken.update((v, origins) for v in equation.outputs)
+            if inputs and inputs[0] in gaps:
+                gaps.update((v, gaps[inputs[0]]) for v in equation.outputs)
+        elif primitive in _EQUAL and origins:
+            gaps[equation.outputs[0]] = origins, _EQUAL[primitive]
         elif is_comparison(equation):
-            compared.update(source[v] for v in inputs if v in source)
-            compared.update(
-                gaps[v][0]
-                for v in inputs
-                if v in gaps and any(_is_scalar(atom, gaps[v][1]) for atom in equation.inputs)
-            )
-        elif equation.primitive in _JUMPS:
-            compared.update(gaps[v][0] for v in inputs if v in gaps)
-    return frozenset(v for v, origin in source.items() if origin in compared)
+            met = [gaps[v] for v in inputs if v in gaps]
+            equal = [of for of, number in met if _has_scalar(equation, number)]
+            compared |= origins.union(*equal)
+        elif primitive in _JUMPS:
+            compared.update(*(gaps[v][0] for v in inputs if v in gaps))
+    return frozenset(v for v, origins in taken.items() if origins & compared)
 
 
 def simpler_comparisons(program: FlatProgram) -> FlatProgram:
@@ -117,6 +116,10 @@ def _is_complex(aval: Any) -> bool:
 
 def _is_zero(atom: Atom) -> bool:
     return _is_scalar(atom, 0)
+
+
+def _has_scalar(equation: FlatEquation, number: int) -> bool:
+    return any(_is_scalar(atom, number) for atom in equation.inputs)
 
 
 def _is_scalar(atom: Atom, number: int) -> bool:
