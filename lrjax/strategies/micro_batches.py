@@ -47,7 +47,9 @@ class MicroBatches(Strategy):
         other strategy by itself.
 
     Example:
-      >>> lrjax.rowwise(loss, in_axes=(None, 1), strategy=MicroBatches("stream", 4))
+      The network by parts of the batch; a loss that is a mean over images stays outside.
+
+      >>> lrjax.rowwise(apply, in_axes=(None, 1), strategy=MicroBatches("stream", 4))
     """
 
     strategy: Strategy
@@ -129,9 +131,15 @@ def independent_operations(whole: Cuttable, axes: Sequence[int | None]) -> list[
 
 def batch_graph(segment: Segment) -> RowGraph | None:
     """The segment with examples for rows; None where they are not independent."""
+    found = _examples(segment)
+    return None if isinstance(found, str) else found
+
+
+def _examples(segment: Segment) -> RowGraph | str:
+    """The segment with examples for rows, or why they are not independent."""
     maps = [axis is not None for axis in segment.axes]
     if BATCH_AXIS in segment.axes or not any(maps):
-        return None
+        return "their axis is that of the rows, or no input has any"
     avals = segment.program.avals
     sizes = {
         avals[v].shape[BATCH_AXIS]
@@ -139,11 +147,14 @@ def batch_graph(segment: Segment) -> RowGraph | None:
         if is_map
     }
     graph = build(segment.program, [BATCH_AXIS if is_map else None for is_map in maps])
-    outputs = graph.program.outputs
-    is_given = all(graph.row_axis.get(v) == BATCH_AXIS for v in values_of(outputs))
-    sizes |= {graph.program.aval(v).shape[BATCH_AXIS] for v in outputs} if is_given else set()
-    independent = is_given and len(sizes) == 1 and all(map(_is_one_to_one(graph), graph.nodes))
-    return graph if independent else None
+    is_alone, outputs = _is_one_to_one(graph), graph.program.outputs
+    for node in graph.nodes:
+        if not is_alone(node):
+            return f"{node.equation.primitive.name} mixes or numbers them"
+    if not all(graph.row_axis.get(v) == BATCH_AXIS for v in values_of(outputs)):
+        return "a result has none of them"
+    sizes |= {graph.program.aval(v).shape[BATCH_AXIS] for v in outputs}
+    return graph if len(sizes) == 1 else f"there are {sorted(sizes)} of them"
 
 
 def _is_one_to_one(graph: RowGraph) -> Callable[[Node], bool]:
@@ -182,12 +193,12 @@ def micro_batches(segment: Segment, parts: int) -> DividedSegment:
 
 def _divisible_batch(segment: Segment, parts: int) -> tuple[RowGraph, int]:
     """The segment with examples for rows, and their number, which ``parts`` divides."""
-    graph = batch_graph(segment)
-    if graph is None:
+    graph = _examples(segment)
+    if isinstance(graph, str):
         raise ValueError(
-            "micro_batches: the examples of this segment depend on each other, as under batch "
-            "statistics, or do not all leave it; cut it off from what mixes them, or run it on "
-            "the whole batch."
+            f"micro_batches: the examples of this segment are not independent: {graph}. Leave "
+            "that out of the function (a loss over the batch, statistics of it), cut the segment "
+            "off from it, or run it on the whole batch."
         )
     batch = next(graph.height(v) for v in graph.program.inputs if v in graph.row_axis)
     if batch % parts:
