@@ -365,6 +365,22 @@ SUMS = (
 
 GRADIENTS = (
     Mutation(
+        "scale-comes-after",
+        "stream makes float16's gradients for a cotangent of 1 and scales them then",
+        "lrjax/strategies/stream.py",
+        "len(found.loops) != 1 or needs_scale(found.program)",
+        "len(found.loops) != 1",
+        ("tests/strategies/test_one_pass.py",),
+    ),
+    Mutation(
+        "differences-do-not-compare",
+        "a maximum is computed again, an ulp off what is subtracted from it",
+        "lrjax/program/comparisons.py",
+        "compared |= origins.union(*equal)",
+        "compared |= origins",
+        ("tests/program/test_extremes.py",),
+    ),
+    Mutation(
         "cache-cotangent-dropped",
         "2PS: cotangents of rows kept from the step above are lost",
         "lrjax/strategies/tiled.py",
@@ -675,6 +691,14 @@ OPTIONS = (
 )
 
 RULES_OF_PRIMITIVES = (
+    Mutation(
+        "filling-is-adding",
+        "a custom gradient that fills with a number is taken for linear",
+        "lrjax/rules/indexing.py",
+        "if fills and number not in (None, 0) and not np.isnan(number):",
+        "if False:",
+        RULES,
+    ),
     Mutation(
         "random-bits-of-the-block",
         "every block draws the random bits of the first",
