@@ -1,5 +1,6 @@
 """A trained network put to use: evaluated on labelled images, or asked about single ones."""
 
+import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from lrjax.app.placement import ONE_DEVICE, Placement, placement_of
 from lrjax.app.strategy import Execution, Planned
 from lrjax.files import replacing
 from lrjax.plan import Plan
+from lrjax.text import listed
 
 
 def evaluate(
@@ -84,6 +86,7 @@ def predict(
     images: Sequence[Path],
     *,
     out: Path | None = None,
+    overwrite: bool = False,
     step: int | None = None,
     batch: int | None = None,
     devices: int = 1,
@@ -96,6 +99,7 @@ def predict(
       images: files, or directories of them.
       out: where masks go, `<stem>.png`, whose values are the classes; asked for where the network
         labels pixels, refused where it does not.
+      overwrite: replace masks that are there. An image is never replaced.
       step, batch, devices, note: as for `evaluate`.
 
     Yields:
@@ -103,12 +107,13 @@ def predict(
       `pixels` (by class). For a file that cannot be read, `file` and `error`.
 
     Raises:
-      ValueError: there is no such run, no image, or no directory for masks.
+      ValueError: there is no such run, no image, or no directory for masks; a mask would replace
+        an image, or (without `overwrite`) another file.
     """
     network = saved.load(run, note, step=step)
     files = _files(images)
     if network.labels_pixels:
-        _check_masks(files, out, len(network.class_names))
+        _check_masks(files, out, len(network.class_names), overwrite=overwrite)
     elif out is not None:
         raise ValueError("out: this network gives a class per image, no masks; leave it out")
     placement = _placement(network, devices)
@@ -165,7 +170,7 @@ def _line(
             "probability": float(answer[best]),
             "probabilities": dict(zip(names, map(float, answer), strict=True)),
         }
-    place = out / f"{file.stem}.png"
+    place = _mask_of(file, out)
     with replacing(place) as opened:
         Image.fromarray(answer).save(opened, format="png")
     counts = np.bincount(answer.ravel(), minlength=len(names))
@@ -188,7 +193,11 @@ def _files(images: Sequence[Path]) -> list[Path]:
     return files
 
 
-def _check_masks(files: Sequence[Path], out: Path | None, classes: int) -> None:
+def _mask_of(file: Path, out: Path) -> Path:
+    return out / f"{file.stem}.png"
+
+
+def _check_masks(files: Sequence[Path], out: Path | None, classes: int, *, overwrite: bool) -> None:
     if out is None:
         raise ValueError("out: this network gives a mask per image; give a directory for them")
     if classes > 256:
@@ -200,8 +209,34 @@ def _check_masks(files: Sequence[Path], out: Path | None, classes: int) -> None:
                 f"images: {stems[file.stem]} and {file} would have one mask, {file.stem}.png; "
                 "predict them one after the other, into two directories"
             )
+    _check_targets([_mask_of(file, out) for file in files], files, overwrite=overwrite)
     report.check_writable(out)
     out.mkdir(parents=True, exist_ok=True)
+
+
+def _check_targets(targets: Sequence[Path], files: Sequence[Path], *, overwrite: bool) -> None:
+    there = [target for target in targets if os.path.lexists(target)]
+    images = {_identity(file) for file in files}
+    replaced = [target for target in there if _identity(target) in images]
+    if replaced:
+        raise ValueError(
+            f"out: masks would replace images to predict, {listed(replaced)}; give another "
+            "directory for them"
+        )
+    if there and not overwrite:
+        raise ValueError(
+            f"out: masks would replace files that are there, {listed(there)}; give another "
+            "directory for them, or replace the files with --overwrite"
+        )
+
+
+def _identity(path: Path) -> object:
+    """The same for all names of one file, whatever links and the case of letters."""
+    try:
+        found = path.stat()
+    except OSError:
+        return path.resolve()
+    return found.st_dev, found.st_ino
 
 
 def _shape(network: saved.SavedRun) -> saved.ImageShape:

@@ -170,6 +170,45 @@ def test_masks_are_learnt_and_predicted(labelled_pixels, tmp_path):
     assert again["mean_iou"] > 0.95
 
 
+@pytest.fixture
+def photo(tmp_path):
+    """A directory with one image, which is a PNG as masks are."""
+    (tmp_path / "photos").mkdir()
+    Image.new("RGB", (16, 16), (9, 9, 9)).save(tmp_path / "photos" / "a.png")
+    return tmp_path / "photos" / "a.png"
+
+
+@pytest.mark.parametrize("options", [[], ["--overwrite"]], ids=["", "overwrite"])
+@pytest.mark.parametrize("through", ["itself", "symbolic link", "hard link"])
+def test_masks_never_replace_the_images(labelled_pixels, photo, options, through):
+    out = photo.parent.parent / "masks"
+    if through == "itself":
+        out = photo.parent / ".." / "photos"
+    elif through == "symbolic link":
+        out.symlink_to(photo.parent)
+    else:
+        out.mkdir()
+        (out / "a.png").hardlink_to(photo)
+    before = photo.read_bytes()
+    answer = invoke("predict", labelled_pixels[0] / "run", photo.parent, "--out", out, *options)
+    assert answer.exit_code == 2
+    assert f"masks would replace images to predict, {out / 'a.png'}; give another" in answer.output
+    assert photo.read_bytes() == before
+
+
+def test_masks_replace_files_only_where_asked_to(labelled_pixels, photo, tmp_path):
+    (tmp_path / "masks").mkdir()
+    (tmp_path / "masks" / "a.png").write_text("another's")
+    arguments = ["predict", labelled_pixels[0] / "run", photo, "--out", tmp_path / "masks"]
+    refused = invoke(*arguments)
+    assert refused.exit_code == 2
+    assert f"files that are there, {tmp_path / 'masks' / 'a.png'}; give" in refused.output
+    assert (tmp_path / "masks" / "a.png").read_text() == "another's"
+    assert invoke(*arguments, "--overwrite").exit_code == 0
+    with Image.open(tmp_path / "masks" / "a.png") as mask:
+        assert mask.size == (16, 16)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

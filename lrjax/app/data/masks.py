@@ -12,10 +12,10 @@ import numpy as np
 from lrjax.app.data import decoding
 from lrjax.app.data.decoding import Fit, SkippedFile, UnreadableImageError
 from lrjax.app.data.sources import CHANNELS, Example
+from lrjax.text import listed
 
 IMAGES = "images"
 MASKS = "masks"
-_MOST_NAMED = 5
 
 
 class SegmentationFolder:
@@ -129,10 +129,10 @@ def _pairs(directory: Path) -> list[tuple[Path, Path]]:
         raise ValueError(f"data: no image in {directory / IMAGES}; add images")
     without = [images[stem] for stem in sorted(images.keys() - masks.keys())]
     if without:
-        raise ValueError(f"data: no mask for {_listed(without)}; add masks or remove the images")
+        raise ValueError(f"data: no mask for {listed(without)}; add masks or remove the images")
     alone = [masks[stem] for stem in sorted(masks.keys() - images.keys())]
     if alone:
-        raise ValueError(f"data: no image for {_listed(alone)}; add images or remove the masks")
+        raise ValueError(f"data: no image for {listed(alone)}; add images or remove the masks")
     return [(images[stem], masks[stem]) for stem in sorted(images)]
 
 
@@ -142,7 +142,7 @@ def _by_stem(directory: Path) -> dict[str, Path]:
     twice = {stem for stem, count in Counter(stems).items() if count > 1}
     if twice:
         same = [file for stem, file in zip(stems, files, strict=True) if stem in twice]
-        raise ValueError(f"data: files share a name: {_listed(same)}; keep one of each name")
+        raise ValueError(f"data: files share a name: {listed(same)}; keep one of each name")
     return dict(zip(stems, files, strict=True))
 
 
@@ -186,15 +186,9 @@ def _class_names(pairs: Sequence[_Pair], num_classes: int | None) -> tuple[str, 
     if num_classes is None and missing:
         largest = next(pair.mask for pair in pairs if count - 1 in pair.classes)
         raise ValueError(
-            f"data: {largest} has the value {count - 1}, but no mask has {_listed(missing)}; "
+            f"data: {largest} has the value {count - 1}, but no mask has {listed(missing)}; "
             "number the classes 0, 1, 2 and so on without gaps"
         )
     if count < 2:
         raise ValueError(f"data: all masks in {pairs[0].mask.parent} are 0; at least two classes")
     return tuple(map(str, range(count)))
-
-
-def _listed(things: Sequence[object]) -> str:
-    text = ", ".join(map(str, things[:_MOST_NAMED]))
-    more = len(things) - _MOST_NAMED
-    return f"{text} and {more} more" if more > 0 else text
