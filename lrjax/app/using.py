@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -103,8 +104,9 @@ def predict(
       step, batch, devices, note: as for `evaluate`.
 
     Yields:
-      `file`, `class`, `probability` and `probabilities` (by class); of pixels `file`, `mask` and
-      `pixels` (by class). For a file that cannot be read, `file` and `error`.
+      `file`, `class`, `probability` and `probabilities` (by class); of pixels `file`, `mask`,
+      `offset` and `scale` (of the mask in its image, see `decoding.Window`) and `pixels` (by
+      class). For a file that cannot be read, `file` and `error`.
 
     Raises:
       ValueError: there is no such run, no image, or no directory for masks; a mask would replace
@@ -133,35 +135,45 @@ def _lines(
     """The files are read as the predictor asks for them, so order is kept within a batch."""
     chosen = network.config.data
     fit: Any = chosen.fit
-    pending: list[tuple[Path, str | None]] = []
+    pending: list[_Asked] = []
+    size = network.image_shape[:2]
 
     def readable() -> Iterator[np.ndarray]:
         for file in files:
             try:
                 image = decoding.decoded(file, chosen.max_pixels)
             except UnreadableImageError as error:
-                pending.append((file, str(error)))
+                pending.append(_Asked(file, error=str(error)))
                 continue
-            pending.append((file, None))
-            yield np.asarray(decoding.fitted(image, network.image_shape[:2], fit))
+            place = decoding.window((image.height, image.width), size, fit)
+            pending.append(_Asked(file, place))
+            yield np.asarray(decoding.fitted(image, size, fit))
 
     for answer in predictor(network.state.params, network.state.statistics, readable()):
         yield from _errors(pending)
-        file, _ = pending.pop(0)
-        yield _line(network, file, answer, out)
+        yield _line(network, pending.pop(0), answer, out)
     yield from _errors(pending)
 
 
-def _errors(pending: list[tuple[Path, str | None]]) -> Iterator[dict[str, Any]]:
-    while pending and pending[0][1] is not None:
-        file, error = pending.pop(0)
-        yield {"file": str(file), "error": error}
+@dataclass(frozen=True)
+class _Asked:
+    """A file to predict: where the answer lies in it, or why it cannot be read."""
+
+    file: Path
+    place: decoding.Window | None = None
+    error: str | None = None
+
+
+def _errors(pending: list[_Asked]) -> Iterator[dict[str, Any]]:
+    while pending and pending[0].error is not None:
+        asked = pending.pop(0)
+        yield {"file": str(asked.file), "error": asked.error}
 
 
 def _line(
-    network: saved.SavedRun, file: Path, answer: np.ndarray, out: Path | None
+    network: saved.SavedRun, asked: _Asked, answer: np.ndarray, out: Path | None
 ) -> dict[str, Any]:
-    names = network.class_names
+    names, file = network.class_names, asked.file
     if out is None:
         best = int(np.argmax(answer))
         return {
@@ -173,10 +185,13 @@ def _line(
     place = _mask_of(file, out)
     with replacing(place) as opened:
         Image.fromarray(answer).save(opened, format="png")
+    assert asked.place is not None  # there is an answer
     counts = np.bincount(answer.ravel(), minlength=len(names))
     return {
         "file": str(file),
         "mask": str(place),
+        "offset": list(asked.place.offset),
+        "scale": list(asked.place.scale),
         "pixels": dict(zip(names, map(int, counts), strict=True)),
     }
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from lrjax.app.data import DigitPixels, ImageFolder, ScatteredDigits, batches
+from lrjax.app.data import DigitPixels, ImageFolder, ScatteredDigits, batches, decoding
 
 
 def save(path, value, size=(6, 8), mode="RGB", **options):
@@ -157,6 +157,21 @@ def test_resize_fit_covers_the_size(tmp_path):
     image = ImageFolder(tmp_path, image_size=(16, 16), fit="resize")[0]["image"]
     assert image.shape == (16, 16, 3)
     assert (image[..., 0] == 200).all()
+
+
+@pytest.mark.parametrize("fit", ["native", "resize"])
+@pytest.mark.parametrize("size", [(6, 8), (4, 4), (9, 13), (3, 20), (12, 16)])
+def test_the_window_of_what_is_fitted_is_where_its_pixels_are(size, fit):
+    pixels = np.random.default_rng(0).integers(1, 256, (6, 8, 3)).astype(np.uint8)
+    image = Image.fromarray(pixels)
+    place = decoding.window((6, 8), size, fit)
+    (top, left), (height, width) = place.offset, place.scale
+    ends = (left, top, left + size[1] * width, top + size[0] * height)
+    if fit == "native":
+        found = image.crop(ends)
+    else:
+        found = image.resize(size[::-1], Image.Resampling.BILINEAR, box=ends)
+    np.testing.assert_array_equal(found, decoding.fitted(image, size, fit))
 
 
 @pytest.mark.parametrize(

@@ -209,6 +209,13 @@ def test_masks_replace_files_only_where_asked_to(labelled_pixels, photo, tmp_pat
         assert mask.size == (16, 16)
 
 
+def test_a_mask_says_where_it_lies_in_its_image(labelled_pixels, tmp_path):
+    Image.new("RGB", (20, 12)).save(tmp_path / "a.png")
+    run = labelled_pixels[0] / "run"
+    (line,) = using.predict(run, [tmp_path / "a.png"], out=tmp_path / "masks")
+    assert (line["offset"], line["scale"]) == ([-2, 2], [1, 1])
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

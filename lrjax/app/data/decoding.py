@@ -133,6 +133,32 @@ def _fitted(
     return image.crop((left, top, left + width, top + height))
 
 
+@dataclass(frozen=True)
+class Window:
+    """Where what `fitted` gives lies in its image.
+
+    Row `r` of it begins at row `offset[0] + scale[0] * r` of the upright image, and so for columns;
+    an offset below 0 is padding.
+
+    Attributes:
+      offset: of the first row and column, in pixels of the image.
+      scale: pixels of the image for one, by rows and by columns.
+    """
+
+    offset: tuple[float, float]
+    scale: tuple[float, float]
+
+
+def window(image_size: tuple[int, int], size: tuple[int, int], fit: Fit) -> Window:
+    """Of an image of `image_size` (height, width) that `fitted` brings to `size`."""
+    (height, width), (rows, columns) = image_size, size
+    if fit == "native":
+        return Window(((height - rows) // 2, (width - columns) // 2), (1, 1))
+    # As Pillow's ImageOps.fit: the largest part of these proportions, from the middle.
+    scale = min(height / rows, width / columns)
+    return Window(((height - scale * rows) / 2, (width - scale * columns) / 2), (scale, scale))
+
+
 def image_files(directory: Path) -> list[Path]:
     """Files with an image suffix below a directory, without hidden ones, sorted."""
     suffixes = Image.registered_extensions()
