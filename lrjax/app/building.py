@@ -36,6 +36,7 @@ class Prepared:
       execution: how the rows run; None where a budget is to be planned for.
       steps: of training.
       skipped: files that are left out, with reasons.
+      notes: what a person should know of the data.
       placement: the devices.
     """
 
@@ -47,6 +48,7 @@ class Prepared:
     execution: Strategy | Planned | None
     steps: int
     skipped: tuple[str, ...]
+    notes: tuple[str, ...] = ()
     placement: Placement = ONE_DEVICE
 
     @property
@@ -70,8 +72,10 @@ def prepare(config: Config, placement: Placement = ONE_DEVICE) -> Prepared:
     execution = execution_of(config.strategy, placement)
     registry.network(config.model.name)
     whole = source_of(config)
-    skipped = [str(file) for file in getattr(whole, "skipped", ())]
-    source, validation = _split(config, whole, skipped)
+    source, validation = _split(config, whole)
+    opened = [whole, validation]  # a part of the whole has nothing of these
+    skipped = [str(file) for one in opened for file in getattr(one, "skipped", ())]
+    notes = [text for one in opened for text in getattr(one, "notes", ())]
     if skipped and config.data.unreadable == "error":
         raise ValueError(
             "data: files cannot be read; mend or remove them, or use data.unreadable=skip:\n  "
@@ -91,14 +95,13 @@ def prepare(config: Config, placement: Placement = ONE_DEVICE) -> Prepared:
         execution=execution,
         steps=steps,
         skipped=tuple(skipped),
+        notes=tuple(notes),
         placement=placement,
     )
 
 
-def _split(
-    config: Config, whole: ImageSource, skipped: list[str]
-) -> tuple[ImageSource, ImageSource | None]:
-    """Images to train on and images held out; adds the latter's unreadable files to `skipped`."""
+def _split(config: Config, whole: ImageSource) -> tuple[ImageSource, ImageSource | None]:
+    """Images to train on and images held out."""
     wanted = config.data.validation
     if isinstance(wanted, str):
         with contextlib.suppress(ValueError):
@@ -113,7 +116,6 @@ def _split(
         Path(wanted), config, size=whole.image_shape[:2], num_classes=len(whole.class_names)
     )
     data.check_validation(whole, folder)
-    skipped += [str(file) for file in folder.skipped]
     return whole, folder
 
 

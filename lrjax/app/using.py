@@ -10,8 +10,9 @@ import numpy as np
 from PIL import Image
 
 from lrjax.app import building, report, saved
-from lrjax.app.data import ImageSource, check_validation, decoding
+from lrjax.app.data import ImageSource, SkippedFile, check_validation, decoding, finding
 from lrjax.app.data.decoding import UnreadableImageError
+from lrjax.app.data.finding import Found
 from lrjax.app.evaluation import Evaluator, Predictor
 from lrjax.app.placement import ONE_DEVICE, Placement, placement_of
 from lrjax.app.strategy import Execution, Planned
@@ -44,6 +45,8 @@ def evaluate(
     """
     network = saved.load(run, note, step=step)
     source, description = _images_of(network, data)
+    for text in getattr(source, "notes", ()):
+        note(text)
     if source.class_names != network.class_names or source.image_shape != network.image_shape:
         check_validation(_shape(network), source, name="data")
     placement = _placement(network, devices)
@@ -113,7 +116,7 @@ def predict(
         an image, or (without `overwrite`) another file.
     """
     network = saved.load(run, note, step=step)
-    files = _files(images)
+    files, unreadable = _files(images, note)
     if network.labels_pixels:
         _check_masks(files, out, len(network.class_names), overwrite=overwrite)
     elif out is not None:
@@ -126,16 +129,20 @@ def predict(
         batch_size=_batch(network, batch),
         placement=placement,
     )
-    return _lines(network, predictor, files, out)
+    return _lines(network, predictor, files, unreadable, out)
 
 
 def _lines(
-    network: saved.SavedRun, predictor: Predictor, files: Sequence[Path], out: Path | None
+    network: saved.SavedRun,
+    predictor: Predictor,
+    files: Sequence[Path],
+    unreadable: Sequence[SkippedFile],
+    out: Path | None,
 ) -> Iterator[dict[str, Any]]:
     """The files are read as the predictor asks for them, so order is kept within a batch."""
     chosen = network.config.data
     fit: Any = chosen.fit
-    pending: list[_Asked] = []
+    pending = [_Asked(one.path, error=one.reason) for one in unreadable]
     size = network.image_shape[:2]
 
     def readable() -> Iterator[np.ndarray]:
@@ -196,16 +203,30 @@ def _line(
     }
 
 
-def _files(images: Sequence[Path]) -> list[Path]:
+def _files(
+    images: Sequence[Path], note: Callable[[str], None]
+) -> tuple[list[Path], list[SkippedFile]]:
+    """The files, and the directories among them that cannot be read."""
     files: list[Path] = []
+    below: list[Found] = []
     for path in images:
         if not path.exists():
             raise ValueError(f"images: {path} does not exist; give image files or directories")
-        files += decoding.image_files(path) if path.is_dir() else [path]
+        if path.is_dir():
+            below.append(finding.images_below(path))
+            files += below[-1].files
+        else:
+            files.append(path)
+    for text in finding.notes_on(below):
+        note(text)
+    unreadable = [directory for one in below for directory in one.unreadable]
     if not files:
-        raise ValueError(f"images: no image in {', '.join(map(str, images))}; give image files")
+        reasons = "".join(f"\n  {directory}" for directory in unreadable)
+        raise ValueError(
+            f"images: no image in {', '.join(map(str, images))}; give image files{reasons}"
+        )
     decoding.lift_pillows_limit()
-    return files
+    return files, unreadable
 
 
 def _mask_of(file: Path, out: Path) -> Path:

@@ -138,8 +138,10 @@ def test_predict_gives_a_line_for_every_image(classified, tmp_path):
     for index in range(3):
         Image.fromarray(prepared.source[index]["image"]).save(tmp_path / f"{index}.png")
     (tmp_path / "1-broken.png").write_text("no image")
+    (tmp_path / "3.heic").write_text("no image either")
     answer = invoke("predict", out, tmp_path)
     assert answer.exit_code == 1  # for the one that is broken
+    assert "files that are not read, as they have no image's suffix: 1 .heic" in answer.stderr
     lines = [json.loads(line) for line in answer.stdout.splitlines()]
     assert [line["file"].split("/")[-1] for line in lines] == [
         *("0.png", "1-broken.png", "1.png", "2.png")

@@ -11,11 +11,15 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 
 Fit = Literal["native", "resize"]
 # A square image of 46,340 pixels a side, which takes 6 GiB as RGB.
 DEFAULT_MAX_PIXELS = 2**31
+# From 16-bit values to 8-bit ones.
+SIXTEEN_BIT_DIVISOR = 256
+# EXIF orientations that are not upright.
+_TURNED = range(2, 9)
 
 T = TypeVar("T")
 S = TypeVar("S")
@@ -42,13 +46,66 @@ def check_fit(fit: str) -> None:
         raise ValueError(f"fit: got {fit!r}; use one of {', '.join(get_args(Fit))}")
 
 
+@dataclass(frozen=True)
+class Inspected:
+    """What is known of an image file that was decoded in full.
+
+    Attributes:
+      size: (height, width), upright.
+      stored_size: the same before its EXIF orientation is applied.
+      is_turned: its EXIF orientation is another than upright.
+      largest: the largest value of a 16-bit image, None of another.
+      bytes: of the file.
+    """
+
+    size: tuple[int, int]
+    stored_size: tuple[int, int]
+    is_turned: bool
+    largest: int | None
+    bytes: int
+
+
+def inspected(path: Path, max_pixels: int) -> Inspected:
+    """Decodes an image to see whether it can be, and what it is.
+
+    Raises:
+      UnreadableImageError: as for `decoded`.
+    """
+
+    def inspect(image: Image.Image) -> Inspected:
+        is_wide = image.mode.startswith("I;16")
+        upright = _to_rgb(ImageOps.exif_transpose(image))
+        return Inspected(
+            size=(upright.height, upright.width),
+            stored_size=(image.height, image.width),
+            is_turned=_orientation(image) in _TURNED,
+            largest=int(np.asarray(image).max()) if is_wide else None,
+            bytes=path.stat().st_size,
+        )
+
+    return _read(path, max_pixels, inspect)
+
+
+def has_orientation(path: Path, max_pixels: int) -> bool:
+    """Whether a file says how its image is turned.
+
+    Raises:
+      UnreadableImageError: as for `decoded`.
+    """
+    return _read(path, max_pixels, lambda image: _orientation(image) is not None)
+
+
+def _orientation(image: Image.Image) -> int | None:
+    return image.getexif().get(ExifTags.Base.Orientation)
+
+
 def decoded(path: Path, max_pixels: int) -> Image.Image:
     """The whole image as upright 8-bit RGB.
 
     Raises:
       UnreadableImageError: the file is no image, is not whole, or has more than `max_pixels`.
     """
-    return _read(path, max_pixels, _to_rgb)
+    return _read(path, max_pixels, lambda image: _to_rgb(ImageOps.exif_transpose(image)))
 
 
 def decoded_mask(path: Path, max_pixels: int) -> np.ndarray:
@@ -57,7 +114,7 @@ def decoded_mask(path: Path, max_pixels: int) -> np.ndarray:
     Raises:
       UnreadableImageError: as for `decoded`; also where pixels are colours and no classes.
     """
-    return _read(path, max_pixels, _to_classes)
+    return _read(path, max_pixels, lambda image: _to_classes(ImageOps.exif_transpose(image)))
 
 
 def _read(path: Path, max_pixels: int, converted: Callable[[Image.Image], T]) -> T:
@@ -67,7 +124,7 @@ def _read(path: Path, max_pixels: int, converted: Callable[[Image.Image], T]) ->
         with Image.open(path) as image:
             check_pixels(image.size, max_pixels)
             image.load()
-            return converted(ImageOps.exif_transpose(image))
+            return converted(image)
     except UnreadableImageError:
         raise
     except Exception as error:
@@ -87,7 +144,7 @@ def check_pixels(size: tuple[int, int], max_pixels: int) -> None:
 def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I;16"):
         # Pillow's own conversion clips at 255 instead of scaling.
-        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+        image = Image.fromarray((np.asarray(image) // SIXTEEN_BIT_DIVISOR).astype(np.uint8))
     elif image.mode in ("I", "F"):
         raise UnreadableImageError(
             f"32-bit pixels (Pillow mode {image.mode}) have no set range; save as 8 or 16 bit"
@@ -157,20 +214,6 @@ def window(image_size: tuple[int, int], size: tuple[int, int], fit: Fit) -> Wind
     # As Pillow's ImageOps.fit: the largest part of these proportions, from the middle.
     scale = min(height / rows, width / columns)
     return Window(((height - scale * rows) / 2, (width - scale * columns) / 2), (scale, scale))
-
-
-def image_files(directory: Path) -> list[Path]:
-    """Files with an image suffix below a directory, without hidden ones, sorted."""
-    suffixes = Image.registered_extensions()
-    found = []
-    for parent, subdirectories, names in os.walk(directory):
-        subdirectories[:] = [name for name in subdirectories if name[0] != "."]
-        found += [
-            Path(parent, name)
-            for name in names
-            if name[0] != "." and Path(name).suffix.lower() in suffixes
-        ]
-    return sorted(found)
 
 
 def checked_in_parallel(check: Callable[[T], S], entries: Iterable[T]) -> list[S]:

@@ -3,19 +3,22 @@
 import os
 import warnings
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from lrjax.app.data import decoding
+from lrjax.app.data import decoding, finding
 from lrjax.app.data.decoding import Fit, SkippedFile, UnreadableImageError
+from lrjax.app.data.finding import Found
 from lrjax.app.data.sources import CHANNELS, Example
 from lrjax.text import listed
 
 IMAGES = "images"
 MASKS = "masks"
+_IS_TURNED = "it is turned by an EXIF orientation"
+_WHAT_TO_DO = "save the image upright without it"
 
 
 class SegmentationFolder:
@@ -26,7 +29,9 @@ class SegmentationFolder:
 
     * a missing directory, an image without a mask or a mask without an image, two files of one
       name, a mask of another size than its image, and classes with gaps raise `ValueError`;
-    * an unreadable image or mask is left out with its partner and listed in `skipped`;
+    * an unreadable image or mask is left out with its partner and listed in `skipped`, as are an
+      image that is turned by its EXIF orientation and a mask that may be turned or not, and a
+      directory that cannot be read;
     * a pair that breaks *after* the check is replaced by the next readable one, with a warning.
 
     Args:
@@ -54,11 +59,16 @@ class SegmentationFolder:
         self.directory = Path(directory)
         self._fit = fit
         self._max_pixels = max_pixels
+        found = _found(self.directory)
         checked = decoding.checked_in_parallel(
-            lambda pair: _check(*pair, max_pixels), _pairs(self.directory)
+            lambda pair: _check(*pair, max_pixels), _pairs(self.directory, found)
         )
         self._pairs = [pair for pair in checked if isinstance(pair, _Pair)]
-        self.skipped = tuple(file for file in checked if isinstance(file, SkippedFile))
+        self.skipped: tuple[SkippedFile, ...] = (
+            *(directory for one in found.values() for directory in one.unreadable),
+            *(file for file in checked if isinstance(file, SkippedFile)),
+        )
+        self.notes = finding.notes_on(found.values(), [pair.largest for pair in self._pairs])
         if not self._pairs:
             reasons = "".join(f"\n  {file}" for file in self.skipped)
             raise ValueError(f"data: no readable image with a mask in {self.directory}{reasons}")
@@ -110,13 +120,15 @@ class _Pair:
     size: tuple[int, int]  # (height, width), of the image
     mask_size: tuple[int, int]
     classes: frozenset[int]
+    largest: int | None  # value, of a 16-bit image
+    is_turned: bool  # by its EXIF orientation, and its mask has none
 
 
-def _pairs(directory: Path) -> list[tuple[Path, Path]]:
-    """Every image with its mask.
+def _found(directory: Path) -> dict[str, Found]:
+    """What lies in the directories of images and masks.
 
     Raises:
-      ValueError: a directory is missing or empty, or a file has no partner.
+      ValueError: one is missing.
     """
     for name in (IMAGES, MASKS):
         if not (directory / name).is_dir():
@@ -124,7 +136,16 @@ def _pairs(directory: Path) -> list[tuple[Path, Path]]:
                 f"data: {directory} has no directory {name}; a network that labels every pixel "
                 f"learns from {IMAGES}/ and, under the same names, {MASKS}/"
             )
-    images, masks = (_by_stem(directory / name) for name in (IMAGES, MASKS))
+    return {name: finding.images_below(directory / name) for name in (IMAGES, MASKS)}
+
+
+def _pairs(directory: Path, found: Mapping[str, Found]) -> list[tuple[Path, Path]]:
+    """Every image with its mask.
+
+    Raises:
+      ValueError: there is no image, or a file has no partner.
+    """
+    images, masks = (_by_stem(directory / name, found[name].files) for name in (IMAGES, MASKS))
     if not images:
         raise ValueError(f"data: no image in {directory / IMAGES}; add images")
     without = [images[stem] for stem in sorted(images.keys() - masks.keys())]
@@ -136,8 +157,7 @@ def _pairs(directory: Path) -> list[tuple[Path, Path]]:
     return [(images[stem], masks[stem]) for stem in sorted(images)]
 
 
-def _by_stem(directory: Path) -> dict[str, Path]:
-    files = decoding.image_files(directory)
+def _by_stem(directory: Path, files: Sequence[Path]) -> dict[str, Path]:
     stems = [str(file.relative_to(directory).with_suffix("")) for file in files]
     twice = {stem for stem, count in Counter(stems).items() if count > 1}
     if twice:
@@ -148,24 +168,30 @@ def _by_stem(directory: Path) -> dict[str, Path]:
 
 def _check(path: Path, mask: Path, max_pixels: int) -> _Pair | SkippedFile:
     try:
-        image = decoding.decoded(path, max_pixels)
+        image = decoding.inspected(path, max_pixels)
     except UnreadableImageError as error:
         return SkippedFile(path, str(error))
     try:
         classes = decoding.decoded_mask(mask, max_pixels)
+        is_turned = image.is_turned and not decoding.has_orientation(mask, max_pixels)
     except UnreadableImageError as error:
         return SkippedFile(mask, str(error))
-    shown = frozenset(int(value) for value in np.unique(classes))
     height, width = classes.shape
-    return _Pair(path, mask, (image.height, image.width), (height, width), shown)
+    # A mask of the upright size is upright, unless that size is the stored one's too.
+    if is_turned and (height, width) == image.size == image.stored_size:
+        return SkippedFile(path, f"{_IS_TURNED}, and {mask} may be turned or not; {_WHAT_TO_DO}")
+    shown = frozenset(int(value) for value in np.unique(classes))
+    return _Pair(path, mask, image.size, (height, width), shown, image.largest, is_turned)
 
 
 def _check_sizes(pairs: Sequence[_Pair]) -> None:
     for pair in pairs:
         if pair.size != pair.mask_size:
+            why = f". {pair.path}: {_IS_TURNED}, and its mask has none; {_WHAT_TO_DO}"
             raise ValueError(
                 f"data: {pair.mask} is {pair.mask_size[0]}x{pair.mask_size[1]} and {pair.path} "
                 f"{pair.size[0]}x{pair.size[1]} (height x width); a mask has its image's size"
+                + (why if pair.is_turned else "")
             )
 
 
