@@ -13,7 +13,17 @@ from typing import Any
 import jax
 import numpy as np
 
-from lrjax.app import budget, checkpoints, diagnosis, interruption, logs, processes, report, saved
+from lrjax.app import (
+    budget,
+    building,
+    checkpoints,
+    diagnosis,
+    interruption,
+    logs,
+    processes,
+    report,
+    saved,
+)
 from lrjax.app.building import Prepared, prepare
 from lrjax.app.checkpoints import Checkpoint, Checkpoints
 from lrjax.app.config import LENGTH, Config, differences
@@ -87,7 +97,8 @@ def config_to_resume(out: Path, given: dict[str, Any]) -> Config:
       given: dotted keys and values that were asked for now.
 
     Raises:
-      ValueError: there is no run, or a setting differs that would alter its numbers.
+      ValueError: there is no run, a setting differs that would alter its numbers, or a folder of
+        images that is not named now is no longer there.
     """
     before = saved.read_config(out)
     # One way of saying how long replaces the other.
@@ -97,7 +108,11 @@ def config_to_resume(out: Path, given: dict[str, Any]) -> Config:
     if "train.epochs" in given:
         flat["train.steps"] = None
     after = Config.of({**flat, **given})
-    different = differences(before, after)
+    # That another folder holds the same files is seen when it is opened.
+    folders = building.folders(before).keys() & building.folders(after).keys()
+    different = {
+        key: values for key, values in differences(before, after).items() if key not in folders
+    }
     if different:
         lines = [
             f"  {key}: {old!r} in the run, {new!r} given"
@@ -107,6 +122,13 @@ def config_to_resume(out: Path, given: dict[str, Any]) -> Config:
         raise ValueError(
             f"resume: the run in {out} has other settings; leave these out, or start a run of "
             "its own:\n" + "\n".join(lines)
+        )
+    missing = building.missing_folder(after)
+    if missing is not None and missing[0] not in given:
+        _, option, place = missing
+        raise ValueError(
+            f"resume: the images of the run, {place}, are not there; where they moved, name their "
+            f"folder with {option}"
         )
     return after
 
@@ -139,6 +161,10 @@ def run(
       lrjax.app.checkpoints.CannotWriteError: the disk is full, or may not be written to.
       lrjax.app.interruption.StoppedError: SIGTERM asked the run to end, and after a step it did.
     """
+    # What the run keeps is found from another working directory too.
+    config = building.with_folders(
+        config, {key: place.absolute() for key, place in building.folders(config).items()}
+    )
     if listener is None or not processes.is_first():
         listener = Listener()
     if config.run.keep:
@@ -253,12 +279,12 @@ def _start(prepared: Prepared, out: Path, listener: Listener) -> Start | None:
         lambda step: checkpoints.restore(out, step, like),
         lambda text: listener.note(f"{text}; trying the one before"),
     )
-    for name, value in prepared.facts.items():
-        if found.facts.get(name) != value:
-            raise ValueError(
-                f"resume: the data are not those of the run: {name} is {value} and was "
-                f"{found.facts.get(name)}; restore them, or start a run of its own"
-            )
+    difference = prepared.difference(found.facts)
+    if difference is not None:
+        raise ValueError(
+            f"resume: the data are not those of the run: {difference}; restore them, or start a "
+            "run of its own"
+        )
     if not np.array_equal(found.random_key, np.asarray(jax.random.key_data(dropout_key))):
         raise ValueError("resume: random keys are not the run's; use the same JAX settings")
     if found.step > prepared.steps:

@@ -34,7 +34,8 @@ def evaluate(
 
     Args:
       run: the run's directory.
-      data: a folder; None: the images that the run held out, or else those it learnt from.
+      data: a folder; None: the images that the run held out, or else those it learnt from, which
+        must be the same as then.
       step: of the checkpoint; None: the newest.
       batch: images at a time; None: the run's.
       devices: that share the rows of each image, however many the run had.
@@ -44,7 +45,7 @@ def evaluate(
       ValueError: there is no such run, or the images do not fit it.
     """
     network = saved.load(run, note, step=step)
-    source, description = _images_of(network, data)
+    source, description = _images_of(run, network, data)
     for text in getattr(source, "notes", ()):
         note(text)
     if source.class_names != network.class_names or source.image_shape != network.image_shape:
@@ -69,12 +70,9 @@ def evaluate(
     }
 
 
-def _images_of(network: saved.SavedRun, data: str | None) -> tuple[ImageSource, str]:
+def _images_of(run: Path, network: saved.SavedRun, data: str | None) -> tuple[ImageSource, str]:
     if data is None:
-        prepared = building.prepare(network.config)
-        if prepared.validation is not None:
-            return prepared.validation, "held out by the run"
-        return prepared.source, "what the run learnt from"
+        return _own_images(run, network)
     if data == "digits":
         digits = {**network.config.flat(), "data.path": "digits"}
         return building.source_of(building.Config.of(digits)), data
@@ -83,6 +81,30 @@ def _images_of(network: saved.SavedRun, data: str | None) -> tuple[ImageSource, 
         Path(data), network.config, size=size, num_classes=len(network.class_names)
     )
     return folder, data
+
+
+def _own_images(run: Path, network: saved.SavedRun) -> tuple[ImageSource, str]:
+    """What the run held out, or else what it learnt from."""
+    # The checkpoint may be older than the names that folders have now.
+    named = building.folders(saved.read_config(run))
+    config = building.with_folders(network.config, named)
+    missing = building.missing_folder(config)
+    if missing is not None:
+        raise ValueError(
+            f"data: the images of the run, {missing[2]}, are not there; where they moved, say so "
+            f"with lrjax train --out {run} --resume {missing[1]} FOLDER, or name others here with "
+            "--data FOLDER"
+        )
+    prepared = building.prepare(config)
+    difference = prepared.difference(network.facts)
+    if difference is not None:
+        raise ValueError(
+            f"data: what is in {config.data.path} is not what the run learnt from and held out: "
+            f"{difference}; restore it, or name other images with --data FOLDER"
+        )
+    if prepared.validation is not None:
+        return prepared.validation, "held out by the run"
+    return prepared.source, "what the run learnt from"
 
 
 def predict(

@@ -68,6 +68,7 @@ class ImageFolder:
         files, self.skipped = _readable_files(self.directory, self.class_names, found, max_pixels)
         self.notes = finding.notes_on(found, [file.largest for file in files])
         self._paths = [file.path for file in files]
+        self._bytes = [file.bytes for file in files]
         self.labels = np.array([file.label for file in files], np.int32)
         size = decoding.checked_size(image_size or decoding.shared_size(files))
         self.image_shape: tuple[int, int, int] = (*size, CHANNELS)
@@ -78,6 +79,10 @@ class ImageFolder:
     def name(self, index: int) -> str:
         """The file of an image."""
         return str(self._paths[index])
+
+    def files_of(self, index: int) -> str:
+        """The file of an image below the folder, and its bytes; see `sources.files_of`."""
+        return f"{self._paths[index].relative_to(self.directory).as_posix()}\t{self._bytes[index]}"
 
     def __getitem__(self, index: int) -> Example:
         for candidate in range(index, index + len(self)):
@@ -104,6 +109,7 @@ class _CheckedFile:
     label: int
     size: tuple[int, int]  # (height, width)
     largest: int | None  # value, of a 16-bit image
+    bytes: int
 
 
 def _class_names(directory: Path) -> tuple[str, ...]:
@@ -141,7 +147,7 @@ def _readable_files(
             image = decoding.inspected(path, max_pixels)
         except UnreadableImageError as error:
             return SkippedFile(path, str(error))
-        return _CheckedFile(path, label, image.size, image.largest)
+        return _CheckedFile(path, label, image.size, image.largest, image.bytes)
 
     entries = [(path, label) for label, one in enumerate(found) for path in one.files]
     checked = decoding.checked_in_parallel(check, entries)

@@ -86,6 +86,14 @@ class SegmentationFolder:
         """The image file of a pair."""
         return str(self._pairs[index].path)
 
+    def files_of(self, index: int) -> str:
+        """Image and mask below the folder, and their bytes; see `sources.files_of`."""
+        pair = self._pairs[index]
+        files = zip((pair.path, pair.mask), pair.bytes, strict=True)
+        return "\t".join(
+            f"{path.relative_to(self.directory).as_posix()}\t{size}" for path, size in files
+        )
+
     def classes_of(self, index: int) -> frozenset[int]:
         """The classes that a mask shows."""
         return self._pairs[index].classes
@@ -121,6 +129,7 @@ class _Pair:
     mask_size: tuple[int, int]
     classes: frozenset[int]
     largest: int | None  # value, of a 16-bit image
+    bytes: tuple[int, int]  # of image and mask
     is_turned: bool  # by its EXIF orientation, and its mask has none
 
 
@@ -172,16 +181,17 @@ def _check(path: Path, mask: Path, max_pixels: int) -> _Pair | SkippedFile:
     except UnreadableImageError as error:
         return SkippedFile(path, str(error))
     try:
-        classes = decoding.decoded_mask(mask, max_pixels)
+        classes, mask_bytes = decoding.decoded_mask(mask, max_pixels), mask.stat().st_size
         is_turned = image.is_turned and not decoding.has_orientation(mask, max_pixels)
-    except UnreadableImageError as error:
+    except (UnreadableImageError, OSError) as error:
         return SkippedFile(mask, str(error))
     height, width = classes.shape
     # A mask of the upright size is upright, unless that size is the stored one's too.
     if is_turned and (height, width) == image.size == image.stored_size:
         return SkippedFile(path, f"{_IS_TURNED}, and {mask} may be turned or not; {_WHAT_TO_DO}")
     shown = frozenset(int(value) for value in np.unique(classes))
-    return _Pair(path, mask, image.size, (height, width), shown, image.largest, is_turned)
+    sizes = image.bytes, mask_bytes
+    return _Pair(path, mask, image.size, (height, width), shown, image.largest, sizes, is_turned)
 
 
 def _check_sizes(pairs: Sequence[_Pair]) -> None:
