@@ -4,7 +4,6 @@ This is what `lrjax train` does, without a terminal.
 """
 
 import math
-import shutil
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -18,6 +17,7 @@ from lrjax.app import (
     building,
     checkpoints,
     diagnosis,
+    directory,
     interruption,
     logs,
     processes,
@@ -77,16 +77,45 @@ class Result:
     evaluation: Evaluation | None
 
 
-def check(config: Config) -> None:
+def check(
+    config: Config,
+    out: Path | None = None,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    listener: Listener | None = None,
+) -> Prepared:
     """Looks whether everything fits, and trains nothing.
 
+    Args:
+      config, resume, overwrite: as for `run`.
+      out: the directory that the run would have; None: it is not looked at.
+      listener: is told of the data, and of the checkpoint to go on after.
+
+    Returns:
+      What would be trained.
+
     Raises:
-      ValueError: it does not; says what to do.
+      ValueError: it does not fit; says what to do.
     """
-    prepared = prepare(config, placement_of(config.mesh.rows, config.mesh.data))
+    listener = listener or Listener()
+    if out is not None:
+        directory.check(out, config, resume=resume, overwrite=overwrite)
+    prepared = _prepared(config, listener)
+    if out is not None and resume:
+        _start(prepared, out, listener)
     # A budget is planned for by compiling, so only model and data are looked at.
     execution = prepared.execution or Strategy("column")
     check_step(prepared.model, prepared.source, execution, batch_size=config.train.batch)
+    return prepared
+
+
+def _prepared(config: Config, listener: Listener) -> Prepared:
+    prepared = prepare(config, placement_of(config.mesh.rows, config.mesh.data))
+    listener.prepared(prepared)
+    for text in prepared.notes:
+        listener.note(text)
+    return prepared
 
 
 def config_to_resume(out: Path, given: dict[str, Any]) -> Config:
@@ -149,7 +178,7 @@ def run(
       out: its directory.
       resume: go on after the newest checkpoint that is whole, with the same numbers as if the run
         had not been interrupted; start at the beginning where there is none yet.
-      overwrite: remove the checkpoints of an earlier run in `out`.
+      overwrite: remove what an earlier run left in `out`.
       options: what `metrics.json` calls so; default: the configuration's keys.
       listener: is told how it goes.
 
@@ -176,7 +205,7 @@ def run(
         def enter() -> None:
             report.check_writable(out)
             held.enter_context(locked(out, listener.note))
-            _check_directory(out, resume=resume, overwrite=overwrite)
+            directory.check(out, config, resume=resume, overwrite=overwrite)
 
         processes.first_does(enter)
         return _run(config, out, listener, options, resume=resume, overwrite=overwrite)
@@ -192,10 +221,7 @@ def _run(
     overwrite: bool,
 ) -> Result:
     """`run`, in a directory that no other trainer uses."""
-    prepared = prepare(config, placement_of(config.mesh.rows, config.mesh.data))
-    listener.prepared(prepared)
-    for text in prepared.notes:
-        listener.note(text)
+    prepared = _prepared(config, listener)
     start = _start(prepared, out, listener) if resume else None
     compiled: CompiledStep | None = None
     try:
@@ -213,15 +239,6 @@ def _run(
             raise
         message = diagnosis.of_memory(error, config, prepared.source.image_shape, compiled)
         raise diagnosis.OutOfMemoryError(message) from error
-
-
-def _check_directory(out: Path, *, resume: bool, overwrite: bool) -> None:
-    steps = checkpoints.saved_steps(out)
-    if steps and not resume and not overwrite:
-        raise ValueError(
-            f"out: {out} holds a run with checkpoints, the newest of step {steps[-1]}; go on with "
-            "--resume, name another directory, or replace it with --overwrite"
-        )
 
 
 def _compiled(
@@ -310,8 +327,10 @@ def _write_beginning(
 ) -> None:
     out.mkdir(parents=True, exist_ok=True)
     if start is None:
-        _clear(out, everything=overwrite)
+        directory.clear(out, everything=overwrite)
     else:
+        if start.step < prepared.steps:
+            directory.remove_results(out)
         for step in checkpoints.saved_steps(out):
             if step > start.step:  # it could not be read
                 checkpoints.set_aside(out, step)
@@ -328,17 +347,6 @@ def _write_beginning(
             balanced=config.data.balanced,
             augmentation=config.augment.build(),
         )
-
-
-def _clear(out: Path, *, everything: bool) -> None:
-    """Removes what an earlier run left and this one would be taken to have made."""
-    (out / saved.PLAN_FILE).unlink(missing_ok=True)
-    if not everything:
-        return
-    for name in (checkpoints.DIRECTORY, checkpoints.DAMAGED, logs.TENSORBOARD_DIRECTORY):
-        shutil.rmtree(out / name, ignore_errors=True)
-    for name in (logs.LOG_FILE, *report.RESULT_FILES):
-        (out / name).unlink(missing_ok=True)
 
 
 class _Run:
@@ -391,6 +399,8 @@ class _Run:
                 start=self._start,
                 on_progress=self._after_step,
             )
+            if self._start is not None and self._start.step == self._prepared.steps:
+                self._evaluate_again(self._start.step, training)
         whole = self._with_earlier_steps(training) if processes.is_first() else training
         metrics = report.metrics_of(
             whole,
@@ -409,7 +419,10 @@ class _Run:
         self._write(progress.step, {name: getattr(progress, name) for name in numbers})
         self._listener.step(progress, self._prepared.steps)
         if self._evaluator is not None and (last or progress.step % self._validate_every == 0):
-            self._evaluate(self._evaluator, progress)
+            state = progress.state
+            self._evaluation = self._evaluated(self._evaluator, state.params, state.statistics)
+            self._write(progress.step, report.validation_numbers(self._evaluation))
+            self._listener.evaluated(progress.step, self._evaluation)
         is_stopped = processes.any_says(self._request.is_made) and not last
         is_due = last or is_stopped or progress.step % self._config.run.checkpoint_every == 0
         if self._checkpoints is not None and is_due:
@@ -428,12 +441,20 @@ class _Run:
         epoch = math.ceil(len(self._prepared.source) / self._config.train.batch)
         return self._config.train.validate_every or epoch
 
-    def _evaluate(self, evaluator: Evaluator, progress: Progress) -> None:
+    def _evaluated(self, evaluator: Evaluator, params: Any, statistics: Any) -> Evaluation:
         assert self._prepared.validation is not None
-        state = progress.state
-        self._evaluation = evaluator(state.params, state.statistics, self._prepared.validation)
-        self._write(progress.step, report.validation_numbers(self._evaluation))
-        self._listener.evaluated(progress.step, self._evaluation)
+        return evaluator(params, statistics, self._prepared.validation)
+
+    def _evaluate_again(self, step: int, training: Training) -> None:
+        """Of a run with no step to make: what it found before is in the log, if anywhere."""
+        if self._evaluator is None:
+            return
+        params, statistics = training.params, training.statistics
+        self._evaluation = self._evaluated(self._evaluator, params, statistics)
+        logged = (line for line in logs.read(self._out) if line["step"] == step)
+        if not any("validation_loss" in line for line in logged):
+            self._write(step, report.validation_numbers(self._evaluation))
+        self._listener.evaluated(step, self._evaluation)
 
     def _checkpoint(self, progress: Progress) -> Checkpoint:
         facts = {
@@ -447,8 +468,12 @@ class _Run:
     def _with_earlier_steps(self, training: Training) -> Training:
         """The log has the steps before an interruption too."""
         lines = [line for line in logs.read(self._out) if "loss" in line]
-        return replace(
+        whole = replace(
             training,
             losses=tuple(line["loss"] for line in lines),
             step_seconds=tuple(line["seconds"] for line in lines),
         )
+        if training.losses:
+            return whole
+        # No step was measured; an earlier process may have done so.
+        return replace(whole, memory=report.memory_before(self._out, whole))

@@ -91,6 +91,39 @@ def test_a_finished_run_writes_its_results_again(run):
     assert report.read_metrics(run)["losses"] == before["losses"]
 
 
+@pytest.mark.parametrize("lost", [None, report.METRICS_FILE, "log's last line"])
+def test_a_finished_run_that_goes_on_has_the_same_results(of_folders, tmp_path, lost):
+    """With held-out images, and with nothing left to train."""
+    run = shutil.copytree(of_folders / "run", tmp_path / "run")
+    before, lines = report.read_metrics(run), logs.read(run)
+    if lost == report.METRICS_FILE:
+        (run / lost).unlink()
+    elif lost:
+        text = (run / logs.LOG_FILE).read_text()
+        (run / logs.LOG_FILE).write_text(text[: text.rindex('{"step": 4')])
+    notes = Notes()
+    go_on(run, notes)
+    after = report.read_metrics(run)
+    assert after["losses"] == before["losses"]
+    assert after["validation"] == before["validation"]
+    assert logs.read(run) == lines
+    assert [step for step, _ in notes.evaluations] == [4]
+    if lost != report.METRICS_FILE:
+        assert after["rss_peak_bytes"] == before["rss_peak_bytes"] > 0
+
+
+class Interrupted(runs.Listener):
+    def step(self, progress, steps):
+        raise KeyboardInterrupt
+
+
+def test_results_of_fewer_steps_are_gone_while_a_run_goes_on(run):
+    with pytest.raises(KeyboardInterrupt):
+        go_on(run, Interrupted(), train__steps=6)
+    assert not [name for name in report.RESULT_FILES if (run / name).exists()]
+    assert checkpoints.saved_steps(run) == [2, 4]
+
+
 def damage_array(checkpoint: Path):
     """Turns a byte of the largest file, which holds arrays."""
     largest = max((p for p in checkpoint.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
@@ -172,6 +205,32 @@ def test_another_length_is_refused_where_rates_depend_on_it(tmp_path):
 def test_a_run_is_not_overwritten_by_mistake(finished):
     with pytest.raises(ValueError, match="holds a run with checkpoints, the newest of step 4"):
         train(finished)
+
+
+FOREIGN = (saved.CONFIG_FILE, logs.LOG_FILE, logs.SAMPLES_FILE, *report.RESULT_FILES)
+
+
+@pytest.mark.usefixtures("nothing_compiled")
+@pytest.mark.parametrize("name", FOREIGN)
+def test_files_that_a_run_would_write_are_not_replaced_by_mistake(tmp_path, name):
+    (tmp_path / name).write_text("somebody's")
+    with pytest.raises(ValueError, match=f"holds {name}, which the run would write; name another"):
+        train(tmp_path, run__samples=1, run__keep=0)
+    with pytest.raises(ValueError, match=f"holds {name}"):
+        runs.check(tiny_runs.configured(run__samples=1), tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+    assert (tmp_path / name).read_text() == "somebody's"
+
+
+def test_nothing_of_a_run_stands_beside_the_one_that_replaces_it(tmp_path):
+    for name in (*FOREIGN, saved.PLAN_FILE):
+        (tmp_path / name).write_text("of an earlier run")
+    with pytest.raises(KeyboardInterrupt):
+        runs.run(
+            tiny_runs.configured(run__keep=0), tmp_path, overwrite=True, listener=Interrupted()
+        )
+    assert {path.name for path in tmp_path.iterdir()} == {saved.CONFIG_FILE, logs.LOG_FILE}
+    assert [line["step"] for line in logs.read(tmp_path)] == [1]
 
 
 def test_a_run_is_overwritten_when_asked_to(run):

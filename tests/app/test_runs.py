@@ -332,6 +332,44 @@ def test_options_override_the_file(tmp_path):
     assert "optimizer.lr: 0.001 in the run, 0.5 given" in again.output
 
 
+@pytest.mark.parametrize("options", [[], ["--resume"]], ids=["", "resume"])
+def test_check_says_what_would_be_trained(tmp_path, options):
+    for name in ("ant", "bee"):
+        (tmp_path / "images" / name).mkdir(parents=True)
+        for number in range(4):
+            Image.new("RGB", (16, 16)).save(tmp_path / "images" / name / f"{number}.png")
+    (tmp_path / "images" / "ant" / "broken.png").write_text("no image")
+    (tmp_path / "images" / "bee" / "5.heic").write_text("no image")
+    settings = {
+        "data__path": str(tmp_path / "images"),
+        "data__image_size": None,
+        "data__validation": 0.25,
+        "train__epochs": 3,
+        "train__steps": None,
+    }
+    config = tiny_runs.configured(**settings)
+    if options:
+        train(tmp_path / "run", **settings)
+    given = {key: value for key, value in config.flat().items() if value is not None}
+    sets = [part for key, value in given.items() for part in ("--set", f"{key}={value}")]
+    answer = invoke("train", "--out", tmp_path / "run", "--check", *(options or sets))
+    assert answer.exit_code == 0, answer.output
+    assert "6 images of 16x16, 2 classes, 2 held out" in answer.output
+    assert "classes: ant, bee" in answer.output
+    assert "9 steps of 2 images; checked, and nothing trained" in answer.output
+    assert "1 unreadable files left out" in answer.output
+    assert "broken.png: UnidentifiedImageError" in answer.output
+    assert "no image's suffix: 1 .heic" in answer.output
+    assert ("going on after step 9" in answer.output) == bool(options)
+    assert (tmp_path / "run").exists() == bool(options)
+
+
+def test_check_refuses_a_directory_that_is_taken(classified):
+    answer = invoke("train", "--out", classified[0], "--check")
+    assert answer.exit_code == 2
+    assert "holds a run with checkpoints" in answer.output
+
+
 def test_tensorboard_has_its_events(tmp_path):
     pytest.importorskip("tensorboardX", reason="pip install 'lrjax[experiments]'")
     with logs.Log(tmp_path, tensorboard=True) as log:
