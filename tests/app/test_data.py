@@ -1,7 +1,9 @@
 """Images reach the model with the right label, at the stated size, in an order the seed decides."""
 
 import os
+import struct
 import warnings
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -238,6 +240,25 @@ def test_16_bit_images_that_become_almost_black_are_told(folder, largest, is_tol
     if is_told:
         assert "value above 4,095, and these are divided by 256" in notes[0]
         assert "at most 15 of 255; rescale the files" in notes[0]
+
+
+def test_16_bit_colours_that_become_almost_black_are_told(folder):
+    """Pillow reads them and does not write them."""
+
+    def chunk(kind, content):
+        checksum = struct.pack(">I", zlib.crc32(kind + content))
+        return struct.pack(">I", len(content)) + kind + content + checksum
+
+    rows = (b"\0" + struct.pack(">24H", *[4000] * 24)) * 6
+    (folder / "ant" / "wide.png").write_bytes(
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", struct.pack(">IIBBBBB", 8, 6, 16, 2, 0, 0, 0))
+        + chunk(b"IDAT", zlib.compress(rows))
+        + chunk(b"IEND", b"")
+    )
+    source = ImageFolder(folder)
+    assert source[3]["image"].max() == 15
+    assert "value above 4,095, and these are divided by 256" in source.notes[0]
 
 
 def test_exif_orientation_is_applied(tmp_path):

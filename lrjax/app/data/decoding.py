@@ -5,6 +5,7 @@ What an image needs is known from its header, so that an absurd one is refused b
 
 import concurrent.futures
 import os
+import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -73,17 +74,25 @@ def inspected(path: Path, max_pixels: int) -> Inspected:
     """
 
     def inspect(image: Image.Image) -> Inspected:
-        is_wide = image.mode.startswith("I;16")
         upright = _to_rgb(ImageOps.exif_transpose(image))
         return Inspected(
             size=(upright.height, upright.width),
             stored_size=(image.height, image.width),
             is_turned=_orientation(image) in _TURNED,
-            largest=int(np.asarray(image).max()) if is_wide else None,
+            largest=_largest_of_16_bits(image, path),
             bytes=path.stat().st_size,
         )
 
     return _read(path, max_pixels, inspect)
+
+
+def _largest_of_16_bits(image: Image.Image, path: Path) -> int | None:
+    if image.mode.startswith("I;16"):
+        return int(np.asarray(image).max())
+    with Image.open(path) as header:  # a loaded image no longer knows
+        is_wide = re.search(";16[BLN]", str(header.tile)) is not None
+    # Colours of 16 bits are 8-bit ones as soon as Pillow has read them.
+    return (int(np.asarray(image).max()) + 1) * SIXTEEN_BIT_DIVISOR - 1 if is_wide else None
 
 
 def has_orientation(path: Path, max_pixels: int) -> bool:
