@@ -31,6 +31,13 @@ def shortened(text: str, most: int) -> str:
     return text if len(text) <= most else text[: most - 3] + "..."
 
 
+def listed(things: Sequence[object], most: int = 5) -> str:
+    """The first things with commas between them, and how many more there are."""
+    text = ", ".join(map(str, things[:most]))
+    more = len(things) - most
+    return f"{text} and {more} more" if more > 0 else text
+
+
 def ends(lines: Sequence[str], most: int, note: str) -> list[str]:
     """The lines, or the first and last of them around ``note``, with the number left out."""
     if len(lines) <= most:

@@ -17,7 +17,7 @@ make_venv .venv-quickstart experiments
 # The learning rate is one at which rounding is not amplified: at 0.01 the loss shoots over after 30
 # steps, and curves of any two strategies part.
 out=${1:-runs/quickstart}
-.venv-quickstart/bin/lrjax compare-strategies --out "$out" \
+.venv-quickstart/bin/lrjax compare-strategies --out "$out" --overwrite \
   --strategy column --strategy stream:16 --strategy 2ps:4 --strategy overl:4 \
   --strategy 2ps:8,2@pool2 \
   --data digits --digits 0,1 --image-size 512 --batch 2 --balanced --width 0.25 \

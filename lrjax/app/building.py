@@ -1,8 +1,9 @@
 """From a configuration to what it names: images, network, optimiser. Nothing is compiled."""
 
-import contextlib
 import dataclasses
+import functools
 import zlib
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,12 +16,19 @@ import optax
 from lrjax.app import data
 from lrjax.app.config import Config, DataSection, ModelSection, StrategySection
 from lrjax.app.data import ImageSource
+from lrjax.app.data.sources import checksum_of_files
 from lrjax.app.placement import ONE_DEVICE, Placement, planned
 from lrjax.app.strategy import ROWS, Planned, Strategy, parse_num_blocks
 from lrjax.models import registry
 from lrjax.plan import Plan
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+
+# What a person calls the facts that not every checkpoint has.
+_LATER_FACTS = {
+    "files_checksum": "the checksum of the files' names and sizes in bytes",
+    "held_out_checksum": "the checksum of the held-out files' names and sizes in bytes",
+}
 
 
 @dataclass(frozen=True)
@@ -36,6 +44,7 @@ class Prepared:
       execution: how the rows run; None where a budget is to be planned for.
       steps: of training.
       skipped: files that are left out, with reasons.
+      notes: what a person should know of the data.
       placement: the devices.
     """
 
@@ -47,18 +56,31 @@ class Prepared:
     execution: Strategy | Planned | None
     steps: int
     skipped: tuple[str, ...]
+    notes: tuple[str, ...] = ()
     placement: Placement = ONE_DEVICE
 
-    @property
+    @functools.cached_property
     def facts(self) -> dict[str, Any]:
         """What a checkpoint must find again in the data to go on."""
         labels = np.ascontiguousarray(self.source.labels)
+        held_out = self.validation
         return {
             "class_names": list(self.source.class_names),
             "image_shape": list(self.source.image_shape),
             "images": len(self.source),
             "labels_checksum": zlib.crc32(labels.tobytes()),
+            "files_checksum": checksum_of_files(self.source),
+            "held_out_checksum": None if held_out is None else checksum_of_files(held_out),
         }
+
+    def difference(self, found: Mapping[str, Any]) -> str | None:
+        """In which of its facts the data are not those of a checkpoint; None where they are."""
+        for name, value in self.facts.items():
+            # Checkpoints of earlier versions have no checksums of files.
+            if found.get(name) != value and not (name in _LATER_FACTS and name not in found):
+                kind = _LATER_FACTS.get(name, name)
+                return f"{kind} is {value} and was {found.get(name)}"
+        return None
 
 
 def prepare(config: Config, placement: Placement = ONE_DEVICE) -> Prepared:
@@ -70,8 +92,10 @@ def prepare(config: Config, placement: Placement = ONE_DEVICE) -> Prepared:
     execution = execution_of(config.strategy, placement)
     registry.network(config.model.name)
     whole = source_of(config)
-    skipped = [str(file) for file in getattr(whole, "skipped", ())]
-    source, validation = _split(config, whole, skipped)
+    source, validation = _split(config, whole)
+    opened = [whole, validation]  # a part of the whole has nothing of these
+    skipped = [str(file) for one in opened for file in getattr(one, "skipped", ())]
+    notes = [text for one in opened for text in getattr(one, "notes", ())]
     if skipped and config.data.unreadable == "error":
         raise ValueError(
             "data: files cannot be read; mend or remove them, or use data.unreadable=skip:\n  "
@@ -91,30 +115,60 @@ def prepare(config: Config, placement: Placement = ONE_DEVICE) -> Prepared:
         execution=execution,
         steps=steps,
         skipped=tuple(skipped),
+        notes=tuple(notes),
         placement=placement,
     )
 
 
-def _split(
-    config: Config, whole: ImageSource, skipped: list[str]
-) -> tuple[ImageSource, ImageSource | None]:
-    """Images to train on and images held out; adds the latter's unreadable files to `skipped`."""
+def _split(config: Config, whole: ImageSource) -> tuple[ImageSource, ImageSource | None]:
+    """Images to train on and images held out."""
     wanted = config.data.validation
-    if isinstance(wanted, str):
-        with contextlib.suppress(ValueError):
-            wanted = float(wanted)
     if wanted is None:
         return whole, None
-    if isinstance(wanted, float):
-        source, validation = data.split(whole, wanted, seed=config.train.seed)
+    place = folders(config).get("data.validation")
+    if place is None:
+        source, validation = data.split(whole, float(wanted), seed=config.train.seed)
         data.check_validation(source, validation)
         return source, validation
     folder = folder_of(
-        Path(wanted), config, size=whole.image_shape[:2], num_classes=len(whole.class_names)
+        place, config, size=whole.image_shape[:2], num_classes=len(whole.class_names)
     )
     data.check_validation(whole, folder)
-    skipped += [str(file) for file in folder.skipped]
     return whole, folder
+
+
+def folders(config: Config) -> dict[str, Path]:
+    """The folders that the images come from, by the keys that name them."""
+    found = {}
+    if config.data.path != "digits":
+        found["data.path"] = Path(config.data.path)
+    held_out = config.data.validation
+    if isinstance(held_out, str) and not _is_number(held_out):
+        found["data.validation"] = Path(held_out)
+    return found
+
+
+def with_folders(config: Config, places: Mapping[str, Path]) -> Config:
+    """The same with other names of the folders, by their keys."""
+    changed = {key.removeprefix("data."): str(place) for key, place in places.items()}
+    return config.model_copy(update={"data": config.data.model_copy(update=changed)})
+
+
+def missing_folder(config: Config) -> tuple[str, str, Path] | None:
+    """Of the first folder that is not there: its key, its option and its path."""
+    options = {"data.path": "--data", "data.validation": "--validation"}
+    for key, place in folders(config).items():
+        if not place.is_dir():
+            return key, options[key], place
+    return None
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
 
 
 def source_of(config: Config) -> ImageSource:
@@ -125,8 +179,8 @@ def source_of(config: Config) -> ImageSource:
     """
     chosen = config.data
     size = size_of(chosen.image_size) if chosen.image_size else None
-    if chosen.path != "digits":
-        return folder_of(Path(chosen.path), config, size=size)
+    if place := folders(config).get("data.path"):
+        return folder_of(place, config, size=size)
     canvases = data.ScatteredDigits(
         size or (512, 512),
         num_images=chosen.num_images,

@@ -74,20 +74,19 @@ class Log:
 
 
 def read(run: Path) -> list[dict[str, Any]]:
-    """The lines of a run; a last one that was cut short does not count."""
+    """The lines of a run; damaged ones, as a last one that was cut short, do not count."""
     lines = []
     try:
-        texts = (run / LOG_FILE).read_text("utf-8").splitlines()
+        texts = (run / LOG_FILE).read_text("utf-8", errors="replace").splitlines()
     except FileNotFoundError:
         return []
     for text in texts:
         try:
             line = json.loads(text)
         except json.JSONDecodeError:
-            break
-        if not isinstance(line, dict) or not isinstance(line.get("step"), int):
-            break
-        lines.append(line)
+            continue
+        if isinstance(line, dict) and isinstance(line.get("step"), int):
+            lines.append(line)
     return lines
 
 

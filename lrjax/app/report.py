@@ -7,6 +7,7 @@ import json
 import os
 import platform
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypedDict
 
@@ -18,7 +19,7 @@ from rich.table import Table
 
 from lrjax.app.evaluation import Evaluation
 from lrjax.app.strategy import Execution, Strategy
-from lrjax.app.training import Training
+from lrjax.app.training import Memory, Training
 from lrjax.files import replacing, write_whole
 from lrjax.memory.text import new_table
 from lrjax.text import MIB
@@ -121,6 +122,20 @@ def write_run(directory: Path, training: Training, metrics: Metrics) -> None:
 def read_metrics(directory: Path) -> Metrics:
     """The metrics file that `write_run` left in `directory`."""
     return json.loads((directory / METRICS_FILE).read_text())
+
+
+def memory_before(directory: Path, training: Training) -> Memory:
+    """The memory of a training without steps of its own: as the metrics file has it, where that is
+    of the same steps.
+    """
+    try:
+        before = read_metrics(directory)
+        if before["losses"] == list(training.losses):
+            rss, device = before["rss_peak_bytes"], before["device_peak_bytes"]
+            return replace(training.memory, rss=rss, device=device)
+    except (OSError, ValueError, KeyError, TypeError):  # there is none, or it is no such file
+        pass
+    return training.memory
 
 
 def check_writable(directory: Path) -> None:

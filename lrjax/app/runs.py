@@ -4,7 +4,6 @@ This is what `lrjax train` does, without a terminal.
 """
 
 import math
-import shutil
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -13,7 +12,18 @@ from typing import Any
 import jax
 import numpy as np
 
-from lrjax.app import budget, checkpoints, diagnosis, interruption, logs, processes, report, saved
+from lrjax.app import (
+    budget,
+    building,
+    checkpoints,
+    diagnosis,
+    directory,
+    interruption,
+    logs,
+    processes,
+    report,
+    saved,
+)
 from lrjax.app.building import Prepared, prepare
 from lrjax.app.checkpoints import Checkpoint, Checkpoints
 from lrjax.app.config import LENGTH, Config, differences
@@ -67,16 +77,45 @@ class Result:
     evaluation: Evaluation | None
 
 
-def check(config: Config) -> None:
+def check(
+    config: Config,
+    out: Path | None = None,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    listener: Listener | None = None,
+) -> Prepared:
     """Looks whether everything fits, and trains nothing.
 
+    Args:
+      config, resume, overwrite: as for `run`.
+      out: the directory that the run would have; None: it is not looked at.
+      listener: is told of the data, and of the checkpoint to go on after.
+
+    Returns:
+      What would be trained.
+
     Raises:
-      ValueError: it does not; says what to do.
+      ValueError: it does not fit; says what to do.
     """
-    prepared = prepare(config, placement_of(config.mesh.rows, config.mesh.data))
+    listener = listener or Listener()
+    if out is not None:
+        directory.check(out, config, resume=resume, overwrite=overwrite)
+    prepared = _prepared(config, listener)
+    if out is not None and resume:
+        _start(prepared, out, listener)
     # A budget is planned for by compiling, so only model and data are looked at.
     execution = prepared.execution or Strategy("column")
     check_step(prepared.model, prepared.source, execution, batch_size=config.train.batch)
+    return prepared
+
+
+def _prepared(config: Config, listener: Listener) -> Prepared:
+    prepared = prepare(config, placement_of(config.mesh.rows, config.mesh.data))
+    listener.prepared(prepared)
+    for text in prepared.notes:
+        listener.note(text)
+    return prepared
 
 
 def config_to_resume(out: Path, given: dict[str, Any]) -> Config:
@@ -87,7 +126,8 @@ def config_to_resume(out: Path, given: dict[str, Any]) -> Config:
       given: dotted keys and values that were asked for now.
 
     Raises:
-      ValueError: there is no run, or a setting differs that would alter its numbers.
+      ValueError: there is no run, a setting differs that would alter its numbers, or a folder of
+        images that is not named now is no longer there.
     """
     before = saved.read_config(out)
     # One way of saying how long replaces the other.
@@ -97,7 +137,11 @@ def config_to_resume(out: Path, given: dict[str, Any]) -> Config:
     if "train.epochs" in given:
         flat["train.steps"] = None
     after = Config.of({**flat, **given})
-    different = differences(before, after)
+    # That another folder holds the same files is seen when it is opened.
+    folders = building.folders(before).keys() & building.folders(after).keys()
+    different = {
+        key: values for key, values in differences(before, after).items() if key not in folders
+    }
     if different:
         lines = [
             f"  {key}: {old!r} in the run, {new!r} given"
@@ -107,6 +151,13 @@ def config_to_resume(out: Path, given: dict[str, Any]) -> Config:
         raise ValueError(
             f"resume: the run in {out} has other settings; leave these out, or start a run of "
             "its own:\n" + "\n".join(lines)
+        )
+    missing = building.missing_folder(after)
+    if missing is not None and missing[0] not in given:
+        _, option, place = missing
+        raise ValueError(
+            f"resume: the images of the run, {place}, are not there; where they moved, name their "
+            f"folder with {option}"
         )
     return after
 
@@ -127,7 +178,7 @@ def run(
       out: its directory.
       resume: go on after the newest checkpoint that is whole, with the same numbers as if the run
         had not been interrupted; start at the beginning where there is none yet.
-      overwrite: remove the checkpoints of an earlier run in `out`.
+      overwrite: remove what an earlier run left in `out`.
       options: what `metrics.json` calls so; default: the configuration's keys.
       listener: is told how it goes.
 
@@ -139,6 +190,10 @@ def run(
       lrjax.app.checkpoints.CannotWriteError: the disk is full, or may not be written to.
       lrjax.app.interruption.StoppedError: SIGTERM asked the run to end, and after a step it did.
     """
+    # What the run keeps is found from another working directory too.
+    config = building.with_folders(
+        config, {key: place.absolute() for key, place in building.folders(config).items()}
+    )
     if listener is None or not processes.is_first():
         listener = Listener()
     if config.run.keep:
@@ -150,7 +205,7 @@ def run(
         def enter() -> None:
             report.check_writable(out)
             held.enter_context(locked(out, listener.note))
-            _check_directory(out, resume=resume, overwrite=overwrite)
+            directory.check(out, config, resume=resume, overwrite=overwrite)
 
         processes.first_does(enter)
         return _run(config, out, listener, options, resume=resume, overwrite=overwrite)
@@ -166,8 +221,7 @@ def _run(
     overwrite: bool,
 ) -> Result:
     """`run`, in a directory that no other trainer uses."""
-    prepared = prepare(config, placement_of(config.mesh.rows, config.mesh.data))
-    listener.prepared(prepared)
+    prepared = _prepared(config, listener)
     start = _start(prepared, out, listener) if resume else None
     compiled: CompiledStep | None = None
     try:
@@ -185,15 +239,6 @@ def _run(
             raise
         message = diagnosis.of_memory(error, config, prepared.source.image_shape, compiled)
         raise diagnosis.OutOfMemoryError(message) from error
-
-
-def _check_directory(out: Path, *, resume: bool, overwrite: bool) -> None:
-    steps = checkpoints.saved_steps(out)
-    if steps and not resume and not overwrite:
-        raise ValueError(
-            f"out: {out} holds a run with checkpoints, the newest of step {steps[-1]}; go on with "
-            "--resume, name another directory, or replace it with --overwrite"
-        )
 
 
 def _compiled(
@@ -251,12 +296,12 @@ def _start(prepared: Prepared, out: Path, listener: Listener) -> Start | None:
         lambda step: checkpoints.restore(out, step, like),
         lambda text: listener.note(f"{text}; trying the one before"),
     )
-    for name, value in prepared.facts.items():
-        if found.facts.get(name) != value:
-            raise ValueError(
-                f"resume: the data are not those of the run: {name} is {value} and was "
-                f"{found.facts.get(name)}; restore them, or start a run of its own"
-            )
+    difference = prepared.difference(found.facts)
+    if difference is not None:
+        raise ValueError(
+            f"resume: the data are not those of the run: {difference}; restore them, or start a "
+            "run of its own"
+        )
     if not np.array_equal(found.random_key, np.asarray(jax.random.key_data(dropout_key))):
         raise ValueError("resume: random keys are not the run's; use the same JAX settings")
     if found.step > prepared.steps:
@@ -282,8 +327,10 @@ def _write_beginning(
 ) -> None:
     out.mkdir(parents=True, exist_ok=True)
     if start is None:
-        _clear(out, everything=overwrite)
+        directory.clear(out, everything=overwrite)
     else:
+        if start.step < prepared.steps:
+            directory.remove_results(out)
         for step in checkpoints.saved_steps(out):
             if step > start.step:  # it could not be read
                 checkpoints.set_aside(out, step)
@@ -300,17 +347,6 @@ def _write_beginning(
             balanced=config.data.balanced,
             augmentation=config.augment.build(),
         )
-
-
-def _clear(out: Path, *, everything: bool) -> None:
-    """Removes what an earlier run left and this one would be taken to have made."""
-    (out / saved.PLAN_FILE).unlink(missing_ok=True)
-    if not everything:
-        return
-    for name in (checkpoints.DIRECTORY, checkpoints.DAMAGED, logs.TENSORBOARD_DIRECTORY):
-        shutil.rmtree(out / name, ignore_errors=True)
-    for name in (logs.LOG_FILE, *report.RESULT_FILES):
-        (out / name).unlink(missing_ok=True)
 
 
 class _Run:
@@ -363,6 +399,8 @@ class _Run:
                 start=self._start,
                 on_progress=self._after_step,
             )
+            if self._start is not None and self._start.step == self._prepared.steps:
+                self._evaluate_again(self._start.step, training)
         whole = self._with_earlier_steps(training) if processes.is_first() else training
         metrics = report.metrics_of(
             whole,
@@ -381,7 +419,10 @@ class _Run:
         self._write(progress.step, {name: getattr(progress, name) for name in numbers})
         self._listener.step(progress, self._prepared.steps)
         if self._evaluator is not None and (last or progress.step % self._validate_every == 0):
-            self._evaluate(self._evaluator, progress)
+            state = progress.state
+            self._evaluation = self._evaluated(self._evaluator, state.params, state.statistics)
+            self._write(progress.step, report.validation_numbers(self._evaluation))
+            self._listener.evaluated(progress.step, self._evaluation)
         is_stopped = processes.any_says(self._request.is_made) and not last
         is_due = last or is_stopped or progress.step % self._config.run.checkpoint_every == 0
         if self._checkpoints is not None and is_due:
@@ -400,12 +441,20 @@ class _Run:
         epoch = math.ceil(len(self._prepared.source) / self._config.train.batch)
         return self._config.train.validate_every or epoch
 
-    def _evaluate(self, evaluator: Evaluator, progress: Progress) -> None:
+    def _evaluated(self, evaluator: Evaluator, params: Any, statistics: Any) -> Evaluation:
         assert self._prepared.validation is not None
-        state = progress.state
-        self._evaluation = evaluator(state.params, state.statistics, self._prepared.validation)
-        self._write(progress.step, report.validation_numbers(self._evaluation))
-        self._listener.evaluated(progress.step, self._evaluation)
+        return evaluator(params, statistics, self._prepared.validation)
+
+    def _evaluate_again(self, step: int, training: Training) -> None:
+        """Of a run with no step to make: what it found before is in the log, if anywhere."""
+        if self._evaluator is None:
+            return
+        params, statistics = training.params, training.statistics
+        self._evaluation = self._evaluated(self._evaluator, params, statistics)
+        logged = (line for line in logs.read(self._out) if line["step"] == step)
+        if not any("validation_loss" in line for line in logged):
+            self._write(step, report.validation_numbers(self._evaluation))
+        self._listener.evaluated(step, self._evaluation)
 
     def _checkpoint(self, progress: Progress) -> Checkpoint:
         facts = {
@@ -419,8 +468,12 @@ class _Run:
     def _with_earlier_steps(self, training: Training) -> Training:
         """The log has the steps before an interruption too."""
         lines = [line for line in logs.read(self._out) if "loss" in line]
-        return replace(
+        whole = replace(
             training,
             losses=tuple(line["loss"] for line in lines),
             step_seconds=tuple(line["seconds"] for line in lines),
         )
+        if training.losses:
+            return whole
+        # No step was measured; an earlier process may have done so.
+        return replace(whole, memory=report.memory_before(self._out, whole))

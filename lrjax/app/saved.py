@@ -1,7 +1,7 @@
 """Runs on disk: what a run's directory holds, and the network in it ready for use."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,7 @@ class SavedRun:
       state: its parameters and statistics, and the optimizer's state.
       class_names: of its classes, in order.
       image_shape: `(height, width, 3)` that it was trained on.
+      facts: what the checkpoint says of its run.
     """
 
     config: Config
@@ -40,6 +41,7 @@ class SavedRun:
     state: State = field(repr=False)
     class_names: tuple[str, ...]
     image_shape: tuple[int, int, int]
+    facts: Mapping[str, Any] = field(repr=False)
 
     @property
     def labels_pixels(self) -> bool:
@@ -133,4 +135,4 @@ def _load(run: Path, step: int) -> SavedRun:
         jax.random.key(0),
     )
     state = checkpoints.restore(run, step, like).state
-    return SavedRun(config, step, model, state, names, source.image_shape)
+    return SavedRun(config, step, model, state, names, source.image_shape, facts)

@@ -1,12 +1,16 @@
 """Images reach the model with the right label, at the stated size, in an order the seed decides."""
 
+import os
+import struct
 import warnings
+import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from lrjax.app.data import DigitPixels, ImageFolder, ScatteredDigits, batches
+from lrjax.app.data import DigitPixels, ImageFolder, ScatteredDigits, batches, decoding
 
 
 def save(path, value, size=(6, 8), mode="RGB", **options):
@@ -76,6 +80,47 @@ def test_files_that_are_no_images_and_hidden_ones_are_ignored(folder):
     save(folder / "bee" / "more" / "deep.JPG", 10)
     source = ImageFolder(folder)
     assert (len(source), source.skipped, source.class_names) == (7, (), ("ant", "bee"))
+
+
+def test_files_that_are_not_read_are_counted_by_suffix(folder):
+    for name in ("0.heic", "1.HEIC", "2.npy", "README"):
+        (folder / "ant" / name).write_text("no image")
+    (note,) = ImageFolder(folder).notes
+    assert "files that are not read" in note
+    assert note.endswith("2 .heic, 1 .npy, 1 without suffix")
+
+
+def test_a_directory_that_cannot_be_listed_is_named(folder, monkeypatch):
+    locked, listed = folder / "ant" / "locked", os.scandir
+    locked.mkdir()
+
+    def scandir(place):
+        if Path(place) == locked:
+            raise PermissionError(13, "Permission denied", str(place))
+        return listed(place)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    source = ImageFolder(folder)
+    assert len(source) == 6
+    assert [str(one) for one in source.skipped] == [
+        f"{locked}: a directory whose files cannot be listed (Permission denied)"
+    ]
+
+
+def test_links_to_directories_are_followed_once_and_never_upwards(folder, tmp_path_factory):
+    elsewhere = tmp_path_factory.mktemp("elsewhere")
+    save(elsewhere / "more" / "9.png", 9)
+    (elsewhere / "more" / "back").symlink_to(elsewhere)
+    ant = folder / "ant"
+    (ant / "0 linked").symlink_to(elsewhere)
+    (ant / "again").symlink_to(elsewhere / "more")
+    (ant / "all classes").symlink_to(folder)
+    (ant / "circle").symlink_to(ant / "circle")
+    source = ImageFolder(folder)
+    names = [Path(source.name(i)).relative_to(folder).as_posix() for i in range(len(source))]
+    own = [f"{name}/{number}.png" for name in ("ant", "bee") for number in range(3)]
+    assert names == ["ant/0 linked/more/9.png", *own]
+    assert not source.skipped
 
 
 def make_empty_class(folder):
@@ -159,6 +204,21 @@ def test_resize_fit_covers_the_size(tmp_path):
     assert (image[..., 0] == 200).all()
 
 
+@pytest.mark.parametrize("fit", ["native", "resize"])
+@pytest.mark.parametrize("size", [(6, 8), (4, 4), (9, 13), (3, 20), (12, 16)])
+def test_the_window_of_what_is_fitted_is_where_its_pixels_are(size, fit):
+    pixels = np.random.default_rng(0).integers(1, 256, (6, 8, 3)).astype(np.uint8)
+    image = Image.fromarray(pixels)
+    place = decoding.window((6, 8), size, fit)
+    (top, left), (height, width) = place.offset, place.scale
+    ends = (left, top, left + size[1] * width, top + size[0] * height)
+    if fit == "native":
+        found = image.crop(ends)
+    else:
+        found = image.resize(size[::-1], Image.Resampling.BILINEAR, box=ends)
+    np.testing.assert_array_equal(found, decoding.fitted(image, size, fit))
+
+
 @pytest.mark.parametrize(
     ("mode", "value", "expected"),
     [("L", 77, 77), ("RGBA", (77, 0, 0, 10), 77), ("I;16", 77 * 256 + 3, 77), ("1", 1, 255)],
@@ -169,6 +229,36 @@ def test_every_mode_becomes_8_bit_rgb(tmp_path, mode, value, expected):
     image = ImageFolder(tmp_path)[0]["image"]
     assert (image.dtype, image.shape) == (np.uint8, (6, 8, 3))
     assert (image[..., 0] == expected).all()
+
+
+@pytest.mark.parametrize(("largest", "is_told"), [(4095, True), (40_000, False)])
+def test_16_bit_images_that_become_almost_black_are_told(folder, largest, is_told):
+    save(folder / "ant" / "wide.png", largest, mode="I;16")
+    save(folder / "bee" / "wide.png", largest // 2, mode="I;16")
+    notes = ImageFolder(folder).notes
+    assert len(notes) == is_told
+    if is_told:
+        assert "value above 4,095, and these are divided by 256" in notes[0]
+        assert "at most 15 of 255; rescale the files" in notes[0]
+
+
+def test_16_bit_colours_that_become_almost_black_are_told(folder):
+    """Pillow reads them and does not write them."""
+
+    def chunk(kind, content):
+        checksum = struct.pack(">I", zlib.crc32(kind + content))
+        return struct.pack(">I", len(content)) + kind + content + checksum
+
+    rows = (b"\0" + struct.pack(">24H", *[4000] * 24)) * 6
+    (folder / "ant" / "wide.png").write_bytes(
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", struct.pack(">IIBBBBB", 8, 6, 16, 2, 0, 0, 0))
+        + chunk(b"IDAT", zlib.compress(rows))
+        + chunk(b"IEND", b"")
+    )
+    source = ImageFolder(folder)
+    assert source[3]["image"].max() == 15
+    assert "value above 4,095, and these are divided by 256" in source.notes[0]
 
 
 def test_exif_orientation_is_applied(tmp_path):

@@ -272,3 +272,13 @@ def test_a_log_that_was_cut_short_is_read_to_its_last_whole_line(tmp_path):
     with logs.Log(tmp_path, after=1) as log:
         log.write(2, {"loss": float("nan")})
     assert logs.read(tmp_path)[1] == {"step": 2, "loss": None}
+
+
+@pytest.mark.parametrize("damaged", [b'{"step": 2, "lo', b"\xff\x00", b"[]", b'{"step": "2"}', b""])
+def test_lines_after_a_damaged_one_are_kept(tmp_path, damaged):
+    lines = [b'{"step": 1, "loss": 2.0}', damaged, b'{"step": 3, "loss": 1.0}', b""]
+    (tmp_path / logs.LOG_FILE).write_bytes(b"\n".join(lines))
+    assert [line["step"] for line in logs.read(tmp_path)] == [1, 3]
+    with logs.Log(tmp_path, after=3) as log:
+        log.write(4, {"loss": 0.5})
+    assert [line["step"] for line in logs.read(tmp_path)] == [1, 3, 4]

@@ -111,6 +111,35 @@ def test_unreadable_pairs_are_left_out_and_named(folder):
     assert "this file has colours" in source.skipped[0].reason
 
 
+def turned(path, orientation, size=(8, 6)):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    Image.new("RGB" if "images" in path.parts else "L", size).save(path, exif=exif)
+
+
+def test_a_mask_that_may_be_turned_or_not_is_left_out_and_named(folder):
+    """By half a circle, which leaves the size as it is."""
+    turned(folder / "images" / "b.png", 3)
+    (skipped,) = SegmentationFolder(folder).skipped
+    assert skipped.path == folder / "images" / "b.png"
+    assert "turned by an EXIF orientation" in skipped.reason
+    assert "b.png may be turned or not; save the image upright" in skipped.reason
+    turned(folder / "masks" / "b.png", 3)
+    assert not SegmentationFolder(folder).skipped
+
+
+def test_a_mask_of_the_upright_size_is_upright(folder):
+    turned(folder / "images" / "b.png", 6, size=(6, 8))
+    source = SegmentationFolder(folder)
+    assert (len(source), source.skipped) == (3, ())
+
+
+def test_a_mask_of_the_size_before_turning_is_refused_and_says_why(folder):
+    turned(folder / "images" / "b.png", 6)
+    with pytest.raises(ValueError, match=r"b\.png 8x6 .*b\.png: it is turned by an EXIF orient"):
+        SegmentationFolder(folder)
+
+
 def test_a_pair_that_breaks_later_is_replaced_with_a_warning(folder):
     source = SegmentationFolder(folder)
     (folder / "masks" / "a.png").write_text("no image")

@@ -8,11 +8,15 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import tiny_runs
+from PIL import Image
 from tiny_runs import Notes, assert_same_bits, go_on, train
 
-from lrjax.app import checkpoints, logs, report, runs, saved
+from lrjax.app import building, checkpoints, logs, report, runs, saved, using
+from lrjax.app.data import SegmentationFolder
+from lrjax.app.data.sources import checksum_of_files
 
 SETTINGS = {
     "all": {
@@ -85,6 +89,39 @@ def test_a_finished_run_writes_its_results_again(run):
     (run / report.METRICS_FILE).unlink()
     go_on(run)
     assert report.read_metrics(run)["losses"] == before["losses"]
+
+
+@pytest.mark.parametrize("lost", [None, report.METRICS_FILE, "log's last line"])
+def test_a_finished_run_that_goes_on_has_the_same_results(of_folders, tmp_path, lost):
+    """With held-out images, and with nothing left to train."""
+    run = shutil.copytree(of_folders / "run", tmp_path / "run")
+    before, lines = report.read_metrics(run), logs.read(run)
+    if lost == report.METRICS_FILE:
+        (run / lost).unlink()
+    elif lost:
+        text = (run / logs.LOG_FILE).read_text()
+        (run / logs.LOG_FILE).write_text(text[: text.rindex('{"step": 4')])
+    notes = Notes()
+    go_on(run, notes)
+    after = report.read_metrics(run)
+    assert after["losses"] == before["losses"]
+    assert after["validation"] == before["validation"]
+    assert logs.read(run) == lines
+    assert [step for step, _ in notes.evaluations] == [4]
+    if lost != report.METRICS_FILE:
+        assert after["rss_peak_bytes"] == before["rss_peak_bytes"] > 0
+
+
+class Interrupted(runs.Listener):
+    def step(self, progress, steps):
+        raise KeyboardInterrupt
+
+
+def test_results_of_fewer_steps_are_gone_while_a_run_goes_on(run):
+    with pytest.raises(KeyboardInterrupt):
+        go_on(run, Interrupted(), train__steps=6)
+    assert not [name for name in report.RESULT_FILES if (run / name).exists()]
+    assert checkpoints.saved_steps(run) == [2, 4]
 
 
 def damage_array(checkpoint: Path):
@@ -170,6 +207,32 @@ def test_a_run_is_not_overwritten_by_mistake(finished):
         train(finished)
 
 
+FOREIGN = (saved.CONFIG_FILE, logs.LOG_FILE, logs.SAMPLES_FILE, *report.RESULT_FILES)
+
+
+@pytest.mark.usefixtures("nothing_compiled")
+@pytest.mark.parametrize("name", FOREIGN)
+def test_files_that_a_run_would_write_are_not_replaced_by_mistake(tmp_path, name):
+    (tmp_path / name).write_text("somebody's")
+    with pytest.raises(ValueError, match=f"holds {name}, which the run would write; name another"):
+        train(tmp_path, run__samples=1, run__keep=0)
+    with pytest.raises(ValueError, match=f"holds {name}"):
+        runs.check(tiny_runs.configured(run__samples=1), tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+    assert (tmp_path / name).read_text() == "somebody's"
+
+
+def test_nothing_of_a_run_stands_beside_the_one_that_replaces_it(tmp_path):
+    for name in (*FOREIGN, saved.PLAN_FILE):
+        (tmp_path / name).write_text("of an earlier run")
+    with pytest.raises(KeyboardInterrupt):
+        runs.run(
+            tiny_runs.configured(run__keep=0), tmp_path, overwrite=True, listener=Interrupted()
+        )
+    assert {path.name for path in tmp_path.iterdir()} == {saved.CONFIG_FILE, logs.LOG_FILE}
+    assert [line["step"] for line in logs.read(tmp_path)] == [1]
+
+
 def test_a_run_is_overwritten_when_asked_to(run):
     (run / saved.PLAN_FILE).write_text("of an earlier run")
     runs.run(tiny_runs.configured(train__steps=1), run, overwrite=True)
@@ -202,6 +265,132 @@ def test_other_data_are_refused(run):
     path.write_text(path.read_text().replace('"num_images": 12', '"num_images": 14'))
     with pytest.raises(ValueError, match="the data are not those of the run: images is 14 and was"):
         go_on(run)
+
+
+# --- Folders --------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def of_folders(tmp_path_factory):
+    """A run on a folder, with held-out images in another; not to be changed."""
+    root = tmp_path_factory.mktemp("folders")
+    for name, count in (("images", 3), ("held out", 1)):
+        for label in ("ant", "bee"):
+            (root / name / label).mkdir(parents=True)
+            for number in range(count):
+                colour = (40 * number, 200 * (label == "ant"), 9)
+                Image.new("RGB", (16, 16), colour).save(root / name / label / f"{number}.png")
+    train(
+        root / "run",
+        data__path=str(root / "images"),
+        data__image_size=None,
+        data__validation=str(root / "held out"),
+    )
+    return root
+
+
+@pytest.fixture
+def folders(of_folders, tmp_path):
+    """A copy of `of_folders`, whose run names the copies."""
+    shutil.copytree(of_folders, tmp_path / "copy")
+    go_on(
+        tmp_path / "copy" / "run",
+        data__path=str(tmp_path / "copy" / "images"),
+        data__validation=str(tmp_path / "copy" / "held out"),
+    )
+    return tmp_path / "copy"
+
+
+def rename(folders):
+    (folders / "images" / "ant" / "0.png").rename(folders / "images" / "ant" / "00.png")
+
+
+def repaint(folders):
+    noise = np.random.default_rng(0).integers(0, 256, (16, 16, 3)).astype(np.uint8)
+    Image.fromarray(noise).save(folders / "images" / "ant" / "0.png")
+
+
+def repaint_held_out(folders):
+    repaint(folders)
+    (folders / "images" / "ant" / "0.png").rename(folders / "held out" / "bee" / "0.png")
+    Image.new("RGB", (16, 16), (0, 200, 9)).save(folders / "images" / "ant" / "0.png")
+
+
+def add(folders):
+    shutil.copy(folders / "images" / "ant" / "0.png", folders / "images" / "ant" / "9.png")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (rename, "checksum of the files' names and sizes"),
+        (repaint, "checksum of the files' names and sizes"),
+        (repaint_held_out, "checksum of the held-out files' names and sizes"),
+        (add, "images is 7 and was 6"),
+    ],
+)
+def test_other_files_are_not_trained_on_nor_evaluated(folders, monkeypatch, change, message):
+    change(folders)
+    monkeypatch.setattr(runs, "compile_step", None)
+    with pytest.raises(ValueError, match=f"resume: the data are not those of the run: .*{message}"):
+        go_on(folders / "run")
+    with pytest.raises(ValueError, match=rf"{message}.*; restore it, or name other .* --data"):
+        using.evaluate(folders / "run", None)
+    assert using.evaluate(folders / "run", str(folders / "images"))["images"] >= 6
+
+
+def test_a_split_is_not_drawn_again_from_other_images(of_folders, tmp_path):
+    images = shutil.copytree(of_folders / "images", tmp_path / "images")
+    settings = {"data__path": str(images), "data__image_size": None, "data__validation": 0.34}
+    train(tmp_path / "run", **settings)
+    assert using.evaluate(tmp_path / "run", None)["data"] == "held out by the run"
+    add(tmp_path)
+    with pytest.raises(ValueError, match="not what the run learnt from and held out: images is"):
+        using.evaluate(tmp_path / "run", None)
+
+
+def test_checkpoints_without_checksums_of_files_go_on(folders):
+    prepared = building.prepare(saved.read_config(folders / "run"))
+    older = {name: value for name, value in prepared.facts.items() if "held" not in name}
+    del older["files_checksum"]
+    assert prepared.difference(older) is None
+    assert "images is 6 and was 5" in prepared.difference({**older, "images": 5})
+
+
+def test_masks_count_among_the_files(tmp_path):
+    (tmp_path / "images").mkdir()
+    (tmp_path / "masks").mkdir()
+    mask = np.arange(16, dtype=np.uint8).reshape(4, 4) % 2
+    Image.fromarray(mask).save(tmp_path / "images" / "a.png")
+    found = []
+    for kind in ("png", "gif"):
+        Image.fromarray(mask).save(tmp_path / "masks" / f"a.{kind}")
+        found.append(checksum_of_files(SegmentationFolder(tmp_path)))
+        (tmp_path / "masks" / f"a.{kind}").unlink()
+    assert found[0] != found[1]
+
+
+@pytest.mark.parametrize("spelling", ["absolute", "relative", "with a slash"])
+def test_data_that_moved_are_named_again(folders, tmp_path, monkeypatch, spelling):
+    (folders / "images").rename(tmp_path / "moved")
+    (folders / "held out").rename(tmp_path / "also moved")
+    for call in (lambda: go_on(folders / "run"), lambda: using.evaluate(folders / "run", None)):
+        with pytest.raises(ValueError, match=r"of the run.*images.* not there.* --data"):
+            call()
+    monkeypatch.chdir(tmp_path)
+    place = {"absolute": str(tmp_path / "moved"), "relative": "moved", "with a slash": "./moved/"}
+    with pytest.raises(ValueError, match=r"of the run.*held out.* not there.* --validation"):
+        go_on(folders / "run", data__path=place[spelling])
+    result = go_on(folders / "run", data__path=place[spelling], data__validation="also moved")
+    assert len(result.training.losses) == 4
+    assert saved.read_config(folders / "run").data.path == str(tmp_path / "moved")
+    monkeypatch.chdir("/")
+    assert using.evaluate(folders / "run", None)["data"] == "held out by the run"
+
+
+def test_a_folder_does_not_stand_for_digits(finished, of_folders):
+    with pytest.raises(ValueError, match=r"data.path: 'digits' in the run, .* given"):
+        go_on(finished, data__path=str(of_folders / "images"))
 
 
 # --- Killed ---------------------------------------------------------------------------------------

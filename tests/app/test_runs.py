@@ -138,8 +138,10 @@ def test_predict_gives_a_line_for_every_image(classified, tmp_path):
     for index in range(3):
         Image.fromarray(prepared.source[index]["image"]).save(tmp_path / f"{index}.png")
     (tmp_path / "1-broken.png").write_text("no image")
+    (tmp_path / "3.heic").write_text("no image either")
     answer = invoke("predict", out, tmp_path)
     assert answer.exit_code == 1  # for the one that is broken
+    assert "files that are not read, as they have no image's suffix: 1 .heic" in answer.stderr
     lines = [json.loads(line) for line in answer.stdout.splitlines()]
     assert [line["file"].split("/")[-1] for line in lines] == [
         *("0.png", "1-broken.png", "1.png", "2.png")
@@ -168,6 +170,52 @@ def test_masks_are_learnt_and_predicted(labelled_pixels, tmp_path):
     again = using.evaluate(folder / "run", str(folder / "data"))
     assert again["images"] == 6
     assert again["mean_iou"] > 0.95
+
+
+@pytest.fixture
+def photo(tmp_path):
+    """A directory with one image, which is a PNG as masks are."""
+    (tmp_path / "photos").mkdir()
+    Image.new("RGB", (16, 16), (9, 9, 9)).save(tmp_path / "photos" / "a.png")
+    return tmp_path / "photos" / "a.png"
+
+
+@pytest.mark.parametrize("options", [[], ["--overwrite"]], ids=["", "overwrite"])
+@pytest.mark.parametrize("through", ["itself", "symbolic link", "hard link"])
+def test_masks_never_replace_the_images(labelled_pixels, photo, options, through):
+    out = photo.parent.parent / "masks"
+    if through == "itself":
+        out = photo.parent / ".." / "photos"
+    elif through == "symbolic link":
+        out.symlink_to(photo.parent)
+    else:
+        out.mkdir()
+        (out / "a.png").hardlink_to(photo)
+    before = photo.read_bytes()
+    answer = invoke("predict", labelled_pixels[0] / "run", photo.parent, "--out", out, *options)
+    assert answer.exit_code == 2
+    assert f"masks would replace images to predict, {out / 'a.png'}; give another" in answer.output
+    assert photo.read_bytes() == before
+
+
+def test_masks_replace_files_only_where_asked_to(labelled_pixels, photo, tmp_path):
+    (tmp_path / "masks").mkdir()
+    (tmp_path / "masks" / "a.png").write_text("another's")
+    arguments = ["predict", labelled_pixels[0] / "run", photo, "--out", tmp_path / "masks"]
+    refused = invoke(*arguments)
+    assert refused.exit_code == 2
+    assert f"files that are there, {tmp_path / 'masks' / 'a.png'}; give" in refused.output
+    assert (tmp_path / "masks" / "a.png").read_text() == "another's"
+    assert invoke(*arguments, "--overwrite").exit_code == 0
+    with Image.open(tmp_path / "masks" / "a.png") as mask:
+        assert mask.size == (16, 16)
+
+
+def test_a_mask_says_where_it_lies_in_its_image(labelled_pixels, tmp_path):
+    Image.new("RGB", (20, 12)).save(tmp_path / "a.png")
+    run = labelled_pixels[0] / "run"
+    (line,) = using.predict(run, [tmp_path / "a.png"], out=tmp_path / "masks")
+    assert (line["offset"], line["scale"]) == ([-2, 2], [1, 1])
 
 
 @pytest.mark.parametrize(
@@ -282,6 +330,44 @@ def test_options_override_the_file(tmp_path):
     again = invoke("train", "--out", tmp_path / "run", "--resume", "--lr", "0.5")
     assert again.exit_code == 2
     assert "optimizer.lr: 0.001 in the run, 0.5 given" in again.output
+
+
+@pytest.mark.parametrize("options", [[], ["--resume"]], ids=["", "resume"])
+def test_check_says_what_would_be_trained(tmp_path, options):
+    for name in ("ant", "bee"):
+        (tmp_path / "images" / name).mkdir(parents=True)
+        for number in range(4):
+            Image.new("RGB", (16, 16)).save(tmp_path / "images" / name / f"{number}.png")
+    (tmp_path / "images" / "ant" / "broken.png").write_text("no image")
+    (tmp_path / "images" / "bee" / "5.heic").write_text("no image")
+    settings = {
+        "data__path": str(tmp_path / "images"),
+        "data__image_size": None,
+        "data__validation": 0.25,
+        "train__epochs": 3,
+        "train__steps": None,
+    }
+    config = tiny_runs.configured(**settings)
+    if options:
+        train(tmp_path / "run", **settings)
+    given = {key: value for key, value in config.flat().items() if value is not None}
+    sets = [part for key, value in given.items() for part in ("--set", f"{key}={value}")]
+    answer = invoke("train", "--out", tmp_path / "run", "--check", *(options or sets))
+    assert answer.exit_code == 0, answer.output
+    assert "6 images of 16x16, 2 classes, 2 held out" in answer.output
+    assert "classes: ant, bee" in answer.output
+    assert "9 steps of 2 images; checked, and nothing trained" in answer.output
+    assert "1 unreadable files left out" in answer.output
+    assert "broken.png: UnidentifiedImageError" in answer.output
+    assert "no image's suffix: 1 .heic" in answer.output
+    assert ("going on after step 9" in answer.output) == bool(options)
+    assert (tmp_path / "run").exists() == bool(options)
+
+
+def test_check_refuses_a_directory_that_is_taken(classified):
+    answer = invoke("train", "--out", classified[0], "--check")
+    assert answer.exit_code == 2
+    assert "holds a run with checkpoints" in answer.output
 
 
 def test_tensorboard_has_its_events(tmp_path):

@@ -18,6 +18,9 @@ def predict(
     out: Annotated[
         Path | None, typer.Option(help="Directory for masks, where the network labels pixels.")
     ] = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace masks that --out holds.")
+    ] = False,
     step: Step = None,
     batch: Batch = None,
     devices: options.Devices = None,
@@ -31,7 +34,14 @@ def predict(
     failed = False
     try:
         lines = using.predict(
-            run, images, out=out, step=step, batch=batch, devices=devices or 1, note=note
+            run,
+            images,
+            out=out,
+            overwrite=overwrite,
+            step=step,
+            batch=batch,
+            devices=devices or 1,
+            note=note,
         )
         for line in lines:
             failed |= "error" in line

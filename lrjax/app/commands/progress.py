@@ -17,6 +17,7 @@ from lrjax.app.commands.console import console, escaped
 from lrjax.app.evaluation import Evaluation
 from lrjax.app.runs import Listener
 from lrjax.app.training import Progress as Step
+from lrjax.text import listed
 
 
 class TerminalListener(Listener):
@@ -53,6 +54,14 @@ class TerminalListener(Listener):
             console.print(f"[yellow]{len(prepared.skipped)} unreadable files left out:[/]")
             for file in prepared.skipped:
                 self._print(f"  {file}")
+
+    def checked(self, prepared: Prepared) -> None:
+        """What would be trained, beyond what `prepared` says."""
+        self._print(
+            f"classes: {listed(prepared.source.class_names, 10)}\n"
+            f"{prepared.steps} steps of {prepared.config.train.batch} images; checked, and nothing "
+            "trained"
+        )
 
     def planned(self, plan: Any) -> None:
         console.print(str(plan), highlight=False, markup=False, soft_wrap=True)

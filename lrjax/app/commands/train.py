@@ -159,9 +159,10 @@ ProcessId = Annotated[int | None, typer.Option(help="The number of this process,
 Resume = Annotated[
     bool, typer.Option("--resume", help="Go on after the newest checkpoint in --out.")
 ]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the run that --out holds.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what a run left in --out.")]
 Check = Annotated[
-    bool, typer.Option("--check", help="Only look whether everything fits; train nothing.")
+    bool,
+    typer.Option("--check", help="Only look whether everything fits, and say what; train nothing."),
 ]
 
 
@@ -250,7 +251,10 @@ def _train(
         joined = chosen.processes
         processes.start(joined.count, joined.coordinator, joined.id)
         if check:
-            runs.check(chosen)
+            told = TerminalListener() if processes.is_first() else None
+            checked = runs.check(chosen, out, resume=resume, overwrite=overwrite, listener=told)
+            if told is not None:
+                told.checked(checked)
             return
         with TerminalListener() if processes.is_first() else nullcontext() as listener:
             result = runs.run(
@@ -287,7 +291,9 @@ def _print_result(result: Any, out: Path) -> None:
     held_out = ""
     if result.evaluation is not None:
         held_out = f"held-out accuracy {result.evaluation.accuracy:.4f}, "
-    losses = f"loss {training.losses[0]:.4f} -> {training.losses[-1]:.4f}, "
+    losses = ""
+    if training.losses:  # none where the log of a finished run is gone
+        losses = f"loss {training.losses[0]:.4f} -> {training.losses[-1]:.4f}, "
     console.print(
         f"{result.execution.label}: {losses}{held_out}"
         f"{training.seconds_per_step:.3f} s/step, compiled in {training.compile_seconds:.1f} s; "

@@ -5,17 +5,22 @@ What an image needs is known from its header, so that an absurd one is refused b
 
 import concurrent.futures
 import os
+import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 
 Fit = Literal["native", "resize"]
 # A square image of 46,340 pixels a side, which takes 6 GiB as RGB.
 DEFAULT_MAX_PIXELS = 2**31
+# From 16-bit values to 8-bit ones.
+SIXTEEN_BIT_DIVISOR = 256
+# EXIF orientations that are not upright.
+_TURNED = range(2, 9)
 
 T = TypeVar("T")
 S = TypeVar("S")
@@ -42,13 +47,74 @@ def check_fit(fit: str) -> None:
         raise ValueError(f"fit: got {fit!r}; use one of {', '.join(get_args(Fit))}")
 
 
+@dataclass(frozen=True)
+class Inspected:
+    """What is known of an image file that was decoded in full.
+
+    Attributes:
+      size: (height, width), upright.
+      stored_size: the same before its EXIF orientation is applied.
+      is_turned: its EXIF orientation is another than upright.
+      largest: the largest value of a 16-bit image, None of another.
+      bytes: of the file.
+    """
+
+    size: tuple[int, int]
+    stored_size: tuple[int, int]
+    is_turned: bool
+    largest: int | None
+    bytes: int
+
+
+def inspected(path: Path, max_pixels: int) -> Inspected:
+    """Decodes an image to see whether it can be, and what it is.
+
+    Raises:
+      UnreadableImageError: as for `decoded`.
+    """
+
+    def inspect(image: Image.Image) -> Inspected:
+        upright = _to_rgb(ImageOps.exif_transpose(image))
+        return Inspected(
+            size=(upright.height, upright.width),
+            stored_size=(image.height, image.width),
+            is_turned=_orientation(image) in _TURNED,
+            largest=_largest_of_16_bits(image, path),
+            bytes=path.stat().st_size,
+        )
+
+    return _read(path, max_pixels, inspect)
+
+
+def _largest_of_16_bits(image: Image.Image, path: Path) -> int | None:
+    if image.mode.startswith("I;16"):
+        return int(np.asarray(image).max())
+    with Image.open(path) as header:  # a loaded image no longer knows
+        is_wide = re.search(";16[BLN]", str(header.tile)) is not None
+    # Colours of 16 bits are 8-bit ones as soon as Pillow has read them.
+    return (int(np.asarray(image).max()) + 1) * SIXTEEN_BIT_DIVISOR - 1 if is_wide else None
+
+
+def has_orientation(path: Path, max_pixels: int) -> bool:
+    """Whether a file says how its image is turned.
+
+    Raises:
+      UnreadableImageError: as for `decoded`.
+    """
+    return _read(path, max_pixels, lambda image: _orientation(image) is not None)
+
+
+def _orientation(image: Image.Image) -> int | None:
+    return image.getexif().get(ExifTags.Base.Orientation)
+
+
 def decoded(path: Path, max_pixels: int) -> Image.Image:
     """The whole image as upright 8-bit RGB.
 
     Raises:
       UnreadableImageError: the file is no image, is not whole, or has more than `max_pixels`.
     """
-    return _read(path, max_pixels, _to_rgb)
+    return _read(path, max_pixels, lambda image: _to_rgb(ImageOps.exif_transpose(image)))
 
 
 def decoded_mask(path: Path, max_pixels: int) -> np.ndarray:
@@ -57,7 +123,7 @@ def decoded_mask(path: Path, max_pixels: int) -> np.ndarray:
     Raises:
       UnreadableImageError: as for `decoded`; also where pixels are colours and no classes.
     """
-    return _read(path, max_pixels, _to_classes)
+    return _read(path, max_pixels, lambda image: _to_classes(ImageOps.exif_transpose(image)))
 
 
 def _read(path: Path, max_pixels: int, converted: Callable[[Image.Image], T]) -> T:
@@ -67,7 +133,7 @@ def _read(path: Path, max_pixels: int, converted: Callable[[Image.Image], T]) ->
         with Image.open(path) as image:
             check_pixels(image.size, max_pixels)
             image.load()
-            return converted(ImageOps.exif_transpose(image))
+            return converted(image)
     except UnreadableImageError:
         raise
     except Exception as error:
@@ -87,7 +153,7 @@ def check_pixels(size: tuple[int, int], max_pixels: int) -> None:
 def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I;16"):
         # Pillow's own conversion clips at 255 instead of scaling.
-        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+        image = Image.fromarray((np.asarray(image) // SIXTEEN_BIT_DIVISOR).astype(np.uint8))
     elif image.mode in ("I", "F"):
         raise UnreadableImageError(
             f"32-bit pixels (Pillow mode {image.mode}) have no set range; save as 8 or 16 bit"
@@ -133,18 +199,30 @@ def _fitted(
     return image.crop((left, top, left + width, top + height))
 
 
-def image_files(directory: Path) -> list[Path]:
-    """Files with an image suffix below a directory, without hidden ones, sorted."""
-    suffixes = Image.registered_extensions()
-    found = []
-    for parent, subdirectories, names in os.walk(directory):
-        subdirectories[:] = [name for name in subdirectories if name[0] != "."]
-        found += [
-            Path(parent, name)
-            for name in names
-            if name[0] != "." and Path(name).suffix.lower() in suffixes
-        ]
-    return sorted(found)
+@dataclass(frozen=True)
+class Window:
+    """Where what `fitted` gives lies in its image.
+
+    Row `r` of it begins at row `offset[0] + scale[0] * r` of the upright image, and so for columns;
+    an offset below 0 is padding.
+
+    Attributes:
+      offset: of the first row and column, in pixels of the image.
+      scale: pixels of the image for one, by rows and by columns.
+    """
+
+    offset: tuple[float, float]
+    scale: tuple[float, float]
+
+
+def window(image_size: tuple[int, int], size: tuple[int, int], fit: Fit) -> Window:
+    """Of an image of `image_size` (height, width) that `fitted` brings to `size`."""
+    (height, width), (rows, columns) = image_size, size
+    if fit == "native":
+        return Window(((height - rows) // 2, (width - columns) // 2), (1, 1))
+    # As Pillow's ImageOps.fit: the largest part of these proportions, from the middle.
+    scale = min(height / rows, width / columns)
+    return Window(((height - scale * rows) / 2, (width - scale * columns) / 2), (scale, scale))
 
 
 def checked_in_parallel(check: Callable[[T], S], entries: Iterable[T]) -> list[S]:

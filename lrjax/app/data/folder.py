@@ -8,8 +8,9 @@ from pathlib import Path
 
 import numpy as np
 
-from lrjax.app.data import decoding
+from lrjax.app.data import decoding, finding
 from lrjax.app.data.decoding import Fit, SkippedFile, UnreadableImageError
+from lrjax.app.data.finding import Found
 from lrjax.app.data.sources import CHANNELS, Example
 
 _SPLIT_NAMES = {"train", "training", "val", "valid", "validation", "dev", "test", "testing"}
@@ -24,14 +25,16 @@ class ImageFolder:
     * a missing directory, one without class directories, one that holds splits such as `train/` and
       `val/` instead of classes, and a class directory with no readable image raise `ValueError`;
     * an unreadable or truncated image, and one whose header claims more than `max_pixels`, is left
-      out and listed in `skipped`, with the reason;
-    * files without an image suffix, hidden files and hidden directories are not looked at;
+      out and listed in `skipped`, with the reason, as is a directory that cannot be read;
+    * hidden files and hidden directories are not looked at; files without an image suffix are not
+      either, but `notes` counts them;
     * a file that breaks *after* the check is replaced by the next readable image, under that
       image's own label, with a warning that names it: training goes on and no label is wrong.
 
     Greyscale, palette, 16-bit greyscale and CMYK images become 8-bit RGB, transparency is dropped,
     EXIF orientation is applied, and of several frames the first is taken. Pillow's limit on the
-    number of pixels is lifted for the process: images here are meant to be large.
+    number of pixels is lifted for the process: images here are meant to be large. 16-bit values are
+    divided by 256; where that leaves all of them dark, `notes` says so.
 
     Args:
       directory: the folder.
@@ -61,8 +64,11 @@ class ImageFolder:
         self.class_names: tuple[str, ...] = _class_names(self.directory)
         self._fit = fit
         self._max_pixels = max_pixels
-        files, self.skipped = _readable_files(self.directory, self.class_names, max_pixels)
+        found = [finding.images_below(self.directory / name) for name in self.class_names]
+        files, self.skipped = _readable_files(self.directory, self.class_names, found, max_pixels)
+        self.notes = finding.notes_on(found, [file.largest for file in files])
         self._paths = [file.path for file in files]
+        self._bytes = [file.bytes for file in files]
         self.labels = np.array([file.label for file in files], np.int32)
         size = decoding.checked_size(image_size or decoding.shared_size(files))
         self.image_shape: tuple[int, int, int] = (*size, CHANNELS)
@@ -73,6 +79,10 @@ class ImageFolder:
     def name(self, index: int) -> str:
         """The file of an image."""
         return str(self._paths[index])
+
+    def files_of(self, index: int) -> str:
+        """The file of an image below the folder, and its bytes; see `sources.files_of`."""
+        return f"{self._paths[index].relative_to(self.directory).as_posix()}\t{self._bytes[index]}"
 
     def __getitem__(self, index: int) -> Example:
         for candidate in range(index, index + len(self)):
@@ -98,6 +108,8 @@ class _CheckedFile:
     path: Path
     label: int
     size: tuple[int, int]  # (height, width)
+    largest: int | None  # value, of a 16-bit image
+    bytes: int
 
 
 def _class_names(directory: Path) -> tuple[str, ...]:
@@ -125,26 +137,25 @@ def _class_names(directory: Path) -> tuple[str, ...]:
 
 
 def _readable_files(
-    directory: Path, class_names: Sequence[str], max_pixels: int
+    directory: Path, class_names: Sequence[str], found: Sequence[Found], max_pixels: int
 ) -> tuple[list[_CheckedFile], tuple[SkippedFile, ...]]:
     """Decodes every image file of every class; gives the good ones, and the others with reasons."""
 
     def check(entry: tuple[Path, int]) -> _CheckedFile | SkippedFile:
         path, label = entry
         try:
-            image = decoding.decoded(path, max_pixels)
+            image = decoding.inspected(path, max_pixels)
         except UnreadableImageError as error:
             return SkippedFile(path, str(error))
-        return _CheckedFile(path, label, (image.height, image.width))
+        return _CheckedFile(path, label, image.size, image.largest, image.bytes)
 
-    found = [
-        (path, label)
-        for label, name in enumerate(class_names)
-        for path in decoding.image_files(directory / name)
-    ]
-    checked = decoding.checked_in_parallel(check, found)
+    entries = [(path, label) for label, one in enumerate(found) for path in one.files]
+    checked = decoding.checked_in_parallel(check, entries)
     readable = [result for result in checked if isinstance(result, _CheckedFile)]
-    skipped = tuple(result for result in checked if isinstance(result, SkippedFile))
+    skipped = (
+        *(directory for one in found for directory in one.unreadable),
+        *(result for result in checked if isinstance(result, SkippedFile)),
+    )
     empty = sorted(set(range(len(class_names))) - {file.label for file in readable})
     if empty:
         listed = ", ".join(str(directory / class_names[label]) for label in empty)

@@ -3,19 +3,22 @@
 import os
 import warnings
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from lrjax.app.data import decoding
+from lrjax.app.data import decoding, finding
 from lrjax.app.data.decoding import Fit, SkippedFile, UnreadableImageError
+from lrjax.app.data.finding import Found
 from lrjax.app.data.sources import CHANNELS, Example
+from lrjax.text import listed
 
 IMAGES = "images"
 MASKS = "masks"
-_MOST_NAMED = 5
+_IS_TURNED = "it is turned by an EXIF orientation"
+_WHAT_TO_DO = "save the image upright without it"
 
 
 class SegmentationFolder:
@@ -26,7 +29,9 @@ class SegmentationFolder:
 
     * a missing directory, an image without a mask or a mask without an image, two files of one
       name, a mask of another size than its image, and classes with gaps raise `ValueError`;
-    * an unreadable image or mask is left out with its partner and listed in `skipped`;
+    * an unreadable image or mask is left out with its partner and listed in `skipped`, as are an
+      image that is turned by its EXIF orientation and a mask that may be turned or not, and a
+      directory that cannot be read;
     * a pair that breaks *after* the check is replaced by the next readable one, with a warning.
 
     Args:
@@ -54,11 +59,16 @@ class SegmentationFolder:
         self.directory = Path(directory)
         self._fit = fit
         self._max_pixels = max_pixels
+        found = _found(self.directory)
         checked = decoding.checked_in_parallel(
-            lambda pair: _check(*pair, max_pixels), _pairs(self.directory)
+            lambda pair: _check(*pair, max_pixels), _pairs(self.directory, found)
         )
         self._pairs = [pair for pair in checked if isinstance(pair, _Pair)]
-        self.skipped = tuple(file for file in checked if isinstance(file, SkippedFile))
+        self.skipped: tuple[SkippedFile, ...] = (
+            *(directory for one in found.values() for directory in one.unreadable),
+            *(file for file in checked if isinstance(file, SkippedFile)),
+        )
+        self.notes = finding.notes_on(found.values(), [pair.largest for pair in self._pairs])
         if not self._pairs:
             reasons = "".join(f"\n  {file}" for file in self.skipped)
             raise ValueError(f"data: no readable image with a mask in {self.directory}{reasons}")
@@ -75,6 +85,14 @@ class SegmentationFolder:
     def name(self, index: int) -> str:
         """The image file of a pair."""
         return str(self._pairs[index].path)
+
+    def files_of(self, index: int) -> str:
+        """Image and mask below the folder, and their bytes; see `sources.files_of`."""
+        pair = self._pairs[index]
+        files = zip((pair.path, pair.mask), pair.bytes, strict=True)
+        return "\t".join(
+            f"{path.relative_to(self.directory).as_posix()}\t{size}" for path, size in files
+        )
 
     def classes_of(self, index: int) -> frozenset[int]:
         """The classes that a mask shows."""
@@ -110,13 +128,16 @@ class _Pair:
     size: tuple[int, int]  # (height, width), of the image
     mask_size: tuple[int, int]
     classes: frozenset[int]
+    largest: int | None  # value, of a 16-bit image
+    bytes: tuple[int, int]  # of image and mask
+    is_turned: bool  # by its EXIF orientation, and its mask has none
 
 
-def _pairs(directory: Path) -> list[tuple[Path, Path]]:
-    """Every image with its mask.
+def _found(directory: Path) -> dict[str, Found]:
+    """What lies in the directories of images and masks.
 
     Raises:
-      ValueError: a directory is missing or empty, or a file has no partner.
+      ValueError: one is missing.
     """
     for name in (IMAGES, MASKS):
         if not (directory / name).is_dir():
@@ -124,48 +145,63 @@ def _pairs(directory: Path) -> list[tuple[Path, Path]]:
                 f"data: {directory} has no directory {name}; a network that labels every pixel "
                 f"learns from {IMAGES}/ and, under the same names, {MASKS}/"
             )
-    images, masks = (_by_stem(directory / name) for name in (IMAGES, MASKS))
+    return {name: finding.images_below(directory / name) for name in (IMAGES, MASKS)}
+
+
+def _pairs(directory: Path, found: Mapping[str, Found]) -> list[tuple[Path, Path]]:
+    """Every image with its mask.
+
+    Raises:
+      ValueError: there is no image, or a file has no partner.
+    """
+    images, masks = (_by_stem(directory / name, found[name].files) for name in (IMAGES, MASKS))
     if not images:
         raise ValueError(f"data: no image in {directory / IMAGES}; add images")
     without = [images[stem] for stem in sorted(images.keys() - masks.keys())]
     if without:
-        raise ValueError(f"data: no mask for {_listed(without)}; add masks or remove the images")
+        raise ValueError(f"data: no mask for {listed(without)}; add masks or remove the images")
     alone = [masks[stem] for stem in sorted(masks.keys() - images.keys())]
     if alone:
-        raise ValueError(f"data: no image for {_listed(alone)}; add images or remove the masks")
+        raise ValueError(f"data: no image for {listed(alone)}; add images or remove the masks")
     return [(images[stem], masks[stem]) for stem in sorted(images)]
 
 
-def _by_stem(directory: Path) -> dict[str, Path]:
-    files = decoding.image_files(directory)
+def _by_stem(directory: Path, files: Sequence[Path]) -> dict[str, Path]:
     stems = [str(file.relative_to(directory).with_suffix("")) for file in files]
     twice = {stem for stem, count in Counter(stems).items() if count > 1}
     if twice:
         same = [file for stem, file in zip(stems, files, strict=True) if stem in twice]
-        raise ValueError(f"data: files share a name: {_listed(same)}; keep one of each name")
+        raise ValueError(f"data: files share a name: {listed(same)}; keep one of each name")
     return dict(zip(stems, files, strict=True))
 
 
 def _check(path: Path, mask: Path, max_pixels: int) -> _Pair | SkippedFile:
     try:
-        image = decoding.decoded(path, max_pixels)
+        image = decoding.inspected(path, max_pixels)
     except UnreadableImageError as error:
         return SkippedFile(path, str(error))
     try:
-        classes = decoding.decoded_mask(mask, max_pixels)
-    except UnreadableImageError as error:
+        classes, mask_bytes = decoding.decoded_mask(mask, max_pixels), mask.stat().st_size
+        is_turned = image.is_turned and not decoding.has_orientation(mask, max_pixels)
+    except (UnreadableImageError, OSError) as error:
         return SkippedFile(mask, str(error))
-    shown = frozenset(int(value) for value in np.unique(classes))
     height, width = classes.shape
-    return _Pair(path, mask, (image.height, image.width), (height, width), shown)
+    # A mask of the upright size is upright, unless that size is the stored one's too.
+    if is_turned and (height, width) == image.size == image.stored_size:
+        return SkippedFile(path, f"{_IS_TURNED}, and {mask} may be turned or not; {_WHAT_TO_DO}")
+    shown = frozenset(int(value) for value in np.unique(classes))
+    sizes = image.bytes, mask_bytes
+    return _Pair(path, mask, image.size, (height, width), shown, image.largest, sizes, is_turned)
 
 
 def _check_sizes(pairs: Sequence[_Pair]) -> None:
     for pair in pairs:
         if pair.size != pair.mask_size:
+            why = f". {pair.path}: {_IS_TURNED}, and its mask has none; {_WHAT_TO_DO}"
             raise ValueError(
                 f"data: {pair.mask} is {pair.mask_size[0]}x{pair.mask_size[1]} and {pair.path} "
                 f"{pair.size[0]}x{pair.size[1]} (height x width); a mask has its image's size"
+                + (why if pair.is_turned else "")
             )
 
 
@@ -186,15 +222,9 @@ def _class_names(pairs: Sequence[_Pair], num_classes: int | None) -> tuple[str, 
     if num_classes is None and missing:
         largest = next(pair.mask for pair in pairs if count - 1 in pair.classes)
         raise ValueError(
-            f"data: {largest} has the value {count - 1}, but no mask has {_listed(missing)}; "
+            f"data: {largest} has the value {count - 1}, but no mask has {listed(missing)}; "
             "number the classes 0, 1, 2 and so on without gaps"
         )
     if count < 2:
         raise ValueError(f"data: all masks in {pairs[0].mask.parent} are 0; at least two classes")
     return tuple(map(str, range(count)))
-
-
-def _listed(things: Sequence[object]) -> str:
-    text = ", ".join(map(str, things[:_MOST_NAMED]))
-    more = len(things) - _MOST_NAMED
-    return f"{text} and {more} more" if more > 0 else text

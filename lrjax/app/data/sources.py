@@ -1,5 +1,6 @@
 """What a data set is to the trainer: an indexable collection of labelled images of one size."""
 
+import zlib
 from collections.abc import Sequence
 from typing import Protocol, TypedDict
 
@@ -70,6 +71,9 @@ class Subset:
     def name(self, index: int) -> str:
         return name_of(self.source, int(self.indices[index]))
 
+    def files_of(self, index: int) -> str | None:
+        return files_of(self.source, int(self.indices[index]))
+
     def classes_of(self, index: int) -> frozenset[int]:
         return classes_of(self.source, int(self.indices[index]))
 
@@ -78,6 +82,20 @@ def name_of(source: ImageSource, index: int) -> str:
     """What a person calls an image of the source: its file where it has one, else its number."""
     name = getattr(source, "name", None)
     return name(index) if name is not None else f"image {index}"
+
+
+def files_of(source: ImageSource, index: int) -> str | None:
+    """An image's files, where it has any: names below the source's folder, and sizes in bytes."""
+    known = getattr(source, "files_of", None)
+    return known(index) if known is not None else None
+
+
+def checksum_of_files(source: ImageSource) -> int | None:
+    """CRC-32 over the names and sizes of all files; None for a source without files."""
+    texts = [files_of(source, index) for index in range(len(source))]
+    if None in texts:
+        return None
+    return zlib.crc32("\n".join(filter(None, texts)).encode("utf-8", "surrogateescape"))
 
 
 def classes_of(source: ImageSource, index: int) -> frozenset[int]:
