@@ -144,7 +144,7 @@ class OptimizerSection(_Section):
     accumulate: int = 1
 
     def build(self) -> Optimizer:
-        settings = {key: _number(value) for key, value in (self.model_extra or {}).items()}
+        settings = {key: _typed(value) for key, value in (self.model_extra or {}).items()}
         return Optimizer(self.name, self.lr, settings, self.clip_norm, self.accumulate)
 
 
@@ -375,12 +375,18 @@ def _value(text: str) -> Any:
         return text
 
 
-# YAML 1.1 takes 1e-4 for a text.
+# YAML 1.1 takes 1e-4 for a text, TOML does not know True, and either may have quotes around both.
 _FLOAT = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+")
+_TRUTHS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
 
 
-def _number(value: Any) -> Any:
-    return float(value) if isinstance(value, str) and _FLOAT.fullmatch(value) else value
+def _typed(value: Any) -> Any:
+    """A setting of the optimiser, whose keys have no types here, by what its text says."""
+    if not isinstance(value, str):
+        return value
+    if _FLOAT.fullmatch(value):
+        return float(value)
+    return _TRUTHS.get(value.lower(), value)
 
 
 def _check_key(key: str) -> None:

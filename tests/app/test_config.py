@@ -189,11 +189,37 @@ def test_clipping_bounds_the_norm_of_all():
 
 @pytest.mark.parametrize(
     ("name", "settings"),
-    [("adamw", {"b1": "high"}), ("adamw", {"mu_dtype": "flat32"}), ("sgd", {"momentum": [1, 2]})],
+    [("adamw", {"b1": [1, 2]}), ("adamw", {"mu_dtype": "flat32"}), ("sgd", {"momentum": [1, 2]})],
 )
 def test_a_setting_that_optax_refuses_is_named_before_anything_is_compiled(name, settings):
     with pytest.raises(ValueError, match=f"optimizer: {name} does not accept"):
         Optimizer(name, settings=settings).build(Schedule(), steps=1)
+
+
+@pytest.mark.parametrize("text", ["False", "false", "no", "OFF", '"False"'])
+def test_a_setting_is_off_however_that_is_written(text):
+    given = config.assignments([f"optimizer.nesterov={text}"])
+    assert Config.of(given).optimizer.build().settings == {"nesterov": False}
+
+
+@pytest.mark.parametrize(
+    ("name", "setting", "value", "message"),
+    [
+        ("sgd", "nesterov", "never", "got 'never'; write true or false"),
+        ("sgd", "nesterov", 2, "got 2; write true or false"),
+        ("sgd", "momentum", "high", "got 'high'; write a number"),
+        ("sgd", "momentum", True, "got True; write a number"),
+        ("adamw", "b1", "high", "got 'high'; write a number"),
+        ("adamw", "b1", float("nan"), "got nan; write a number"),
+        ("sgd", "weight_decay", "high", "got 'high'; write a number, 0 or more"),
+        ("sgd", "weight_decay", [1, 2], "write a number, 0 or more"),
+        ("sgd", "weight_decay", -1, "got -1; write a number, 0 or more"),
+        ("adamw", "weight_decay", float("inf"), "got inf; write a number, 0 or more"),
+    ],
+)
+def test_a_setting_that_optax_would_misread_is_refused_by_name(name, setting, value, message):
+    with pytest.raises(ValueError, match=rf"optimizer\.{setting}: .*{message}"):
+        Config.of({"optimizer.name": name, f"optimizer.{setting}": value})
 
 
 @pytest.mark.parametrize("name", ["adamw", "lion", "polyak_sgd"])
