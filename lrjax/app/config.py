@@ -276,6 +276,10 @@ class Config(_Section):
         self.schedule.build()
         self.augment.build()
 
+    def notes(self, steps: int) -> tuple[str, ...]:
+        """What a person should know before so many steps of training, and may have meant."""
+        return (*self.optimizer.build().notes(steps), *self.schedule.build().notes(steps))
+
     def steps(self, num_images: int) -> int:
         """Steps of training on so many images."""
         if self.train.epochs is not None:

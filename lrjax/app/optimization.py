@@ -86,6 +86,15 @@ class Schedule:
         """Another number of steps gives other rates from the first step on."""
         return self.name == "cosine" or (self.name == "exponential" and self.every is None)
 
+    def notes(self, steps: int) -> tuple[str, ...]:
+        """What is odd about so many steps of training, and allowed."""
+        if self.warmup_steps < steps:
+            return ()
+        return (
+            f"schedule.warmup_steps: got {self.warmup_steps}, and training has {steps} steps: the "
+            "learning rate never reaches optimizer.lr; use fewer, or more steps",
+        )
+
     def of(self, rate: float, steps: int) -> optax.Schedule:
         """The rate of every step, counted from 0, where training has so many."""
         after = max(1, steps - self.warmup_steps)
@@ -144,6 +153,30 @@ class Optimizer:
             _check_setting(setting, value, allowed.get(setting))
         if self.name == "lbfgs" and self.accumulate > 1:
             raise ValueError("optimizer.accumulate: lbfgs searches along every batch; use 1")
+
+    def check_steps(self, steps: int) -> None:
+        """Refuses a training of so many steps that makes no update.
+
+        Raises:
+          ValueError: says what to do.
+        """
+        if self.accumulate > steps:
+            raise ValueError(
+                f"optimizer.accumulate: got {self.accumulate}, and training has {steps} steps (a "
+                f"step is a batch), which make no update; use {steps} or less, or more steps"
+            )
+
+    def notes(self, steps: int) -> tuple[str, ...]:
+        """What is odd about so many steps of training, and allowed."""
+        left = steps % self.accumulate
+        if not left:
+            return ()
+        which = "the last batch changes" if left == 1 else f"the last {left} batches change"
+        return (
+            f"optimizer.accumulate: {steps} steps make {steps // self.accumulate} updates of "
+            f"{self.accumulate} batches, and {which} nothing; use {steps - left} steps, or "
+            f"{steps - left + self.accumulate}",
+        )
 
     def build(self, schedule: Schedule, steps: int) -> optax.GradientTransformationExtraArgs:
         """The transformation, for a training of so many steps.

@@ -168,6 +168,8 @@ def _run(
     """`run`, in a directory that no other trainer uses."""
     prepared = prepare(config, placement_of(config.mesh.rows, config.mesh.data))
     listener.prepared(prepared)
+    for text in config.notes(prepared.steps):
+        listener.note(text)
     start = _start(prepared, out, listener) if resume else None
     compiled: CompiledStep | None = None
     try:
