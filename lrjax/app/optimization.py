@@ -154,6 +154,15 @@ class Optimizer:
         if self.name == "lbfgs" and self.accumulate > 1:
             raise ValueError("optimizer.accumulate: lbfgs searches along every batch; use 1")
 
+    @property
+    def all_settings(self) -> dict[str, Any]:
+        """The settings, and what those that are not given are; lists as tuples."""
+        every = {**_parameters(self.name), **self.settings}
+        return {
+            name: tuple(value) if isinstance(value, list) else value
+            for name, value in every.items()
+        }
+
     def check_steps(self, steps: int) -> None:
         """Refuses a training of so many steps that makes no update.
 
