@@ -137,7 +137,7 @@ def run(
       DivergedError: a loss or gradient is not finite; says where.
       lrjax.app.diagnosis.OutOfMemoryError: the step does not fit; says what would.
       lrjax.app.checkpoints.CannotWriteError: the disk is full, or may not be written to.
-      lrjax.app.interruption.StoppedError: SIGTERM asked the run to end, and after a step it did.
+      lrjax.app.interruption.StoppedError: a signal asked the run to end, and after a step it did.
     """
     if listener is None or not processes.is_first():
         listener = Listener()
@@ -391,7 +391,8 @@ class _Run:
         if is_stopped:
             if self._checkpoints is not None:
                 self._checkpoints.wait()
-            raise StoppedError(progress.step, is_saved=self._checkpoints is not None)
+            is_saved = self._checkpoints is not None
+            raise StoppedError(progress.step, is_saved=is_saved, by=self._request.by)
 
     def _write(self, step: int, numbers: dict[str, Any]) -> None:
         if self._log is not None:
