@@ -218,6 +218,8 @@ def _compiled(
         if plan.devices == prepared.placement.rows:
             execution = planned(plan, prepared.placement)
     if execution is not None:
+        # Tracing takes a part of the time that compiling the first parameters does.
+        check_step(prepared.model, prepared.source, execution, batch_size=config.train.batch)
         listener.compiling(execution.label)
         return compile_step(strategy=execution, **arguments)
     listener.compiling("planning")

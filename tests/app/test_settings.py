@@ -1,7 +1,10 @@
 """Settings that together make no sense are refused, or said, before a run begins."""
 
+import jax
 import pytest
 from tiny_runs import Notes, configured, train
+
+from lrjax.app import lock
 
 
 def test_batches_that_make_no_update_are_refused_before_anything_is_compiled(tmp_path):
@@ -25,3 +28,31 @@ def test_what_so_many_steps_leave_undone_is_said(tmp_path):
 def test_whole_updates_and_a_shorter_warmup_need_no_word():
     whole = configured(optimizer__accumulate=2, schedule__warmup_steps=3)
     assert whole.notes(steps=4) == ()
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"strategy__num_blocks": 0}, "num_blocks"),
+        ({"strategy__num_blocks": 33}, "num_blocks"),
+        ({"strategy__cuts": "nope"}, "nope"),
+        ({"strategy__micro_batches": 3}, "micro"),
+    ],
+)
+def test_a_strategy_that_does_not_fit_is_refused_before_anything_is_compiled(
+    tmp_path, monkeypatch, settings, message
+):
+    def compiled(*_, **__):
+        raise AssertionError("something was compiled")
+
+    monkeypatch.setattr(jax, "jit", compiled)
+    with pytest.raises(ValueError, match=message):
+        train(tmp_path / "run", strategy__name="stream", **settings)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_directory_that_cannot_be_made_is_said_by_its_option(tmp_path):
+    (tmp_path / "file").touch()
+    message = r"out: cannot write to .*give a directory you may"
+    with pytest.raises(ValueError, match=message), lock.locked(tmp_path / "file" / "run"):
+        pass
