@@ -62,7 +62,9 @@ def plan(
 
     Raises:
       ValueError: an argument is wrong; nothing was compiled.
-      BudgetTooSmallError: no plan fits; has the smallest budget that works, in bytes.
+      BudgetTooSmallError: no plan fits; has the smallest budget that works, in bytes. It is the
+        only ``lrjax.memory.DoesNotFitError`` that is raised: a program that a compiler finds no
+        room for is a plan that does not fit.
       ImportError: XLA's plugin for the target is not installed.
 
     Example:
