@@ -180,11 +180,12 @@ class Optimizer:
         left = steps % self.accumulate
         if not left:
             return ()
+        updates = steps // self.accumulate
+        many = "1 update" if updates == 1 else f"{updates} updates"
         which = "the last batch changes" if left == 1 else f"the last {left} batches change"
         return (
-            f"optimizer.accumulate: {steps} steps make {steps // self.accumulate} updates of "
-            f"{self.accumulate} batches, and {which} nothing; use {steps - left} steps, or "
-            f"{steps - left + self.accumulate}",
+            f"optimizer.accumulate: {steps} steps make {many} of {self.accumulate} batches, and "
+            f"{which} nothing; use {steps - left} steps, or {steps - left + self.accumulate}",
         )
 
     def build(self, schedule: Schedule, steps: int) -> optax.GradientTransformationExtraArgs:

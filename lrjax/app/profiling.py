@@ -52,11 +52,14 @@ def users_errors() -> Iterator[None]:
 
     Raises:
       UsersError: from what the code raised.
+      ValueError: the function gives what is no array.
     """
     try:
         yield
     except Exception as error:
         trace = _users_part(error.__traceback__)
+        if trace is None and "not a valid JAX type" in str(error):  # what the function gave
+            raise ValueError(str(error).splitlines()[0]) from error
         if trace is None and not isinstance(error, SyntaxError):
             raise
         lines = traceback.format_exception(type(error), error, trace, chain=False)

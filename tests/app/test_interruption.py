@@ -162,18 +162,19 @@ def test_other_threads_leave_signals_alone():
     assert found == [False]
 
 
-def test_the_command_ends_with_the_status_that_schedulers_expect(tmp_path, monkeypatch):
+@pytest.mark.parametrize(("by", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_the_command_ends_with_the_status_that_is_expected(tmp_path, monkeypatch, by, status):
     @contextlib.contextmanager
     def asked_at_once():
         request = interruption.Request()
-        request.is_made = True
+        request.is_made, request.by = True, by
         yield request
 
     monkeypatch.setattr(interruption, "requests", asked_at_once)
     arguments = [f"{key}={value}" for key, value in tiny_runs.SMALL.items()]
     settings = [part for text in arguments for part in ("--set", text)]
     result = CliRunner().invoke(app, ["train", "--out", str(tmp_path / "run"), *settings])
-    assert result.exit_code == 128 + 15
+    assert result.exit_code == status
     assert "stopped after step 1" in result.output
     assert "--resume" in result.output
 

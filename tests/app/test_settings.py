@@ -19,7 +19,7 @@ def test_what_so_many_steps_leave_undone_is_said(tmp_path):
     train(tmp_path / "run", notes, optimizer__accumulate=3, schedule__warmup_steps=4)
     assert len(notes.notes) == 2
     assert (
-        "4 steps make 1 updates of 3 batches, and the last batch changes nothing" in notes.notes[0]
+        "4 steps make 1 update of 3 batches, and the last batch changes nothing" in notes.notes[0]
     )
     assert "use 3 steps, or 6" in notes.notes[0]
     assert "got 4, and training has 4 steps: the learning rate never reaches" in notes.notes[1]

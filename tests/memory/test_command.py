@@ -26,6 +26,7 @@ def module(tmp_path, monkeypatch):
         "def twice(tree, y): return jnp.sin(tree['x'] @ y) @ y\n"
         "def broken(x): raise KeyError('mine')\n"
         "def named(x, *, scale): return x * scale\n"
+        "def text(x): return 'text'\n"
         "const = 3\n"
     )
     (tmp_path / "unwell.py").write_text("raise ValueError('not today')\n")
@@ -135,9 +136,12 @@ def test_targets_are_listed():
         (["shapes:twice", "--args", "f32[] f32[] f32[]"], "args: got 3 for shapes:twice(tree, y)"),
         (["shapes:named", "--args", "f32[3]"], "shapes:named(x, *, scale) wants scale by name"),
         (["shapes:twice", "--top", "-3"], "top: got -3; use 1 or more"),
-        (["shapes:twice", "--num-blocks", "4", "--dtype", "bf16"], "dtype: --dtype, --num-blocks"),
+        (
+            ["shapes:twice", "--num-blocks", "4", "--dtype", "bf16"],
+            "dtype: got --dtype, --num-blocks",
+        ),
         *(
-            (["shapes:twice", option, value], f"{option} describe the network of --model")
+            (["shapes:twice", option, value], f"got {option}, which only --model takes")
             for option, value in (
                 *(("--image", "64"), ("--batch", "1"), ("--width", "1"), ("--head", "gap")),
                 *(("--strategy", "column"), ("--cuts", "pool1"), ("--micro-batches", "1")),
@@ -162,6 +166,13 @@ def test_bad_input_is_answered_before_anything_is_compiled(module, arguments, me
     assert result.exit_code == 2, result.output
     assert message in result.output
     assert not list(module.glob("*.json"))
+
+
+def test_a_function_that_gives_no_array_is_bad_input(module):
+    result = invoke("shapes:text", "--args", "f32[3]", "--target", "cpu")
+    assert result.exit_code == 2, result.output
+    assert "function text" in result.output
+    assert "is not a valid JAX type" in result.output
 
 
 def test_a_strategy_that_the_network_does_not_take_is_bad_input():

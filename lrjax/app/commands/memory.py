@@ -129,8 +129,8 @@ def _check_program(function: str | None, model: str | None, devices: int, given:
     if function is not None and own:
         listed = ", ".join("--" + name.replace("_", "-") for name in own)
         raise ValueError(
-            f"{own[0]}: {listed} describe the network of --model, and a function runs as it is "
-            "written; leave them out, or give --model"
+            f"{own[0]}: got {listed}, which only --model takes; a function runs as it is written: "
+            "leave that out, or give --model"
         )
     if function is not None and devices > 1:
         raise ValueError(
