@@ -404,8 +404,9 @@ def _yaml(text: str) -> Any:
         """Refuses a key that is given twice, as TOML does."""
 
         def construct_mapping(self, node: Any, deep: bool = False) -> Any:
-            names = [str(key.value) for key, _ in node.value]
-            for (key, _), name in zip(node.value, names, strict=True):
+            pairs = node.value if isinstance(node, yaml.MappingNode) else ()
+            names = [str(key.value) for key, _ in pairs]
+            for (key, _), name in zip(pairs, names, strict=True):
                 if names.count(name) > 1:
                     line = key.start_mark.line + 1
                     raise ValueError(f"line {line}: {name} is given twice; keep one of them")

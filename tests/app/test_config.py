@@ -56,6 +56,7 @@ def test_a_file_is_read(tmp_path, suffix, text):
         ("a.toml", "data = 3", "data is a section; give it keys"),
         ("a.yaml", "data: !!python/object/apply:os.getcwd []", "could not determine a constructor"),
         ("a.toml", b"\xff\xfe", "cannot read"),
+        ("a.yaml", "train: !!map [1]", "expected a mapping"),
         ("a.yaml", "train: {batch: 1, steps: 2, batch: 3}", "line 1: batch is given twice"),
         ("a.yaml", "data: {fit: native}\ndata: {fit: resize}", "line 1: data is given twice"),
     ],
