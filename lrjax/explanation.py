@@ -146,7 +146,11 @@ class SegmentReport:
 
 @dataclasses.dataclass(frozen=True)
 class Explanation:
-    """The answer of ``explain``; print it for a summary, and ``tables()`` for every operation."""
+    """The answer of ``explain``; print it for a summary, and ``tables()`` for every operation.
+
+    Attributes:
+      segments: what each will do, in the order of the forward pass; one where there are no cuts.
+    """
 
     segments: tuple[SegmentReport, ...]
 

@@ -72,7 +72,11 @@ class Choice:
 
 
 class PlanMismatchError(ValueError):
-    """A plan was given a function, or shapes, that it was not made for."""
+    """A plan was given a function, shapes or a mesh that it was not made for.
+
+    The message has the first difference. Make a plan for this call with ``lrjax.plan``, or call
+    what the plan was made for.
+    """
 
 
 @dataclasses.dataclass(frozen=True)
@@ -174,6 +178,7 @@ class Plan:
 
     @property
     def choices(self) -> tuple[Choice, ...]:
+        """How each segment runs, in the order of the forward pass."""
         return tuple(segment.choice for segment in self.segments)
 
     @property

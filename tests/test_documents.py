@@ -1,6 +1,8 @@
 """What the documents say is what the scripts print."""
 
 import ast
+import dataclasses
+import inspect
 import re
 import runpy
 import subprocess
@@ -10,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+import lrjax
 from marks import COMPILES_FOR_H200
 
 
@@ -65,6 +68,19 @@ def test_functions_fit_a_screen_and_files_a_reader():
                 signature = node.body[0].lineno - node.lineno if documented else 0
                 length = node.end_lineno - start + signature
                 assert length <= 60, f"{path}: {node.name} has {length} lines"
+
+
+def test_everything_public_says_what_it_is():
+    for name in set(lrjax.__all__) - {"__version__"}:
+        found = getattr(lrjax, name)
+        assert inspect.getdoc(found), name
+        members = vars(found).items() if inspect.isclass(found) else ()
+        for member, value in members:
+            is_asked_for = isinstance(value, property | classmethod) or inspect.isfunction(value)
+            assert member.startswith("_") or not is_asked_for or value.__doc__, (name, member)
+        fields = dataclasses.fields(found) if dataclasses.is_dataclass(found) else ()
+        assert not fields or "Attributes:" in found.__doc__, name
+    assert "lrjax.plan" in lrjax.PlanMismatchError.__doc__
 
 
 @pytest.mark.slow

@@ -13,7 +13,7 @@ from lrjax.app.planning import mesh_of, training_call
 from lrjax.app.step import CompiledStep, compile_step
 from lrjax.plan import Plan
 from lrjax.planner.budget import parse_budget
-from lrjax.text import MIB
+from lrjax.text import size
 
 _ATTEMPTS = 3
 
@@ -48,7 +48,13 @@ def compile_within(
     )
     placement = compile_arguments.get("placement", ONE_DEVICE)
     mesh = mesh_of(placement.rows)
-    left = allowed - _bytes(jax.eval_shape(compile_arguments["optimizer"].init, args[0]))
+    held = _bytes(jax.eval_shape(compile_arguments["optimizer"].init, args[0]))
+    if held >= allowed:
+        raise lrjax.BudgetTooSmallError(
+            f"budget={size(allowed)}: the optimizer alone holds {size(held)}; give more than that, "
+            "or another optimizer."
+        )
+    left = allowed - held
     for _ in range(_ATTEMPTS):
         plan = lrjax.plan(fun, *args, in_axes=in_axes, budget=max(left, 1), wrt=0, mesh=mesh)
         on_plan(plan)
@@ -57,8 +63,8 @@ def compile_within(
             return compiled
         left -= compiled.xla_peak - allowed
     raise lrjax.BudgetTooSmallError(
-        f"budget={allowed / MIB:,.1f} MiB: the plan fits, but the whole step takes "
-        f"{compiled.xla_peak / MIB:,.1f} MiB with its optimizer; give that, or another optimizer."
+        f"budget={size(allowed)}: the plan fits, but the whole step takes "
+        f"{size(compiled.xla_peak)} with its optimizer; give that, or another optimizer."
     )
 
 

@@ -106,6 +106,7 @@ def prepare(config: Config, placement: Placement = ONE_DEVICE) -> Prepared:
         augmentation.check(source.image_shape)
     placement.check(source.image_shape, config.train.batch)
     steps = config.steps(len(source))
+    config.optimizer.build().check_steps(steps)
     return Prepared(
         config=config,
         source=source,

@@ -4,11 +4,12 @@ A key is dotted, `section.name`. What a value may be is known to whoever takes i
 type.
 """
 
+import math
 import re
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import pydantic
 
@@ -21,6 +22,16 @@ class _Section(pydantic.BaseModel):
     model_config = pydantic.ConfigDict(
         extra="forbid", frozen=True, coerce_numbers_to_str=True, allow_inf_nan=False
     )
+
+    @pydantic.field_validator("*", mode="before")
+    @classmethod
+    def _not_empty_and_no_truth_for_a_number(cls, value: Any, info: pydantic.ValidationInfo) -> Any:
+        if isinstance(value, str) and not value.strip():
+            raise ValueError("give a value, or leave the key out")
+        kind = cls.model_fields[str(info.field_name)].annotation
+        if isinstance(value, bool) and {int, float} & {kind, *get_args(kind)}:
+            raise ValueError("write a number")
+        return value
 
 
 class DataSection(_Section):
@@ -47,6 +58,16 @@ class DataSection(_Section):
     balanced: bool = False
     max_pixels: int = DEFAULT_MAX_PIXELS
     unreadable: Literal["skip", "error"] = "skip"
+
+    @pydantic.field_validator("validation", mode="before")
+    @classmethod
+    def _number(cls, value: Any) -> Any:
+        """A part is a number, also where the command line gives its text."""
+        try:
+            number = float(value)
+        except (TypeError, ValueError):
+            return value
+        return value if isinstance(value, bool) or not math.isfinite(number) else number
 
     @pydantic.field_validator("digits", "image_size", mode="before")
     @classmethod
@@ -144,7 +165,7 @@ class OptimizerSection(_Section):
     accumulate: int = 1
 
     def build(self) -> Optimizer:
-        settings = {key: _number(value) for key, value in (self.model_extra or {}).items()}
+        settings = {key: _typed(value) for key, value in (self.model_extra or {}).items()}
         return Optimizer(self.name, self.lr, settings, self.clip_norm, self.accumulate)
 
 
@@ -157,6 +178,13 @@ class ScheduleSection(_Section):
     factor: float = 0.1
     boundaries: tuple[int, ...] = ()
     every: int | None = None
+
+    @pydantic.field_validator("boundaries", mode="before")
+    @classmethod
+    def _listed(cls, value: Any) -> Any:
+        if not isinstance(value, list | tuple) or any(isinstance(one, bool) for one in value):
+            raise ValueError("write a list of steps, such as [1000, 2000]")
+        return value
 
     def build(self) -> Schedule:
         return Schedule(**self.model_dump())
@@ -227,7 +255,8 @@ class Config(_Section):
             made = cls.model_validate(nested)
         except pydantic.ValidationError as error:
             lines = [
-                f"{'.'.join(map(str, one['loc'][:2]))}: got {one['input']!r}; {one['msg']}"
+                f"{'.'.join(map(str, one['loc'][:2]))}: got {one['input']!r}; "
+                + one["msg"].removeprefix("Value error, ")
                 for one in error.errors()
             ]
             raise ValueError("\n".join(lines)) from None
@@ -251,7 +280,6 @@ class Config(_Section):
         train, run = self.train, self.run
         positive = {
             "steps": train.steps,
-            "epochs": train.epochs,
             "batch": train.batch,
             "train.validate_every": train.validate_every,
             "checkpoint_every": run.checkpoint_every,
@@ -266,6 +294,10 @@ class Config(_Section):
         for name, number in not_negative.items():
             if number < 0:
                 raise ValueError(f"{name}: got {number}; use 0 or more")
+        if train.epochs is not None and not train.epochs > 0:
+            raise ValueError(f"epochs: got {train.epochs}; use more than 0")
+        if train.seed > _LARGEST_SEED:
+            raise ValueError(f"seed: got {train.seed}; use {_LARGEST_SEED} or less")
         if train.steps is not None and train.epochs is not None:
             raise ValueError(
                 f"steps: got {train.steps}, and epochs={train.epochs} too; give one of them"
@@ -276,6 +308,22 @@ class Config(_Section):
         self.schedule.build()
         self.augment.build()
 
+    def notes(self, steps: int) -> tuple[str, ...]:
+        """What a person should know before so many steps of training, and may have meant."""
+        found = (*self.optimizer.build().notes(steps), *self.schedule.build().notes(steps))
+        path, held_out = self.data.path, self.data.validation
+        if (
+            path == "digits"
+            or not isinstance(held_out, str)
+            or Path(held_out).resolve() != Path(path).resolve()
+        ):
+            return found
+        return (
+            f"validation: {held_out} is the folder of --data: loss and accuracy are of images that "
+            "were learnt from; give another folder, or a part such as 0.1",
+            *found,
+        )
+
     def steps(self, num_images: int) -> int:
         """Steps of training on so many images."""
         if self.train.epochs is not None:
@@ -283,6 +331,8 @@ class Config(_Section):
         return 20 if self.train.steps is None else self.train.steps
 
 
+# JAX makes keys of 32 bits of a seed: greater ones would stand for the same keys.
+_LARGEST_SEED = 2**32 - 1
 LENGTH = {"train.steps", "train.epochs"}
 # Keys that may change when a run goes on: they alter no number that it computes.
 FREE_ON_RESUME = {
@@ -297,11 +347,28 @@ MESH = {f"mesh.{name}" for name in MeshSection.model_fields}
 
 def differences(saved: Config, given: Config) -> dict[str, tuple[Any, Any]]:
     """Keys in which a run that goes on may not differ, and does: saved and given values."""
-    one, other = saved.flat(), given.flat()
-    keys = {key for key in (*one, *other) if one.get(key) != other.get(key)}
+    one, other, before, now = _meaning(saved), _meaning(given), saved.flat(), given.flat()
+    keys = {key for key in (*before, *now) if one.get(key) != other.get(key)}
     allowed = FREE_ON_RESUME - (LENGTH if saved.schedule.build().depends_on_length else set())
     allowed |= MESH | ({"strategy.num_blocks"} if keys & MESH else set())
-    return {key: (one.get(key), other.get(key)) for key in sorted(keys - allowed)}
+    return {
+        key: (before.get(key, one.get(key)), now.get(key, other.get(key)))
+        for key in sorted(keys - allowed)
+    }
+
+
+def _meaning(config: Config) -> dict[str, Any]:
+    """Every key, the optimiser's defaults among them, with one value for all that mean the same."""
+    own = config.optimizer.build().all_settings
+    found = config.flat() | {f"optimizer.{name}": value for name, value in own.items()}
+    for key in ("data.digits", "data.image_size", "strategy.num_blocks", "strategy.budget"):
+        if found[key] is not None:
+            found[key] = "".join(found[key].split())
+    size = found["data.image_size"]
+    if size is not None:
+        height, _, width = size.lower().replace("x", ",").partition(",")
+        found["data.image_size"] = (height, width or height)
+    return found
 
 
 def keys() -> tuple[str, ...]:
@@ -318,7 +385,7 @@ def read(path: Path) -> dict[str, Any]:
     if path.suffix.lower() not in (".toml", ".yaml", ".yml"):
         raise ValueError(f"config: got {path}; use a .toml, .yaml or .yml file")
     try:
-        text = path.read_text("utf-8")
+        text = path.read_text("utf-8-sig")  # Windows' editors begin files with a mark
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"config: cannot read {path}: {error}") from None
     try:
@@ -333,8 +400,20 @@ def read(path: Path) -> dict[str, Any]:
 def _yaml(text: str) -> Any:
     import yaml
 
+    class Loader(yaml.SafeLoader):
+        """Refuses a key that is given twice, as TOML does."""
+
+        def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+            pairs = node.value if isinstance(node, yaml.MappingNode) else ()
+            names = [str(key.value) for key, _ in pairs]
+            for (key, _), name in zip(pairs, names, strict=True):
+                if names.count(name) > 1:
+                    line = key.start_mark.line + 1
+                    raise ValueError(f"line {line}: {name} is given twice; keep one of them")
+            return super().construct_mapping(node, deep)
+
     try:
-        return yaml.safe_load(text) or {}
+        return yaml.load(text, Loader) or {}
     except yaml.YAMLError as error:
         raise ValueError(str(error)) from None
 
@@ -375,12 +454,18 @@ def _value(text: str) -> Any:
         return text
 
 
-# YAML 1.1 takes 1e-4 for a text.
+# YAML 1.1 takes 1e-4 for a text, TOML does not know True, and either may have quotes around both.
 _FLOAT = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+")
+_TRUTHS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
 
 
-def _number(value: Any) -> Any:
-    return float(value) if isinstance(value, str) and _FLOAT.fullmatch(value) else value
+def _typed(value: Any) -> Any:
+    """A setting of the optimiser, whose keys have no types here, by what its text says."""
+    if not isinstance(value, str):
+        return value
+    if _FLOAT.fullmatch(value):
+        return float(value)
+    return _TRUTHS.get(value.lower(), value)
 
 
 def _check_key(key: str) -> None:

@@ -33,16 +33,19 @@ def locked(run: Path, note: Callable[[str], None] = lambda text: None) -> Iterat
       note: is told when a lock of another host is watched, to see whether it is stale.
 
     Raises:
-      ValueError: another trainer holds it; says which.
+      ValueError: another trainer holds it; says which. Or the directory cannot be written to.
     """
     made = [place for place in (run, *run.parents) if not place.exists()]
-    run.mkdir(parents=True, exist_ok=True)
     path = run / FILE
     own = _identity()
     try:
+        run.mkdir(parents=True, exist_ok=True)
         _take(path, own, note)
     except OSError as error:
-        raise ValueError(f"out: cannot write to {run} ({error.strerror or error})") from error
+        raise ValueError(
+            f"out: cannot write to {run} ({error.strerror or error}); give a directory you may "
+            "write to"
+        ) from error
     done = threading.Event()
     toucher = threading.Thread(target=_touch, args=(path, done), daemon=True)
     toucher.start()

@@ -5,6 +5,7 @@ A schedule counts steps of training; with accumulation, several steps make one u
 
 import functools
 import inspect
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -85,6 +86,15 @@ class Schedule:
         """Another number of steps gives other rates from the first step on."""
         return self.name == "cosine" or (self.name == "exponential" and self.every is None)
 
+    def notes(self, steps: int) -> tuple[str, ...]:
+        """What is odd about so many steps of training, and allowed."""
+        if self.warmup_steps < steps:
+            return ()
+        return (
+            f"schedule.warmup_steps: got {self.warmup_steps}, and training has {steps} steps: the "
+            "learning rate never reaches optimizer.lr; use fewer, or more steps",
+        )
+
     def of(self, rate: float, steps: int) -> optax.Schedule:
         """The rate of every step, counted from 0, where training has so many."""
         after = max(1, steps - self.warmup_steps)
@@ -136,12 +146,47 @@ class Optimizer:
         if self.accumulate < 1:
             raise ValueError(f"optimizer.accumulate: got {self.accumulate}; use 1 or more batches")
         allowed = _parameters(self.name)
-        for setting in self.settings:
+        for setting, value in self.settings.items():
             if setting not in (*allowed, "weight_decay"):
                 hint = did_you_mean(setting, {*allowed, "weight_decay"})
                 raise ValueError(f"optimizer.{setting}: {self.name} has no such option; {hint}")
+            _check_setting(setting, value, allowed.get(setting))
         if self.name == "lbfgs" and self.accumulate > 1:
             raise ValueError("optimizer.accumulate: lbfgs searches along every batch; use 1")
+
+    @property
+    def all_settings(self) -> dict[str, Any]:
+        """The settings, and what those that are not given are; lists as tuples."""
+        every = {**_parameters(self.name), **self.settings}
+        return {
+            name: tuple(value) if isinstance(value, list) else value
+            for name, value in every.items()
+        }
+
+    def check_steps(self, steps: int) -> None:
+        """Refuses a training of so many steps that makes no update.
+
+        Raises:
+          ValueError: says what to do.
+        """
+        if self.accumulate > steps:
+            raise ValueError(
+                f"optimizer.accumulate: got {self.accumulate}, and training has {steps} steps (a "
+                f"step is a batch), which make no update; use {steps} or less, or more steps"
+            )
+
+    def notes(self, steps: int) -> tuple[str, ...]:
+        """What is odd about so many steps of training, and allowed."""
+        left = steps % self.accumulate
+        if not left:
+            return ()
+        updates = steps // self.accumulate
+        many = "1 update" if updates == 1 else f"{updates} updates"
+        which = "the last batch changes" if left == 1 else f"the last {left} batches change"
+        return (
+            f"optimizer.accumulate: {steps} steps make {many} of {self.accumulate} batches, and "
+            f"{which} nothing; use {steps - left} steps, or {steps - left + self.accumulate}",
+        )
 
     def build(self, schedule: Schedule, steps: int) -> optax.GradientTransformationExtraArgs:
         """The transformation, for a training of so many steps.
@@ -154,19 +199,20 @@ class Optimizer:
         decay = None if "weight_decay" in parameters else settings.pop("weight_decay", None)
         settings[_rate_parameter(self.name)] = self._rate(schedule, steps)
         try:
-            optimizer = _function(self.name)(**settings)
+            parts = [_function(self.name)(**settings)]
+            if decay is not None:
+                parts.insert(0, optax.add_decayed_weights(decay))
+            if self.clip_norm is not None:
+                parts.insert(0, optax.clip_by_global_norm(self.clip_norm))
+            whole = optax.with_extra_args_support(
+                optax.chain(*parts) if len(parts) > 1 else parts[0]
+            )
             if self.name != "lbfgs":  # its line search takes long to trace
-                jax.eval_shape(lambda: _tried(optimizer))
+                jax.eval_shape(lambda: _tried(whole))
         except Exception as error:
             raise ValueError(
                 f"optimizer: {self.name} does not accept {dict(self.settings)}: {error}"
             ) from None
-        parts = [optimizer]
-        if decay is not None:
-            parts.insert(0, optax.add_decayed_weights(decay))
-        if self.clip_norm is not None:
-            parts.insert(0, optax.clip_by_global_norm(self.clip_norm))
-        whole = optax.with_extra_args_support(optax.chain(*parts) if len(parts) > 1 else optimizer)
         if self.accumulate == 1:
             return whole
         steps_together = optax.MultiSteps(whole, self.accumulate)
@@ -201,12 +247,11 @@ def _functions() -> dict[str, Callable[..., Any]]:
     return found
 
 
-def _tried(optimizer: optax.GradientTransformation) -> Any:
+def _tried(optimizer: optax.GradientTransformationExtraArgs) -> Any:
     """An update of small parameters, so that a setting that fails does so early."""
     params = {"kernel": jnp.ones((3, 3, 2, 4)), "bias": jnp.ones(4)}
-    update = optax.with_extra_args_support(optimizer).update
     state = optimizer.init(params)
-    return update(params, state, params, value=jnp.ones(()), grad=params)
+    return optimizer.update(params, state, params, value=jnp.ones(()), grad=params)
 
 
 def _function(name: str) -> Callable[..., Any]:
@@ -217,10 +262,26 @@ def _function(name: str) -> Callable[..., Any]:
     return _functions()[name]
 
 
-def _parameters(name: str) -> tuple[str, ...]:
-    """What may be set, beside the learning rate."""
+def _parameters(name: str) -> dict[str, Any]:
+    """What may be set, beside the learning rate, and what it is where it is not set."""
     parameters = inspect.signature(_function(name)).parameters
-    return tuple(one for one in parameters if one not in _RATES)
+    defaults = {one: parameters[one].default for one in parameters if one not in _RATES}
+    return {**defaults, **_DEFAULTS.get(name, {})}
+
+
+def _check_setting(name: str, value: Any, default: Any) -> None:
+    """Refuses a value that optax would take for another: any text counts as true."""
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if isinstance(default, bool) and (isinstance(value, str) or is_number):
+        raise ValueError(f"optimizer.{name}: got {value!r}; write true or false")
+    takes_number = isinstance(default, int | float) and not isinstance(default, bool)
+    is_nan = is_number and math.isnan(value)
+    if is_nan or (takes_number and isinstance(value, str | bool)):
+        raise ValueError(f"optimizer.{name}: got {value!r}; write a number")
+    if name == "weight_decay" and value is not None and not (is_number and 0 <= value < math.inf):
+        raise ValueError(
+            f"optimizer.weight_decay: got {value!r}; write a number, 0 or more, such as 1e-4"
+        )
 
 
 def _rate_parameter(name: str) -> str:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib
+import inspect
 import json
 import os
 import re
 import sys
-from collections.abc import Callable
+import traceback
+from collections.abc import Callable, Iterator
+from types import TracebackType
 from typing import Any
 
 import jax
@@ -36,6 +40,40 @@ class Program:
     fun: Callable[..., Any]
     args: tuple[Any, ...]
     mesh: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+
+class UsersError(Exception):
+    """What the user's own code raised, as Python would print it, from the user's first line on."""
+
+
+@contextlib.contextmanager
+def users_errors() -> Iterator[None]:
+    """What goes wrong in code that is not lrjax's nor JAX's is a `UsersError`.
+
+    Raises:
+      UsersError: from what the code raised.
+      ValueError: the function gives what is no array.
+    """
+    try:
+        yield
+    except Exception as error:
+        trace = _users_part(error.__traceback__)
+        if trace is None and "not a valid JAX type" in str(error):  # what the function gave
+            raise ValueError(str(error).splitlines()[0]) from error
+        if trace is None and not isinstance(error, SyntaxError):
+            raise
+        lines = traceback.format_exception(type(error), error, trace, chain=False)
+        raise UsersError("".join(lines).rstrip()) from error
+
+
+def _users_part(trace: TracebackType | None) -> TracebackType | None:
+    """A traceback from the first frame on that is the user's; None where there is none."""
+    while trace is not None:
+        package = str(trace.tb_frame.f_globals.get("__name__", "")).partition(".")[0]
+        if package not in ("lrjax", "jax", "importlib", "contextlib"):
+            return trace
+        trace = trace.tb_next
+    return None
 
 
 def dtype_of(name: str) -> Any:
@@ -84,7 +122,9 @@ def function_program(name: str, spec: str) -> Program:
     """The program ``module:function``, importable from the current directory.
 
     Raises:
-      ValueError: the name is of another form, or there is no such module or function.
+      ValueError: the name is of another form, there is no such module or function, or it does not
+        take so many arguments.
+      UsersError: what the module raised when it was imported.
     """
     module_name, colon, function = name.partition(":")
     if not (colon and module_name and function):
@@ -92,7 +132,8 @@ def function_program(name: str, spec: str) -> Program:
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
     try:
-        module = importlib.import_module(module_name)
+        with users_errors():
+            module = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
         # A module that is there and imports something that is not has an error of its own.
         if error.name is None or not f"{module_name}.".startswith(f"{error.name}."):
@@ -102,7 +143,35 @@ def function_program(name: str, spec: str) -> Program:
         fun = getattr(module, function)
     except AttributeError:
         raise ValueError(f"function: module {module_name!r} has no {function!r}") from None
-    return Program(fun, parse_arguments(spec))
+    if not callable(fun):
+        raise ValueError(f"function: {name} is no function but {fun!r:.80}; name a function")
+    args = parse_arguments(spec)
+    _check_call(name, fun, args)
+    return Program(fun, args)
+
+
+def _check_call(name: str, fun: Callable[..., Any], args: tuple[Any, ...]) -> None:
+    try:
+        signature = inspect.signature(fun)
+    except (TypeError, ValueError):  # not every function of C says what it takes
+        return
+    keywords = [
+        one.name
+        for one in signature.parameters.values()
+        if one.kind is one.KEYWORD_ONLY and one.default is one.empty
+    ]
+    if keywords:
+        raise ValueError(
+            f"function: {name}{signature} wants {', '.join(keywords)} by name, and --args are by "
+            "position; name a function that gives them"
+        )
+    try:
+        signature.bind(*args)
+    except TypeError as error:
+        raise ValueError(
+            f"args: got {len(args)} for {name}{signature}: {error}; give one entry for each "
+            'argument, such as "f32[8,128] bf16[3]"'
+        ) from None
 
 
 def gradient_program(

@@ -113,7 +113,7 @@ def check(
 def _prepared(config: Config, listener: Listener) -> Prepared:
     prepared = prepare(config, placement_of(config.mesh.rows, config.mesh.data))
     listener.prepared(prepared)
-    for text in prepared.notes:
+    for text in (*prepared.notes, *config.notes(prepared.steps)):
         listener.note(text)
     return prepared
 
@@ -188,7 +188,7 @@ def run(
       DivergedError: a loss or gradient is not finite; says where.
       lrjax.app.diagnosis.OutOfMemoryError: the step does not fit; says what would.
       lrjax.app.checkpoints.CannotWriteError: the disk is full, or may not be written to.
-      lrjax.app.interruption.StoppedError: SIGTERM asked the run to end, and after a step it did.
+      lrjax.app.interruption.StoppedError: a signal asked the run to end, and after a step it did.
     """
     # What the run keeps is found from another working directory too.
     config = building.with_folders(
@@ -261,6 +261,8 @@ def _compiled(
         if plan.devices == prepared.placement.rows:
             execution = planned(plan, prepared.placement)
     if execution is not None:
+        # Tracing takes a part of the time that compiling the first parameters does.
+        check_step(prepared.model, prepared.source, execution, batch_size=config.train.batch)
         listener.compiling(execution.label)
         return compile_step(strategy=execution, **arguments)
     listener.compiling("planning")
@@ -430,7 +432,8 @@ class _Run:
         if is_stopped:
             if self._checkpoints is not None:
                 self._checkpoints.wait()
-            raise StoppedError(progress.step, is_saved=self._checkpoints is not None)
+            is_saved = self._checkpoints is not None
+            raise StoppedError(progress.step, is_saved=is_saved, by=self._request.by)
 
     def _write(self, step: int, numbers: dict[str, Any]) -> None:
         if self._log is not None:

@@ -10,8 +10,9 @@ from lrjax.plan import Plan
 from lrjax.planner.budget import parse_budget
 from lrjax.planner.mesh import PlannedMesh, planned_row_mesh
 from lrjax.planner.problem import Problem, problem_of
-from lrjax.planner.proof import MIB, BudgetTooSmallError, OnProgress, Progress, prover_of
+from lrjax.planner.proof import BudgetTooSmallError, OnProgress, Progress, prover_of
 from lrjax.planner.search import Limits
+from lrjax.text import size
 
 MOST_COMPILATIONS = 5
 OBJECTIVES = ("time",)
@@ -61,7 +62,9 @@ def plan(
 
     Raises:
       ValueError: an argument is wrong; nothing was compiled.
-      BudgetTooSmallError: no plan fits; has the smallest budget that works, in bytes.
+      BudgetTooSmallError: no plan fits; has the smallest budget that works, in bytes. It is the
+        only ``lrjax.memory.DoesNotFitError`` that is raised: a program that a compiler finds no
+        room for is a plan that does not fit.
       ImportError: XLA's plugin for the target is not installed.
 
     Example:
@@ -88,6 +91,6 @@ def check_floor(problem: Problem, budget: int) -> None:
     floor = problem.fixed_bytes
     if budget <= floor:
         raise BudgetTooSmallError(
-            f"budget={budget / MIB:,.1f} MiB: arguments and gradients alone take "
-            f"{floor / MIB:,.1f} MiB; give more than that, smaller images or a smaller batch."
+            f"budget={size(budget)}: arguments and gradients alone take {size(floor)}; give "
+            "more than that, smaller images or a smaller batch."
         )

@@ -41,6 +41,11 @@ def parse_budget(budget: int | float | str, target: str | None) -> int:
         raise ValueError(f"budget={budget!r} must be more than nothing; {allowed}.")
     if isinstance(budget, int):
         return budget
+    if budget > 1 and budget.is_integer():  # 8e9 is a float
+        raise ValueError(
+            f"budget={budget!r} is a float, and so a fraction, above 1; give bytes as an int, "
+            f'{int(budget)}, or as text, "{int(budget)}B".'
+        )
     if budget > 1:
         raise ValueError(f"budget={budget!r} is a fraction above 1; {allowed}.")
     memory = device_memory_bytes(target)
@@ -57,6 +62,11 @@ def _from_text(budget: str, allowed: str) -> int:
     if match is None:
         raise ValueError(f"budget={budget!r} is no number with a unit; {allowed}.")
     number, unit = match.groups()
+    near = {one.lower(): one for one in _UNITS}.get(unit.lower())
+    if unit not in _UNITS and near is not None:
+        raise ValueError(
+            f"budget={budget!r}: there is no unit {unit!r}; did you mean '{number}{near}'?"
+        )
     if unit not in _UNITS:
         raise ValueError(
             f"budget={budget!r}: there is no unit {unit!r}; units are {', '.join(_UNITS)}."

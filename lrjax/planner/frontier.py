@@ -91,6 +91,7 @@ class Frontier:
         return f"Frontier({self.where}, {len(self.points)} points; print it for a table)"
 
     def of(self, method: str) -> list[Point]:
+        """The points of a method, such as ``"column"`` or ``"lrjax"``, in order; [] of none."""
         return [point for point in self.points if point.method == method]
 
     def time_of(self, point: Point) -> float | None:

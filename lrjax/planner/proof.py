@@ -17,6 +17,7 @@ from lrjax.planner.candidates import COLUMN, Candidates
 from lrjax.planner.problem import Problem
 from lrjax.planner.search import Kind, Limits, Model, Step, Steps, neighbours, search
 from lrjax.roofline import roofline_of
+from lrjax.text import size
 from lrjax.transform import rowwise
 
 MIB = 2**20
@@ -386,7 +387,7 @@ class Prover:
         """The error that names the smallest plan's peak, and what holds it."""
         if self.proofs[steps].is_refused:
             return BudgetTooSmallError(
-                f"budget={budget / MIB:,.1f} MiB: XLA found no room for any plan on "
+                f"budget={size(budget)}: XLA found no room for any plan on "
                 f"{self.problem.target or 'the device'}. Give smaller images or a smaller batch."
             )
         peak = self.proofs[steps].peak
@@ -394,7 +395,7 @@ class Prover:
         name = ("forward", "backward")[top.number]
         fixed = self.problem.fixed_bytes
         return BudgetTooSmallError(
-            f"budget={budget / MIB:,.1f} MiB: no plan fits. The smallest budget that works "
+            f"budget={size(budget)}: no plan fits. The smallest budget that works "
             f"is {peak / MIB:,.1f} MiB ({peak:,} bytes). There the peak is in the {name} pass of "
             f"segment {1 + steps.index(top.step)} of {len(steps)} "
             f"({top.step.choice.strategy.name}), which takes about {top.own / MIB:,.1f} MiB; "

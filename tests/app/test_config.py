@@ -56,6 +56,9 @@ def test_a_file_is_read(tmp_path, suffix, text):
         ("a.toml", "data = 3", "data is a section; give it keys"),
         ("a.yaml", "data: !!python/object/apply:os.getcwd []", "could not determine a constructor"),
         ("a.toml", b"\xff\xfe", "cannot read"),
+        ("a.yaml", "train: !!map [1]", "expected a mapping"),
+        ("a.yaml", "train: {batch: 1, steps: 2, batch: 3}", "line 1: batch is given twice"),
+        ("a.yaml", "data: {fit: native}\ndata: {fit: resize}", "line 1: data is given twice"),
     ],
 )
 def test_a_bad_file_is_refused(tmp_path, name, text, message):
@@ -64,6 +67,13 @@ def test_a_bad_file_is_refused(tmp_path, name, text, message):
         path.write_bytes(text if isinstance(text, bytes) else text.encode())
     with pytest.raises(ValueError, match=message):
         config.read(path)
+
+
+def test_files_may_begin_with_a_mark_and_yaml_may_merge(tmp_path):
+    (tmp_path / "a.toml").write_bytes(b"\xef\xbb\xbf[train]\nbatch = 3\n")
+    assert config.read(tmp_path / "a.toml") == {"train.batch": 3}
+    (tmp_path / "a.yaml").write_text("train: &a {batch: 3}\nrun: {<<: *a, keep: 1}\n")
+    assert config.read(tmp_path / "a.yaml")["run.batch"] == 3
 
 
 def test_assignments_have_types():
@@ -82,7 +92,16 @@ def test_assignments_have_types():
         ({"train.steps": "many"}, r"train\.steps: got 'many'"),
         ({"train.steps": 1.5}, r"train\.steps: got 1\.5"),
         ({"train.batch": 0}, "batch: got 0; use 1 or more"),
-        ({"train.epochs": -1}, "epochs: got -1"),
+        ({"train.epochs": -1}, "epochs: got -1.0; use more than 0"),
+        ({"train.batch": True}, r"train\.batch: got True; write a number"),
+        ({"train.steps": True}, r"train\.steps: got True; write a number"),
+        ({"data.path": ""}, r"data\.path: got ''; give a value, or leave the key out"),
+        ({"data.validation": " "}, r"data\.validation: got ' '; give a value"),
+        ({"strategy.budget": ""}, r"strategy\.budget: got ''; give a value"),
+        ({"train.seed": 2**32}, "seed: got 4294967296; use 4294967295 or less"),
+        ({"train.seed": 10**20}, "seed: got 1"),
+        ({"schedule.boundaries": 5}, r"got 5; write a list of steps, such as \[1000, 2000\]"),
+        ({"schedule.boundaries": "5,6"}, "got '5,6'; write a list of steps"),
         ({"train.epochs": float("inf")}, r"train\.epochs: got inf"),
         ({"train.steps": 3, "train.epochs": 2}, "epochs=2.0 too; give one of them"),
         ({"run.keep": -1}, "keep: got -1; use 0 or more"),
@@ -110,6 +129,50 @@ def test_assignments_have_types():
 def test_bad_values_are_refused_with_what_to_do(given, message):
     with pytest.raises(ValueError, match=message):
         Config.of(given)
+
+
+PRODIGY = {"optimizer.name": "prodigy"}
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ({"data.validation": "0.3"}, {"data.validation": 0.3}),
+        ({"data.validation": "0.30"}, {"data.validation": "0.3"}),
+        ({"data.image_size": 64}, {"data.image_size": "64x64"}),
+        ({"data.image_size": [64, 32]}, {"data.image_size": "64x32"}),
+        ({"data.digits": "0, 1"}, {"data.digits": [0, 1]}),
+        ({"strategy.num_blocks": 4}, {"strategy.num_blocks": "4"}),
+        ({"strategy.budget": "8 GiB"}, {"strategy.budget": "8GiB"}),
+        ({"optimizer.momentum": 0.9}, {}),
+        ({"optimizer.nesterov": "no"}, {}),
+        (PRODIGY, PRODIGY | {"optimizer.betas": [0.9, 0.999]}),
+    ],
+)
+def test_a_run_goes_on_with_settings_that_mean_the_same(one, other):
+    assert config.differences(Config.of(one), Config.of(other)) == {}
+    assert config.differences(Config.of(other), Config.of(one)) == {}
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "keys"),
+    [
+        ({"data.validation": "0.3"}, {"data.validation": "0.31"}, ["data.validation"]),
+        ({"data.image_size": "64x32"}, {"data.image_size": 64}, ["data.image_size"]),
+        ({"optimizer.momentum": 0.8}, {}, ["optimizer.momentum"]),
+        ({"optimizer.name": "adam"}, {}, ["optimizer.name"]),
+    ],
+)
+def test_a_run_does_not_go_on_with_other_settings(one, other, keys):
+    assert list(config.differences(Config.of(one), Config.of(other))) == keys
+
+
+def test_judging_by_the_images_that_are_learnt_from_is_said(tmp_path):
+    images, other = str(tmp_path / "images"), str(tmp_path / "other")
+    same = {"data.path": images, "data.validation": f"{images}/../images"}
+    assert "of images that were learnt from" in Config.of(same).notes(steps=4)[0]
+    assert Config.of({**same, "data.validation": other}).notes(steps=4) == ()
+    assert Config.of({**same, "data.validation": 0.2}).notes(steps=4) == ()
 
 
 def test_epochs_count_in_steps():
@@ -189,11 +252,37 @@ def test_clipping_bounds_the_norm_of_all():
 
 @pytest.mark.parametrize(
     ("name", "settings"),
-    [("adamw", {"b1": "high"}), ("adamw", {"mu_dtype": "flat32"}), ("sgd", {"momentum": [1, 2]})],
+    [("adamw", {"b1": [1, 2]}), ("adamw", {"mu_dtype": "flat32"}), ("sgd", {"momentum": [1, 2]})],
 )
 def test_a_setting_that_optax_refuses_is_named_before_anything_is_compiled(name, settings):
     with pytest.raises(ValueError, match=f"optimizer: {name} does not accept"):
         Optimizer(name, settings=settings).build(Schedule(), steps=1)
+
+
+@pytest.mark.parametrize("text", ["False", "false", "no", "OFF", '"False"'])
+def test_a_setting_is_off_however_that_is_written(text):
+    given = config.assignments([f"optimizer.nesterov={text}"])
+    assert Config.of(given).optimizer.build().settings == {"nesterov": False}
+
+
+@pytest.mark.parametrize(
+    ("name", "setting", "value", "message"),
+    [
+        ("sgd", "nesterov", "never", "got 'never'; write true or false"),
+        ("sgd", "nesterov", 2, "got 2; write true or false"),
+        ("sgd", "momentum", "high", "got 'high'; write a number"),
+        ("sgd", "momentum", True, "got True; write a number"),
+        ("adamw", "b1", "high", "got 'high'; write a number"),
+        ("adamw", "b1", float("nan"), "got nan; write a number"),
+        ("sgd", "weight_decay", "high", "got 'high'; write a number, 0 or more"),
+        ("sgd", "weight_decay", [1, 2], "write a number, 0 or more"),
+        ("sgd", "weight_decay", -1, "got -1; write a number, 0 or more"),
+        ("adamw", "weight_decay", float("inf"), "got inf; write a number, 0 or more"),
+    ],
+)
+def test_a_setting_that_optax_would_misread_is_refused_by_name(name, setting, value, message):
+    with pytest.raises(ValueError, match=rf"optimizer\.{setting}: .*{message}"):
+        Config.of({"optimizer.name": name, f"optimizer.{setting}": value})
 
 
 @pytest.mark.parametrize("name", ["adamw", "lion", "polyak_sgd"])

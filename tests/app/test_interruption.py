@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import pty
 import signal
 import socket
 import subprocess
@@ -22,14 +23,14 @@ from lrjax.app.interruption import StoppedError
 
 
 class Asking(runs.Listener):
-    """Sends this process SIGTERM within a step, as a scheduler does."""
+    """Sends this process a signal within a step: SIGTERM, as a scheduler does, or another."""
 
-    def __init__(self, step):
-        self._step = step
+    def __init__(self, step, number=signal.SIGTERM):
+        self._step, self._number = step, number
 
     def step(self, progress, steps):
         if progress.step == self._step:
-            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), self._number)
 
 
 def test_sigterm_ends_a_run_behind_the_step_and_it_goes_on_with_the_same_bits(tmp_path):
@@ -70,6 +71,84 @@ def test_a_second_sigterm_is_what_it_was_before():
         signal.signal(signal.SIGTERM, before)
 
 
+@pytest.mark.parametrize(
+    ("name", "status", "message"),
+    [
+        ("SIGINT", 130, r"asked to end by Ctrl-C \(SIGINT\): stopped after step 1; its checkpoint"),
+        ("SIGHUP", 129, "asked to end by SIGHUP: stopped after step 1; its checkpoint is written"),
+        ("SIGUSR1", 138, "asked to end by SIGUSR1: stopped after step 1; its checkpoint"),
+    ],
+)
+def test_other_signals_end_a_run_alike(tmp_path, capfd, name, status, message):
+    number = signal.Signals[name]
+    before = signal.getsignal(number)
+    with pytest.raises(StoppedError, match=message) as caught:
+        train(tmp_path / "run", Asking(1, number))
+    assert caught.value.exit_status == status
+    assert signal.getsignal(number) == before
+    assert checkpoints.saved_steps(tmp_path / "run") == [1]
+    assert ("press Ctrl-C again to stop at once" in capfd.readouterr().err) == (name == "SIGINT")
+
+
+def test_a_second_ctrl_c_stops_at_once():
+    with interruption.requests() as request:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert request.is_made
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+
+
+def test_a_second_sighup_ends_nothing():
+    with interruption.requests() as request:
+        os.kill(os.getpid(), signal.SIGHUP)
+        os.kill(os.getpid(), signal.SIGHUP)
+        assert request.by == signal.SIGHUP
+
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGHUP", "SIGUSR1"])
+def test_signals_that_are_ignored_stay_so(name):
+    number = signal.Signals[name]
+    before = signal.signal(number, signal.SIG_IGN)
+    try:
+        with interruption.requests() as request:
+            os.kill(os.getpid(), number)
+            assert not request.is_made
+    finally:
+        signal.signal(number, before)
+
+
+CLOSED = """
+import fcntl, sys, termios, time
+from lrjax.app import interruption
+fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+with interruption.requests() as request:
+    print("ready", flush=True)
+    end = time.monotonic() + 30
+    while not request.is_made and time.monotonic() < end:
+        time.sleep(0.01)
+    print("a terminal that is gone", flush=True)
+    open(sys.argv[1], "w").write(request.by.name)
+"""
+
+
+def test_a_closed_terminal_does_not_fail_what_is_still_printed(tmp_path):
+    terminal, stream = pty.openpty()
+    child = subprocess.Popen(
+        [sys.executable, "-c", CLOSED, str(tmp_path / "heard")],
+        stdin=stream,
+        stdout=stream,
+        stderr=stream,
+        start_new_session=True,
+    )
+    os.close(stream)
+    output = b""
+    while b"ready" not in output:
+        output += os.read(terminal, 1000)
+    os.close(terminal)
+    assert child.wait() == 0
+    assert (tmp_path / "heard").read_text() == "SIGHUP"
+
+
 def test_other_threads_leave_signals_alone():
     found = []
 
@@ -83,18 +162,19 @@ def test_other_threads_leave_signals_alone():
     assert found == [False]
 
 
-def test_the_command_ends_with_the_status_that_schedulers_expect(tmp_path, monkeypatch):
+@pytest.mark.parametrize(("by", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_the_command_ends_with_the_status_that_is_expected(tmp_path, monkeypatch, by, status):
     @contextlib.contextmanager
     def asked_at_once():
         request = interruption.Request()
-        request.is_made = True
+        request.is_made, request.by = True, by
         yield request
 
     monkeypatch.setattr(interruption, "requests", asked_at_once)
     arguments = [f"{key}={value}" for key, value in tiny_runs.SMALL.items()]
     settings = [part for text in arguments for part in ("--set", text)]
     result = CliRunner().invoke(app, ["train", "--out", str(tmp_path / "run"), *settings])
-    assert result.exit_code == 128 + 15
+    assert result.exit_code == status
     assert "stopped after step 1" in result.output
     assert "--resume" in result.output
 

@@ -169,4 +169,4 @@ def test_alone_a_process_asks_nobody():
     processes.wait_for_all("here")
     assert (done, processes.any_says(False), processes.any_says(True)) == ([1], False, True)
     assert processes.is_first()
-    assert interruption.EXIT_STATUS == 143
+    assert interruption.StoppedError(1, is_saved=True).exit_status == 143

@@ -186,7 +186,7 @@ def nothing_compiled(monkeypatch):
     [
         ({"optimizer__lr": 0.1}, r"optimizer.lr: 0.05 in the run, 0.1 given"),
         ({"data__digits": "0,2"}, r"data.digits: '0,1' in the run, '0,2' given"),
-        ({"optimizer__momentum": 0.5}, r"optimizer.momentum: None in the run, 0.5 given"),
+        ({"optimizer__momentum": 0.5}, r"optimizer.momentum: 0.9 in the run, 0.5 given"),
         ({"train__steps": 2}, "steps: got 2, and 4 are done"),
         ({"train__stepps": 2}, "did you mean 'train.steps'"),
     ],

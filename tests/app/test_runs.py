@@ -291,7 +291,7 @@ def test_a_budget_that_nothing_fits_ends_with_status_3(tmp_path):
     arguments = ["--budget", "1kB", "--image-size", 32, "--width", 0.03125]
     answer = invoke("train", "--out", tmp_path / "run", *arguments)
     assert answer.exit_code == 3
-    assert "arguments and gradients alone take" in answer.output
+    assert "budget=1,000 bytes: the optimizer alone holds" in answer.output
     assert not (tmp_path / "run").exists()
 
 

@@ -25,7 +25,12 @@ def module(tmp_path, monkeypatch):
         "import jax.numpy as jnp\n"
         "def twice(tree, y): return jnp.sin(tree['x'] @ y) @ y\n"
         "def broken(x): raise KeyError('mine')\n"
+        "def named(x, *, scale): return x * scale\n"
+        "def text(x): return 'text'\n"
+        "const = 3\n"
     )
+    (tmp_path / "unwell.py").write_text("raise ValueError('not today')\n")
+    (tmp_path / "no_python.py").write_text("def f(:\n")
     (tmp_path / "needs_more.py").write_text("import not_installed_anywhere\n")
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
@@ -126,6 +131,23 @@ def test_targets_are_listed():
         (["shapes:twice", "--args", "q32[3]"], "dtype"),
         (["shapes:twice", "--args", "[f32[3]]"], "JSON"),
         (["shapes:twice", "--json", "missing/p.json"], "'missing/p.json' cannot be written"),
+        (["shapes:const", "--args", "f32[3]"], "shapes:const is no function but 3"),
+        (["shapes:twice"], "args: got 0 for shapes:twice(tree, y): missing a required argument"),
+        (["shapes:twice", "--args", "f32[] f32[] f32[]"], "args: got 3 for shapes:twice(tree, y)"),
+        (["shapes:named", "--args", "f32[3]"], "shapes:named(x, *, scale) wants scale by name"),
+        (["shapes:twice", "--top", "-3"], "top: got -3; use 1 or more"),
+        (
+            ["shapes:twice", "--num-blocks", "4", "--dtype", "bf16"],
+            "dtype: got --dtype, --num-blocks",
+        ),
+        *(
+            (["shapes:twice", option, value], f"got {option}, which only --model takes")
+            for option, value in (
+                *(("--image", "64"), ("--batch", "1"), ("--width", "1"), ("--head", "gap")),
+                *(("--strategy", "column"), ("--cuts", "pool1"), ("--micro-batches", "1")),
+            )
+        ),
+        (["--model", "vgg16", "--args", "f32[3]"], "args: --model has arguments of its own"),
         (["shapes:twice", "--model", "vgg16"], "either"),
         ([], "either"),
         (["--model", "vgg17"], "vgg16"),
@@ -146,12 +168,35 @@ def test_bad_input_is_answered_before_anything_is_compiled(module, arguments, me
     assert not list(module.glob("*.json"))
 
 
+def test_a_function_that_gives_no_array_is_bad_input(module):
+    result = invoke("shapes:text", "--args", "f32[3]", "--target", "cpu")
+    assert result.exit_code == 2, result.output
+    assert "function text" in result.output
+    assert "is not a valid JAX type" in result.output
+
+
+def test_a_strategy_that_the_network_does_not_take_is_bad_input():
+    result = invoke("--model", "vgg16", *SMALL, "--strategy", "stream", "--num-blocks", 999)
+    assert result.exit_code == 2, result.output
+    assert "num_blocks=999 is more than" in result.output
+
+
 @pytest.mark.parametrize(
-    ("function", "error"), [("shapes:broken", KeyError), ("needs_more:f", ModuleNotFoundError)]
+    ("function", "first", "last"),
+    [
+        ("shapes:broken", "in broken", "KeyError: 'mine'"),
+        ("unwell:f", "in <module>", "ValueError: not today"),
+        ("needs_more:f", "in <module>", "No module named 'not_installed_anywhere'"),
+        ("no_python:f", "no_python.py", "SyntaxError: invalid syntax"),
+    ],
 )
-def test_errors_of_the_users_code_are_their_own(module, function, error):
+def test_errors_of_the_users_code_are_their_own(module, function, first, last):
     result = invoke(function, "--args", "f32[3]", "--target", "cpu")
-    assert isinstance(result.exception, error)
+    assert result.exit_code == 1
+    lines = [line for line in result.stderr.splitlines() if line.startswith("  File")]
+    assert len(lines) == 1  # no frame of lrjax's, JAX's or the command line's
+    assert first in lines[0]
+    assert last in result.stderr
 
 
 def test_arguments():

@@ -98,7 +98,8 @@ def test_the_largest_batch_is_of_the_images_asked_for(monkeypatch):
     [
         (("--budget", "8GX"), 2, "no unit"),
         (("--budget", "1KiB"), 3, "arguments and gradients"),
-        (("--budget", "1024"), 3, "arguments and gradients"),
+        (("--budget", "1024"), 3, "budget=1.0 KiB: arguments and gradients"),
+        (("--budget", "1"), 3, "budget=1 bytes: arguments and gradients"),
         (("--maximise", "beauty"), 2, "use image or batch"),
         (("--maximise", "batch", "--save", "plan.json"), 2, "answers with a table alone"),
         (("--batch", "0"), 2, "use 1 or more"),

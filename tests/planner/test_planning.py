@@ -424,6 +424,8 @@ def test_a_fraction_is_of_the_targets_memory():
         ({"budget": -1.0}, "more than nothing"),
         ({"budget": "0GiB"}, "more than nothing"),
         ({"budget": 1.5}, "fraction above 1"),
+        ({"budget": 8e9}, r"give bytes as an int, 8000000000, or as text, \"8000000000B\""),
+        ({"budget": "8 gib"}, "no unit 'gib'; did you mean '8GiB'"),
         ({"budget": True}, "no amount of memory"),
         ({"budget": None}, "no amount of memory"),
         ({"wrt": 2}, "no argument 2 among 2"),

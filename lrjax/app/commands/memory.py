@@ -1,5 +1,7 @@
 """`lrjax memory`."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -7,7 +9,7 @@ import typer
 from rich.console import Console
 
 from lrjax.app.commands import options
-from lrjax.app.commands.console import DOES_NOT_FIT, app, console, stop
+from lrjax.app.commands.console import DOES_NOT_FIT, FAILED, app, console, stop
 
 Function = Annotated[
     str | None, typer.Argument(metavar="[MODULE:FUNCTION]", help="What to profile.")
@@ -24,8 +26,16 @@ ListTargets = Annotated[
 Time = Annotated[bool, typer.Option("--time", help="Step time too, by a roofline of the program.")]
 
 
+# What describes the network of --model: a function has its own.
+MODEL_OPTIONS = (
+    *("image", "batch", "dtype", "width", "head", "norm"),
+    *("strategy", "num_blocks", "cuts", "micro_batches"),
+)
+
+
 @app.command()
 def memory(
+    context: typer.Context,
     function: Function = None,
     args: Arguments = "",
     model: Model = None,
@@ -59,14 +69,11 @@ def memory(
     wide = Console(width=max(console.width, 150))
     if list_targets:
         return wide.print(_targets())
-    try:
-        options.check_counts(devices=devices)
+    with _stops():
+        options.check_counts(devices=devices, top=top)
         profiling.check_target(target, devices)
-    except (ValueError, ImportError) as error:
-        stop(error)
-    try:  # an ImportError from here on is the function's own
         _check_files(png, html, json)
-        _check_program(function, model, devices)
+        _check_program(function, model, devices, _given(context))
         if function is not None:
             program = profiling.function_program(function, args)
         else:
@@ -75,13 +82,9 @@ def memory(
             program = profiling.gradient_program(
                 strategy=how, target=target, devices=devices, **step
             )
-    except (ValueError, OSError) as error:
-        stop(error)
-    try:
-        roofline = _roofline(program, target) if time else None
-        profile = memory.profile(program.fun, *program.args, target=target, **program.mesh)
-    except memory.DoesNotFitError as error:
-        stop(error, DOES_NOT_FIT)
+        with profiling.users_errors() if function is not None else nullcontext():
+            roofline = _roofline(program, target) if time else None
+            profile = memory.profile(program.fun, *program.args, target=target, **program.mesh)
     wide.print(*text.profile_tables(profile, top), *profile.exchanges(), sep="\n")
     if roofline is not None:
         wide.print(str(roofline), soft_wrap=True, highlight=False)
@@ -91,9 +94,44 @@ def memory(
         raise typer.Exit(DOES_NOT_FIT)
 
 
-def _check_program(function: str | None, model: str | None, devices: int) -> None:
+@contextmanager
+def _stops() -> Iterator[None]:
+    """Turns what goes wrong into a message and a status; a user's own error is theirs."""
+    from lrjax import memory
+    from lrjax.app import profiling
+
+    try:
+        yield
+    except memory.DoesNotFitError as error:
+        stop(error, DOES_NOT_FIT)
+    except profiling.UsersError as error:
+        typer.echo(str(error), err=True)
+        raise typer.Exit(FAILED) from None
+    except (ValueError, OSError, ImportError) as error:
+        stop(error)
+
+
+def _given(context: typer.Context) -> set[str]:
+    """The parameters that the command line has."""
+    return {
+        name
+        for name in context.params
+        if getattr(context.get_parameter_source(name), "name", "") == "COMMANDLINE"
+    }
+
+
+def _check_program(function: str | None, model: str | None, devices: int, given: set[str]) -> None:
     if (function is None) == (model is None):
         raise ValueError("give either MODULE:FUNCTION or --model")
+    if model is not None and "args" in given:
+        raise ValueError("args: --model has arguments of its own; leave them out, or use --image")
+    own = [name for name in MODEL_OPTIONS if name in given]
+    if function is not None and own:
+        listed = ", ".join("--" + name.replace("_", "-") for name in own)
+        raise ValueError(
+            f"{own[0]}: got {listed}, which only --model takes; a function runs as it is written: "
+            "leave that out, or give --model"
+        )
     if function is not None and devices > 1:
         raise ValueError(
             "devices: a function does not say which of its arguments carry rows; give --model, or "
@@ -104,10 +142,7 @@ def _check_program(function: str | None, model: str | None, devices: int) -> Non
 def _roofline(program: Any, target: str | None) -> Any:
     from lrjax import roofline
 
-    try:
-        return roofline.estimate(program.fun, *program.args, target=target, **program.mesh)
-    except ValueError as error:
-        stop(error)
+    return roofline.estimate(program.fun, *program.args, target=target, **program.mesh)
 
 
 def _targets() -> Any:

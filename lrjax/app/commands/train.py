@@ -235,7 +235,7 @@ def _train(
     from lrjax.app.commands.progress import TerminalListener
     from lrjax.app.data import UnreadableImageError
     from lrjax.app.diagnosis import OutOfMemoryError
-    from lrjax.app.interruption import EXIT_STATUS, StoppedError
+    from lrjax.app.interruption import StoppedError
     from lrjax.app.training import DivergedError
     from lrjax.memory import DoesNotFitError
 
@@ -268,7 +268,7 @@ def _train(
     except DoesNotFitError as error:
         stop(error, DOES_NOT_FIT)
     except StoppedError as error:
-        stop(error, EXIT_STATUS)
+        stop(error, error.exit_status)
     except (DivergedError, OutOfMemoryError, UnreadableImageError, OSError) as error:
         stop(error, FAILED)
     except (ValueError, TypeError, ImportError) as error:
