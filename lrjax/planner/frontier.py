@@ -234,6 +234,7 @@ def _curve(
     if prover.proofs[smallest].is_refused:
         return []
     least = prover.proofs[smallest].peak
+    most = max(most, least)  # column's peak, where it does not compile, is a prediction
     every = [dataclasses.replace(limits, budget=budget) for budget in budgets(most, least, steps)]
     # From little memory to much: what fits in little is known to fit in more.
     for own in reversed(every):

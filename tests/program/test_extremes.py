@@ -93,6 +93,10 @@ def test_maxima_of_complex_numbers():
         return jnp.abs(jnp.where(jnp.maximum(y, 0.1 + 0.2j) == y, y, 2.0)).sum((1, 2))
 
     first, _, scale, image = arguments()
+    try:
+        jax.grad(lambda x: jnp.maximum(x, 1j).real)(1 + 1j)
+    except TypeError:
+        pytest.skip("this version of JAX has no gradient of a complex maximum")
     for strategy in ("stream", "2ps", "overl"):
         assert_same_as_column(
             network, (first, scale, image), (None, None, 1), num_blocks=4, strategy=strategy
