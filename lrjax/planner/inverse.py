@@ -191,7 +191,9 @@ class _Largest:
         sizes = sorted({self.on_grid(reference * k) for k in _SAMPLES})
         peaks = [error * self.predicted(reference, size) for size in sizes]
         curve = np.polynomial.Polynomial.fit(sizes, peaks, len(sizes) - 1)
-        size = step
+        # Below its first point the curve may rise again.
+        fitting = [own for own, peak in zip(sizes, peaks, strict=True) if peak <= memory]
+        size = max(fitting, default=step)
         while size < _MOST_STEPS * step and curve(size + step) <= memory:
             size += step
         return size

@@ -114,3 +114,12 @@ def test_bad_input(arguments, status, message):
     result = invoke(*SMALL, *arguments)
     assert result.exit_code == status, result.output
     assert message in result.output.replace("\n", " ")
+
+
+def test_a_curve_that_rises_below_its_points_hides_no_size(monkeypatch):
+    """Predictions at half, once and twice the reference; a parabola through them is high at 1."""
+    question = inverse.Question(lambda size: None, 1, 64, memory_bytes=512, grows_rows=False)
+    search = inverse._Largest(question, "lrjax", lambda progress: None)
+    peaks = {32: 500, 64: 480, 128: 900}
+    monkeypatch.setattr(search, "predicted", lambda reference, size: peaks[size])
+    assert 64 <= search.predicted_size(64, 1.0) < 128
