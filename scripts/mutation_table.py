@@ -465,7 +465,7 @@ GRADIENTS = (
         "one-pass-not-scaled",
         "the gradient of one pass is not multiplied by the cotangent",
         "lrjax/strategies/stream.py",
-        "else (g * ct.astype(g.dtype)).astype(g.dtype)",
+        "else (g * ct).astype(g.dtype)",
         "else g",
         STRATEGIES,
         "labels_at_half_height and stream",
