@@ -72,14 +72,36 @@ def _take(path: Path, own: dict[str, Any], note: Callable[[str], None]) -> None:
                 f"{holder.get('host')}; wait until it ends, or give another directory (if there is "
                 f"no such process, remove {path})"
             )
-        # Whoever renames it first takes it over; it is no longer there for the others.
-        aside = path.with_name(f"{FILE}.{os.getpid()}")
-        with contextlib.suppress(FileNotFoundError):
-            path.rename(aside)
-            if _read(aside) != holder:  # somebody else was faster: it is theirs
-                with contextlib.suppress(OSError):
-                    os.link(aside, path)
-            aside.unlink(missing_ok=True)
+        if _took_over(path, holder, own):
+            return
+
+
+def _took_over(path: Path, stale: dict[str, Any], own: dict[str, Any]) -> bool:
+    """Whether the stale lock was replaced. One process at a time tries, so that one is replaced by
+    one; it is there all the time, so that nobody makes another meanwhile."""
+    taking = path.with_name(f"{FILE}.taking")
+    if not _created(taking, own):
+        _wait_for_the_end_of(taking)
+        return False
+    try:
+        if _read(path) != stale:
+            return False
+        handle, name = tempfile.mkstemp(prefix=FILE, dir=path.parent)
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(json.dumps(own))
+        os.replace(name, path)
+        return True
+    finally:
+        taking.unlink(missing_ok=True)
+
+
+def _wait_for_the_end_of(taking: Path) -> None:
+    """Until a takeover, which takes milliseconds, has ended; one that was killed is removed."""
+    before, end = _touched(taking), time.monotonic() + STALE_AFTER
+    while (now := _touched(taking)) is not None and now == before:
+        if time.monotonic() > end:
+            taking.unlink(missing_ok=True)
+        time.sleep(0.01)
 
 
 def _created(path: Path, own: dict[str, Any]) -> bool:

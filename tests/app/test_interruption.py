@@ -299,6 +299,14 @@ def test_a_directory_that_was_made_for_nothing_is_removed(tmp_path):
     assert [*tmp_path.iterdir()] == []
 
 
+def test_a_takeover_that_was_killed_is_taken_over(tmp_path, monkeypatch):
+    monkeypatch.setattr(lock, "STALE_AFTER", 0.1)
+    write_lock(tmp_path, host=socket.gethostname(), pid=os.getpid(), started=1.0)
+    (tmp_path / f"{lock.FILE}.taking").write_text("")
+    with lock.locked(tmp_path):
+        assert [path.name for path in tmp_path.iterdir()] == [lock.FILE]
+
+
 def test_of_many_one_takes_over(tmp_path):
     write_lock(tmp_path, host=socket.gethostname(), pid=os.getpid(), started=1.0)
     results, start = [], threading.Barrier(8)
