@@ -18,6 +18,8 @@ from typing import Any
 
 import psutil
 
+from lrjax.files import write_whole
+
 FILE = "train.lock"
 # Seconds between touches by its holder, and after which one that was not touched is stale.
 TOUCHED_EVERY = 5.0
@@ -86,10 +88,7 @@ def _took_over(path: Path, stale: dict[str, Any], own: dict[str, Any]) -> bool:
     try:
         if _read(path) != stale:
             return False
-        handle, name = tempfile.mkstemp(prefix=FILE, dir=path.parent)
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(json.dumps(own))
-        os.replace(name, path)
+        write_whole(path, json.dumps(own))
         return True
     finally:
         taking.unlink(missing_ok=True)
