@@ -45,8 +45,8 @@ def compared_extremes(program: FlatProgram) -> frozenset[int]:
             taken.update((v, origins | {v}) for v in equation.outputs)
         elif primitive in _CHOICES:
             taken.update((v, origins) for v in equation.outputs)
-            if inputs and inputs[0] in gaps:
-                gaps.update((v, gaps[inputs[0]]) for v in equation.outputs)
+            for gap in (gaps[v] for v in inputs if v in gaps):
+                gaps.update((v, gap) for v in equation.outputs)
         elif primitive in _EQUAL and origins:
             gaps[equation.outputs[0]] = origins, _EQUAL[primitive]
         elif is_comparison(equation):

@@ -146,6 +146,7 @@ def test_a_compared_maximum_comes_from_the_stage_that_compares_it(network):
         (lambda x: x / x.max(1, keepdims=True) >= 1, True),
         (lambda x: x == x.max(1).max(), True),
         (lambda x: x >= jnp.maximum(x.max(1, keepdims=True), 0.1), True),
+        (lambda x: jnp.where(x > 2, x - x.max(), -1) >= 0, True),
         (lambda x: jnp.sign(x.min(1)[:, None] - x), True),
         (lambda x: jnp.floor(x / x.max()), True),
         (lambda x: x / x.max() > 0.5, False),
