@@ -3,17 +3,21 @@
     python scripts/mutations.py --out experiments/results   # all, into mutations.json and .md
     python scripts/mutations.py --only stale-ring-slot      # one, by name (as often as wanted)
     python scripts/mutations.py --all-tests                 # the whole fast suite for each
+    python scripts/mutations.py --check                     # that each has tests, in seconds
 
 Every mutation of ``mutation_table.py`` is applied to a copy of the project in a temporary
 directory, where the tests named beside it run, up to the first that fails. The tests that failed
 must then pass on an unchanged copy, or nothing was shown. The exit status is 1 if a mutation
-survives or a test fails without one, 2 if a mutation does not fit the source any more.
+survives or a test fails without one, 2 if a mutation does not fit the source any more or selects
+no test.
 """
 
 import argparse
 import ast
+import contextlib
 import dataclasses
 import datetime
+import io
 import os
 import re
 import shutil
@@ -25,6 +29,8 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
+
+import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -85,6 +91,37 @@ def mutated(mutation: Mutation, root: Path = ROOT) -> str:
     except SyntaxError as error:
         raise ValueError(f"{mutation.name}: {error}") from error
     return changed
+
+
+class _Selections:
+    """A plugin of pytest that asks which mutations select none of the tests collected."""
+
+    def __init__(self) -> None:
+        self.without_tests: list[str] = []
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_collection_modifyitems(
+        self, config: pytest.Config, items: list[pytest.Item]
+    ) -> None:
+        by_mark_and_name = config.pluginmanager.get_plugin("mark").pytest_collection_modifyitems
+        for mutation in MUTATIONS:
+            chosen = [i for i in items if i.nodeid.startswith(mutation.tests)]
+            config.option.keyword = mutation.select
+            by_mark_and_name(chosen, config)
+            if not chosen:
+                self.without_tests.append(mutation.name)
+        config.option.keyword = ""
+
+
+def without_tests() -> list[str]:
+    """The names of mutations whose files and words select no test of the fast suite."""
+    selections = _Selections()
+    files = sorted({test.partition("::")[0] for mutation in MUTATIONS for test in mutation.tests})
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        status = pytest.main([*OPTIONS, "--collect-only", *files], plugins=[selections])
+    if status != 0:
+        raise RuntimeError(f"the tests were not collected:\n{printed.getvalue()[-2000:]}")
+    return selections.without_tests
 
 
 def copy_project(target: Path) -> None:
@@ -210,6 +247,7 @@ def main() -> int:
     parser.add_argument("--only", action="append", metavar="NAME", help="this mutation alone")
     parser.add_argument("--jobs", type=int, default=2, help="mutations at a time (2)")
     parser.add_argument("--all-tests", action="store_true", help="run the whole fast suite")
+    parser.add_argument("--check", action="store_true", help="only that each fits and has tests")
     parser.add_argument("--out", type=Path, help="where to write mutations.json and mutations.md")
     options = parser.parse_args()
     names = [m.name for m in MUTATIONS]
@@ -223,6 +261,11 @@ def main() -> int:
     except ValueError as error:
         print(error, file=sys.stderr)
         return 2
+    if missing := set(without_tests()) & {m.name for m in chosen}:
+        print("no test of the fast suite is selected by:", *sorted(missing), file=sys.stderr)
+        return 2
+    if options.check:
+        return 0
     start = time.perf_counter()
 
     def one(mutation: Mutation) -> Outcome:
