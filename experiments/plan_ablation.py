@@ -2,6 +2,7 @@
 
     python -m experiments.plan_ablation                  # every plan in results/plan_costs.json
     python -m experiments.plan_ablation --target cpu
+    python -m experiments.plan_ablation --again          # after the memory model changed
 
 XLA's peaks are those of ``results/plan_costs.json``; nothing is compiled. Per target, over all
 plans: median, mean and worst error with all parts, and with one part off. Some of the parts in the
@@ -92,7 +93,7 @@ def errors(name: str, target: str, peak_mib: float) -> dict[str, float]:
 def table(results: dict[str, Any]) -> str:
     lines = []
     for target, plans in results.items():
-        for part in next(iter(plans.values())):
+        for part in PARTS if plans else ():
             own = [abs(found[part]) for found in plans.values()]
             changed = sum(found[part] != found["everything"] for found in plans.values())
             numbers = (statistics.median(own), statistics.mean(own), max(own))
@@ -103,12 +104,25 @@ def table(results: dict[str, Any]) -> str:
     return about + "\n" + report.markdown_table(head, lines)
 
 
+def of_these_parts(peaks: dict[str, Any]) -> dict[str, Any]:
+    """The rows written before of plans that are still compiled, and of the parts there are now."""
+    return {
+        target: {
+            name: found
+            for name, found in plans.items()
+            if name in peaks.get(target, {}) and found.keys() == PARTS.keys()
+        }
+        for target, plans in json.loads(RESULTS.read_text()).items()
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--target", nargs="*")
+    parser.add_argument("--again", action="store_true", help="also what was predicted before")
     options = parser.parse_args()
     peaks = json.loads(PEAKS.read_text())[report.versions()["jax"]]
-    results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    results = {} if options.again or not RESULTS.exists() else of_these_parts(peaks)
     for target in options.target or peaks:
         for name, known in peaks[target].items():
             if name in results.get(target, {}):
