@@ -27,7 +27,7 @@ from generated.spec import KINDS, case_of
 from graphs import fallbacks, graphs_of
 
 ROOT = Path(__file__).resolve().parents[1]
-CHUNKS, NETWORKS = 20, 16
+CHUNKS, NETWORKS = 12, 16
 FAST = 4
 
 # Layers that are local in rows whatever their parameters are.
