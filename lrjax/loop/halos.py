@@ -19,7 +19,7 @@ from lrjax.rules.traits import Kind
 # H200, by the rates of ``lrjax.roofline``.
 OPERATIONS_PER_BYTE = 124
 # The largest halo, as a share of a step's rows.
-LARGEST_HALO = Fraction(1, 8)
+LARGEST_HALO = 1 / 8
 
 
 def kind_of(node: RowNode) -> Kind:
@@ -27,31 +27,38 @@ def kind_of(node: RowNode) -> Kind:
     return traits_of(node.equation.primitive).kind
 
 
-def most_halos(graph: RowGraph, nodes: Sequence[RowNode], speeds: Sequence[Fraction]) -> list[int]:
-    """Of every node, the most rows that are worth computing again in every step.
+class Halos:
+    """What to compute again in every step of one row loop's nodes, in however many blocks."""
 
-    What is fused into a library's kernel (a bias, a ReLU) has no more than the library's.
+    def __init__(self, graph: RowGraph, nodes: Sequence[RowNode]):
+        self._nodes = [
+            (node.equation.outputs, node.row_inputs(), kind_of(node), _rows_per_copy(graph, node))
+            for node in nodes
+        ]
 
-    Args:
-      graph: which the nodes are of.
-      nodes: of a row loop.
-      speeds: rows that each gives in a step.
-    """
-    found: list[int] = []
-    fused: dict[int, int] = {}  # of what a library gave, and of what was fused into its kernel
-    for node, speed in zip(nodes, speeds, strict=True):
-        kind, read = kind_of(node), [v for v in node.row_inputs() if v in fused]
-        most = _most_halo(graph, node, float(speed))
-        if kind is Kind.FUSED:
-            most = min([most, *(fused[v] for v in read)])
-        if kind is Kind.LIBRARY or (kind is Kind.FUSED and read):
-            fused.update(dict.fromkeys(node.equation.outputs, most))
-        found.append(most)
-    return found
+    def most(self, speeds: Sequence[Fraction]) -> list[int]:
+        """Of every node, the most rows that are worth computing again in every step.
+
+        What is fused into a library's kernel (a bias, a ReLU) has no more than the library's.
+
+        Args:
+          speeds: rows that each gives in a step.
+        """
+        found: list[int] = []
+        fused: dict[int, int] = {}  # of what a library gave, and of what was fused into its kernel
+        for (outputs, inputs, kind, per_row), speed in zip(self._nodes, speeds, strict=True):
+            rows, read = float(speed), [v for v in inputs if v in fused]
+            most = int(min(math.sqrt(per_row * rows), rows * LARGEST_HALO))
+            if kind is Kind.FUSED:
+                most = min([most, *(fused[v] for v in read)])
+            if kind is Kind.LIBRARY or (kind is Kind.FUSED and read):
+                fused.update(dict.fromkeys(outputs, most))
+            found.append(most)
+        return found
 
 
-def _most_halo(graph: RowGraph, node: RowNode, rows: float) -> int:
-    """Of a node by itself.
+def _rows_per_copy(graph: RowGraph, node: RowNode) -> float:
+    """Rows that are computed in the time in which one row is copied; 0 for what is done once.
 
     Along a chain of convolutions halos grow: the last computes ``h`` rows again, the one before it
     ``2 h`` and so on, until one is put together by a copy. With ``C`` the time of a copy and ``F``
@@ -60,7 +67,6 @@ def _most_halo(graph: RowGraph, node: RowNode, rows: float) -> int:
     772 MiB instead of 795).
     """
     if node.is_reduction or node.equation.has_effects:
-        return 0
+        return 0.0
     made = sum(graph.row_bytes(v) for v in node.equation.outputs if v in graph.row_axis)
-    rows_per_copy = 2 * rows * made * OPERATIONS_PER_BYTE / max(node.op.flops, 1.0)
-    return int(min(math.sqrt(rows_per_copy), rows * LARGEST_HALO))
+    return 2 * made * OPERATIONS_PER_BYTE / max(node.op.flops, 1.0)

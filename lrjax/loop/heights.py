@@ -91,5 +91,6 @@ def speeds_of(
     for root, (height, rate) in references.items():
         tall = Fraction(max(height, 1))
         per_root[root] = math.ceil(tall / min(blocks, tall)) / rate
-    roots = (root_of(graph, node) for node in nodes)
-    return [per_root[root] * rate for root, rate in roots]
+    at = [root_of(graph, node) for node in nodes]
+    speeds = {(root, rate): per_root[root] * rate for root, rate in set(at)}
+    return [speeds[own] for own in at]

@@ -14,7 +14,7 @@ import numpy as np
 
 from lrjax.loop.bands import Band, joined_spans
 from lrjax.loop.ends import repeated_steps
-from lrjax.loop.halos import kind_of, most_halos
+from lrjax.loop.halos import Halos, kind_of
 from lrjax.loop.heights import Order, is_sink, references_of, speeds_of
 from lrjax.loop.schedule import (
     Read,
@@ -99,6 +99,14 @@ class RowLoop:
         return [Source(index, *row_read) for row_read in self.nodes[index].row_reads]
 
     @functools.cached_property
+    def readers(self) -> dict[int, list[Source]]:
+        """The reads of every value."""
+        found: dict[int, list[Source]] = {}
+        for source in self.sources:
+            found.setdefault(source.value, []).append(source)
+        return found
+
+    @functools.cached_property
     def sliced(self) -> tuple[Source, ...]:
         """Reads of values that exist whole."""
         return tuple(s for s in self.sources if s.value not in self.producer)
@@ -158,11 +166,17 @@ class RowLoop:
         """
         node, track = self.nodes[index], self.schedule.tracks[index]
         first = track.owned(step)[0] if node.is_reduction else track.start(step)
-        quantum = math.lcm(*(read.row_map.quantum for _, _, read in node.row_reads))
+        quantum = self.quanta[index]
         low, high = (0, node.op.height) if self.shards is None else self.needs[index]
         start = max(first, round_down(low, quantum))
         stop = min(track.stop(step), round_up(high, quantum))
         return (start, stop) if stop > start else (0, 0)
+
+    @functools.cached_property
+    def quanta(self) -> tuple[int, ...]:
+        """Of every node, rows of which its steps compute multiples."""
+        reads = ([read.row_map.quantum for _, _, read in node.row_reads] for node in self.nodes)
+        return tuple(math.lcm(*own) for own in reads)
 
     def window_of(self, source: Source, part: tuple[int, int]) -> tuple[int, int]:
         """First row and number of rows that a read takes for some rows of its node."""
@@ -282,13 +296,10 @@ class RowLoop:
         """First and last step in which a node has rows of the image."""
         track, node = self.schedule.tracks[index], self.nodes[index]
         low, high = (0, node.op.height) if self.shards is None else self.needs[index]
-        active = [
-            t
-            for t in range(self.steps)
-            if track.stop(t) > low
-            and (track.owned(t)[0] if node.is_reduction else track.start(t)) < high
-        ]
-        return (active[0], active[-1]) if active else (0, 0)
+        starts = np.array(track.frontier[:-1]) if node.is_reduction else track.stops - track.rows
+        first = int(np.searchsorted(track.stops, low, side="right"))
+        last = int(np.searchsorted(starts, high, side="left")) - 1
+        return (first, last) if first <= last else (0, 0)
 
     @functools.cached_property
     def bands(self) -> tuple[Band, ...]:
@@ -317,7 +328,7 @@ class RowLoop:
             not self.is_differentiated
             and track.is_steady
             and track.depth >= (3 if track.rows >= RING_SLAB else DEEP_SLABS) * track.rows
-            and all(np.ptp(self.look_back(s)) == 0 for s in self.sources if s.value == value)
+            and all(np.ptp(self.look_back(s)) == 0 for s in self.readers.get(value, ()))
         )
 
     def line_rows(self, value: int) -> int:
@@ -370,23 +381,25 @@ def row_loop(
     def height(node: RowNode) -> int:
         return node.op.height if shards is None else shards.rows(root_of(graph, node))
 
+    halos = None if is_differentiated else Halos(graph, nodes)
+    # What does not depend on the rows of a block.
+    reads = [
+        tuple(
+            Read(producer.get(v), read.row_map, kind_of(node) is Kind.LIBRARY)
+            for _, v, read in node.row_reads
+        )
+        for node in nodes
+    ]
+    heights = [height(node) for node in nodes]
+    sinks = [is_sink(graph, node, stage) for node in nodes]
+    widths = [
+        sum(graph.row_bytes(v) for v in node.equation.outputs if v in producer) for node in nodes
+    ]
+
     def schedule(blocks: Fraction) -> Schedule:
         speeds = speeds_of(graph, nodes, references, blocks)
-        halos = [0] * len(nodes) if is_differentiated else most_halos(graph, nodes, speeds)
-        tasks = [
-            Task(
-                tuple(
-                    Read(producer.get(v), read.row_map, kind_of(node) is Kind.LIBRARY)
-                    for _, v, read in node.row_reads
-                ),
-                height(node),
-                speed,
-                is_sink=is_sink(graph, node, stage),
-                most_halo=halo,
-                width=sum(graph.row_bytes(v) for v in node.equation.outputs if v in producer),
-            )
-            for node, speed, halo in zip(nodes, speeds, halos, strict=True)
-        ]
+        most = [0] * len(nodes) if halos is None else halos.most(speeds)
+        tasks = list(map(Task, reads, heights, speeds, sinks, most, widths))
         if order.recomputes_halos:
             return overlap_schedule(tasks)
         return shared_schedule(tasks, is_share=shards is not None)

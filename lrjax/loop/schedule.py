@@ -62,6 +62,11 @@ class Task:
             quantum = math.lcm(quantum, read.row_map.quantum)
         return quantum
 
+    @functools.cached_property
+    def pace(self) -> tuple[int, int, int]:
+        """So many rows in so many steps, in multiples of the last."""
+        return *self.speed.as_integer_ratio(), self.quantum
+
 
 @dataclasses.dataclass(frozen=True)
 class Track:
@@ -152,8 +157,9 @@ def shared_schedule(tasks: Sequence[Task], *, is_share: bool = False) -> Schedul
     """
     before, needed = 0, needed_rows(tasks) if is_share else []
     while True:
-        eager = _eager_frontiers(tasks, before)
-        lazy = _held_back(tasks, eager, before)
+        even, eager = _least_lags(tasks, before)
+        lags = _largest_lags(tasks, eager, even)
+        lazy = [even.behind(task, lag) for task, lag in zip(tasks, lags, strict=True)]
         missing = [
             (int(rows[0]) - first) / task.speed
             for task, rows, (first, _) in zip(tasks, lazy, needed, strict=False)
@@ -186,62 +192,83 @@ def _steps_to_end(task: Task) -> int:
     return math.floor(last_quantum / task.speed) + 1
 
 
-def _even(task: Task, steps: int, lag: int, before: int) -> Frontier:
-    """A frontier that advances by the task's share in every step, ``lag`` rows behind it.
+@dataclasses.dataclass(frozen=True)
+class _Even:
+    """Frontiers that advance by a task's share in every step, so many rows behind it.
 
     Even frontiers keep steps alike: where a stride makes one operation advance in every other step
-    only, following its demand to the letter would make all before it stop and go as well. There are
-    ``before`` steps before the one that begins at row 0 without a lag.
+    only, following its demand to the letter would make all before it stop and go as well. Tasks of
+    one pace and one lag have the same array.
+
+    Attributes:
+      steps: from the one on that begins at row 0 without a lag.
+      before: steps before that.
     """
-    return _advance(*task.speed.as_integer_ratio(), task.quantum, steps, before) - lag
+
+    steps: int
+    before: int
+    made: dict[tuple[tuple[int, int, int], int], Frontier] = dataclasses.field(default_factory=dict)
+
+    def behind(self, task: Task, lag: int) -> Frontier:
+        key = task.pace, lag
+        if key not in self.made:
+            found = self.made[key] = _advance(*task.pace, self.steps, self.before) - lag
+            found.flags.writeable = False  # many tasks read it
+        return self.made[key]
 
 
-@functools.lru_cache(maxsize=256)  # the operations of a network have few speeds
+@functools.lru_cache(maxsize=256)  # the operations of a network have few paces
 def _advance(rows: int, per_steps: int, quantum: int, steps: int, before: int) -> Frontier:
     """``rows`` more after every ``per_steps`` steps, in multiples of ``quantum``."""
-    found = round_down(np.arange(-before, steps + 1) * rows // per_steps, quantum)
-    found.flags.writeable = False  # many tasks read it
-    return found
+    return round_down(np.arange(-before, steps + 1) * rows // per_steps, quantum)
 
 
-def _eager_frontiers(tasks: Sequence[Task], before: int) -> list[Frontier]:
+def _least_lags(tasks: Sequence[Task], before: int) -> tuple[_Even, list[int]]:
     """The least lag of every task with which its inputs are always there in time."""
     steps = 1
     while True:
-        frontiers: list[Frontier] = []
+        even, lags = _Even(steps, before), list[int]()
         for task in tasks:
-            reach = _even(task, steps, 0, before)
-            behind = 0
+            lag = 0
             for read in task.reads:
-                if read.task is not None:
-                    allowed = read.row_map.frontier(frontiers[read.task])
-                    behind = max(behind, int(np.max(reach - allowed)))
-            frontiers.append(reach - round_up(behind, task.quantum))
+                if read.task is None:
+                    continue
+                source, row_map = tasks[read.task], read.row_map
+                if row_map.shift is not None and source.pace == task.pace:
+                    lag = max(lag, lags[read.task] + row_map.shift)
+                else:
+                    allowed = row_map.frontier(even.behind(source, lags[read.task]))
+                    lag = max(lag, int((even.behind(task, 0) - allowed).max()))
+            lags.append(round_up(lag, task.quantum))
+        last = [int(even.behind(task, lag)[-1]) for task, lag in zip(tasks, lags, strict=True)]
         missing = [
-            (task.height - int(rows[-1])) / task.speed
-            for task, rows in zip(tasks, frontiers, strict=True)
-            if task.is_sink and rows[-1] < task.height
+            (task.height - row) / task.speed
+            for task, row in zip(tasks, last, strict=True)
+            if task.is_sink and row < task.height
         ]
         if not missing:
-            return frontiers
+            return even, lags
         steps += max(1, math.ceil(max(missing)))
 
 
-def _held_back(tasks: Sequence[Task], eager: list[Frontier], before: int) -> list[Frontier]:
+def _largest_lags(tasks: Sequence[Task], eager: list[int], even: _Even) -> list[int]:
     """The largest lag of every task with which its consumers are always served; sinks stay."""
-    steps = len(eager[0]) - 1 - before
-    lazy = list(eager)
-    wanted: dict[int, Frontier] = {}
+    lags, spare = list(eager), dict[int, int]()
     for i in reversed(range(len(tasks))):
         task = tasks[i]
-        if i in wanted and not task.is_sink:
-            spare = int(np.min(_even(task, steps, 0, before) - wanted[i]))
-            lazy[i] = _even(task, steps, round_down(spare, task.quantum), before)
+        if i in spare and not task.is_sink:
+            lags[i] = round_down(spare[i], task.quantum)
         for read in task.reads:
-            if read.task is not None:
-                needed = read.row_map.end(lazy[i])
-                wanted[read.task] = np.maximum(wanted.get(read.task, needed), needed)
-    return lazy
+            if read.task is None:
+                continue
+            source, row_map = tasks[read.task], read.row_map
+            if row_map.shift is not None and source.pace == task.pace:
+                own = lags[i] - row_map.shift
+            else:
+                needed = row_map.end(even.behind(task, lags[i]))
+                own = int((even.behind(source, 0) - needed).min())
+            spare[read.task] = min(spare.get(read.task, own), own)
+    return lags
 
 
 def brought_forward(schedule: Schedule) -> Schedule:
@@ -302,10 +329,10 @@ def _earliest(schedule: Schedule, frontiers: list[Frontier], index: int) -> Fron
     reads = [read for read in task.reads if read.task is not None]
     if task.is_sink or len(reads) != 1 or reads[0].task is None:
         return None
-    steps = schedule.steps - before
+    even = _Even(schedule.steps - before, before)
     allowed = reads[0].row_map.frontier(frontiers[reads[0].task])
-    behind = int(np.max(_even(task, steps, 0, before) - allowed))
-    found = _even(task, steps, round_up(max(behind, 0), task.quantum), before)
+    behind = int(np.max(even.behind(task, 0) - allowed))
+    found = even.behind(task, round_up(max(behind, 0), task.quantum))
     if schedule.needed and int(found[0]) > schedule.needed[index][0]:
         return None
     return found
@@ -327,21 +354,29 @@ def _with_tracks(
     """Rows computed per step and kept between steps, from the last task to the first."""
     windows: list[list[_Window]] = [[] for _ in tasks]
     tracks: list[Track] = [Track((), 0, 0)] * len(tasks)
+    # Many tasks have the same array (see ``_Even``).
+    advanced: dict[int, tuple[tuple[int, ...], int]] = {}
+    backs: dict[tuple[int, int, AnyMap, int], int] = {}
     for i in reversed(range(len(tasks))):
         task, frontier = tasks[i], frontiers[i]
-        rows = max(int(np.max(np.diff(frontier))), task.quantum)
+        if id(frontier) not in advanced:
+            advanced[id(frontier)] = tuple(frontier.tolist()), int(np.diff(frontier).max())
+        stops, most = advanced[id(frontier)]
+        rows = max(most, task.quantum)
         reach = max((window.back for window in windows[i]), default=0)
         if recomputes_halos:
             rows = max(rows, round_up(reach, task.quantum))
         else:
             rows = _slab_rows(rows, task, windows[i])
-        tracks[i] = Track(tuple(frontier.tolist()), rows, max(reach, rows))
-        starts = frontier[1:] - rows
+        tracks[i] = Track(stops, rows, max(reach, rows))
         for read in task.reads:
             if read.task is not None:
-                back = frontiers[read.task][1:] - read.row_map.first(starts)
-                found = int(np.max(back)), read.row_map.size(rows), read.is_copied
-                windows[read.task].append(_Window(*found))
+                source, row_map = frontiers[read.task], read.row_map
+                key = id(source), id(frontier), row_map, rows
+                if key not in backs:
+                    backs[key] = int((source - row_map.first(frontier - rows))[1:].max())
+                window = _Window(backs[key], row_map.size(rows), read.is_copied)
+                windows[read.task].append(window)
     return Schedule(tuple(tracks), len(frontiers[0]) - 1, tuple(tasks))
 
 

@@ -52,7 +52,12 @@ class RowMap:
     pad: int = 0
     base: int = 1
 
-    @property
+    @functools.cached_property
+    def shift(self) -> int | None:
+        """One past the last input row less one past the last output row, if that is a constant."""
+        return self.extent - 1 - self.pad if self.stride == self.base == 1 else None
+
+    @functools.cached_property
     def quantum(self) -> int:
         """The least shift of output rows that shifts the input rows by a whole number."""
         return self.base // math.gcd(self.stride, self.base)
@@ -98,11 +103,16 @@ class ChainedMap:
 
     maps: tuple[RowMap | ChainedMap, ...]
 
+    @functools.cached_property
+    def shift(self) -> int | None:
+        shifts = [m.shift for m in self.maps]
+        return None if None in shifts else sum(shift or 0 for shift in shifts)
+
     @property
     def rate(self) -> Fraction:
         return math.prod((m.rate for m in self.maps), start=Fraction(1))
 
-    @property
+    @functools.cached_property
     def quantum(self) -> int:
         quantum, rate = 1, Fraction(1)
         for m in self.maps:
@@ -144,6 +154,11 @@ class BandMap:
     base: int
     low: int
     extent: int
+
+    @functools.cached_property
+    def shift(self) -> int | None:
+        """As of a ``RowMap``."""
+        return self.low + self.extent - 1 if self.stride == self.base == 1 else None
 
     @property
     def quantum(self) -> int:

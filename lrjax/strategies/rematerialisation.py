@@ -16,7 +16,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from lrjax.loop.rowloop import RowLoop, Source
+from lrjax.loop.rowloop import RowLoop
 from lrjax.program.inline import Atom
 from lrjax.rowgraph.graph import RowGraph, RowNode
 from lrjax.rowgraph.stages import MinimumCuts, Operation, Problem
@@ -79,12 +79,10 @@ def _copied(loop: RowLoop, stage: int, allowed: float) -> RowGraph:
 
 def _late_sources(loop: RowLoop) -> set[tuple[int, int]]:
     """Reads, by node and operand, of rows that others have read long before."""
-    readers: dict[int, list[Source]] = {}
-    for source in loop.sources:
-        if source.value in loop.producer:
-            readers.setdefault(source.value, []).append(source)
     found: set[tuple[int, int]] = set()
-    for value, sources in readers.items():
+    for value, sources in loop.readers.items():
+        if value not in loop.producer:
+            continue
         back = {s: int(np.max(loop.look_back(s))) for s in sources}
         margin = max(_LATE_SLABS * loop.track(value).rows, _LATE_ROWS)
         found.update(
@@ -159,6 +157,7 @@ class _Copier:
         self.loop, self.stage, self.late, self.copied = loop, stage, late, copied
         self.avals = list(loop.graph.program.avals)
         self.copy_of: dict[int, int] = {}
+        self.copies: set[int] = set()
         self.order: list[RowNode] = []
 
     def graph(self) -> RowGraph:
@@ -186,6 +185,7 @@ class _Copier:
     def fresh(self, value: int) -> int:
         self.avals.append(self.avals[value])
         self.copy_of[value] = len(self.avals) - 1
+        self.copies.add(self.copy_of[value])
         return self.copy_of[value]
 
     def assembled(self) -> RowGraph:
@@ -225,4 +225,4 @@ class _Copier:
         )
 
     def is_copy(self, node: RowNode) -> bool:
-        return not set(self.copy_of.values()).isdisjoint(node.equation.outputs)
+        return not self.copies.isdisjoint(node.equation.outputs)

@@ -3,8 +3,6 @@
 Programs as small as these would have neither, so the thresholds are lowered.
 """
 
-from fractions import Fraction
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -32,7 +30,7 @@ def everywhere(monkeypatch):
     """All loops that can have a prologue, an epilogue or halos have them."""
     for name in ("LEAST_OUTSIDE", "LEAST_SAVED", "LEAST_OPERATIONS"):
         monkeypatch.setattr(ends, name, 0)
-    monkeypatch.setattr(halos, "LARGEST_HALO", Fraction(3))
+    monkeypatch.setattr(halos, "LARGEST_HALO", 3.0)
 
 
 def loop_of(network, image, num_blocks, *, is_differentiated=False):

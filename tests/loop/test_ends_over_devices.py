@@ -3,8 +3,6 @@
 Devices are counted when JAX starts, so the cases run in a process of their own, with eight.
 """
 
-from fractions import Fraction
-
 import jax
 import jax.numpy as jnp
 import pytest
@@ -44,7 +42,7 @@ def everywhere(monkeypatch):
     """All loops that can have a prologue or an epilogue have them: programs here are small."""
     for name in ("LEAST_OUTSIDE", "LEAST_SAVED", "LEAST_OPERATIONS", "LEAST_OF_SECOND"):
         monkeypatch.setattr(ends, name, 0)
-    monkeypatch.setattr(halos, "LARGEST_HALO", Fraction(3))
+    monkeypatch.setattr(halos, "LARGEST_HALO", 3.0)
 
 
 FAST = {(batch_norm, 3, 45), (unet, 2, 37), (far_reaching, 3, 45)}

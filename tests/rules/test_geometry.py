@@ -148,3 +148,17 @@ def test_rounding(value, quantum):
 )
 def test_known_operations(row_map, rows, expected):
     assert (row_map.first(rows[0]), row_map.end(rows[1])) == expected
+
+
+@given(any_maps, rows)
+def test_what_is_shifted_is_so_at_every_row(row_map, row):
+    if row_map.shift is not None:
+        assert row_map.end(row) == row + row_map.shift
+        assert row_map.frontier(row) == row - row_map.shift
+
+
+@given(row_maps, st.integers(-5, 5), st.integers(1, 6))
+def test_windows_of_stride_one_are_shifted(row_map, low, extent):
+    assert (row_map.shift is None) == (row_map.stride > 1 or row_map.base > 1)
+    assert BandMap(1, 1, low, extent).shift == low + extent - 1
+    assert BandMap(2, 1, low, extent).shift is None
