@@ -109,8 +109,8 @@ SCHEDULES = (
         "shift-without-the-padding",
         "a padded window is taken to need as many rows ahead as one without",
         "lrjax/rules/geometry.py",
-        "return self.extent - 1 - self.pad if",
-        "return self.extent - 1 if",
+        "return int(self.extent - 1 - self.pad) if",
+        "return int(self.extent - 1) if",
         ("tests/rules/test_geometry.py",),
     ),
     Mutation(

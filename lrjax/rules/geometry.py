@@ -55,7 +55,7 @@ class RowMap:
     @functools.cached_property
     def shift(self) -> int | None:
         """One past the last input row less one past the last output row, if that is a constant."""
-        return self.extent - 1 - self.pad if self.stride == self.base == 1 else None
+        return int(self.extent - 1 - self.pad) if self.stride == self.base == 1 else None
 
     @functools.cached_property
     def quantum(self) -> int:
@@ -65,7 +65,7 @@ class RowMap:
     @property
     def rate(self) -> Fraction:
         """Input rows consumed per output row."""
-        return Fraction(self.stride, self.base)
+        return Fraction(int(self.stride), int(self.base))  # numpy has integers of its own
 
     def first(self, start: Row) -> Row:
         """The first input row that output rows from ``start`` on need."""
