@@ -72,6 +72,53 @@ def test_bytes_of_a_fusion(shape, body, moved):
     assert kernel.layer == "layer"
 
 
+def test_a_product_within_a_fusion_reads_all_of_both_operands():
+    """Few results are made of many elements: a dense head, a kernel's gradient."""
+    text = """%fused (a: f32[100,50], b: f32[50]) -> f32[2] {
+  %a = f32[2,50]{1,0} parameter(0)
+  %b = f32[50]{0} parameter(1)
+  %small = f32[2]{0} dot(%a, %b), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+  ROOT %r = f32[2]{0} negate(%small)
+}
+ENTRY %main (x: f32[2,50], y: f32[50]) -> f32[2] {
+  %x = f32[2,50]{1,0} parameter(0)
+  %y = f32[50]{0} parameter(1)
+  ROOT %f = f32[2]{0} fusion(%x, %y), kind=kCustom, calls=%fused
+}
+"""
+    assert sum(kernel.bytes for kernel in roofline_of(text, SIMPLE).kernels) == 400 + 200 + 8
+
+
+@pytest.mark.parametrize(
+    ("target", "scratch", "moved"),
+    [
+        ("__cublas$gemm", "s8[1000]{0}", 96),
+        ("__cublas$lt$matmul", "u8[1000]{0}", 96),
+        ("__cublas$gemm", "f32[2]{0}", 104),
+        ("a_kernel", "s8[1000]{0}", 1096),
+    ],
+)
+def test_a_librarys_space_to_work_in_is_not_moved(target, scratch, moved):
+    text = f"""ENTRY %main (x: f32[8,1], y: f32[1,1]) -> f32[8,1] {{
+  %x = f32[8,1]{{1,0}} parameter(0)
+  %y = f32[8,1]{{1,0}} parameter(1)
+  %c = (f32[8,1]{{1,0}}, {scratch}) custom-call(%x, %y), custom_call_target="{target}"
+  ROOT %r = f32[8,1]{{1,0}} get-tuple-element(%c), index=0
+}}
+"""
+    (kernel,) = roofline_of(text, SIMPLE).kernels
+    assert kernel.bytes == moved
+
+
+@pytest.mark.parametrize(
+    ("dtype", "size"),
+    [("f8e4m3b11fnuz", 1), ("f8e3m4", 1), ("s4", 1), ("bf16", 2), ("c64", 8), ("pred", 1)],
+)
+def test_bytes_of_types(dtype, size):
+    text = f"ENTRY %main {{\n  ROOT %x = {dtype}[10]{{0}} parameter(0)\n}}\n"
+    assert parse(program(text)).computations["main"]["x"].bytes == 10 * size
+
+
 @pytest.mark.parametrize(
     ("line", "kind", "sent"),
     [
@@ -146,6 +193,7 @@ def test_a_loop_of_unknown_length_is_refused():
     with pytest.raises(ValueError, match=r"w: XLA does not know how often .* unknown_trip_count"):
         roofline_of(unknown, SIMPLE)
     assert roofline_of(unknown, SIMPLE, unknown_trip_count=6).launches == 7
+    assert roofline_of(unknown, SIMPLE, unknown_trip_count=0).launches == 1
 
 
 def test_a_copy_to_the_host_takes_the_links_time():
@@ -194,6 +242,11 @@ def test_bad_input():
     for target in ("cpu", "tpu-v5e"):
         with pytest.raises(ValueError, match=f"'{target}': programs for GPUs alone .*h200"):
             roofline.estimate(jnp.sin, jnp.ones(3), target=target)
+    for count in (-4, 2.5, True):
+        with pytest.raises(ValueError, match=r"unknown_trip_count: got .* at least 0"):
+            roofline.estimate(jnp.sin, jnp.ones(3), unknown_trip_count=count)
+        with pytest.raises(ValueError, match="unknown_trip_count: got"):
+            roofline_of(LOOP, SIMPLE, unknown_trip_count=count)
     with pytest.raises(ValueError, match="Did you mean 'h200'"):
         roofline.estimate(jnp.sin, jnp.ones(3), target="h20")
 
@@ -225,6 +278,18 @@ class TestCompiled:
         b = jax.ShapeDtypeStruct((1024, 256), jnp.bfloat16)
         found = roofline.estimate(lambda a, b: a @ b, a, b, target="h200")
         assert found.operations == 2 * 512 * 1024 * 256
+
+    def test_products_move_their_operands(self):
+        def product(a, b):
+            return a.T @ b
+
+        a, b = (jax.ShapeDtypeStruct((1 << 20, 64), jnp.bfloat16) for _ in range(2))
+        tall = roofline.estimate(product, a, b, target="h200")
+        assert 1 <= tall.bytes / (2 * 2 * 64 * 2**20) < 1.1
+        small = jax.ShapeDtypeStruct((64, 64), jnp.complex64)
+        found = roofline.estimate(product, small, small, target="h200")
+        assert found.bytes == 3 * 64 * 64 * 8
+        assert found.operations == 8 * 64**3
 
     def test_maps_that_wait_on_the_host_cross_there_and_back(self):
         def loss(kernels, image):

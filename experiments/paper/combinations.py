@@ -17,6 +17,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from jax.flatten_util import ravel_pytree
 
 import lrjax
 import lrjax.linen
@@ -123,8 +124,9 @@ def peak(way: str, combination: Combination, size: dict[str, Any], target: str) 
 def difference(combination: Combination) -> float:
     """Of new parameters by rows from those by column, over the update; a small network, here.
 
-    In bfloat16: how far updates by rows are from column's in float32, over how far column's own are
-    (a gradient about zero has either sign, which some optimizers make a whole step of).
+    In bfloat16: how far the update by rows is from column's in float32, over how far column's own
+    is, all parameters as one vector (a gradient about zero has either sign, which some optimizers
+    make a whole step of: a single bias may be 128 times as far as column's).
     """
     is_half = combination.dtype == "bfloat16"
     dtype = jnp.dtype(combination.dtype if is_half else "float64")
@@ -146,7 +148,8 @@ def difference(combination: Combination) -> float:
             new, _ = quick_jit(step)(params, optimizer.init(params), images, labels)
             moved[way] = jax.tree.map(jnp.subtract, new, params)
         if is_half:
-            return excess_error(moved["stream"], moved["column"], moved["exact"])
+            whole = {way: ravel_pytree(update)[0] for way, update in moved.items()}
+            return excess_error(whole["stream"], whole["column"], whole["exact"])
         return max_error(moved["stream"], moved["column"])
 
 

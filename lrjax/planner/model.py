@@ -56,6 +56,17 @@ def _with_inner(steps: Steps) -> Steps:
     return tuple(s for step in steps for s in (step, *_with_inner(step.inner)))
 
 
+def groups_of(steps: Steps, first: int = 0) -> tuple[tuple[int, int], ...]:
+    """The groups of a plan, by numbers of segments; those within a group follow it."""
+    found: list[tuple[int, int]] = []
+    for step in steps:
+        stop = first + len(step.segments)
+        if step.inner:
+            found += [(first, stop), *groups_of(step.inner, first)]
+        first = stop
+    return tuple(found)
+
+
 @dataclasses.dataclass(frozen=True)
 class Pass:
     """A segment's forward or backward pass: bytes that are held before it, and its own."""

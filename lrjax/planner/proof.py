@@ -14,6 +14,7 @@ from lrjax import memory
 from lrjax.memory.targets import GpuTarget, find
 from lrjax.plan import Plan, SegmentPlan
 from lrjax.planner.candidates import COLUMN, Candidates
+from lrjax.planner.model import groups_of
 from lrjax.planner.problem import Problem
 from lrjax.planner.search import Kind, Limits, Model, Step, Steps, neighbours, search
 from lrjax.roofline import roofline_of
@@ -21,8 +22,9 @@ from lrjax.text import size
 from lrjax.transform import rowwise
 
 MIB = 2**20
-# How far above a plan's peak its prediction may lie, for the plan to be tried all the same.
-MOST_OVERPREDICTED = 1.4
+# How far above a plan's peak its prediction may lie, for the plan to be tried all the same; column,
+# which everybody knows; and simple plans, where nothing else fits.
+MOST_OVERPREDICTED, _OF_COLUMN, _OF_SIMPLE = 1.4, 1.8, 3.0
 # Seconds that a faster plan must save, as a fraction.
 _WORTHWHILE = 0.02
 # Parts of the budget within which simple plans must be predicted: when nothing else fits; and when
@@ -216,6 +218,8 @@ class Prover:
             self.approach(self.trusted(limits), self.compilations + most_compilations, on_progress)
         self.climb(limits, on_progress)
         self.polish(limits, on_progress)
+        if self.model.peak_bytes(column) <= _OF_COLUMN * limits.budget:
+            self.verify(column, on_progress)
         best = self.best_known(limits)
         if best is None:
             best = self.smallest(limits, on_progress)
@@ -353,8 +357,8 @@ class Prover:
     def smallest(self, limits: Limits, on_progress: OnProgress) -> Steps:
         """About the smallest peak that any plan reaches, confirmed by XLA.
 
-        Where XLA's is far above the prediction, plans that are easier to predict and the smallest
-        simple plan have to show what they reach.
+        Where XLA's is far above the prediction, plans that are easier to predict have to show what
+        they reach, and of every strategy the smallest simple plan, until one fits.
         """
         for own in (limits, limits.plain):
             found = self.smallest_predicted(own)
@@ -363,13 +367,23 @@ class Prover:
                 if proof.peak <= _FAR_ABOVE * proof.predicted:
                     break
         else:
-            self.verify(min(self.simple(limits), key=self.model.peak_bytes), on_progress)
+            for steps in self.smallest_simple(limits):
+                self.verify(steps, on_progress)
+                if self.fits(steps, limits.budget):
+                    break
         if not self.known(limits):
             self.verify(self.model.column, on_progress)
         return min(
             self.known(limits),
             key=lambda steps: (self.proofs[steps].is_refused, self.proofs[steps].peak),
         )
+
+    def smallest_simple(self, limits: Limits) -> list[Steps]:
+        """Of every strategy the simple plan with the smallest predicted peak, smallest first."""
+        by_peak = sorted(self.simple(limits), key=self.model.peak_bytes)
+        first = {s[0].choice.strategy: s for s in reversed(by_peak)}
+        most = _OF_SIMPLE * limits.budget
+        return [s for s in by_peak if s in first.values() and self.model.peak_bytes(s) <= most]
 
     def smallest_predicted(self, limits: Limits) -> Steps | None:
         low, high = self.model.fixed_bytes, 1.5 * self.model.peak_bytes(self.model.column)
@@ -457,17 +471,6 @@ class Prover:
             seconds=self.model.seconds(step),
             offloaded_bytes=cost.offloaded_bytes,
         )
-
-
-def groups_of(steps: Steps, first: int = 0) -> tuple[tuple[int, int], ...]:
-    """The groups of a plan, by numbers of segments; those within a group follow it."""
-    found: list[tuple[int, int]] = []
-    for step in steps:
-        stop = first + len(step.segments)
-        if step.inner:
-            found += [(first, stop), *groups_of(step.inner, first)]
-        first = stop
-    return tuple(found)
 
 
 def planned(problem: Problem, plan: Plan) -> Callable[..., Any]:

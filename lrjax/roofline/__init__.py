@@ -7,7 +7,7 @@ from typing import Any
 
 from lrjax.memory.compile import compile_for, target_name
 from lrjax.memory.targets import GpuTarget, find
-from lrjax.roofline.model import Kernel, Roofline, roofline_of
+from lrjax.roofline.model import Kernel, Roofline, check_trip_count, roofline_of
 from lrjax.roofline.rates import Rates, rates_of
 
 __all__ = ["Kernel", "Rates", "Roofline", "estimate", "rates_of", "roofline_of"]
@@ -32,13 +32,15 @@ def estimate(
       **options: those of ``lrjax.memory.compile_for``.
 
     Raises:
-      ValueError: nothing is known of the target's rates, or a loop's trip count is not known.
+      ValueError: nothing is known of the target's rates, a loop's trip count is not known, or
+        ``unknown_trip_count`` is no whole number of at least 0.
       ImportError: XLA's plugin for the target is not installed; the message has the command.
 
     Example::
 
         print(lrjax.roofline.estimate(jax.grad(loss), params, images, target="h200"))
     """
+    check_trip_count(unknown_trip_count)
     name = target_name(target)
     if rates is None and not isinstance(find(name), GpuTarget):
         raise ValueError(

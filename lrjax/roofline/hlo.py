@@ -13,15 +13,8 @@ import math
 import re
 from collections.abc import Iterator
 
-_BYTES = {
-    **dict.fromkeys(("pred", "s8", "u8", "f8e4m3fn", "f8e5m2", "s4", "u4", "s2", "u2"), 1),
-    **dict.fromkeys(("s16", "u16", "f16", "bf16"), 2),
-    **dict.fromkeys(("s32", "u32", "f32"), 4),
-    **dict.fromkeys(("s64", "u64", "f64", "c64"), 8),
-    "c128": 16,
-    "token": 0,
-    "opaque": 0,
-}
+_WITHOUT_BITS = {"pred": 1, "token": 0, "opaque": 0}  # bytes of types whose names tell none
+_BITS = re.compile(r"[a-z]+(\d+)")
 _SHAPE = re.compile(r"([a-z][a-z0-9]*)\[([\d,]*)\](\{[^{}]*\})?")
 _HEADER = re.compile(r"^(ENTRY )?%?([\w.\-<>]+) \(.*\{\s*$")
 _INSTRUCTION = re.compile(r"^\s+(ROOT )?%?([\w.\-]+) = ")
@@ -51,7 +44,18 @@ class Shape:
 
     @property
     def bytes(self) -> int:
-        return self.elements * _BYTES.get(self.dtype, 4)
+        return self.elements * _element_bytes(self.dtype)
+
+
+@functools.cache
+def _element_bytes(dtype: str) -> int:
+    """Bytes of an element; numbers of less than a byte take one."""
+    if dtype in _WITHOUT_BITS:
+        return _WITHOUT_BITS[dtype]
+    bits = _BITS.match(dtype)
+    if bits is None:
+        raise ValueError(f"text: no type of XLA's is called {dtype!r}")
+    return max(int(bits.group(1)) // 8, 1)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,6 +9,7 @@ computes, ``rates`` says what is assumed of the device.
 from __future__ import annotations
 
 import dataclasses
+import numbers
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 
@@ -161,8 +162,16 @@ def roofline_of(text: str, rates: Rates, *, unknown_trip_count: int | None = Non
     Raises:
       ValueError: the text is no program, or has a loop whose trip count is not known.
     """
+    check_trip_count(unknown_trip_count)
     walk = _Walk(parse(text), rates, unknown_trip_count)
     return Roofline(rates, tuple(walk.kernels(walk.program.entry, 1)), walk.conditionals)
+
+
+def check_trip_count(count: int | None) -> None:
+    """An error that says what may be given for loops of which XLA does not know it."""
+    is_count = isinstance(count, numbers.Integral) and not isinstance(count, bool)
+    if count is not None and not (is_count and count >= 0):
+        raise ValueError(f"unknown_trip_count: got {count!r}; give a whole number of at least 0")
 
 
 class _Walk:
@@ -190,7 +199,7 @@ class _Walk:
                 yield self.kernel(instruction, computation, times)
 
     def trip_count(self, loop: Instruction) -> int:
-        count = loop.trip_count or self.unknown_trip_count
+        count = self.unknown_trip_count if loop.trip_count is None else loop.trip_count
         if count is None:
             raise ValueError(
                 f"{loop.name}: XLA does not know how often this loop runs ({loop.name_stack}); "

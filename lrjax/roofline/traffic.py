@@ -15,6 +15,8 @@ from lrjax.roofline.hlo import Computation, Instruction
 
 _SLICES = frozenset(("dynamic-slice", "slice", "gather"))
 _UPDATES = frozenset(("dynamic-update-slice", "scatter"))
+_PRODUCTS = frozenset(("dot", "convolution", "ragged-dot"))
+_LIBRARIES = ("__cublas$", "__cudnn$")
 _WITHOUT_READS = frozenset(("constant", "iota", "tuple", "parameter"))
 
 
@@ -91,7 +93,7 @@ def _operand_elements(
     if opcode in ("reduce", "reduce-window"):
         share = elements / max(instruction.elements, 1)
         return every * share if number < len(instruction.shapes) else every
-    return elements
+    return every if opcode in _PRODUCTS else elements
 
 
 def instruction_bytes(instruction: Instruction, computation: Computation) -> float:
@@ -101,4 +103,14 @@ def instruction_bytes(instruction: Instruction, computation: Computation) -> flo
     if instruction.opcode in ("dynamic-slice", "slice"):
         return 2.0 * instruction.bytes
     operands = (computation[name].bytes for name in instruction.operands if name in computation)
-    return float(instruction.bytes + sum(operands))
+    return float(instruction.bytes - _scratch_bytes(instruction) + sum(operands))
+
+
+def _scratch_bytes(instruction: Instruction) -> int:
+    """Of a library call, the space to work in that it has beside its result: cuBLAS always takes
+    32 MiB, however small the product."""
+    target = instruction.attribute("custom_call_target") or ""
+    is_call = instruction.opcode == "custom-call" and target.startswith(_LIBRARIES)
+    last = instruction.shapes[-1]
+    has_scratch = is_call and len(instruction.shapes) > 1 and last.dtype in ("s8", "u8")
+    return last.bytes if has_scratch else 0

@@ -24,7 +24,8 @@ class Work:
     Attributes:
       kind: ``"convolution"``, its gradients ``"image gradient"`` and ``"kernel gradient"``, or
         ``"matrix product"``.
-      operations: multiplications and additions.
+      operations: multiplications and additions of real numbers: four of each for a product of
+        complex ones.
       dtype: of the operands, as XLA writes it.
     """
 
@@ -45,10 +46,13 @@ def work_of(instruction: Instruction, computation: Computation) -> Work | None:
     if len(operands) < 2:
         return None
     if target.startswith(_CONVOLUTION) or target == "convolution":
-        return _convolution(instruction, target, operands)
-    if target.startswith(_PRODUCTS) or target == "dot":
-        return _product(instruction, operands)
-    return None
+        found = _convolution(instruction, target, operands)
+    elif target.startswith(_PRODUCTS) or target == "dot":
+        found = _product(instruction, operands)
+    else:
+        return None
+    is_complex = found.dtype in ("c64", "c128")
+    return dataclasses.replace(found, operations=4 * found.operations) if is_complex else found
 
 
 def _convolution(instruction: Instruction, target: str, operands: list[Shape]) -> Work:
