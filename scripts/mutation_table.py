@@ -114,6 +114,23 @@ SCHEDULES = (
         ("tests/rules/test_geometry.py",),
     ),
     Mutation(
+        "unread-rows-not-masked",
+        "what a crop leaves out, which may be infinite, meets cotangents of zero",
+        "lrjax/loop/rowloop.py",
+        "if (above, below) != (-_FAR, _FAR):",
+        "if False:",
+        ("tests/loop/test_unread_rows.py",),
+    ),
+    Mutation(
+        "unfetched-rows-not-masked",
+        "a device differentiates poles in rows that it did not fetch",
+        "lrjax/loop/devices.py",
+        "if loop.shards is not None and loop.is_differentiated:\n        low",
+        "if False:\n        low",
+        ("tests/test_rows_over_devices.py",),
+        "test_on_eight_devices",
+    ),
+    Mutation(
         "held-back-too-far",
         "a value is made a step after its reader",
         "lrjax/loop/schedule.py",

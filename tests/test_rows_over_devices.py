@@ -404,6 +404,26 @@ def test_outside_of_jit():
     check(Results(found), Results(expected))
 
 
+def pole_at_one(params, image):
+    """Rows that a device does not fetch hold ones."""
+    return (params["w"][0, 0, 0, 0] * jnp.log(jnp.abs(image - 1))).mean()
+
+
+def not_a_number_in_an_unread_row(params, image):
+    is_last = jnp.arange(image.shape[1])[:, None, None] == image.shape[1] - 1
+    image = jnp.where(is_last, jnp.nan, image)[:, :-1]
+    return (pooled(jnp.tanh(convolve(image, params["w"], 1, "VALID"))) ** 2).mean()
+
+
+@in_child
+@pytest.mark.parametrize("fun", [pole_at_one, not_a_number_in_an_unread_row])
+@pytest.mark.parametrize("strategy", ["2ps", pytest.param("overl", marks=pytest.mark.slow)])
+def test_gradients_are_finite_where_columns_are(strategy, fun):
+    for devices, height in ((2, 9), (3, 33)):
+        options = over_devices(devices, strategy=strategy, num_blocks=2)
+        assert_same_as_column(fun, (PARAMS, image_of(height) / 4), (None, 1), **options)
+
+
 class Network(nn.Module):
     @nn.compact
     def __call__(self, x):

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from lrjax.loop.clock import Clock
@@ -96,6 +97,26 @@ def is_inside_image(loop: RowLoop, value: int, first: int, stop: int) -> bool:
     return first >= 0 and beyond <= loop.graph.height(value)
 
 
+def kept_rows(loop: RowLoop, clock: Clock, value: int, count: int) -> Array | None:
+    """Which of a step's rows of a value are rows of the image; None where all are.
+
+    Of a step that is differentiated on several devices, those that a device's own rows depend on:
+    of others it has not fetched what they are made of.
+    """
+    node = loop.producer[value]
+    start = "start", node
+    first, stop = clock.bounds(start)[0], clock.bounds(("stop", node))[1]
+    kept = None
+    if not is_inside_image(loop, value, first, stop):
+        kept = clock.inside(start, count, 0, loop.graph.height(value), share(loop, value))
+    if loop.shards is not None and loop.is_differentiated:
+        low, high = loop.needs[node]
+        if first < low or stop > high:
+            own = clock.inside(start, count, low, high)
+            kept = own if kept is None else kept & own
+    return kept
+
+
 def row_specs(loop: RowLoop, values: Iterable[int], leading: int = 0) -> dict[int, jax.P]:
     """How values are divided among devices that carry rows, behind some ``leading`` axes."""
     shards = shards_of_loop(loop)
@@ -179,6 +200,30 @@ def of_image_alone(
     if start >= 0 and start + rows + (devices - 1) * own <= height:
         return window
     return keep_rows(window, clock.row_of_image(start, own), axis, 0, height, fill)
+
+
+def without_unread(
+    loop: RowLoop,
+    clock: Clock,
+    source: Source,
+    window: Array,
+    part: tuple[int, int] | None = None,
+) -> Array:
+    """A window in which rows of the image that column never reads are finite.
+
+    ``part``: the rows of the node, in a step of its own.
+    """
+    found = loop.unread.get((source.node, source.operand))
+    if found is None:
+        return window
+    (low, high), axis, fill = found, source.read.axis, source.read.fill
+    fill = fill if fill is not None and np.isfinite(fill) else 1
+    own = 0 if loop.shards is None else division_of(loop, source).share
+    if part is not None:
+        first = clock.row_of_image(loop.window_of(source, part)[0], own)
+        return keep_rows(window, first, axis, low, high, fill)
+    name = "window", source.node, source.operand
+    return keep(window, clock.inside(name, window.shape[axis], low, high, own), axis, fill)
 
 
 def own_rows(loop: RowLoop, clock: Clock, source: Source, window: Array) -> Array:

@@ -256,9 +256,10 @@ class _Step:
         """The rows that a read takes, for all rows of the node's slab or ``part`` of them."""
         is_driver = source.operand in self.loop.nodes[source.node].op.drivers
         zero = 0 if is_driver else zero
-        if part is not None:
-            return self.window_of_part(source, at_hand, part, zero)
         loop, clock, axis = self.loop, self.clock, source.read.axis
+        if part is not None:
+            window = self.window_of_part(source, at_hand, part, zero)
+            return devices.without_unread(loop, clock, source, window, part)
         place = source.node, source.operand
         height = loop.graph.program.avals[source.value].shape[axis]
         if source.value in loop.producer:
@@ -270,6 +271,7 @@ class _Step:
                 window = keep(window, kept, axis, loop.fill_of(source))
         else:
             window = self.read(self.clock, source, zero)
+        window = devices.without_unread(loop, clock, source, window)
         if loop.shards is not None and loop.nodes[source.node].is_reduction:
             return devices.own_rows(loop, clock, source, window)
         if is_driver and not loop.schedule.tracks[source.node].is_steady:
@@ -337,11 +339,10 @@ class _Step:
             return padded_rows(slab, part[0] - start, stop - part[1], axis, fill)
         if value not in loop.production_fill:
             return slab
-        start, stop = ("start", loop.producer[value]), ("stop", loop.producer[value])
-        height, axis = loop.graph.height(value), loop.graph.row_axis[value]
-        if devices.is_inside_image(loop, value, clock.bounds(start)[0], clock.bounds(stop)[1]):
+        axis = loop.graph.row_axis[value]
+        kept = devices.kept_rows(loop, clock, value, slab.shape[axis])
+        if kept is None:
             return slab
-        kept = clock.inside(start, slab.shape[axis], 0, height, devices.share(loop, value))
         return keep(slab, kept, axis, loop.production_fill[value])
 
 

@@ -53,6 +53,8 @@ RING_SLAB = 16
 DEEP_SLABS = 16
 # Rows of a step over those asked for, at most, where operations of all rates then take even steps.
 _MOST_ALIGNED = 1.0625
+# A row beyond all others.
+_FAR = 1 << 30
 
 
 @dataclasses.dataclass(frozen=True)
@@ -284,6 +286,31 @@ class RowLoop:
             found.update((v, 1) for v in values if v in self.producer)
         avals = self.graph.program.avals
         return {v: 1 for v in found if is_inexact(avals[v])}
+
+    @functools.cached_property
+    def unread(self) -> dict[tuple[int, int], tuple[int, int]]:
+        """Reads, by node and operand, in which rows of the image are that column never reads.
+
+        What a crop, or the rest of a stride, leaves out meets cotangents of zero there, and may be
+        infinite. The rows that count are from the first number up to the second.
+        """
+        found: dict[tuple[int, int], tuple[int, int]] = {}
+        for s in self.sources:
+            node, row_map = self.nodes[s.node], s.read.row_map
+            aval, height = self.graph.program.avals[s.value], node.op.height
+            if not (self.is_differentiated or node.is_reduction) or not is_inexact(aval):
+                continue
+            low, high = int(row_map.first(0)), int(row_map.end(height))
+            track, is_shared = self.schedule.tracks[s.node], self.shards is not None
+            # Rows that the node makes outside of the image read rows of the image.
+            is_above = is_shared or track.start(0) < 0
+            is_below = is_shared or track.stop(self.steps - 1) > height
+            above = low if is_above and min(low, int(row_map.end(0))) > 0 else -_FAR
+            last = max(high, int(row_map.first(height)))
+            below = high if is_below and last < aval.shape[s.read.axis] else _FAR
+            if (above, below) != (-_FAR, _FAR):
+                found[s.node, s.operand] = above, below
+        return found
 
     def masked_at_read(self, source: Source) -> bool:
         """The window is masked where it is read, because the value itself holds another fill."""
