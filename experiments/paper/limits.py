@@ -219,6 +219,8 @@ def table(found: record.Record) -> str:
     )
     for sweep, networks in results["largest"].items():
         for network, methods in networks.items():
+            if not methods:
+                continue  # a run that ended before the first was known
             rows = [
                 [label(method), *(_cell(methods[method].get(budget)) for budget in budgets)]
                 for method in (*METHODS, PLANNER)
