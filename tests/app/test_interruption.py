@@ -22,6 +22,16 @@ from lrjax.app.cli import app
 from lrjax.app.interruption import StoppedError
 
 
+@pytest.fixture(autouse=True)
+def in_a_terminal():
+    """As under ``nohup``, or in the background of a script, what is ignored would stay so."""
+    defaults = {signal.SIGINT: signal.default_int_handler, signal.SIGHUP: signal.SIG_DFL}
+    before = {number: signal.signal(number, handler) for number, handler in defaults.items()}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
 class Asking(runs.Listener):
     """Sends this process a signal within a step: SIGTERM, as a scheduler does, or another."""
 
