@@ -73,10 +73,17 @@ def test_gradients_are_columns(name, strategy):
     fun, rows, held = CASES[name]
     image = IMAGE.copy()
     image[:, rows] = held
-    expected = jax.grad(fun)(KERNELS, image)
-    assert np.isfinite(expected).all()
+    expected = jax.value_and_grad(fun, (0, 1))(KERNELS, image)
+    assert np.isfinite(expected[1][0]).all()
     for blocks in (1, 2, 3, 5):
         row_fun = lrjax.rowwise(fun, in_axes=(None, 1), num_blocks=blocks, strategy=strategy)
-        np.testing.assert_allclose(
-            jax.jit(jax.grad(row_fun))(KERNELS, image), expected, rtol=1e-9, atol=1e-12
-        )
+        found = jax.jit(jax.value_and_grad(row_fun, (0, 1)))(KERNELS, image)
+        check(found, expected)
+
+
+def check(found, expected):
+    """At a pole in an unread row the image's gradient is 0 / 0 in column, or 0 where not made."""
+    pairs = zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True)
+    for own, column in (map(np.asarray, pair) for pair in pairs):
+        known = np.isfinite(column)
+        np.testing.assert_allclose(own[known], column[known], rtol=1e-11, atol=1e-13)
