@@ -126,7 +126,7 @@ def difference(combination: Combination) -> float:
 
     In bfloat16: how far the update by rows is from column's in float32, over how far column's own
     is, all parameters as one vector (a gradient about zero has either sign, which some optimizers
-    make a whole step of: a single bias may be 128 times as far as column's).
+    make a whole step of, so that a single bias may be much further).
     """
     is_half = combination.dtype == "bfloat16"
     dtype = jnp.dtype(combination.dtype if is_half else "float64")
