@@ -2,6 +2,7 @@
 
 import contextlib
 import gc
+import os
 from pathlib import Path
 from typing import Any
 
@@ -10,19 +11,7 @@ import pytest
 from jax._src import compiler
 
 import graphs
-
-# A test runs a program once. Without LLVM's optimisations XLA:CPU compiles it in half the time, and
-# with its older emitters, which it has until jax 0.11, in an eighth (a gradient by rows of two
-# convolutions: 1.06 s, 0.60 s, 0.12 s).
-QUICK_COMPILE = {
-    "xla_backend_optimization_level": 0,
-    "xla_llvm_disable_expensive_passes": True,
-}
-if jax.__version_info__ < (0, 11):
-    QUICK_COMPILE |= {
-        "xla_cpu_use_fusion_emitters": False,
-        "xla_cpu_parallel_codegen_split_count": 1,
-    }
+import quick
 
 _default_options = compiler.get_compile_options
 
@@ -30,7 +19,7 @@ _default_options = compiler.get_compile_options
 def _quick_options(*args: Any, env_options_overrides: Any = None, backend: Any, **others: Any):
     """JAX has no setting for the compiler options of every program."""
     if backend.platform == "cpu":
-        env_options_overrides = {**QUICK_COMPILE, **(env_options_overrides or {})}
+        env_options_overrides = {**quick.OPTIONS, **(env_options_overrides or {})}
     return _default_options(
         *args, env_options_overrides=env_options_overrides, backend=backend, **others
     )
@@ -66,6 +55,14 @@ def users_compiler():
             jax.clear_caches()
 
     return as_users_do
+
+
+@pytest.fixture
+def quick_processes(monkeypatch):
+    """Processes that the test starts compile as quickly as this one."""
+    jax.devices()  # XLA has read its flags then: for this process they stay what they were
+    flags = f"{quick.FLAGS} {os.environ.get('XLA_FLAGS', '')}".strip()
+    monkeypatch.setenv("XLA_FLAGS", flags)
 
 
 def pytest_configure(config):

@@ -17,6 +17,8 @@ from experiments.gradcheck import excess_error, max_error
 from experiments.vgg16_stack import COLUMN, Method, parse_method
 from lrjax.models import UNet
 
+pytestmark = pytest.mark.usefixtures("quick_processes")
+
 SCRIPTS = Path(__file__).resolve().parents[1] / "scripts"
 
 

@@ -85,6 +85,7 @@ def test_everything_public_says_what_it_is():
 
 @pytest.mark.slow
 @compiles_for_a_gpu
+@pytest.mark.usefixtures("quick_processes")
 def test_the_snippets_of_the_readme_run_one_after_the_other(tmp_path):
     snippets = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
     assert len(snippets) == 4

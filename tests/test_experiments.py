@@ -423,6 +423,7 @@ def test_experiments_that_time_steps_run_by_themselves(monkeypatch, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("quick_processes")
 def test_all_experiments_run_with_small_settings(tmp_path):
     """As scripts/regenerate.sh --quick does, minutes of it."""
     command = [sys.executable, "-m", "experiments.paper", "--quick", "--out", tmp_path]

@@ -12,6 +12,8 @@ from lrjax import files
 from lrjax.app import checkpoints, logs, report, saved
 from lrjax.app.cli import app
 
+pytestmark = pytest.mark.usefixtures("quick_processes")
+
 SMALL = [
     *("--image-size", "32", "--width", "0.03125", "--digits", "0,1"),
     *("--batch", "1", "--steps", "2", "--lr", "1e-4"),

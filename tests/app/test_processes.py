@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import quick
 import tiny_runs
 from tiny_runs import go_on, train
 from typer.testing import CliRunner
@@ -34,7 +35,7 @@ class Together:
         environment = {
             **os.environ,
             "JAX_PLATFORMS": "cpu",
-            "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+            "XLA_FLAGS": f"{quick.FLAGS} --xla_force_host_platform_device_count={devices}",
             "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
         }
         joined = [f"processes.count={count}", f"processes.coordinator=localhost:{port}"]

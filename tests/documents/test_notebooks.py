@@ -22,6 +22,7 @@ def test_there_are_notebooks():
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("quick_processes")
 @pytest.mark.parametrize("path", [marked(path) for path in NOTEBOOKS])
 def test_runs_and_prints_as_much_as_is_committed(path, tmp_path, monkeypatch):
     pytest.importorskip("nbclient", reason="pip install 'lrjax[dev]'")
