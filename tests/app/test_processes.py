@@ -13,11 +13,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import quick
 import tiny_runs
 from tiny_runs import go_on, train
 from typer.testing import CliRunner
 
+import quick
 from lrjax.app import checkpoints, config, interruption, lock, logs, processes, report, saved
 from lrjax.app.cli import app
 

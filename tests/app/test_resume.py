@@ -10,11 +10,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import quick
 import tiny_runs
 from PIL import Image
 from tiny_runs import Notes, assert_same_bits, go_on, train
 
+import quick
 from lrjax.app import building, checkpoints, logs, report, runs, saved, using
 from lrjax.app.data import SegmentationFolder
 from lrjax.app.data.sources import checksum_of_files
