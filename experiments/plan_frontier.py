@@ -26,7 +26,7 @@ import lrjax
 from experiments import report, vgg16_stack
 from experiments.barrier_memory import NETWORKS, Network
 from lrjax.planner.frontier import Frontier, Point
-from lrjax.planner.proof import Progress
+from lrjax.planner.progress import Progress
 
 MIB = 2**20
 RESULTS = report.RESULTS / "plan_frontier.json"

@@ -14,7 +14,7 @@ from lrjax.planner.budget import parse_budget
 from lrjax.planner.inverse import Largest, Question, largest_by_methods
 from lrjax.planner.mesh import planned_row_mesh
 from lrjax.planner.problem import Problem, problem_of
-from lrjax.planner.proof import OnProgress
+from lrjax.planner.progress import OnProgress
 
 SIDE_STEP = 256
 START_SIDE = 2048

@@ -10,7 +10,8 @@ from lrjax.plan import Plan
 from lrjax.planner.budget import parse_budget
 from lrjax.planner.mesh import PlannedMesh, planned_row_mesh
 from lrjax.planner.problem import Problem, problem_of
-from lrjax.planner.proof import BudgetTooSmallError, OnProgress, Progress, prover_of
+from lrjax.planner.progress import OnProgress, Progress
+from lrjax.planner.proof import BudgetTooSmallError, prover_of
 from lrjax.planner.search import Limits
 from lrjax.text import size
 

@@ -20,7 +20,8 @@ from lrjax.plan import MIB, Plan
 from lrjax.planner.candidates import Kind
 from lrjax.planner.mesh import PlannedMesh, planned_row_mesh
 from lrjax.planner.problem import Problem, problem_of
-from lrjax.planner.proof import OnProgress, Prover, planned, prover_of
+from lrjax.planner.progress import OnProgress
+from lrjax.planner.proof import Prover, planned, prover_of
 from lrjax.planner.search import Limits
 from lrjax.planner.timing import median_seconds
 from lrjax.strategies import Checkpoint, Column

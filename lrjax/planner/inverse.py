@@ -14,7 +14,8 @@ import numpy as np
 
 from lrjax.planner.candidates import Kind, every_kind
 from lrjax.planner.problem import Problem
-from lrjax.planner.proof import MIB, OnProgress, Prover
+from lrjax.planner.progress import OnProgress
+from lrjax.planner.proof import MIB, Prover
 from lrjax.planner.search import Limits, Steps
 from lrjax.strategies import Checkpoint, Column
 

@@ -16,6 +16,7 @@ from lrjax.plan import Plan, SegmentPlan
 from lrjax.planner.candidates import COLUMN, Candidates
 from lrjax.planner.model import groups_of
 from lrjax.planner.problem import Problem
+from lrjax.planner.progress import OnProgress, Progress
 from lrjax.planner.search import Kind, Limits, Model, Step, Steps, neighbours, search
 from lrjax.roofline import roofline_of
 from lrjax.text import size
@@ -25,8 +26,9 @@ MIB = 2**20
 # How far above a plan's peak its prediction may lie, for the plan to be tried all the same; column,
 # which everybody knows; and simple plans, where nothing else fits.
 MOST_OVERPREDICTED, _OF_COLUMN, _OF_SIMPLE = 1.4, 1.8, 3.0
-# Seconds that a faster plan must save, as a fraction.
-_WORTHWHILE = 0.02
+# Seconds that a faster plan must save, as a fraction; and by how much a plan that is searched may
+# seem to be slower than an earlier budget's that leaves much of this one.
+_WORTHWHILE, _SLIGHTLY = 0.02, 0.05
 # Parts of the budget within which simple plans must be predicted: when nothing else fits; and when
 # something does, the second for plans that would be much faster.
 _LADDER, _BOLD = (0.85, 0.6, 0.4, 0.25), (1.0, 1.25)
@@ -51,33 +53,6 @@ class BudgetTooSmallError(memory.DoesNotFitError):
     def __init__(self, message: str, smallest_bytes: int | None = None):
         super().__init__(message)
         self.smallest_bytes = smallest_bytes
-
-
-@dataclasses.dataclass(frozen=True)
-class Progress:
-    """What the planner tells while it works.
-
-    Attributes:
-      doing: "tracing", "searching", "compiling" or "compiled".
-      compilations: programs compiled so far, this one included.
-      strategies: of the plan's segments; none while there is no plan.
-      operations: as a multiple of column's.
-      predicted_bytes, predicted_seconds: the cost model's peak and time.
-      verified_bytes: XLA's peak; None before it is compiled.
-      roofline_seconds: of the compiled program; None before, and for targets other than GPUs.
-    """
-
-    doing: str
-    compilations: int
-    strategies: tuple[str, ...] = ()
-    operations: float = 0.0
-    predicted_bytes: int = 0
-    predicted_seconds: float = 0.0
-    verified_bytes: int | None = None
-    roofline_seconds: float | None = None
-
-
-OnProgress = Callable[[Progress], None]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -205,13 +180,15 @@ class Prover:
         Raises:
           BudgetTooSmallError: there is none.
         """
-        column = self.model.column
+        column, earlier = self.model.column, self.best_known(limits)
         on_progress(self.progress("searching"))
         if self.model.peak_bytes(column) <= MOST_OVERPREDICTED * limits.budget:
             self.verify(column, on_progress)
             if self.fits(column, limits.budget):
                 return self.best_known(limits) or column
-        self.approach(limits, self.compilations + most_compilations, on_progress)
+        if earlier is not None and not self.leaves_much(earlier, limits):
+            earlier = None
+        self.approach(limits, self.compilations + most_compilations, on_progress, earlier)
         if self.has_more_to_hope_for(limits) and limits.plain != limits:
             self.approach(limits.plain, self.compilations + most_compilations, on_progress)
         if self.is_disappointed(limits) and self.best_known(limits) is not None:
@@ -227,11 +204,14 @@ class Prover:
                 raise self.too_small(best, limits.budget)
         return best
 
-    def approach(self, limits: Limits, last: int, on_progress: OnProgress) -> None:
+    def approach(
+        self, limits: Limits, last: int, on_progress: OnProgress, earlier: Steps | None = None
+    ) -> None:
         """Search within the bytes at which the last prediction's error meets the budget.
 
         It ends with the first plan that fits and is no improvement, or the second that does not fit
-        when another does (the third where plans seem to be much faster than that).
+        when another does (the third where plans seem to be much faster than that). The first one is
+        compiled also where it seems slightly slower than ``earlier``, which leaves much memory.
         """
         misses = 0
         fixed, too_much = self.problem.fixed_bytes, math.inf
@@ -239,7 +219,8 @@ class Prover:
         while self.compilations < last:
             found = search(self.model, dataclasses.replace(limits, budget=within))
             best = self.best_known(limits)
-            if found is None or found in self.proofs or not self.is_faster(found, best):
+            by = -_SLIGHTLY if best is not None and best == earlier else _WORTHWHILE
+            if found is None or found in self.proofs or not self.is_faster(found, best, by):
                 return
             budget, proof = min(limits.budget, self.room), self.verify(found, on_progress)
             error = (proof.peak - fixed) / max(proof.predicted - fixed, 1)
@@ -275,9 +256,12 @@ class Prover:
         """Whether what fits is slow, or leaves much of the budget: what missed sent it too low."""
         best = self.best_known(limits)
         return self.is_disappointed(limits) or (
-            best not in (None, self.model.column)
-            and self.proofs[best].peak < _ROOMY * limits.budget
+            best not in (None, self.model.column) and self.leaves_much(best, limits)
         )
+
+    def leaves_much(self, steps: Steps, limits: Limits) -> bool:
+        """Whether a plan that was compiled takes so little of the budget that others may."""
+        return self.proofs[steps].peak < _ROOMY * limits.budget
 
     def trusted(self, limits: Limits) -> Limits:
         """Without kinds that only plans contain whose peaks are far above the predictions.

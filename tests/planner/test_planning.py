@@ -1,5 +1,6 @@
 """Budgets in, plans out: searched, compiled for this CPU, and refused where they must be."""
 
+import dataclasses
 import itertools
 import math
 from collections import OrderedDict
@@ -251,6 +252,28 @@ def test_plans_that_are_easy_to_predict_stand_in_for_those_that_are_not(monkeypa
     found = fastest(prover, limits)
     assert found == search(prover.model, limits.plain)
     assert prover.proofs[found].peak <= limits.budget
+
+
+@pytest.mark.parametrize(("used", "is_tried"), [(0.5, True), (0.95, False)])
+def test_what_seems_slightly_slower_than_an_earlier_budgets_plan_is_tried(
+    monkeypatch, used, is_tried
+):
+    """Where that one leaves much memory: a plan by itself would be found, and be faster."""
+    prover, limits = prover_with(monkeypatch, lambda steps: (1.0, 1.0))
+    found, column = search(prover.model, limits), prover.model.column
+    earlier = next(s for s in prover.model.simple_plans if s not in (found, column))
+    seconds = prover.model.seconds(*found)
+    at = Proof(int(used * limits.budget), 1, seconds, seconds / 1.03)
+    prover.proofs[earlier] = at
+    learn = dataclasses.replace(at, peak=int(limits.budget), roofline_seconds=seconds / 1.1)
+    monkeypatch.setattr(
+        prover,
+        "compiled",
+        lambda steps: (
+            learn if steps == found else dataclasses.replace(learn, peak=2 * int(limits.budget))
+        ),
+    )
+    assert (fastest(prover, limits) == found) == is_tried
 
 
 def test_what_is_next_to_the_best_plan_is_tried(monkeypatch):
