@@ -38,8 +38,9 @@ def explain(
 ) -> Explanation:
     """What ``rowwise(fun, ...)(*args, **kwargs)`` and its gradient will do; nothing is compiled.
 
-    The gradient is taken with respect to the floating-point arguments that carry no rows (all
-    floating-point arguments where there are none).
+    The gradient is taken with respect to the floating-point arguments that carry no rows; where
+    there are none, with respect to closed-over arrays, and where there are none of these either, to
+    all floating-point arguments.
 
     Args:
       fun, in_axes, num_blocks, strategy, cuts, plan, offload, mesh, row_mesh_axis: as for
@@ -78,7 +79,8 @@ def explain_with(traced: Traced, options: Options, row_mesh: RowMesh | None) -> 
     hosted = hosted_values(traced, segments, choices)
     reports = []
     for segment, choice, group in zip(segments, choices, groups, strict=True):
-        execution = choice.runner.execution(segment, choice.num_blocks, _differentiated(segment))
+        wrt = _differentiated(segment, _constants(traced))
+        execution = choice.runner.execution(segment, choice.num_blocks, wrt)
         graph = build(segment.program, segment.axes)
         reports.append(
             SegmentReport(
@@ -110,8 +112,25 @@ def _fetched_rows(passes: Sequence[RowPass]) -> int:
     return max((devices.fetched_rows(loop) for loop in loops if loop is not None), default=0)
 
 
-def _differentiated(segment: Segment) -> list[int]:
-    inexact = [i for i, struct in enumerate(segment.program.structs) if is_inexact(struct)]
+def _constants(traced: Traced) -> frozenset[int]:
+    """Closed-over arrays of a function whose parameters are among its arguments."""
+    count, structs = traced.closed_over, traced.program.structs
+    has_parameters = any(
+        axis is None and is_inexact(struct)
+        for axis, struct in zip(traced.axes[count:], structs[count:], strict=True)
+    )
+    return frozenset(traced.program.inputs[:count] if has_parameters else ())
+
+
+def _differentiated(segment: Segment, constants: frozenset[int]) -> list[int]:
+    """Numbers of a segment's inputs: those without rows, or all where there are none."""
+    inexact = [
+        i
+        for i, (v, struct) in enumerate(
+            zip(segment.program.inputs, segment.program.structs, strict=True)
+        )
+        if is_inexact(struct) and v not in constants
+    ]
     return [i for i in inexact if segment.axes[i] is None] or inexact
 
 

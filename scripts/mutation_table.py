@@ -943,6 +943,14 @@ CALLS = (
         ("tests/rules/test_control.py",),
         "branches_row_by_row",
     ),
+    Mutation(
+        "micro-batches-drop-rules",
+        "micro-batches differentiate the body of a function that has a derivative of its own",
+        "lrjax/strategies/micro_batches.py",
+        "Rows(0, size, keeps_rules=True)",
+        "Rows(0, size)",
+        ("tests/planner/test_micro_batches.py",),
+    ),
 )
 
 PROGRAMS = (

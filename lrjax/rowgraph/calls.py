@@ -107,7 +107,7 @@ def _custom_call(equation: Equation) -> RowOp:
     def evaluate(windows: Sequence[Array], rows: Rows) -> Sequence[Array]:
         pairs = zip(windows, equation.operands, strict=True)
         values = tuple(jnp.asarray(w, o.dtype) for w, o in pairs)
-        found = derivative() if rows.is_differentiated else None
+        found = derivative() if rows.is_differentiated or rows.keeps_rules else None
         if not isinstance(found, _Derivative):
             return run_on_block(body, values, rows, equation.height)
         return found.call(rows, values)
@@ -154,7 +154,7 @@ def _derivative(equation: Equation, out_axes: Sequence[int | None]) -> _Derivati
     if not all(map(is_inexact, equation.outputs)):
         raise NotRowLocal("an output is an integer")
     structs, axes = equation.structs, [o.row_axis for o in equation.operands]
-    wrt = [i for i, struct in enumerate(structs) if is_inexact(struct)]
+    wrt = differentiable_operands(equation)
     pull_back = functools.partial(_pull_back, equation, wrt)
     taken = _body(lambda *primals: _differentiable(equation, wrt, primals)[0], structs, axes)
     if [*map(taken.axis_of, taken.program.outputs)] != list(out_axes):
@@ -172,6 +172,12 @@ def _derivative(equation: Equation, out_axes: Sequence[int | None]) -> _Derivati
             raise NotRowLocal(f"the cotangent of operand {i} carries rows on axis {axis}")
     is_zero = tuple(dependence is Dependence.ZERO for dependence in given)
     return _Derivative(equation, taken, graph, tuple(wrt), is_zero)
+
+
+def differentiable_operands(equation: Equation) -> list[int]:
+    """Their numbers. What a ``custom_vjp`` closes over has no cotangents."""
+    first = equation.params.get("num_consts", 0)
+    return [i for i, o in enumerate(equation.operands) if i >= first and is_inexact(o)]
 
 
 def _check_reductions(graph: RowGraph, found: dict[int, Dependence]) -> None:

@@ -18,6 +18,7 @@ from jax.extend.core import primitives as public
 
 from lrjax.program.inline import replaced_at
 from lrjax.program.varying import is_inexact
+from lrjax.rowgraph.calls import differentiable_operands
 from lrjax.rules.base import Array, Equation, RowOp, Rows
 
 # Elements of the largest operand that is tried.
@@ -53,7 +54,7 @@ def assert_proofs_hold(calls: Iterable[tuple[Equation, RowOp]], seed: int = 0) -
 def _try(equation: Equation, op: RowOp, generator: np.random.Generator) -> None:
     structs = equation.operands
     values = [_random(struct, generator) for struct in structs]
-    moving = [i for i, s in enumerate(structs) if is_inexact(s)]
+    moving = differentiable_operands(equation)
 
     def pulled_back(function: Callable[..., Any]) -> tuple[Any, Callable[..., Any]]:
         def of_moving(*arrays: Array) -> Any:

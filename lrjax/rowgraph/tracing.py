@@ -52,6 +52,7 @@ class Traced:
       out_tree: structure of the call's result.
       effects: callbacks without results, which run on whole values after the program.
       weak: numbers of the outputs whose types are weak, as Python's scalars have them.
+      closed_over: how many of the inputs are closed-over arrays.
     """
 
     program: FlatProgram
@@ -60,6 +61,7 @@ class Traced:
     out_tree: Any
     effects: tuple[FlatEquation, ...] = ()
     weak: frozenset[int] = frozenset()
+    closed_over: int = 0
 
     @property
     def outputs(self) -> tuple[Atom, ...]:
@@ -110,7 +112,7 @@ def trace(
     weak = frozenset(
         i for i, aval in enumerate(closed.out_avals) if getattr(aval, "weak_type", False)
     )
-    return Traced(program, inputs, input_axes, out_tree, effects, weak)
+    return Traced(program, inputs, input_axes, out_tree, effects, weak, len(consts))
 
 
 def _lifted_effects(

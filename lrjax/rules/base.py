@@ -125,7 +125,7 @@ class Equation:
 @functools.partial(
     jax.tree_util.register_dataclass,
     data_fields=["start"],
-    meta_fields=["count", "is_differentiated"],
+    meta_fields=["count", "is_differentiated", "keeps_rules"],
 )
 @dataclasses.dataclass(frozen=True)
 class Rows:
@@ -135,11 +135,14 @@ class Rows:
       start: the first row; may be traced.
       count: how many, never traced.
       is_differentiated: the block will be differentiated (2PS, OverL).
+      keeps_rules: custom derivatives stay what they are, nothing else is changed: the block becomes
+        a program that a strategy differentiates (micro-batches).
     """
 
     start: Any
     count: int
     is_differentiated: bool = False
+    keeps_rules: bool = False
 
 
 @dataclasses.dataclass(frozen=True)

@@ -183,9 +183,8 @@ def micro_batches(segment: Segment, parts: int) -> DividedSegment:
         struct_like(struct, (size, *struct.shape[1:])) if i in divided else struct
         for i, struct in enumerate(segment.program.structs)
     ]
-    closed = jax.make_jaxpr(lambda *inputs: run_on_block(graph, inputs, Rows(0, size), size))(
-        *structs
-    )
+    rows = Rows(0, size, keeps_rules=True)
+    closed = jax.make_jaxpr(lambda *inputs: run_on_block(graph, inputs, rows, size))(*structs)
     program = flatten(closed, keep_custom_rules=True)
     part = Segment(program, segment.axes, tuple(values_of(program.outputs)), segment.row_mesh)
     return DividedSegment(segment, part, parts, size, divided)

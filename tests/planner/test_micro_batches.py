@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from jax import lax
 from networks import arguments, features, plan_by_hand, structs
@@ -9,6 +10,7 @@ from networks import arguments, features, plan_by_hand, structs
 from lrjax.plan import Choice
 from lrjax.rowgraph.segments import Cuttable
 from lrjax.rowgraph.tracing import trace
+from lrjax.strategies import MicroBatches
 from lrjax.strategies.micro_batches import batch_graph, micro_batches
 from lrjax.testing import assert_same_as_column
 
@@ -24,6 +26,44 @@ def test_gradients_are_columns(choice, x64):
     args = arguments(32, 8, batch=4)
     plan = plan_by_hand(features, structs(32, 8, batch=4), (Choice("column"), choice), (2,))
     assert_same_as_column(features, args, (None, 1), plan=plan)
+
+
+def tripled(x):
+    """A derivative that is not the function's."""
+    triple = jax.custom_vjp(lambda x: x * 2)
+    triple.defvjp(lambda x: (x * 2, None), lambda _, g: (3 * g,))
+    return triple(x)
+
+
+def rounded(x):
+    """Straight through."""
+    through = jax.custom_jvp(lambda x: jnp.round(x))
+    through.defjvp(lambda primals, tangents: (jnp.round(*primals), *tangents))
+    return through(3 * x)
+
+
+# Rectified, the half of the image that is black has a gradient of 0, or 1 / 2 by the maximum's.
+RULES = {
+    "relu": jax.nn.relu,
+    "custom_vjp": tripled,
+    "custom_jvp": rounded,
+    "in vmap": jax.vmap(tripled),
+    "in scan": lambda x: lax.scan(lambda c, _: (tripled(c), None), x, None, length=2)[0],
+    "in checkpoint": jax.checkpoint(tripled),
+    "of whole maps": lambda x: tripled(x[:, ::-1]),
+}
+
+
+@pytest.mark.parametrize("strategy", ["stream", "2ps", "checkpoint", "selective"])
+@pytest.mark.parametrize("name", RULES)
+def test_derivatives_of_its_own_stay_a_functions_derivatives(name, strategy, x64):
+    def network(params, image):
+        return RULES[name](image @ params)
+
+    image = jnp.asarray(np.random.default_rng(0).standard_normal((4, 8, 4, 3))).at[:, 4:].set(0)
+    args = jnp.asarray(np.random.default_rng(1).standard_normal((3, 3))), image
+    divided = MicroBatches(strategy, 2)
+    assert_same_as_column(network, args, (None, 1), num_blocks=2, strategy=divided)
 
 
 def normalised(params, image):

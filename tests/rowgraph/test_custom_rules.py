@@ -103,6 +103,11 @@ def _(primals, tangents):
 
 TILED["custom_jvp with a pole"] = _log_of_difference
 
+_BY_CHANNEL = jnp.linspace(0.5, 1.5, 2)
+_closing_over = jax.custom_vjp(lambda x: x * _BY_CHANNEL)
+_closing_over.defvjp(lambda x: (x * _BY_CHANNEL, None), lambda _, g: (3 * g,))
+TILED["custom_vjp that closes over an array"] = lambda x, s: _closing_over(jnp.sin(x * s))
+
 WHOLE = {
     "normalisation": (
         # Its gradient alone could be tiled.
