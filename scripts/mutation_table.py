@@ -178,7 +178,7 @@ LINE_BUFFERS = (
     Mutation(
         "windows-cut-early",
         "rows that kernel gradients read wait beside those that they are cut from",
-        "lrjax/loop/engine.py",
+        "lrjax/loop/step.py",
         "return zero_behind([self.window(drivers[0], at_hand, part)])",
         "return 0",
         ("tests/strategies/test_late_windows.py",),
@@ -249,7 +249,7 @@ MASKS = (
     Mutation(
         "mask-as-made-missing",
         "rows outside the image are read as they were computed",
-        "lrjax/loop/engine.py",
+        "lrjax/loop/step.py",
         "return keep(slab, kept, axis, loop.production_fill[value])",
         "return slab",
         STRATEGIES,
@@ -330,7 +330,7 @@ MASKS = (
     Mutation(
         "overlap-counted-twice",
         "rows that blocks share are added to a sum by each",
-        "lrjax/loop/engine.py",
+        "lrjax/loop/step.py",
         "if is_driver and not loop.schedule.tracks[source.node].is_steady:",
         "if False:",
         STRATEGIES,
@@ -348,7 +348,7 @@ MASKS = (
     Mutation(
         "idle-band-fill",
         "operations that have nothing to do in a step give 1 for padding",
-        "lrjax/loop/engine.py",
+        "lrjax/loop/step.py",
         "jnp.full(shape, loop.production_fill.get(v, 0), avals[v].dtype)",
         "jnp.full(shape, 1, avals[v].dtype)",
         STRATEGIES,
@@ -357,7 +357,7 @@ MASKS = (
     Mutation(
         "band-starts-late",
         "operations miss the first step in which they have rows",
-        "lrjax/loop/engine.py",
+        "lrjax/loop/step.py",
         "(now >= band.first)",
         "(now > band.first)",
         STRATEGIES,

@@ -168,12 +168,18 @@ def typed(loop: RowLoop, value: int, rows: Array) -> Array:
 
 
 def extend(
-    loop: RowLoop, clock: Clock, value: int, lines: Values, slab: Array
+    loop: RowLoop, clock: Clock, value: int, lines: Values, slab: Array, *, keeps: bool = True
 ) -> tuple[AtHand | Ring, Array | None]:
-    """Add a step's rows to what is kept of a value: what can be read now, and what is kept."""
+    """Add a step's rows to what is kept of a value: what can be read now, and what is kept.
+
+    Nothing is kept where ``keeps`` is False: reads are of the line buffer that the step starts
+    with (of a ring, none of the slot that is next to be overwritten) and of the slab.
+    """
     track, axis = loop.track(value), loop.graph.row_axis[value]
     if value not in lines:
         return AtHand((slab,), axis), None
+    if loop.is_ring(value) and not keeps:
+        return Ring(lines[value], slab, axis, clock["step"]), None
     if loop.is_ring(value):
         count = lines[value].shape[axis] // track.rows
         slot = (clock["step"] % count) * track.rows
@@ -182,5 +188,7 @@ def extend(
     shift = clock["shift", loop.producer[value]]
     older = slice_rows(lines[value], shift, track.depth - track.rows, axis)
     pieces = older, slab
+    if not keeps:
+        return AtHand(pieces, axis), None
     kept = _cut(pieces, track.depth - track.carried, track.carried, axis)
     return AtHand(pieces, axis), kept

@@ -38,6 +38,7 @@ from lrjax.rowgraph.graph import build
 from lrjax.rowgraph.row_mesh import RowMesh
 from lrjax.rowgraph.segments import Segment
 from lrjax.rules.base import Array, RowOp
+from lrjax.rules.block_sums import accumulator_dtype
 from lrjax.rules.masks import keep_rows
 from lrjax.strategies.base import NOTHING_HOSTED, Function, Strategy
 from lrjax.strategies.frozen import Division, division
@@ -324,7 +325,7 @@ class _ReverseLoop:
         self.moving_wholes = {v: a for v, a in _inexact(wholes).items() if v in perturbed}
         self.readers = {v: reader_of(loop, v) for v in self.moving_wholes}
         self.small = SmallSums(
-            (v, x, engine.accumulator_dtype(x.dtype)) for v, x in self.moving_wholes.items()
+            (v, x, accumulator_dtype(x.dtype)) for v, x in self.moving_wholes.items()
         )
         read = [s for s in loop.sliced if devices.array_key(loop, s) in self.moving_arrays]
         self.moving_windows = {(s.node, s.operand): s for s in read}
@@ -356,7 +357,7 @@ class _ReverseLoop:
         wholes = {}
         for v, a in self.moving_wholes.items():
             with self.readers[v].origin():
-                wholes[v] = full_like(self.full, a, dtype=engine.accumulator_dtype(a.dtype))
+                wholes[v] = full_like(self.full, a, dtype=accumulator_dtype(a.dtype))
         some, leading = saved.repeated, 1
         if saved.before or saved.behind:
             some, leading = (*saved.before, *saved.behind)[-1], 0
@@ -393,7 +394,7 @@ class _ReverseLoop:
         sum_bars = {v: self.cotangents[v].astype(x.dtype) for v, x in outputs[2].items()}
         line_bars, window_bars, partial = pull((below.lines, row_bars, sum_bars))
         arrays = self.with_windows(below.arrays, window_bars, now)
-        wide = {v: x.astype(engine.accumulator_dtype(x.dtype)) for v, x in partial.items()}
+        wide = {v: x.astype(accumulator_dtype(x.dtype)) for v, x in partial.items()}
         added = {}
         for v, bar in self.small.packed(wide).items():
             with self.readers[v].origin() if v in self.readers else contextlib.nullcontext():

@@ -11,6 +11,7 @@ import pytest
 from jax import lax
 
 from lrjax.loop import engine
+from lrjax.loop.step import _Step
 from lrjax.rules.masks import keep_rows
 from lrjax.testing import assert_same_as_column
 
@@ -82,7 +83,7 @@ AXES = (1, None, None, None)
 
 @pytest.mark.parametrize("fun", NETWORKS)
 def test_stream_with_nan_outside(fun, monkeypatch):
-    fill, keep, empty_lines = engine._fill, engine._Step.keep, engine.empty_lines
+    fill, keep, empty_lines = engine._fill, _Step.keep, engine.empty_lines
 
     def nan_beyond_arrays(loop, source):
         needed = loop.fill_of(source) is not None
@@ -100,7 +101,7 @@ def test_stream_with_nan_outside(fun, monkeypatch):
         return {v: x * np.nan if is_unfilled(loop, v) else x for v, x in lines.items()}
 
     monkeypatch.setattr(engine, "_fill", nan_beyond_arrays)
-    monkeypatch.setattr(engine._Step, "keep", nan_beyond_slabs)
+    monkeypatch.setattr(_Step, "keep", nan_beyond_slabs)
     monkeypatch.setattr(engine, "empty_lines", nan_at_first)
     assert_same_as_column(fun, ARGUMENTS, AXES, num_blocks=3, strategy="stream")
 
@@ -116,7 +117,7 @@ def is_unfilled(loop, value):
 @pytest.mark.parametrize("strategy", ["2ps", "overl"])
 @pytest.mark.parametrize("fun", NETWORKS)
 def test_differentiated_steps_are_finite_outside(fun, strategy, monkeypatch):
-    keep, seen = engine._Step.keep, []
+    keep, seen = _Step.keep, []
 
     def watched(step, made, value, slab):
         loop = step.loop
@@ -129,7 +130,7 @@ def test_differentiated_steps_are_finite_outside(fun, strategy, monkeypatch):
             jax.debug.callback(lambda ok: seen.append((name, bool(ok))), finite)
         return keep(step, made, value, slab)
 
-    monkeypatch.setattr(engine._Step, "keep", watched)
+    monkeypatch.setattr(_Step, "keep", watched)
     assert_same_as_column(fun, ARGUMENTS, AXES, num_blocks=3, strategy=strategy)
     jax.effects_barrier()
     assert seen

@@ -8,7 +8,7 @@ from jax import lax
 
 import lrjax
 from lrjax import memory
-from lrjax.loop import engine
+from lrjax.loop import step
 from lrjax.testing import assert_same_as_column
 from marks import COMPILES_FOR_H200
 
@@ -43,7 +43,7 @@ class TestMemory:
 
     def test_windows_do_not_wait_beside_what_they_are_cut_from(self, monkeypatch):
         late = peak_bytes()
-        monkeypatch.setattr(engine, "zero_behind", lambda arrays: 0)
+        monkeypatch.setattr(step, "zero_behind", lambda arrays: 0)
         jax.clear_caches()
         assert late < 0.95 * peak_bytes()
 
