@@ -121,6 +121,17 @@ def test_a_loop_without_a_reverse_mode_behind_stop_gradient():
     check_rule(op, normal(2, 9, 3), np.int64(3), axes=(1, None), falls_back=True)
 
 
+def test_a_loop_without_a_reverse_mode_in_front_of_stop_gradient():
+    """Fixed points to a tolerance: no gradient is wanted of them, though all they read has one."""
+
+    def op(x, count):
+        start = jnp.sin(x)
+        fixed = lax.fori_loop(0, count, lambda _, y: jnp.tanh(0.3 * y) + start, start)
+        return lax.stop_gradient(fixed) * start + lax.stop_gradient(fixed.sum(1, keepdims=True))
+
+    check_rule(op, normal(2, 9, 3), np.int64(3), axes=(1, None), falls_back=True)
+
+
 def test_while_without_rows():
     def op(x, power):
         factor = lax.while_loop(lambda s: s[0] < 5, lambda s: (s[0] + 1, s[1] * 1.1), (power, 1.0))
