@@ -42,8 +42,8 @@ class StepResult:
       lines: line buffers for the next step.
       rows: of the loop's outputs.
       partial: contributions to reductions.
-      slabs: in a branch instead of the three before partial, which are made of them behind it: no
-        line buffer passes through a branch, where XLA may copy it.
+      slabs: what a branch gives instead of rows at hand, line buffers and outputs, which are made
+        of them behind it. No line buffer passes through a branch: XLA may copy it there.
     """
 
     at_hand: dict[int, AtHand | Ring] = dataclasses.field(default_factory=dict)
