@@ -16,7 +16,7 @@ from lrjax.loop.line_buffers import Values
 from lrjax.loop.offload import from_host, is_on_host, to_host
 from lrjax.loop.rowloop import RowLoop
 from lrjax.program.inline import Atom, FlatEquation, FlatProgram, array_of, values_of
-from lrjax.program.varying import is_inexact, varying_axes, varying_over
+from lrjax.program.varying import is_inexact, is_reference, varying_axes, varying_over
 from lrjax.rowgraph.graph import RowGraph
 from lrjax.rowgraph.row_mesh import RowMesh
 from lrjax.rules.base import Array, traits_of
@@ -56,7 +56,7 @@ def run_graph(
         for node in graph.column_nodes(stage):
             copies.update(_copies(graph, whole, node.equation.values))
             taken = whole
-            if moving.isdisjoint(node.equation.outputs):
+            if moving.isdisjoint(node.equation.outputs) and not node.equation.has_effects:
                 taken = ChainMap(_detached(whole, node.equation.values), whole)
             values.update(run_column(graph, node.equation, taken, row_mesh))
         if loop is not None:
@@ -84,7 +84,8 @@ def _moving(program: FlatProgram) -> set[int]:
 
 def _detached(values: Mapping[int, Any], read: Sequence[int]) -> Values:
     """What is read, without tangents: loops that end at any time have no derivative."""
-    return {v: jax.lax.stop_gradient(values[v]) for v in read if is_inexact(values[v])}
+    arrays = {v: values[v] for v in read if not is_reference(values[v])}
+    return {v: jax.lax.stop_gradient(x) for v, x in arrays.items() if is_inexact(x)}
 
 
 def _copies(graph: RowGraph, values: Mapping[int, Any], taken: Sequence[int]) -> Values:
