@@ -8,15 +8,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.extend.core import primitives as public
 
 from lrjax.loop import devices
 from lrjax.loop.engine import run_loop
 from lrjax.loop.line_buffers import Values
 from lrjax.loop.offload import from_host, is_on_host, to_host
 from lrjax.loop.rowloop import RowLoop
-from lrjax.program.inline import Atom, FlatEquation, FlatProgram, array_of, values_of
-from lrjax.program.varying import is_inexact, is_reference, varying_axes, varying_over
+from lrjax.program.inline import Atom, FlatEquation, array_of, values_of
+from lrjax.program.varying import is_inexact, varying_axes, varying_over
 from lrjax.rowgraph.graph import RowGraph
 from lrjax.rowgraph.row_mesh import RowMesh
 from lrjax.rules.base import Array, traits_of
@@ -51,12 +50,11 @@ def run_graph(
     whole = ChainMap(copies, images, values)
     shards = [loop.shards for loop in loops if loop is not None and loop.shards is not None]
     row_mesh = shards[0].row_mesh if shards else None
-    moving = _moving(graph.program)
     for stage, loop in enumerate(loops):
         for node in graph.column_nodes(stage):
             copies.update(_copies(graph, whole, node.equation.values))
             taken = whole
-            if moving.isdisjoint(node.equation.outputs) and not node.equation.has_effects:
+            if not (node.equation.has_effects or graph.wanted.intersection(node.equation.outputs)):
                 taken = ChainMap(_detached(whole, node.equation.values), whole)
             values.update(run_column(graph, node.equation, taken, row_mesh))
         if loop is not None:
@@ -71,21 +69,10 @@ def run_graph(
     return results
 
 
-def _moving(program: FlatProgram) -> set[int]:
-    """Values that a result depends on otherwise than through ``stop_gradient``."""
-    moving = set(values_of(program.outputs))
-    for equation in reversed(program.equations):
-        if equation.primitive is not public.stop_gradient_p and moving.intersection(
-            equation.outputs
-        ):
-            moving.update(equation.values)
-    return moving
-
-
 def _detached(values: Mapping[int, Any], read: Sequence[int]) -> Values:
-    """What is read, without tangents: loops that end at any time have no derivative."""
-    arrays = {v: values[v] for v in read if not is_reference(values[v])}
-    return {v: jax.lax.stop_gradient(x) for v, x in arrays.items() if is_inexact(x)}
+    """What is read, without tangents: of a loop that may end at any time JAX has no transpose, and
+    rows made of its results have cotangents, though these are zero."""
+    return {v: jax.lax.stop_gradient(values[v]) for v in read if is_inexact(values[v])}
 
 
 def _copies(graph: RowGraph, values: Mapping[int, Any], taken: Sequence[int]) -> Values:

@@ -33,7 +33,7 @@ class _Program:
     def __init__(self, program: FlatProgram):
         self.avals = list(program.avals)
         self.equations: list[FlatEquation] = []
-        self.shape_of = program.aval
+        self.aval = program.aval
         self.constants = Constants(program)
 
     def add(self, equation: FlatEquation) -> None:
@@ -44,7 +44,7 @@ class _Program:
                 self.add_slice(equation, start, sizes, equation.outputs[0])
                 return
         if equation.primitive is lax.dynamic_update_slice_p:
-            sizes, atoms = self.shape_of(equation.inputs[1]).shape, equation.inputs[2:]
+            sizes, atoms = self.aval(equation.inputs[1]).shape, equation.inputs[2:]
             start = self.start(equation, sizes, atoms)
             if start is not None and self.is_along_one_axis(equation, sizes):
                 self.add_update(equation, start, sizes)
@@ -57,7 +57,7 @@ class _Program:
         numbers = [int(np.asarray(one.value())) for one in found if one is not None]
         if not atoms or len(numbers) < len(atoms):
             return None
-        shape = self.shape_of(equation.inputs[0]).shape
+        shape = self.aval(equation.inputs[0]).shape
         return tuple(
             min(max(number, 0), whole - size)
             for number, whole, size in zip(numbers, shape, sizes, strict=True)
@@ -65,7 +65,7 @@ class _Program:
 
     def is_along_one_axis(self, equation: FlatEquation, sizes: Shape) -> bool:
         """Whether an update leaves its operand's elements alone along at most one axis."""
-        shape = self.shape_of(equation.inputs[0]).shape
+        shape = self.aval(equation.inputs[0]).shape
         return sum(size != whole for size, whole in zip(sizes, shape, strict=True)) <= 1
 
     def add_slice(self, equation: FlatEquation, start: Shape, sizes: Shape, output: int) -> None:
@@ -83,24 +83,26 @@ class _Program:
 
     def add_update(self, equation: FlatEquation, start: Shape, sizes: Shape) -> None:
         operand, update = equation.inputs[:2]
-        shape = self.shape_of(operand).shape
+        shape = self.aval(operand).shape
         axis = next((a for a, size in enumerate(sizes) if size != shape[a]), 0)
-        stop = start[axis] + sizes[axis]
-        pieces: list[Atom] = []
-        for low, high in ((0, start[axis]), (stop, shape[axis])):
-            if low == stop:
-                pieces.append(update)
-            if high > low:
-                pieces.append(len(self.avals))
-                own = tuple(high - low if a == axis else size for a, size in enumerate(shape))
-                self.avals.append(struct_like(self.shape_of(operand), own))
-                place = tuple(low if a == axis else 0 for a in range(len(shape)))
-                self.add_slice(equation, place, own, len(self.avals) - 1)
+        before = self.part(equation, axis, 0, start[axis])
+        behind = self.part(equation, axis, start[axis] + sizes[axis], shape[axis])
         self.equations.append(
             dataclasses.replace(
                 equation,
                 primitive=lax.concatenate_p,
                 params={"dimension": axis},
-                inputs=tuple(pieces),
+                inputs=(*before, update, *behind),
             )
         )
+
+    def part(self, equation: FlatEquation, axis: int, low: int, high: int) -> tuple[Atom, ...]:
+        """The first operand between two places on an axis; nothing where that is empty."""
+        if low == high:
+            return ()
+        struct = self.aval(equation.inputs[0])
+        sizes = tuple(high - low if a == axis else n for a, n in enumerate(struct.shape))
+        place = tuple(low if a == axis else 0 for a in range(len(sizes)))
+        self.avals.append(struct_like(struct, sizes))
+        self.add_slice(equation, place, sizes, len(self.avals) - 1)
+        return (len(self.avals) - 1,)

@@ -128,6 +128,11 @@ class RowGraph:
         return moving_values(self.program)
 
     @functools.cached_property
+    def wanted(self) -> frozenset[int]:
+        """Values that may have cotangents."""
+        return wanted_values(self.program)
+
+    @functools.cached_property
     def made_of_rows(self) -> frozenset[int]:
         """Values with rows, and all that is made of them."""
         return frozenset(dependents(self.program.equations, self.row_axis))
@@ -193,6 +198,18 @@ def moving_values(program: FlatProgram) -> frozenset[int]:
             # What is written to a mutable array is read of it later.
             written = equation.values if equation.has_effects else ()
             found.update(v for v in (*equation.outputs, *written) if is_inexact(avals[v]))
+    return frozenset(found)
+
+
+def wanted_values(program: FlatProgram) -> frozenset[int]:
+    """Values that may have cotangents: floating-point ones that such results, or effects, depend on
+    by more than functions without a derivative."""
+    avals = program.avals
+    found = {v for v in values_of(program.outputs) if is_inexact(avals[v])}
+    for equation in reversed(program.equations):
+        has_derivative = traits_of(equation.primitive).has_derivative
+        if equation.has_effects or (has_derivative and found.intersection(equation.outputs)):
+            found.update(v for v in equation.values if is_inexact(avals[v]))
     return frozenset(found)
 
 

@@ -121,13 +121,24 @@ def test_a_loop_without_a_reverse_mode_behind_stop_gradient():
     check_rule(op, normal(2, 9, 3), np.int64(3), axes=(1, None), falls_back=True)
 
 
-def test_a_loop_without_a_reverse_mode_in_front_of_stop_gradient():
-    """Fixed points to a tolerance: no gradient is wanted of them, though all they read has one."""
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda fixed, x: lax.stop_gradient(fixed) * x,
+        lambda fixed, x: lax.stop_gradient(fixed.sum(1, keepdims=True)) * x,
+        lambda fixed, x: (fixed > 0.1) * x,
+        lambda fixed, x: jnp.where(fixed > fixed.mean(), x, 0),
+        lambda fixed, x: jnp.round(3 * fixed) * x,
+        lambda fixed, x: (3 * fixed).astype(np.int32) * x,
+        lambda fixed, x: jnp.argmax(fixed, -1)[..., None] * x,
+    ],
+)
+def test_a_loop_without_a_reverse_mode_of_which_no_gradient_is_wanted(use):
+    """Fixed points to a tolerance, though all that they are made of has a gradient."""
 
     def op(x, count):
-        start = jnp.sin(x)
-        fixed = lax.fori_loop(0, count, lambda _, y: jnp.tanh(0.3 * y) + start, start)
-        return lax.stop_gradient(fixed) * start + lax.stop_gradient(fixed.sum(1, keepdims=True))
+        x = jnp.sin(x)
+        return use(lax.fori_loop(0, count, lambda _, y: jnp.tanh(0.3 * y) + x, x), x)
 
     check_rule(op, normal(2, 9, 3), np.int64(3), axes=(1, None), falls_back=True)
 
