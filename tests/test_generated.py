@@ -23,8 +23,9 @@ import generated.judge
 from generated import L, Spec, Unsuitable, Wrong, check, pointwise
 from generated.draw import spec_of
 from generated.shrink import shrink
-from generated.spec import KINDS, case_of
+from generated.spec import KINDS, MAP, case_of
 from graphs import fallbacks, graphs_of
+from lrjax.strategies import MicroBatches
 
 ROOT = Path(__file__).resolve().parents[1]
 CHUNKS, NETWORKS = 12, 16
@@ -70,6 +71,26 @@ def test_networks_of_which_a_part_is_computed_again_are_column(strategy, users_c
         spec = spec_of(Random(next(seeds)))
         own = (strategy,) * len(spec.strategy) if isinstance(spec.strategy, tuple) else strategy
         spec = dataclasses.replace(spec, strategy=own)
+        try:
+            check(spec)
+        except Unsuitable:
+            continue
+        except Exception:
+            compiled_as_users_do(spec, users_compiler)
+        compared += 1
+
+
+@pytest.mark.slow
+def test_networks_by_micro_batches_are_column(users_compiler):
+    """Where the images of a batch are independent, one after the other; activations have rules of
+    their own, some at points where these differ from their functions' derivatives."""
+    compared, seeds = 0, itertools.count(60_000)
+    while compared < NETWORKS:
+        spec = spec_of(Random(next(seeds)))
+        if spec.batch == 1 or isinstance(spec.strategy, tuple):
+            continue
+        own = MicroBatches(spec.strategy, spec.batch)
+        spec = dataclasses.replace(spec, strategy=own, head=MAP)
         try:
             check(spec)
         except Unsuitable:

@@ -57,6 +57,7 @@ _REFUSALS = (
     ("entries for", "segments merged"),
     ("rows cannot be divided among", "fewer rows than devices"),
     ("keeps no order on several devices", "ordered callbacks"),
+    ("the examples of this segment are not independent", "images that depend on each other"),
     ("cuts:", "names do not cut"),
     ("cuts=", "names do not cut"),
 )

@@ -52,10 +52,10 @@ def simpler(spec: Spec) -> Iterator[Spec]:
     for part in _fewer(layers):
         yield changed(layers=part)
     if spec.cuts:
-        strategies = (spec.strategy,) if isinstance(spec.strategy, str) else spec.strategy
+        strategies = spec.strategy if isinstance(spec.strategy, tuple) else (spec.strategy,)
         for strategy in dict.fromkeys(strategies):
             yield changed(cuts=(), strategy=strategy)
-    if not isinstance(spec.strategy, str):
+    if isinstance(spec.strategy, tuple):
         for strategy in dict.fromkeys(spec.strategy):
             yield changed(strategy=strategy)
     for field in ("head", "keyword", "negative_axes", "image", "layout", "batch", "channels"):

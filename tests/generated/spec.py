@@ -17,6 +17,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lrjax.strategies import Strategy
+
 Array = Any
 
 
@@ -70,7 +72,7 @@ class Spec:
     dtype: str = "float64"
     image: str = "float"
     seed: int = 0
-    strategy: str | tuple[str, ...] = "stream"
+    strategy: str | Strategy | tuple[str, ...] = "stream"
     num_blocks: int | tuple[int, ...] = 2
     cuts: Any = ()
     argnums: tuple[int, ...] = (0, 1)
