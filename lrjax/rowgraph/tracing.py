@@ -24,6 +24,7 @@ from lrjax.program.manual_axes import with_casts_outside
 from lrjax.program.references import NEW as NEW_REFERENCE
 from lrjax.program.varying import is_reference
 from lrjax.rowgraph.graph import build
+from lrjax.rowgraph.merged_axes import with_axes_apart
 
 # True while the function of a row-wise one is traced. It is part of the keys of JAX's caches, so
 # that what is traced within one is not used outside, nor the other way round.
@@ -110,6 +111,7 @@ def trace(
     consts = tuple(filter(is_moving, closed.consts))
     all_axes = (*(None,) * len(consts), *axes, *(None,) * len(keyword_arrays))
     program, inputs, input_axes = with_casts_outside(program, (*consts, *arrays), all_axes)
+    program = with_axes_apart(program, input_axes)
     program, effects = _lifted_effects(program, inputs)
     weak = frozenset(
         i for i, aval in enumerate(closed.out_avals) if getattr(aval, "weak_type", False)

@@ -358,13 +358,25 @@ def one_axis_more(m: Map) -> Map:
     return m.of(first * m.parameter("p") + second)
 
 
-@kind("reshape", 0.5)
-def merged_batch(m: Map) -> Map:
-    """Channels and width as one axis, where they are neighbours."""
+MERGED = ("width", "pixels", "rows", "classes", "all")
+
+
+@kind("reshape", 1.5, lambda random, m: {"how": random.choice(MERGED)})
+def merged_axes(m: Map, how: str = "width") -> Map:
+    """Axes as one, rows and batch among them, and apart again."""
     x, order = _channels_last(m)
-    shape = x.shape
-    x = jnp.tanh(x.reshape(shape[0], shape[1], -1)).reshape(shape)
-    return _back(m, x, order)
+    n, h, *others, c = x.shape
+    if how == "width":
+        y = jnp.tanh(x.reshape(n, h, -1))
+    elif how == "pixels":
+        y = jax.nn.relu(x.reshape(-1, c) @ m.parameter("w", c, c)) - x.reshape(-1, c)
+    elif how == "rows":
+        y = jnp.cumsum(x.reshape(n * h, *others, c), 1)
+    elif how == "classes":
+        y = jax.nn.softmax(x.reshape(-1, c), -1) * jnp.max(x.reshape(-1, c), -1, keepdims=True)
+    else:
+        y = jax.nn.softplus(x.ravel()) * m.parameter("p")
+    return _back(m, y.reshape(x.shape), order)
 
 
 @kind("reshape", 0.5)
