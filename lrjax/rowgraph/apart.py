@@ -230,23 +230,29 @@ def _place_in_product(case: Case, place: Sequence[int | None]) -> int | None:
 
 
 def gather(case: Case) -> Written:
-    """The axis is one of examples (``take_along_axis``), or all of it is taken (``x[:, i]``)."""
+    """The axis is one of examples (``take_along_axis``, ``table[labels]``), or all of it is taken
+    (``x[:, i]``)."""
     numbers, sizes = case.params["dimension_numbers"], case.params["slice_sizes"]
     batches = [a for a in range(len(case.outputs[0])) if a not in numbers.offset_dims]
     examples = zip(numbers.operand_batching_dims, numbers.start_indices_batching_dims, strict=True)
     pair = next(((a, b) for a, b in examples if case.axes[0] == a or case.axes[1] == b), None)
-    taken: Sequence[int] = (1,) * len(case.sizes)
-    if pair is not None:
-        axis, of_indices = pair
-        target = batches[of_indices]
-    else:
-        axis, of_indices, taken = _taken_whole(case), None, case.sizes
-        target = numbers.offset_dims[_kept(numbers, len(sizes)).index(axis)]
+    axis, of_indices = pair or case.axes
     if any(own not in (None, at) for own, at in zip(case.axes, (axis, of_indices), strict=True)):
         raise Cannot
-    own = ("collapsed_slice_dims", "start_index_map", "operand_batching_dims")
-    changed = {name: case.moved(getattr(numbers, name), axis) for name in own}
-    changed["offset_dims"] = case.moved(numbers.offset_dims, target)
+    if pair is None and None not in (axis, of_indices):
+        raise Cannot
+    if of_indices is not None:
+        target, taken = batches[of_indices], (1,) * len(case.sizes)
+    else:
+        kept = _dims_of_slices(numbers, len(sizes))
+        if axis not in kept or sizes[axis] != case.shapes[0][axis]:
+            raise Cannot
+        target, taken = numbers.offset_dims[kept.index(axis)], case.sizes
+    changed = {"offset_dims": case.moved(numbers.offset_dims, target)}
+    if axis is not None:
+        own = ("collapsed_slice_dims", "start_index_map", "operand_batching_dims")
+        changed.update((name, case.moved(getattr(numbers, name), axis)) for name in own)
+        sizes = case.spread(sizes, axis, taken)
     if of_indices is not None:
         dims = case.moved(numbers.start_indices_batching_dims, of_indices)
         changed["start_indices_batching_dims"] = dims
@@ -254,25 +260,33 @@ def gather(case: Case) -> Written:
         [axis, of_indices],
         [target],
         dimension_numbers=numbers._replace(**changed),
-        slice_sizes=case.spread(sizes, axis, taken),
+        slice_sizes=sizes,
     )
 
 
-def _kept(numbers: lax.GatherDimensionNumbers, rank: int) -> list[int]:
+def _dims_of_slices(numbers: lax.GatherDimensionNumbers, rank: int) -> list[int]:
     """Axes of the operand that slices have."""
     gone = (*numbers.collapsed_slice_dims, *numbers.operand_batching_dims)
     return [axis for axis in range(rank) if axis not in gone]
 
 
-def _taken_whole(case: Case) -> int:
-    numbers, sizes, axis = (
-        case.params["dimension_numbers"],
-        case.params["slice_sizes"],
-        case.axes[0],
-    )
-    if axis not in _kept(numbers, len(sizes)) or sizes[axis] != case.shapes[0][axis]:
+def scatter_add(case: Case) -> Written:
+    """The axis is one of the numbers of a sum (``jax.ops.segment_sum``)."""
+    numbers = case.params["dimension_numbers"]
+    batches = [a for a in range(len(case.shapes[2])) if a not in numbers.update_window_dims]
+    of_indices = case.axes[1]
+    if of_indices is None and case.axes[2] in batches:
+        of_indices = batches.index(case.axes[2])
+    if of_indices is None or of_indices in numbers.scatter_indices_batching_dims:
         raise Cannot
-    return axis
+    places = (None, of_indices, batches[of_indices])
+    if any(own not in (None, at) for own, at in zip(case.axes, places, strict=True)):
+        raise Cannot
+    changed = numbers._replace(
+        update_window_dims=case.moved(numbers.update_window_dims, places[2]),
+        scatter_indices_batching_dims=case.moved(numbers.scatter_indices_batching_dims, of_indices),
+    )
+    return case.written(places, [None], dimension_numbers=changed)
 
 
 _RULES: Mapping[Any, Rule] = {
@@ -300,6 +314,7 @@ _RULES: Mapping[Any, Rule] = {
     lax.gather_p: gather,
     lax.pad_p: pad,
     lax.rev_p: rev,
+    lax.scatter_add_p: scatter_add,
     lax.slice_p: slice_,
     lax.squeeze_p: squeeze,
     lax.transpose_p: transpose,

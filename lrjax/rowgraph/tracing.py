@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from lrjax.program.batched_gathers import with_batched_gathers
 from lrjax.program.constant_slices import with_constant_slices
 from lrjax.program.inline import (
     Atom,
@@ -107,7 +108,7 @@ def trace(
         row_axes=axes,
         typed=row_axes_of,
     )
-    program = with_constant_slices(program)
+    program = with_batched_gathers(with_constant_slices(program))
     consts = tuple(filter(is_moving, closed.consts))
     all_axes = (*(None,) * len(consts), *axes, *(None,) * len(keyword_arrays))
     program, inputs, input_axes = with_casts_outside(program, (*consts, *arrays), all_axes)

@@ -1,12 +1,14 @@
 """Gathers, their gradients (``scatter-add``) and updates at positions along other axes than rows.
 
-Rows take part in two ways: every row picks with its own indices (``take_along_axis``, a batching
-dimension), or one set of indices picks from all rows alike (``x[..., indices]``, a full slice).
+Rows take part in three ways: every row picks with its own indices (``take_along_axis``, a batching
+dimension), one set of indices picks from all rows alike (``x[..., indices]``, a full slice), or
+rows of indices pick from a table that has no rows (``table[labels]``, an embedding).
 """
 
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 
 import jax
@@ -25,12 +27,18 @@ from lrjax.rules.base import (
     RowRead,
     Rows,
     Rule,
+    reads_along,
     row_for_row,
     with_at,
 )
+from lrjax.rules.block_sums import accumulator_dtype
 from lrjax.rules.geometry import IDENTITY
 from lrjax.rules.linearity import Dependence, additive_in, not_additive
 from lrjax.rules.traits import Kind, Traits
+
+# Every step adds all of a table to what the steps before it gave, so it must be small: no larger
+# than so many rows of what is added to it.
+MOST_ROWS_PER_TABLE = 16
 
 
 def gather(equation: Equation) -> RowOp:
@@ -47,6 +55,8 @@ def gather(equation: Equation) -> RowOp:
         return row_for_row(
             equation, pair, batch_dims[pair[1]], preserves_finiteness=preserves_finiteness
         )
+    if indices.row_axis is not None:
+        return _looked_up(equation, batch_dims)
     window_dims = _dimensions_without(
         (*numbers.collapsed_slice_dims, *numbers.operand_batching_dims), len(operand.shape)
     )
@@ -96,7 +106,56 @@ def scatter(equation: Equation) -> RowOp:
     if updates.row_axis in numbers.update_window_dims:
         written = window_dims[numbers.update_window_dims.index(updates.row_axis)]
         raise NotRowLocal("rows are scattered by indices", (written,))
+    if equation.operands[1].constant is None:
+        return _counted_up(equation, batch_dims)
     return _scattered_rows(equation, batch_dims)
+
+
+def _looked_up(equation: Equation, batch_dims: Sequence[int]) -> RowOp:
+    """``table[labels]``: rows of indices pick from a table without rows."""
+    operand, indices = equation.operands
+    axis = indices.row_axis
+    if operand.row_axis is not None or axis is None or axis >= len(batch_dims):
+        raise NotRowLocal("rows of indices pick from other rows")
+    fills = equation.params["mode"] == lax.GatherScatterMode.FILL_OR_DROP
+    return row_for_row(equation, (None, axis), batch_dims[axis], preserves_finiteness=not fills)
+
+
+def _counted_up(equation: Equation, batch_dims: Sequence[int]) -> RowOp:
+    """What rows add to a table that has none: the gradient of ``table[labels]``, a histogram."""
+    operand, indices, updates = equation.operands
+    numbers = equation.params["dimension_numbers"]
+    rows_of_updates = updates.row_axis if indices.row_axis is None else None
+    if rows_of_updates in batch_dims:
+        axis = batch_dims.index(rows_of_updates)
+    else:
+        axis = len(batch_dims) if indices.row_axis is None else indices.row_axis
+    is_sum = equation.primitive is lax.scatter_add_p and operand.row_axis is None
+    if not is_sum or axis >= len(batch_dims) or axis in numbers.scatter_indices_batching_dims:
+        raise NotRowLocal("rows are scattered by indices")
+    if updates.row_axis not in (None, batch_dims[axis]):
+        raise NotRowLocal("rows are scattered by indices")
+    height = updates.shape[batch_dims[axis]]
+    if math.prod(operand.shape) * height > math.prod(updates.shape) * MOST_ROWS_PER_TABLE:
+        raise NotRowLocal("rows are scattered into a map")
+    if operand.constant is None or np.any(operand.constant.value()):
+        raise NotRowLocal("rows are added to a table that is not zero")
+
+    def evaluate(windows: Sequence[Array], rows: Rows) -> Sequence[Array]:
+        dtype, params = accumulator_dtype(operand.dtype), equation.params
+        table, added = windows[0].astype(dtype), windows[2].astype(dtype)
+        kept = ("indices_are_sorted", "unique_indices", "mode")
+        return [lax.scatter_add(table, windows[1], added, numbers, **{k: params[k] for k in kept})]
+
+    axes = (None, axis, batch_dims[axis])
+    return RowOp(
+        reads=reads_along(axes, fill=0),
+        out_axes=(None,),
+        height=height,
+        evaluate=evaluate,
+        reduction="sum",
+        drivers=(1, 2),
+    )
 
 
 def _picked_rows(equation: Equation, batch_dims: Sequence[int]) -> RowOp:
@@ -191,8 +250,6 @@ def _batched_axes(
             if operand.row_axis not in (None, a) or indices.row_axis not in (None, b):
                 raise NotRowLocal("rows of indices pick from other rows")
             return a, b
-    if indices.row_axis is not None:
-        raise NotRowLocal("rows of indices pick from one array")
     return None
 
 

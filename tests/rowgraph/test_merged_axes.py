@@ -7,6 +7,7 @@ import pytest
 from jax import lax
 
 import lrjax
+from lrjax.program.batched_gathers import with_batched_gathers
 from lrjax.program.inline import evaluate, flatten
 from lrjax.rowgraph.graph import build
 from lrjax.rowgraph.merged_axes import merge_of, with_axes_apart
@@ -85,6 +86,11 @@ MERGED = {
     "numbers for all pixels": lambda z, labels: (
         pixels(z) * jnp.linspace(0, 1, BATCH * HEIGHT * WIDTH)[:, None]
     ).sum(),
+    "sums by class": lambda z, labels: jax.ops.segment_sum(pixels(z), labels.ravel(), CLASSES),
+    "counted pixels": lambda z, labels: pixels(z)[
+        jnp.arange(BATCH * HEIGHT * WIDTH), labels.ravel()
+    ].prod(),
+    "a table": lambda z, labels: (jnp.array(MATRIX.T)[labels.ravel()] * pixels(z)).sum(0),
     "twice": lambda z, labels: (
         jnp.tanh(z.reshape(BATCH * HEIGHT, WIDTH, CLASSES)).reshape(-1, CLASSES).prod(1).sum()
     ),
@@ -117,6 +123,7 @@ def network(function):
 def programs(function):
     """The function's program, and the same with axes apart."""
     program = flatten(jax.make_jaxpr(network(function))(KERNEL, IMAGE, LABELS))
+    program = with_batched_gathers(program)
     return program, with_axes_apart(program, (None, 1, 1))
 
 

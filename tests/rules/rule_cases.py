@@ -655,11 +655,20 @@ def _indexing_cases() -> list[Case]:
     )
     filled = jax.vmap(jax.vmap(lambda x, i: x.at[i].get(mode="fill", wrap_negative_indices=False)))
     fixed = np.array([3, 0, 0, 2])
+
+    def looked_up(table: Any, i: Any) -> Any:
+        return table.at[i].get(mode="promise_in_bounds", wrap_negative_indices=False)
+
+    def counted(i: Any, values: Any) -> Any:
+        return jnp.zeros(4).at[i].add(values, wrap_negative_indices=False)
+
     cases = [
         _one("gather", "indices of every row", per_row, x, labels, axes=(1, 1)),
         _one("gather", "indices of every row, filled", filled, x, labels, axes=(1, 1)),
         _one("gather", "labels that exist whole", per_row, x, labels, axes=(1, None)),
         _one("gather", "labels of a whole map", per_row, x, labels, axes=(None, 1)),
+        _one("gather", "a table", looked_up, normal(5, 4), labels, axes=(None, 1)),
+        _one("scatter-add", "a table", counted, labels, normal(2, HEIGHT, 3), axes=(None, 1, 1)),
         _one(
             "gather",
             "one set of indices",

@@ -7,6 +7,7 @@ import pytest
 from jax import lax
 
 from graphs import check_rule
+from lrjax.testing import assert_same_as_column
 
 pytestmark = pytest.mark.usefixtures("x64")
 
@@ -77,13 +78,59 @@ def test_scatter_to_explicit_rows_falls_back():
     check_rule(op, normal(2, 9, 4), LABELS, falls_back=True)
 
 
-def test_embedding_of_labels_falls_back():
-    """Rows of indices pick from a table."""
+TABLE = normal(4, 4, seed=2)
+EMBEDDINGS = {
+    "numpy's": lambda image, labels, table: table[labels] * image,
+    "taken": lambda image, labels, table: jnp.take(table, labels, axis=0) * image,
+    "filled": lambda image, labels, table: (
+        image + table.at[2 * labels].get(mode="fill", fill_value=0)
+    ),
+    "clipped": lambda image, labels, table: image + table.at[2 * labels].get(mode="clip"),
+    "columns": lambda image, labels, table: image + jnp.moveaxis(table[:, labels], 0, -1),
+    "a number": lambda image, labels, table: image * table[labels, 3 - labels][..., None],
+    "squared": lambda image, labels, table: table[labels] ** 2 + image,
+    "summed": lambda image, labels, table: table[labels].sum() + image.sum(),
+}
 
+
+@pytest.mark.parametrize("name", EMBEDDINGS)
+def test_embedding_of_labels(name):
+    """Rows of indices pick from a table; the table's gradient is a sum over rows."""
+    check_rule(EMBEDDINGS[name], normal(2, 9, 4), LABELS, TABLE, axes=(1, 1, None))
+
+
+def test_sums_by_label():
+    def op(image, labels):
+        return jnp.zeros((4, 4)).at[labels].add(jnp.sin(image)) ** 2
+
+    check_rule(op, normal(2, 9, 4), LABELS)
+
+
+def test_embedding_of_images_in_half_precision():
+    """Few classes, many elements each: sums of blocks stay in float32."""
+    image, table = normal(2, 64, 16, 4), normal(4, 4, seed=2)
+    labels = np.random.default_rng(0).integers(0, 4, (2, 64, 16))
+    args = [jnp.asarray(x, jnp.bfloat16) for x in (image, table)]
+    assert_same_as_column(
+        lambda image, labels, table: jnp.tanh(image + table[labels]).sum(),
+        (args[0], labels, args[1]),
+        (1, 1, None),
+        num_blocks=16,
+    )
+
+
+def test_additions_to_a_table_that_is_not_zero_fall_back():
     def op(image, labels, table):
-        return table[labels] * image
+        return table.at[labels].add(image)
 
-    check_rule(op, normal(2, 9, 4), LABELS, normal(4, 4), axes=(1, 1, None), falls_back=True)
+    check_rule(op, normal(2, 9, 4), LABELS, TABLE, axes=(1, 1, None), falls_back=True)
+
+
+def test_rows_of_an_image_that_labels_pick_fall_back():
+    def op(image, labels):
+        return image[0][labels % 9]
+
+    check_rule(op, normal(2, 9, 4), LABELS, falls_back=True)
 
 
 def test_dynamic_update_of_another_axis():
