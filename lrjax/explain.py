@@ -17,7 +17,7 @@ from lrjax.rowgraph.fallbacks import fallbacks_of, made_by
 from lrjax.rowgraph.graph import ColumnNode, RowGraph, build, size_bytes
 from lrjax.rowgraph.row_mesh import RowMesh
 from lrjax.rowgraph.segments import Segment
-from lrjax.rowgraph.tracing import Traced, trace
+from lrjax.rowgraph.tracing import Traced, differentiated_leaves, trace
 from lrjax.rules.geometry import AnyMap
 from lrjax.strategies.programs import Execution, RowPass, WholeMaps
 from lrjax.transform import hosted_values, row_mesh_of, segments_and_choices
@@ -34,17 +34,19 @@ def explain(
     offload: bool = False,
     mesh: MeshOption = None,
     row_mesh_axis: str | None = None,
+    wrt: int | Sequence[int] | None = None,
     **kwargs: Any,
 ) -> Explanation:
     """What ``rowwise(fun, ...)(*args, **kwargs)`` and its gradient will do; nothing is compiled.
 
-    The gradient is taken with respect to the floating-point arguments that carry no rows; where
-    there are none, with respect to closed-over arrays, and where there are none of these either, to
-    all floating-point arguments.
+    Unless ``wrt`` names arguments, the gradient is taken with respect to the floating-point ones
+    that carry no rows; where there are none, with respect to closed-over arrays, and where there
+    are none of these either, to all floating-point arguments.
 
     Args:
       fun, in_axes, num_blocks, strategy, cuts, plan, offload, mesh, row_mesh_axis: as for
         ``lrjax.rowwise``.
+      wrt: numbers of the positional arguments that are differentiated.
       args, kwargs: ``fun``'s arguments, arrays or ``jax.ShapeDtypeStruct``. A keyword argument of
         ``fun`` that is called like an option must be closed over.
 
@@ -55,7 +57,8 @@ def explain(
       buffers and recomputed rows.
 
     Raises:
-      ValueError: as ``lrjax.rowwise`` does when it is called.
+      ValueError: as ``lrjax.rowwise`` does when it is called, or ``wrt`` names no floating-point
+        array.
     """
     check_callable(fun)
     options = checked_options(
@@ -69,18 +72,32 @@ def explain(
     )
     row_mesh = row_mesh_of(options)
     with without_explicit_axes(args, kwargs) as (own_args, own_kwargs):
-        return explain_with(trace(fun, in_axes, own_args, own_kwargs), options, row_mesh)
+        chosen = None if wrt is None else differentiated_leaves(own_args, wrt)
+        traced = trace(fun, in_axes, own_args, own_kwargs)
+        return explain_with(traced, options, row_mesh, chosen)
 
 
-def explain_with(traced: Traced, options: Options, row_mesh: RowMesh | None) -> Explanation:
-    """``explain`` for a traced call and options that are checked already."""
+def explain_with(
+    traced: Traced,
+    options: Options,
+    row_mesh: RowMesh | None,
+    wrt: Sequence[int] | None = None,
+) -> Explanation:
+    """``explain`` for a traced call and options that are checked already.
+
+    Args:
+      traced: the call.
+      options: how it runs.
+      row_mesh: the devices that share its rows.
+      wrt: numbers of its positional arguments' leaves; by default as ``explain`` says.
+    """
     segments, choices = segments_and_choices(traced, options, row_mesh)
     groups = [group for group in outermost(options.groups(len(segments))) for _ in group]
     hosted = hosted_values(traced, segments, choices)
     reports = []
     for segment, choice, group in zip(segments, choices, groups, strict=True):
-        wrt = _differentiated(segment, _constants(traced))
-        execution = choice.runner.execution(segment, choice.num_blocks, wrt)
+        moving = _differentiated(segment, traced, wrt)
+        execution = choice.runner.execution(segment, choice.num_blocks, moving)
         graph = build(segment.program, segment.axes)
         reports.append(
             SegmentReport(
@@ -122,16 +139,23 @@ def _constants(traced: Traced) -> frozenset[int]:
     return frozenset(traced.program.inputs[:count] if has_parameters else ())
 
 
-def _differentiated(segment: Segment, constants: frozenset[int]) -> list[int]:
-    """Numbers of a segment's inputs: those without rows, or all where there are none."""
+def _differentiated(segment: Segment, traced: Traced, wrt: Sequence[int] | None) -> list[int]:
+    """Numbers of a segment's inputs: those that are asked for, and all that is made on the way; by
+    default those without rows, or all where there are none."""
+    if wrt is None:
+        left_out = _constants(traced)
+    else:
+        asked = {traced.program.inputs[traced.closed_over + i] for i in wrt}
+        left_out = frozenset(traced.program.inputs) - asked
     inexact = [
         i
         for i, (v, struct) in enumerate(
             zip(segment.program.inputs, segment.program.structs, strict=True)
         )
-        if is_inexact(struct) and v not in constants
+        if is_inexact(struct) and v not in left_out
     ]
-    return [i for i in inexact if segment.axes[i] is None] or inexact
+    without_rows = [i for i in inexact if segment.axes[i] is None]
+    return inexact if wrt is not None else without_rows or inexact
 
 
 def _pass(one: RowPass) -> Pass:

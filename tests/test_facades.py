@@ -444,3 +444,25 @@ assert not hasattr(lrjax, "nothing")
         [sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT
     )
     assert process.returncode == 0, process.stderr
+
+
+def test_an_explanation_is_of_the_gradient_that_is_asked_for():
+    """A callback's argument has no gradient, the image may have one."""
+
+    def called(kernel, scale, image):
+        rate = jax.pure_callback(lambda s: np.float32(2) * s, scale, scale)
+        return convolve(jnp.tanh(convolve(image, kernel)) * rate, kernel)
+
+    args = normal(3, 3, 2, 2), jnp.float32(1), normal(1, 16, 5, 2)
+
+    def backward_operations(wrt):
+        options = {"in_axes": (None, None, 1), "num_blocks": 4}
+        found = lrjax.explain(called, *args, wrt=wrt, **options).segments[0]
+        return [operation.name for operation in found.passes[-1].operations]
+
+    by_kernel, by_both = backward_operations(0), backward_operations([0, -1])
+    assert len(by_both) == len(by_kernel) + 1  # the cotangents of the image
+    with pytest.raises(ValueError, match="no argument 3 among 3; count from 0"):
+        backward_operations(3)
+    with pytest.raises(ValueError, match="[Pp]ure callbacks do not support"):
+        backward_operations(1)

@@ -9,7 +9,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from lrjax import memory
 from lrjax.fingerprint import Fingerprint, fingerprint
@@ -18,7 +17,7 @@ from lrjax.planner.mesh import compile_options, is_divided
 from lrjax.rowgraph.graph import size_bytes
 from lrjax.rowgraph.row_mesh import RowMesh
 from lrjax.rowgraph.segments import Cuttable
-from lrjax.rowgraph.tracing import Traced, flat_axes, trace
+from lrjax.rowgraph.tracing import Traced, differentiated_leaves, flat_axes, trace
 
 
 @dataclasses.dataclass(frozen=True)
@@ -157,25 +156,13 @@ def _chosen(
     leaves: Sequence[Any],
     wrt: int | Sequence[int] | None,
 ) -> tuple[int, ...]:
-    owners = [path[0].idx for path, _ in jax.tree_util.tree_leaves_with_path(args)]
-    if wrt is None:
-        allowed = [i for i, axis in enumerate(axes) if axis is None]
-    else:
-        numbers = tuple(wrt) if isinstance(wrt, Sequence) else (wrt,)
-        for number in numbers:
-            if isinstance(number, bool) or not isinstance(number, int | np.integer):
-                raise ValueError(f"wrt={wrt!r} must be numbers of positional arguments.")
-            if not -len(args) <= number < len(args):
-                raise ValueError(
-                    f"wrt={wrt!r}: there is no argument {number} among {len(args)}; count from 0."
-                )
-        positions = {number % len(args) for number in numbers}
-        allowed = [i for i, owner in enumerate(owners) if owner in positions]
-    chosen = tuple(i for i in allowed if _is_inexact(leaves[i]))
+    if wrt is not None:
+        return differentiated_leaves(args, wrt)
+    chosen = tuple(i for i, axis in enumerate(axes) if axis is None and _is_inexact(leaves[i]))
     if not chosen:
         raise ValueError(
-            f"wrt={wrt!r}: there is no floating-point array to differentiate by; name the "
-            "arguments that hold the parameters."
+            "wrt=None: there is no floating-point array to differentiate by; name the arguments "
+            "that hold the parameters."
         )
     return chosen
 

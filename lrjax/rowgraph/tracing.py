@@ -23,7 +23,7 @@ from lrjax.program.inline import (
 from lrjax.program.interpreter import collection_paused
 from lrjax.program.manual_axes import with_casts_outside
 from lrjax.program.references import NEW as NEW_REFERENCE
-from lrjax.program.varying import is_reference
+from lrjax.program.varying import is_inexact, is_reference
 from lrjax.rowgraph.graph import build
 from lrjax.rowgraph.merged_axes import with_axes_apart
 
@@ -198,6 +198,35 @@ def flat_axes(in_axes: Any, args: tuple[Any, ...]) -> tuple[int | None, ...]:
             "argument, e.g. in_axes=(None, 1) for fun(params, images) with images in NHWC order."
         )
     return checked
+
+
+def differentiated_leaves(args: tuple[Any, ...], wrt: int | Sequence[int]) -> tuple[int, ...]:
+    """Numbers of the floating-point leaves of some positional arguments.
+
+    Raises:
+      ValueError: there is no such argument, or none of them has any.
+    """
+    numbers = tuple(wrt) if isinstance(wrt, Sequence) else (wrt,)
+    for number in numbers:
+        if isinstance(number, bool) or not isinstance(number, int | np.integer):
+            raise ValueError(f"wrt={wrt!r} must be numbers of positional arguments.")
+        if not -len(args) <= number < len(args):
+            raise ValueError(
+                f"wrt={wrt!r}: there is no argument {number} among {len(args)}; count from 0."
+            )
+    chosen = {number % len(args) for number in numbers}
+    leaves = jax.tree_util.tree_leaves_with_path(args)
+    found = tuple(
+        i
+        for i, (path, leaf) in enumerate(leaves)
+        if path[0].idx in chosen and is_inexact(jax.typeof(leaf) if np.isscalar(leaf) else leaf)
+    )
+    if not found:
+        raise ValueError(
+            f"wrt={wrt!r}: there is no floating-point array to differentiate by; name the "
+            "arguments that hold the parameters."
+        )
+    return found
 
 
 class _Spread(list[Any]):
