@@ -464,5 +464,5 @@ def test_an_explanation_is_of_the_gradient_that_is_asked_for():
     assert len(by_both) == len(by_kernel) + 1  # the cotangents of the image
     with pytest.raises(ValueError, match="no argument 3 among 3; count from 0"):
         backward_operations(3)
-    with pytest.raises(ValueError, match="[Pp]ure callbacks do not support"):
+    with pytest.raises(ValueError, match=r"[Pp]ure callbacks do not support"):
         backward_operations(1)

@@ -45,8 +45,8 @@ _MOST_ROUNDS = 4
 
 
 def with_axes_apart(program: FlatProgram, axes: Sequence[int | None]) -> FlatProgram:
-    """The program without merges of rows with axes before them, where fewer operations then run on
-    whole maps.
+    """The program without merges of rows with axes before them, where fewer operations lose rows
+    then, or as many do later.
 
     Args:
       program: the flat program, custom derivatives kept or not.
@@ -60,7 +60,7 @@ def with_axes_apart(program: FlatProgram, axes: Sequence[int | None]) -> FlatPro
         if not merges:
             break
         apart = _written(program, merges)
-        if _fallbacks(build(apart, axes)) >= _fallbacks(graph):
+        if _on_whole_maps(build(apart, axes)) >= _on_whole_maps(graph):
             break
         program = apart
     return program
@@ -93,8 +93,10 @@ def _may_merge(program: FlatProgram, equation: FlatEquation) -> bool:
     return len(program.aval(equation.inputs[0]).shape) > len(equation.params["new_sizes"]) - 1
 
 
-def _fallbacks(graph: RowGraph) -> int:
-    return sum(isinstance(node, ColumnNode) and node.reason is not None for node in graph.nodes)
+def _on_whole_maps(graph: RowGraph) -> tuple[int, int]:
+    """Operations that lose rows, and all that run on whole values; less is better."""
+    column = [node for node in graph.nodes if isinstance(node, ColumnNode)]
+    return sum(node.reason is not None for node in column), len(column)
 
 
 def _merges(graph: RowGraph) -> dict[int, int]:
