@@ -190,7 +190,7 @@ def pad(case: Case) -> Written:
 
 
 def dot_general(case: Case) -> Written:
-    """The axis is one of examples, of one operand's own, or summed over."""
+    """The axis is one of examples, of one operand's own, or, of both, summed over."""
     (lhs_sum, rhs_sum), (lhs_batch, rhs_batch) = case.params["dimension_numbers"]
     sides = [[*lhs_sum], [*rhs_sum]], [[*lhs_batch], [*rhs_batch]]
     place: list[int | None] = [*case.axes]
@@ -202,6 +202,8 @@ def dot_general(case: Case) -> Written:
         raise Cannot
     if None not in place and place[0] not in (*lhs_sum, *lhs_batch):
         raise Cannot  # every element of one meets every element of the other
+    if place[0] in lhs_sum and None in case.axes:
+        raise Cannot  # a dense layer on a flattened map
     numbers = tuple(
         tuple(
             tuple(dims) if at is None else case.moved(dims, at)

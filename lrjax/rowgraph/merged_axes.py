@@ -1,10 +1,10 @@
-"""Axes that a reshape merges with what comes before the rows, kept apart.
+"""Axes that a reshape merges with the rows, kept apart.
 
 ``logits.reshape(-1, classes)`` of a batch merges batch, rows and columns into one axis, in which an
 image's rows lie scattered: no axis carries rows any more. What follows seldom minds: a softmax, a
 cross-entropy and a mean treat every pixel alike. So the axes stay apart, and every operation is
 written for them: an axis of its operands is then several in a row. Windows of an attention, which
-are merged with the batch, are the same case.
+are merged with the batch, are the same case, and so are a map's pixels as tokens.
 
 An operation that cannot be written so (a sort along the merged axis, a convolution) gets its
 operand merged, and runs on whole maps as before.
@@ -45,8 +45,8 @@ _MOST_ROUNDS = 4
 
 
 def with_axes_apart(program: FlatProgram, axes: Sequence[int | None]) -> FlatProgram:
-    """The program without merges of rows with axes before them, where fewer operations lose rows
-    then, or as many do later.
+    """The program without merges of rows with other axes, where fewer operations lose rows then, or
+    as many do later.
 
     Args:
       program: the flat program, custom derivatives kept or not.
@@ -100,7 +100,7 @@ def _on_whole_maps(graph: RowGraph) -> tuple[int, int]:
 
 
 def _merges(graph: RowGraph) -> dict[int, int]:
-    """Results of reshapes that lose rows behind a batch, and the row axes of their operands."""
+    """Results of reshapes that lose rows, and the row axes of their operands."""
     found = {}
     for node in graph.nodes:
         equation = node.equation
@@ -127,16 +127,10 @@ class _Merge:
     rows: int
 
 
-def merge_of(shape: Shape, rows: int, new_sizes: Shape, *, leading: bool = False) -> _Merge | None:
-    """What a reshape merges an axis with.
+def merge_of(shape: Shape, rows: int, new_sizes: Shape) -> _Merge | None:
+    """What a reshape of ``shape`` to ``new_sizes`` merges an axis with.
 
-    Args:
-      shape: of the operand.
-      rows: the axis.
-      new_sizes: the shape of the result.
-      leading: whether it counts too where nothing is in front of the axis.
-
-    Returns None where nothing is in front of it, or where it is divided.
+    Returns None where it merges it with nothing, or divides it.
     """
     ends = [*itertools.accumulate(shape, lambda a, b: a * b, initial=1)]
     new_ends = [*itertools.accumulate(new_sizes, lambda a, b: a * b, initial=1)]
@@ -150,7 +144,7 @@ def merge_of(shape: Shape, rows: int, new_sizes: Shape, *, leading: bool = False
         first = max(i for i in range(rows + 1) if ends[i] == start)
         last = min(i for i in range(rows + 1, len(ends)) if ends[i] == end)
         merged = [i for i in range(first, last) if shape[i] > 1]
-        if len(merged) > 1 and (leading or merged[0] != rows):
+        if len(merged) > 1:
             return _Merge(axis, tuple(shape[i] for i in merged), merged.index(rows))
     return None
 
@@ -344,7 +338,7 @@ class _Writer:
         if form is not None:
             source, rows = form.value, form.axis + form.rows
         shape, new_sizes = self.avals[source].shape, equation.params["new_sizes"]
-        merge = merge_of(shape, rows, new_sizes, leading=form is not None)
+        merge = merge_of(shape, rows, new_sizes)
         if merge is None:
             self.append(dataclasses.replace(equation, inputs=(source,)))
             return True

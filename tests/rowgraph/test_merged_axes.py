@@ -20,6 +20,7 @@ GENERATOR = np.random.default_rng(0)
 KERNEL = GENERATOR.standard_normal((3, 3, CLASSES, CLASSES)) / 3
 IMAGE = GENERATOR.standard_normal((BATCH, HEIGHT, WIDTH, CLASSES))
 LABELS = GENERATOR.integers(0, CLASSES, (BATCH, HEIGHT, WIDTH))
+DENSE = GENERATOR.standard_normal((HEIGHT * WIDTH * CLASSES, 2))
 MATRIX = GENERATOR.standard_normal((CLASSES, 5))
 
 
@@ -107,6 +108,9 @@ WHOLE = {
     "a pixel": lambda z, labels: pixels(z).sum(1).argmax() + pixels(z).sum(),
     "the first pixel": lambda z, labels: (pixels(z) - pixels(z)[:1]).sum(),
     "every pixel with every other": lambda z, labels: jnp.tanh(pixels(z) @ pixels(z).T).sum(),
+    "a dense layer on flattened maps": lambda z, labels: jnp.sin(
+        z.transpose(0, 3, 1, 2).reshape(BATCH, -1) @ jnp.array(DENSE)
+    ),
     "odd ones": lambda z, labels: jnp.sin(z.reshape(8, -1)[::2]).sum(),
 }
 
@@ -216,8 +220,8 @@ def test_a_rule_that_needs_the_merged_axis():
     [
         ((2, 8, 4, 3), 1, (-1, 3), (0, (2, 8, 4), 1)),
         ((2, 8, 4, 3), 1, (2, 8, 12), None),
-        ((2, 8, 4, 3), 1, (2, 96), None),  # rows come first: a flattened map
-        ((1, 8, 4, 3), 1, (32, 3), None),
+        ((2, 8, 4, 3), 1, (2, 96), (1, (8, 4, 3), 0)),
+        ((1, 8, 4, 3), 1, (32, 3), (0, (8, 4), 0)),
         ((2, 8, 4, 3), 1, (16, 4, 3), (0, (2, 8), 1)),
         ((2, 8, 4, 3), 1, (4, 48), None),  # rows are divided
         ((2, 8, 4, 3), 2, (64, 3), (0, (2, 8, 4), 2)),
