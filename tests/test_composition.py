@@ -520,6 +520,48 @@ def test_types_are_those_of_the_function(number, strategy):
         assert jax.typeof(pairs[0]) == jax.typeof(pairs[1])
 
 
+def straight_through(forward):
+    """A function whose slope is not its own; ``forward`` computes it where it is differentiated."""
+    call = jax.custom_vjp(lambda x: jnp.round(x))
+    call.defvjp(lambda x: (forward(call, x), x), lambda x, g: (g * 2 * x,))
+    return call
+
+
+def with_tangents(primal):
+    call = jax.custom_jvp(jax.nn.softplus)
+    call.defjvp(lambda x, t: (primal(call, *x), t[0] * x[0]))
+    return call
+
+
+RULES = {
+    "rounded": straight_through(lambda call, x: jnp.round(x)),
+    "rounded by itself": straight_through(lambda call, x: call(x)),
+    "rounded by another rule": straight_through(lambda call, x: jax.nn.softplus(x)),
+    "sloped": with_tangents(lambda call, x: jnp.cos(x)),
+    "sloped by itself": with_tangents(lambda call, x: call(x)),
+    "sloped by what it calls": with_tangents(lambda call, x: jax.nn.softplus(x)),
+}
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_second_derivatives_through_rules_of_ones_own(name):
+    """A forward pass runs a rule's own code: how its results move is that code's derivative."""
+    weights, image = normal(3, 3, 3, 3) / 3, normal(1, 8, 4, 3, seed=1)
+
+    def function(weights, image):
+        return RULES[name](convolve(RULES[name](convolve(image, weights)), weights)).mean((1, 2))
+
+    def second(function):
+        def first(weights):
+            outputs, pull = jax.vjp(function, weights, image)
+            return sum(jnp.sin(bar).sum() for bar in pull(jnp.cos(outputs)))
+
+        return jax.jit(jax.grad(first))(weights)
+
+    by_rows = lrjax.rowwise(function, in_axes=(None, 1), num_blocks=3)
+    np.testing.assert_allclose(second(by_rows), second(function), rtol=1e-10, atol=1e-12)
+
+
 def test_second_derivatives_need_the_memory_of_first_ones():
     """They are row programs too, not derivatives of row loops, whose every step would be saved."""
     struct = jax.ShapeDtypeStruct((1, 256, 16, 2), np.float32)

@@ -249,6 +249,8 @@ def gather(case: Case) -> Written:
         kept = _dims_of_slices(numbers, len(sizes))
         if axis not in kept or sizes[axis] != case.shapes[0][axis]:
             raise Cannot
+        if axis in numbers.start_index_map:
+            raise Cannot  # where it begins is one coordinate
         target, taken = numbers.offset_dims[kept.index(axis)], case.sizes
     changed = {"offset_dims": case.moved(numbers.offset_dims, target)}
     if axis is not None:

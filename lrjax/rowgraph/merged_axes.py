@@ -41,7 +41,9 @@ from lrjax.rules.base import traits_of
 Shape = tuple[int, ...]
 
 # Reshapes behind one another, each of which shows when the one before it is taken apart.
-_MOST_ROUNDS = 4
+_MOST_ROUNDS = 8
+# Programs that are compared in a round.
+_MOST_TRIES = 8
 
 
 def with_axes_apart(program: FlatProgram, axes: Sequence[int | None]) -> FlatProgram:
@@ -52,17 +54,19 @@ def with_axes_apart(program: FlatProgram, axes: Sequence[int | None]) -> FlatPro
       program: the flat program, custom derivatives kept or not.
       axes: row axis of every input, None for one without rows.
     """
-    if not any(_may_merge(program, equation) for equation in program.equations):
+    if not any(equation.primitive is lax.reshape_p for equation in program.equations):
         return program
     for _ in range(_MOST_ROUNDS):
         graph = build(program, axes)
         merges = _merges(graph)
-        if not merges:
+        # All at once; where that gains nothing, the first that gains something alone.
+        tries = [merges, *({v: axis} for v, axis in merges.items() if len(merges) > 1)]
+        written = (_written(program, some) for some in tries[: _MOST_TRIES if merges else 0])
+        known = _on_whole_maps(graph)
+        better = next((one for one in written if _on_whole_maps(build(one, axes)) < known), None)
+        if better is None:
             break
-        apart = _written(program, merges)
-        if _on_whole_maps(build(apart, axes)) >= _on_whole_maps(graph):
-            break
-        program = apart
+        program = better
     return program
 
 
@@ -82,15 +86,14 @@ class Apart:
     sizes: Shape
     rows: int
 
+    @property
+    def layout(self) -> tuple[int, Shape]:
+        """What such values look like."""
+        return self.axis, self.sizes
+
     def shape_of(self, merged: Shape) -> Shape:
         """The shape apart of what has the shape ``merged``."""
         return (*merged[: self.axis], *self.sizes, *merged[self.axis + 1 :])
-
-
-def _may_merge(program: FlatProgram, equation: FlatEquation) -> bool:
-    if equation.primitive is not lax.reshape_p:
-        return False
-    return len(program.aval(equation.inputs[0]).shape) > len(equation.params["new_sizes"]) - 1
 
 
 def _on_whole_maps(graph: RowGraph) -> tuple[int, int]:
@@ -202,9 +205,10 @@ def _rule_apart(
     def rule(primals: Sequence[Any], tangents: Sequence[Any]) -> Any:
         values = [*primals, *tangents]
         try:
-            program, _ = _written_through(
-                jax.make_jaxpr(of_whole)(*structs, *structs), [*forms] * 2
-            )
+            closed = jax.make_jaxpr(of_whole)(*structs, *structs)
+            program, found = _written_through(closed, [*forms] * 2)
+            if any(a.layout != b.layout for a, b in zip(found, [*results] * 2, strict=True)):
+                raise Cannot
             made = evaluate(program, values)
         except Cannot:
             merged = zip(values, [*structs] * 2, strict=True)
@@ -303,7 +307,7 @@ class _Writer:
         """A call with a derivative of its own: its body, and its rule wherever JAX asks for it."""
         equation = case.equation
         operands = [self.program.aval(atom) for atom in equation.inputs]
-        if not all(map(is_inexact, operands)):
+        if equation.params["symbolic_zeros"] or not all(map(is_inexact, operands)):
             raise Cannot
         structs = [
             jax.ShapeDtypeStruct(o.shape, o.dtype) if isinstance(o, Literal) else struct_like(o)
@@ -311,6 +315,8 @@ class _Writer:
         ]
         forms = [None if axis is None else Apart(0, axis, case.sizes, rows) for axis in case.axes]
         body, results = _written_through(equation.params["call_jaxpr"], forms)
+        if any((form.sizes, form.rows) != (case.sizes, rows) for form in results):
+            raise Cannot  # its body merges other axes
         call = jax.custom_jvp(lambda *values: evaluate(body, values))
         call.defjvp(_rule_apart(equation, structs, forms, results))
         (made,) = jax.make_jaxpr(call)(*body.structs).eqns

@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero, zero_from_primal
 from jax.extend.core import Primitive
+from jax.extend.core import primitives as public
 from jax.interpreters import ad, batching, mlir
 
 from lrjax.program.inline import FlatProgram, flatten, function_of, replaced_at
@@ -40,10 +41,14 @@ class Programs:
         of the outputs that are not integers.
       gradients: gives the function of all inputs, then cotangents of the outputs that are not
         integers, for the cotangents of the inputs that move.
+      primals: gives the function of all inputs for the outputs as a forward pass computes them.
+        A custom rule may compute them otherwise than the function, and their derivative is then
+        that of what it does. None where it calls what the function calls.
     """
 
     tangents: Callable[[tuple[int, ...]], Function]
     gradients: Callable[[tuple[int, ...]], Function]
+    primals: Callable[[tuple[int, ...]], Function | None]
 
 
 # --- Derivatives by rows -------------------------------------------------------------------------
@@ -74,7 +79,7 @@ def by_rows(
     if any(equation.has_effects for equation in program.equations):
         return function  # JAX runs effects within no function that has derivatives of its own
     inexact = [i for i, v in enumerate(program.outputs) if is_inexact(program.aval(v))]
-    given = {k: given[i] for k, i in enumerate(inexact) if i in given}
+    all_given, given = given, {k: given[i] for k, i in enumerate(inexact) if i in given}
 
     def streamed(
         derivative: FlatProgram, own_axes: Any, own_given: Any, own_taken: Any
@@ -99,7 +104,13 @@ def by_rows(
         derivative = _gradient_program(program, moving, inexact)
         return streamed(derivative, [*axes, *out_axes], own_given, own_taken)
 
-    return with_derivatives(function, Programs(tangents, gradients))
+    @functools.cache
+    def primals(moving: tuple[int, ...]) -> Function | None:
+        forward = _forward_program(program, moving)
+        is_same = _calls(forward) == _calls(program)
+        return None if is_same else streamed(forward, axes, all_given, taken)
+
+    return with_derivatives(function, Programs(tangents, gradients, primals))
 
 
 def _tangent_program(program: FlatProgram, moving: Sequence[int]) -> FlatProgram:
@@ -111,6 +122,26 @@ def _tangent_program(program: FlatProgram, moving: Sequence[int]) -> FlatProgram
 
     structs = [*program.structs, *(program.structs[i] for i in moving)]
     return flatten(jax.make_jaxpr(tangents)(*structs), keep_custom_rules=True)
+
+
+def _forward_program(program: FlatProgram, moving: Sequence[int]) -> FlatProgram:
+    """The outputs as the forward pass of a gradient computes them."""
+
+    def forward(*inputs: Array) -> list[Array]:
+        function, primals = function_of(program, moving, inputs)
+        return list(jax.vjp(function, *primals)[0])
+
+    return flatten(jax.make_jaxpr(forward)(*program.structs), keep_custom_rules=True)
+
+
+def _calls(program: FlatProgram) -> list[str]:
+    """The bodies of the calls with derivatives of their own."""
+    calls = (public.custom_jvp_call_p, public.custom_vjp_call_p)
+    return [
+        f"{equation.primitive} {equation.params['call_jaxpr']}"
+        for equation in program.equations
+        if equation.primitive in calls
+    ]
 
 
 def _gradient_program(
@@ -194,7 +225,13 @@ class _Passes:
     def forward_rule(self, primals: Sequence[Any], tangents: Sequence[Any]) -> tuple[Any, Any]:
         outputs, saved = self.forward(*primals)
         moving = _moving(tangents)
-        if moving == self.moving:
+        otherwise = self.programs.primals(self.moving)
+        if otherwise is not None:
+            function = _of_some(otherwise, primals, moving)
+            _, dots = jax.jvp(function, _some(primals, moving), _some(tangents, moving))
+            inexact = [dot for out, dot in zip(outputs, dots, strict=True) if is_inexact(out)]
+            found = _with_zeros(inexact, outputs, symbolic=True)
+        elif moving == self.moving:
             found = self.tangents(outputs, saved, primals, tangents)
         else:
             passes = _Passes(self.function, self.programs, moving)

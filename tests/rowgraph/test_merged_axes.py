@@ -1,10 +1,13 @@
 """Reshapes that merge rows with what comes before them: what follows is written for rows."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import lax
+from jax.custom_derivatives import SymbolicZero
 
 import lrjax
 from lrjax.program.batched_gathers import with_batched_gathers
@@ -20,6 +23,7 @@ GENERATOR = np.random.default_rng(0)
 KERNEL = GENERATOR.standard_normal((3, 3, CLASSES, CLASSES)) / 3
 IMAGE = GENERATOR.standard_normal((BATCH, HEIGHT, WIDTH, CLASSES))
 LABELS = GENERATOR.integers(0, CLASSES, (BATCH, HEIGHT, WIDTH))
+SQUARE = GENERATOR.standard_normal((12, 24))
 DENSE = GENERATOR.standard_normal((HEIGHT * WIDTH * CLASSES, 2))
 MATRIX = GENERATOR.standard_normal((CLASSES, 5))
 
@@ -95,6 +99,9 @@ MERGED = {
     "twice": lambda z, labels: (
         jnp.tanh(z.reshape(BATCH * HEIGHT, WIDTH, CLASSES)).reshape(-1, CLASSES).prod(1).sum()
     ),
+    "more axes than before": lambda z, labels: (
+        jnp.sin(z.reshape(BATCH * HEIGHT, 2, WIDTH // 2, CLASSES, 1)).sum((1, 3)).max()
+    ),
     "channels first": lambda z, labels: jnp.log1p(
         z.transpose(0, 3, 1, 2).reshape(-1, WIDTH) ** 2
     ).mean(),
@@ -111,6 +118,9 @@ WHOLE = {
     "a dense layer on flattened maps": lambda z, labels: jnp.sin(
         z.transpose(0, 3, 1, 2).reshape(BATCH, -1) @ jnp.array(DENSE)
     ),
+    "a slice that begins somewhere": lambda z, labels: jax.vmap(
+        lambda i: lax.dynamic_slice_in_dim(pixels(z), i, 2, 1)
+    )(labels[0, 0, :2]).sum(),
     "odd ones": lambda z, labels: jnp.sin(z.reshape(8, -1)[::2]).sum(),
 }
 
@@ -213,6 +223,59 @@ def test_a_rule_that_needs_the_merged_axis():
             num_blocks=3,
             strategy=strategy,
         )
+
+
+def with_rule(function, rule, **options):
+    call = jax.custom_jvp(function)
+    call.defjvp(functools.partial(rule, call), **options)
+    return call
+
+
+def zeros_told(call, primals, tangents):
+    """A slope that depends on whether an operand moves."""
+    (x, y), (dx, dy) = primals, tangents
+    slope = 7.0 if isinstance(dy, SymbolicZero) else 1.0
+    return call(x, y), slope * y * dx
+
+
+# Bodies or rules that merge other axes than their operands, or lay results out otherwise.
+MORE_RULES = {
+    "a body that merges": with_rule(
+        lambda x: jnp.sin(x).reshape(-1, CLASSES),
+        lambda call, x, t: (call(*x), (t[0] * jnp.cos(x[0])).reshape(-1, CLASSES)),
+    ),
+    "a body that splits": with_rule(
+        lambda x: jnp.sin(x).reshape(BATCH * HEIGHT, 2, -1),
+        lambda call, x, t: (call(*x), (t[0] * 3).reshape(BATCH * HEIGHT, 2, -1)),
+    ),
+    "a transposed slope": with_rule(
+        lambda x: jnp.sin(x.reshape(24, -1)[:, :12] @ SQUARE).T,
+        lambda call, x, t: (call(*x), (t[0].reshape(24, -1)[:, :12] @ SQUARE).T.at[0].mul(2.0)),
+    ),
+    "told of zeros": lambda x: with_rule(lambda x, y: x * y, zeros_told, symbolic_zeros=True)(
+        x, jnp.linspace(0.0, 1.0, x.size).reshape(x.shape)
+    ),
+}
+
+
+@pytest.mark.parametrize("name", MORE_RULES)
+def test_rules_that_merge_axes_themselves(name):
+    def function(z, labels):
+        return (MORE_RULES[name](z.reshape(BATCH * HEIGHT, WIDTH, CLASSES)) ** 2).sum()
+
+    assert_same_as_column(network(function), (KERNEL, IMAGE, LABELS), (None, 1, 1), num_blocks=3)
+
+
+def test_a_merge_that_gains_nothing_leaves_the_others():
+    def function(z, labels):
+        return (
+            jnp.sin(pixels(z)).sum() + jnp.sort(pixels(z), 0)[:5].sum() + pixels(z).cumsum(0).max()
+        )
+
+    _, apart = programs(function)
+    reasons = [node.reason for node in build(apart, (None, 1, 1)).nodes if node.reason]
+    assert 0 < len(reasons) < 3
+    assert_same_as_column(network(function), (KERNEL, IMAGE, LABELS), (None, 1, 1), num_blocks=3)
 
 
 @pytest.mark.parametrize(
