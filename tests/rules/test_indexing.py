@@ -104,6 +104,8 @@ def test_sums_by_label():
         return jnp.zeros((4, 4)).at[labels].add(jnp.cos(image)) ** 2
 
     check_rule(op, normal(2, 9, 4), LABELS)
+    for blocks in (2, 5):  # rows beyond the last one are none's
+        assert_same_as_column(op, (normal(2, 9, 4), LABELS), (1, 1), num_blocks=blocks)
 
 
 def test_embedding_of_images_in_half_precision():
