@@ -158,7 +158,9 @@ class Span:
             # VGG-16, 4096 x 4096 on each of eight, cut behind four pools, by "overl" in one block
             # 16,086 MiB and 78 ms, under "checkpoint" 24,093 MiB and 127 ms.
             counts = [1, *counts]
-        return [count for count in counts if count <= most] or [2] * (most >= 2)
+        counts = [count for count in counts if count <= most] or [2] * (most >= 2)
+        # The smallest steps that there can be, where the next smallest are far from them.
+        return [*counts, most] if strategy.streams and counts and most >= 3 * counts[-1] else counts
 
 
 class Candidates:

@@ -26,6 +26,8 @@ _MOST_STEPS = 4096
 # A plan that takes so many times what was predicted is none to grow; of those that offload, a whole
 # map that a transfer needs on the device may be missing from the prediction.
 _MOST_WRONG = 2.0
+# A plan of another strategy is compiled where it is predicted to take no more of the memory.
+_NEAR = 1.3
 METHODS: dict[str, Callable[[], tuple[Kind, ...]]] = {
     "column": lambda: (Kind(Column()),),
     "best checkpoint": lambda: (Kind(Column()), Kind(Checkpoint())),
@@ -111,11 +113,35 @@ class _Largest:
 
     def find(self) -> Largest:
         step = self.question.step
-        reference = self.question.start
-        size = self.predicted_size(reference, 1.0)
+        size = self.predicted_size(self.question.start, 1.0)
         # What is best depends on the size: once more, at the size found.
         reference = max(size, step)
-        size = max(self.predicted_size(reference, 1.0), step)
+        self.grow(reference, max(self.predicted_size(reference, 1.0), step))
+        if self.fitting:
+            self.grow_by_other_strategies()
+        return self.answer()
+
+    def grow_by_other_strategies(self) -> None:
+        """By each strategy that the best plan is without, as far as it goes, if it fits at a larger
+        size: a prediction chose among them."""
+        kinds = self.limits.kinds
+        own = {step.kind.strategy.name for step in self.fitting[max(self.fitting)][1]}
+        for name in dict.fromkeys(kind.strategy.name for kind in kinds if kind.strategy.by_rows):
+            if name in own:
+                continue
+            kept = [k for k in kinds if not k.strategy.by_rows or k.strategy.name == name]
+            self.limits = dataclasses.replace(self.limits, kinds=tuple(kept))
+            self.least.clear()
+            self.too_large = (_MOST_STEPS + 1) * self.question.step
+            reference = max(self.fitting)
+            size = reference + self.question.step
+            if self.predicted(reference, size) <= _NEAR * self.question.memory_bytes:
+                self.grow(reference, size)
+        self.limits = dataclasses.replace(self.limits, kinds=kinds)
+
+    def grow(self, reference: int, size: int) -> None:
+        """Compile at a size, and at those that what is found suggests."""
+        step, first = self.question.step, max(self.fitting, default=0)
         for _ in range(MOST_COMPILATIONS):
             peak = self.tried(reference, size)
             error = peak / self.predicted(reference, size)
@@ -125,12 +151,13 @@ class _Largest:
                 continue
             if peak > self.question.memory_bytes:
                 self.too_large = min(self.too_large, size)
+                if size == first + step:
+                    break
             low = max(self.fitting, default=0)
             size = self.predicted_size(reference, error)
             size = min(max(size, low + step), self.too_large - step)
             if size <= low:
                 break
-        return self.answer()
 
     def stop_offloading(self) -> None:
         """Look for plans that keep all maps on the device."""
