@@ -147,11 +147,15 @@ class Span:
         """Rows that blocks divide, of a device's share."""
         return ceil_div(strategy.most_blocks(self.graph), self.segment.devices)
 
+    def smallest_steps(self, strategy: Strategy) -> int:
+        """The most blocks that are worth their kernels."""
+        most = self.most_blocks(strategy)
+        return min(most // LEAST_ROWS if strategy.streams else most, MOST_BLOCKS)
+
     def block_counts(self, strategy: Strategy, ratio: int) -> list[int]:
         if not any(node.op is not None and node.op.flops > 0 for node in self.graph.nodes):
             return []
-        most = self.most_blocks(strategy)
-        most = min(most // LEAST_ROWS if strategy.streams else most, MOST_BLOCKS)
+        most = self.smallest_steps(strategy)
         counts = [4 * ratio**k for k in range(10)]
         if self.segment.devices > 1:
             # Whole maps of the shares, without XLA's partitioner, which takes more memory for them:

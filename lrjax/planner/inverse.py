@@ -13,6 +13,7 @@ from collections.abc import Callable
 import numpy as np
 
 from lrjax.planner.candidates import Kind, every_kind
+from lrjax.planner.model import Model
 from lrjax.planner.problem import Problem
 from lrjax.planner.progress import OnProgress
 from lrjax.planner.proof import MIB, Prover
@@ -123,8 +124,8 @@ class _Largest:
 
     def grow_by_other_strategies(self) -> None:
         """By each strategy that the best plan is without, as far as it goes, if it fits at a larger
-        size: a prediction chose among them."""
-        kinds = self.limits.kinds
+        size with all maps on the device: a prediction chose among them."""
+        kinds = tuple(kind for kind in self.limits.kinds if not kind.offload)
         own = {step.kind.strategy.name for step in self.fitting[max(self.fitting)][1]}
         for name in dict.fromkeys(kind.strategy.name for kind in kinds if kind.strategy.by_rows):
             if name in own:
@@ -137,7 +138,6 @@ class _Largest:
             size = reference + self.question.step
             if self.predicted(reference, size) <= _NEAR * self.question.memory_bytes:
                 self.grow(reference, size)
-        self.limits = dataclasses.replace(self.limits, kinds=kinds)
 
     def grow(self, reference: int, size: int) -> None:
         """Compile at a size, and at those that what is found suggests."""
@@ -210,7 +210,8 @@ class _Largest:
         if self.method == "column":
             return prover.model.column
         if reference not in self.least:
-            self.least[reference] = prover.smallest_predicted(self.limits) or prover.model.column
+            found = prover.smallest_predicted(self.limits) or prover.model.column
+            self.least[reference] = _in_smallest_steps(prover.model, found)
         return self.least[reference]
 
     def predicted_size(self, reference: int, error: float) -> int:
@@ -229,6 +230,19 @@ class _Largest:
     def on_grid(self, size: float) -> int:
         step = self.question.step
         return max(step, round(size / step) * step)
+
+
+def _in_smallest_steps(model: Model, steps: Steps) -> Steps:
+    """A plan whose streams are in as many blocks as can be, where that takes less memory."""
+    best = steps
+    for i, step in enumerate(steps):
+        strategy = step.choice.strategy
+        if strategy.streams and not step.inner:
+            blocks = model.candidates.span(step.start, step.stop).smallest_steps(strategy)
+            choice = dataclasses.replace(step.choice, num_blocks=max(blocks, 1))
+            changed = (*best[:i], dataclasses.replace(step, choice=choice), *best[i + 1 :])
+            best = min(best, changed, key=model.peak_bytes)
+    return best
 
 
 def _parts(batch: int, most: int) -> int:
