@@ -60,8 +60,9 @@ def with_axes_apart(program: FlatProgram, axes: Sequence[int | None]) -> FlatPro
         graph = build(program, axes)
         merges = _merges(graph)
         # All at once; where that gains nothing, the first that gains something alone.
-        tries = [merges, *({v: axis} for v, axis in merges.items() if len(merges) > 1)]
-        written = (_written(program, some) for some in tries[: _MOST_TRIES if merges else 0])
+        alone = [{v: axis} for v, axis in merges.items()] if len(merges) > 1 else []
+        tries = [merges, *alone][:_MOST_TRIES] if merges else []
+        written = (_written(program, some) for some in tries)
         known = _on_whole_maps(graph)
         better = next((one for one in written if _on_whole_maps(build(one, axes)) < known), None)
         if better is None:
@@ -153,7 +154,7 @@ def merge_of(shape: Shape, rows: int, new_sizes: Shape) -> _Merge | None:
 
 
 def _written(program: FlatProgram, merges: Mapping[int, int]) -> FlatProgram:
-    writer = _Writer(program, merges, {})
+    writer = _Writer(program, merges)
     for equation in program.equations:
         writer.add(equation)
     writer.merge(values_of(program.outputs))
@@ -167,7 +168,7 @@ def _written_through(closed: Any, forms: Sequence[Apart | None]) -> tuple[FlatPr
       Cannot: an operation within needs the axis as one.
     """
     program = flatten(closed, keep_custom_rules=True)
-    writer = _Writer(program, {}, {})
+    writer = _Writer(program, {})
     inputs = []
     for v, form in zip(program.inputs, forms, strict=True):
         if form is not None:
@@ -220,23 +221,27 @@ def _rule_apart(
     return rule
 
 
+def _is_sharded(equation: FlatEquation) -> bool:
+    """Whether it says how the axes of its result are divided."""
+    return any(equation.params.get(name) is not None for name in ("sharding", "out_sharding"))
+
+
 class _Writer:
     """Writes a program again, with axes apart where that is possible.
 
     Args:
       program: the program.
       merges: results of reshapes at which it begins, and the row axes of their operands.
-      given: inputs one of whose axes is several.
     """
 
-    def __init__(self, program: FlatProgram, merges: Mapping[int, int], given: Mapping[int, Apart]):
+    def __init__(self, program: FlatProgram, merges: Mapping[int, int]):
         self.program = program
         self.merges = merges
         self.avals = list(program.avals)
         self.equations: list[FlatEquation] = []
         self.producer: dict[int, FlatEquation] = {}
-        self.apart = dict(given)
-        self.unmade = set(given)  # values that exist apart alone
+        self.apart: dict[int, Apart] = {}
+        self.unmade: set[int] = set()  # values that exist apart alone
         self.asked: dict[tuple[int, int, Shape], int] = {}  # operands that were taken apart
         self.source: Any = None  # of the equation at hand
 
@@ -260,8 +265,10 @@ class _Writer:
         if equation.primitive is lax.reshape_p and (forms[0] or equation.outputs[0] in self.merges):
             return self.write_reshape(equation, forms[0])
         found = [form for form in forms if form is not None]
-        if not found or equation.has_effects:
+        if not found:
             return False
+        if equation.has_effects or _is_sharded(equation):
+            raise Cannot
         if any((form.sizes, form.rows) != (found[0].sizes, found[0].rows) for form in found):
             raise Cannot
         case = Case(
@@ -396,7 +403,9 @@ class _Writer:
 
     def made_apart(self, equation: FlatEquation, axis: int, sizes: Shape) -> int | None:
         """A broadcast, or numbers, in another shape at once, so that rows of it can be made."""
-        (output,), params, more = equation.outputs, equation.params, len(sizes) - 1
+        (output,), params, more = equation.outputs[:1], equation.params, len(sizes) - 1
+        if _is_sharded(equation):
+            return None
         shape = self.avals[output].shape
         changed: dict[str, Any] = {"shape": (*shape[:axis], *sizes, *shape[axis + 1 :])}
         inputs = equation.inputs
@@ -404,7 +413,7 @@ class _Writer:
             changed["dimension"] = params["dimension"] + more * (params["dimension"] > axis)
         elif equation.primitive is lax.broadcast_in_dim_p and len(inputs) == 1:
             dims: list[int] = []
-            own = self.program.aval(inputs[0]).shape
+            own = inputs[0].shape if isinstance(inputs[0], Literal) else self.avals[inputs[0]].shape
             for source, dim in enumerate(params["broadcast_dimensions"]):
                 is_several = dim == axis and own[source] == shape[axis]
                 dims += range(dim, dim + more + 1) if is_several else [dim + more * (dim > axis)]
