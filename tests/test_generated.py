@@ -66,31 +66,35 @@ def test_networks_by_rows_are_column(chunk, users_compiler):
 @pytest.mark.parametrize("strategy", ["selective", "selective-narrow"])
 def test_networks_of_which_a_part_is_computed_again_are_column(strategy, users_compiler):
     """Strategies of whole maps, which are not drawn: one segment, or those that were drawn."""
-    compared, seeds = 0, itertools.count(40_000)
-    while compared < NETWORKS:
-        spec = spec_of(Random(next(seeds)))
+
+    def changed(spec):
         own = (strategy,) * len(spec.strategy) if isinstance(spec.strategy, tuple) else strategy
-        spec = dataclasses.replace(spec, strategy=own)
-        try:
-            check(spec)
-        except Unsuitable:
-            continue
-        except Exception:
-            compiled_as_users_do(spec, users_compiler)
-        compared += 1
+        return dataclasses.replace(spec, strategy=own)
+
+    compare(map(changed, specs_from(40_000)), users_compiler)
 
 
 @pytest.mark.slow
 def test_networks_by_micro_batches_are_column(users_compiler):
     """Where the images of a batch are independent, one after the other; activations have rules of
     their own, some at points where these differ from their functions' derivatives."""
-    compared, seeds = 0, itertools.count(60_000)
+    drawn = (s for s in specs_from(60_000) if s.batch > 1 and not isinstance(s.strategy, tuple))
+    divided = (
+        dataclasses.replace(spec, strategy=MicroBatches(spec.strategy, spec.batch), head=MAP)
+        for spec in drawn
+    )
+    compare(divided, users_compiler)
+
+
+def specs_from(seed):
+    return (spec_of(Random(own)) for own in itertools.count(seed))
+
+
+def compare(specs, users_compiler):
+    """``NETWORKS`` of them that can be compared."""
+    compared = 0
     while compared < NETWORKS:
-        spec = spec_of(Random(next(seeds)))
-        if spec.batch == 1 or isinstance(spec.strategy, tuple):
-            continue
-        own = MicroBatches(spec.strategy, spec.batch)
-        spec = dataclasses.replace(spec, strategy=own, head=MAP)
+        spec = next(specs)
         try:
             check(spec)
         except Unsuitable:

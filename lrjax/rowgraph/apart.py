@@ -93,14 +93,10 @@ def rule_of(equation: FlatEquation, traits: Traits) -> Rule:
     Raises:
       Cannot: it has none.
     """
-    found = elementwise if traits.is_elementwise else _RULES.get(equation.primitive)
+    found = _all_alike if traits.is_elementwise else _RULES.get(equation.primitive)
     if found is None:
         raise Cannot
     return found
-
-
-def elementwise(case: Case) -> Written:
-    return _all_alike(case)
 
 
 def _all_alike(case: Case, **changed: Any) -> Written:

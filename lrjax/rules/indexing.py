@@ -125,13 +125,13 @@ def _counted_up(equation: Equation, batch_dims: Sequence[int]) -> RowOp:
     """What rows add to a table that has none: the gradient of ``table[labels]``, a histogram."""
     operand, indices, updates = equation.operands
     numbers = equation.params["dimension_numbers"]
-    rows_of_updates = updates.row_axis if indices.row_axis is None else None
-    if rows_of_updates in batch_dims:
-        axis = batch_dims.index(rows_of_updates)
-    else:
-        axis = len(batch_dims) if indices.row_axis is None else indices.row_axis
+    axis = indices.row_axis
+    if axis is None and updates.row_axis in batch_dims:
+        axis = batch_dims.index(updates.row_axis)
     is_sum = equation.primitive is lax.scatter_add_p and operand.row_axis is None
-    if not is_sum or axis >= len(batch_dims) or axis in numbers.scatter_indices_batching_dims:
+    if not is_sum or axis is None or axis >= len(batch_dims):
+        raise NotRowLocal("rows are scattered by indices")
+    if axis in numbers.scatter_indices_batching_dims:
         raise NotRowLocal("rows are scattered by indices")
     if updates.row_axis not in (None, batch_dims[axis]):
         raise NotRowLocal("rows are scattered by indices")
