@@ -2,6 +2,7 @@
 
 import contextlib
 import gc
+import itertools
 import os
 from pathlib import Path
 from typing import Any
@@ -66,8 +67,10 @@ def quick_processes(monkeypatch):
 
 
 def pytest_configure(config):
-    """Without slow tests rules are tested under two strategies: OverL runs steps as 2PS does."""
+    # Tracing makes so many objects that Python looks for cycles all the time: a seventh of a test.
+    gc.set_threshold(50_000, 20, 100)
     if "not slow" in config.option.markexpr:
+        # Rules are tested under two strategies: OverL runs steps as 2PS does.
         graphs.STRATEGIES = ("stream", "2ps")
 
 
@@ -75,12 +78,15 @@ def pytest_configure(config):
 # aborts when there is none left, after about 1,500 tests.
 MOST_MAPPINGS = 20_000
 MAPPINGS = Path("/proc/self/maps")
+TESTS = itertools.count(1)
 
 
 @pytest.hookimpl(trylast=True)
 def pytest_runtest_teardown(item):
-    """Forget compiled programs where there are many."""
-    if MAPPINGS.exists() and MAPPINGS.read_bytes().count(b"\n") > MOST_MAPPINGS:
+    """Forget compiled programs where there are many; to count them takes 15 ms."""
+    if next(TESTS) % 10 or not MAPPINGS.exists():
+        return
+    if MAPPINGS.read_bytes().count(b"\n") > MOST_MAPPINGS:
         jax.clear_caches()
         gc.collect()
 

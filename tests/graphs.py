@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -48,8 +49,12 @@ def largest_num_blocks(fun: Any, args: Sequence[Any], in_axes: Any, strategy: st
         jax.eval_shape(
             lrjax.rowwise(fun, in_axes=in_axes, num_blocks=10**6, strategy=strategy), *args
         )
-    found = re.search(r"largest allowed is (\d+)", str(error.value))
-    assert found is not None
+    return _largest_allowed(error.value)
+
+
+def _largest_allowed(error: ValueError) -> int:
+    found = re.search(r"largest allowed is (\d+)", str(error))
+    assert found is not None, error
     return int(found.group(1))
 
 
@@ -100,12 +105,10 @@ def check_rule(
         assert_row_local(fun, args, in_axes, one_loop=one_loop)
     expected = None
     for strategy in strategies or STRATEGIES:
-        most = largest_num_blocks(fun, args, in_axes, strategy)
-        expected = assert_same_as_column(
-            fun,
-            args,
-            in_axes,
-            num_blocks=min(num_blocks, most),
-            strategy=strategy,
-            expected=expected,
+        check = functools.partial(
+            assert_same_as_column, fun, args, in_axes, strategy=strategy, expected=expected
         )
+        try:
+            expected = check(num_blocks=num_blocks)
+        except ValueError as error:
+            expected = check(num_blocks=_largest_allowed(error))

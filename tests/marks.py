@@ -4,8 +4,14 @@ import pytest
 
 from lrjax.memory import is_installed
 
+
+def slow(*values):
+    """Parameters that are not needed at every change."""
+    return [pytest.param(value, marks=pytest.mark.slow) for value in values]
+
+
 # OverL differs from 2PS in its schedule and in what its forward pass keeps.
-STRATEGIES = ["stream", "2ps", pytest.param("overl", marks=pytest.mark.slow)]
+STRATEGIES = ["stream", "2ps", *slow("overl")]
 
 # .ci/run installs the plugin, so that these run there; no GPU is wanted.
 COMPILES_FOR_H200 = [

@@ -12,8 +12,8 @@ def is_process_with(count):
     return os.environ.get(_VARIABLE) == str(count)
 
 
-def run_with(count, file, marks):
-    """Run the tests of a file that have these marks on so many CPU devices; all must pass."""
+def run_with(count, file, marks=""):
+    """Run a file's tests, or those with these marks, on so many CPU devices; all must pass."""
     flags = f"--xla_force_host_platform_device_count={count} " + os.environ.get("XLA_FLAGS", "")
     settings = {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", _VARIABLE: str(count)}
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", marks]

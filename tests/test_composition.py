@@ -454,7 +454,7 @@ def with_reference(params, image):
 
 EAGER = {
     "eager": Case(lambda f: jax.grad(f)),
-    "disable_jit": Case(not_compiled, args=(PARAMS, IMAGE[:, :, :2])),
+    "disable_jit": Case(not_compiled, args=(PARAMS, IMAGE[:, :, :2]), strategies=ONE),
     "debug_nans": Case(watched_for_nans),
     "export": Case(exported),
     "export with its gradient": Case(exported_with_gradient, strategies=ONE),

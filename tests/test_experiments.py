@@ -37,6 +37,7 @@ from experiments.paper import (
 )
 from experiments.vgg16_stack import init, loss
 from lrjax.planner import inverse
+from marks import slow
 
 RESULTS = sorted(record.FOLDER.rglob("*.json"))
 QUICK_ON_CPU = record.Settings(quick=True, target="cpu")
@@ -246,7 +247,7 @@ class TestPrograms:
         assert sizes["stream"] >= sizes["column"]
 
 
-@pytest.mark.parametrize("method", ["stream", pytest.param("overl", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("method", slow("stream", "overl"))
 def test_granularity_measures_every_number_of_blocks(method, monkeypatch):
     monkeypatch.setattr(granularity, "QUICK", {"side": 64, "blocks": (1, 2), "width": 1 / 32})
     monkeypatch.setattr(granularity, "BY_ROWS", (method,))
@@ -257,6 +258,7 @@ def test_granularity_measures_every_number_of_blocks(method, monkeypatch):
     assert all(one["peak_bytes"] > 0 for one in own.values())
 
 
+@pytest.mark.slow
 def test_volumes_take_less_by_slices():
     loss_of_voxels, args = volumes.loss_and_arguments(48, 1 / 8)
     peak = {
@@ -278,11 +280,13 @@ class TestFineTuning:
         again = together(trained, others)
         assert jax.tree.all(jax.tree.map(lambda a, b: a is b, again, params))
 
+    @pytest.mark.slow
     def test_rows_then_column_gives_columns_gradients(self):
         assert frozen.difference("vgg16", "rows + column", only_last=True) <= 1e-12
 
 
 class TestReversible:
+    @pytest.mark.slow
     def test_all_ways_have_columns_gradients(self):
         differences = reversible.differences()
         assert set(differences) == set(reversible.WAYS)
@@ -302,6 +306,7 @@ class TestReversible:
 
 
 class TestInference:
+    @pytest.mark.slow
     def test_patches_and_rows_give_columns_maps(self):
         differences = inference.differences()
         assert set(differences) == {"mcunetv2", "mafat", "stream"}
@@ -339,9 +344,7 @@ class TestInference:
     "name",
     [
         "adafactor",
-        pytest.param(f"{combinations.PARTS} micro-batches", marks=pytest.mark.slow),
-        pytest.param("checkpoints at the pools", marks=pytest.mark.slow),
-        pytest.param("lion", marks=pytest.mark.slow),
+        *slow(f"{combinations.PARTS} micro-batches", "checkpoints at the pools", "lion"),
     ],
 )
 def test_combinations_are_exact(name, monkeypatch):
@@ -358,6 +361,7 @@ class TestConvergence:
     def losses(self, network, run):
         return convergence.train(network, run, TINY)["losses"]
 
+    @pytest.mark.slow
     def test_losses_by_rows_are_columns(self, monkeypatch):
         monkeypatch.setitem(
             convergence.NETWORKS,

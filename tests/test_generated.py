@@ -26,10 +26,11 @@ from generated.shrink import shrink
 from generated.spec import KINDS, MAP, case_of
 from graphs import fallbacks, graphs_of
 from lrjax.strategies import MicroBatches
+from marks import slow
 
 ROOT = Path(__file__).resolve().parents[1]
 CHUNKS, NETWORKS = 12, 16
-FAST = 4
+FAST = 2
 
 # Layers that are local in rows whatever their parameters are.
 LOCAL = {"conv", "pool", "act", "function", "norm", "dense", "position", "random"}
@@ -41,7 +42,7 @@ def only(families):
 
 @pytest.mark.parametrize(
     "chunk",
-    [*range(FAST), *(pytest.param(i, marks=pytest.mark.slow) for i in range(FAST, CHUNKS))],
+    [*range(FAST), *slow(*range(FAST, CHUNKS))],
 )
 def test_networks_by_rows_are_column(chunk, users_compiler):
     compared = ill_conditioned = unsuitable = compiled_again = 0
@@ -63,7 +64,7 @@ def test_networks_by_rows_are_column(chunk, users_compiler):
     assert unsuitable <= NETWORKS
 
 
-@pytest.mark.parametrize("strategy", ["selective", "selective-narrow"])
+@pytest.mark.parametrize("strategy", slow("selective", "selective-narrow"))
 def test_networks_of_which_a_part_is_computed_again_are_column(strategy, users_compiler):
     """Strategies of whole maps, which are not drawn: one segment, or those that were drawn."""
 
@@ -128,7 +129,7 @@ def fails(spec):
     return False
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", *slow("bfloat16")])
 def test_networks_in_other_precisions(dtype):
     compared = 0
     for seed in range(12):

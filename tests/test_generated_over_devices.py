@@ -18,8 +18,9 @@ in_child = pytest.mark.skipif(not IS_CHILD, reason="runs in the process with eig
 
 
 @pytest.mark.skipif(IS_CHILD, reason="starts that process")
+@pytest.mark.slow
 def test_on_eight_devices():
-    run_with(8, __file__, "not slow")
+    run_with(8, __file__)
 
 
 # Each was found by scripts/fuzz.py, and made smaller.

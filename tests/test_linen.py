@@ -86,7 +86,7 @@ def assert_same_model(row_model, plain, train=True):
     ("row_model", "plain"),
     [
         (Net(rows(Block)), Net()),
-        (NetWithSetup(rows), NetWithSetup()),
+        pytest.param(NetWithSetup(rows), NetWithSetup(), marks=pytest.mark.slow),
         (rows(Net()), Net()),
     ],
     ids=["class, twice", "modules in setup", "whole model"],

@@ -25,9 +25,9 @@ STRATEGIES = ("stream", "2ps", "overl")
 
 
 @pytest.mark.skipif(IS_CHILD, reason="starts that process")
-@pytest.mark.parametrize("marks", ["not slow", pytest.param("slow", marks=pytest.mark.slow)])
-def test_on_four_devices(marks):
-    run_with(4, __file__, marks)
+@pytest.mark.slow
+def test_on_four_devices():
+    run_with(4, __file__)
 
 
 def normal(*shape, seed=0):
@@ -191,22 +191,11 @@ SHARD_MAPPED = {
     "jvp": (pushed, loss, {}),
     "vmap": (of_examples, loss, {}),
 }
-AT_EVERY_CHANGE = {
-    "stream": SHARD_MAPPED.keys(),
-    "2ps": ("mean", "barriers", "cut", "many kinds", "regulariser"),
-    "overl": (),
-}
 
 
 @in_child
-@pytest.mark.parametrize(
-    ("strategy", "name"),
-    [
-        pytest.param(strategy, name, marks=[] if name in fast else pytest.mark.slow)
-        for strategy, fast in AT_EVERY_CHANGE.items()
-        for name in SHARD_MAPPED
-    ],
-)
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("name", SHARD_MAPPED)
 def test_within_shard_map(strategy, name):
     transform, fun, options = SHARD_MAPPED[name]
     assert_same(transform, fun, strategy, **options)
@@ -262,17 +251,8 @@ def placed(kind, image_spec):
 
 @in_child
 @pytest.mark.parametrize("name", SPECS)
-@pytest.mark.parametrize(
-    ("kind", "strategy"),
-    [
-        (AxisType.Explicit, "stream"),
-        (AxisType.Explicit, "2ps"),
-        pytest.param(AxisType.Explicit, "overl", marks=pytest.mark.slow),
-        (AxisType.Auto, "stream"),
-        pytest.param(AxisType.Auto, "2ps", marks=pytest.mark.slow),
-        pytest.param(AxisType.Auto, "overl", marks=pytest.mark.slow),
-    ],
-)
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("kind", [AxisType.Explicit, AxisType.Auto])
 def test_arrays_on_a_mesh(kind, strategy, name):
     mesh, params, image = placed(kind, SPECS[name])
     with jax.set_mesh(mesh):

@@ -9,6 +9,7 @@ from experiments.paper import peers
 from experiments.vgg16_stack import init, parse_method
 
 
+@pytest.mark.slow
 def test_accumulated_gradients_are_the_batchs():
     few = [(k[..., :4] if i == 0 else k[:, :, :4, :4], b[:4]) for i, (k, b) in
            enumerate(init(jax.random.key(0)))]  # fmt: skip

@@ -10,6 +10,7 @@ from jax.experimental import io_callback
 
 import lrjax
 from lrjax.testing import Results, assert_same_as_column, check
+from marks import STRATEGIES
 
 pytestmark = pytest.mark.usefixtures("x64")
 
@@ -73,7 +74,7 @@ def behind_a_cut(weights, image):
     return convolve(jnp.tanh(rows) * on_the_host(still), weights[1])
 
 
-@pytest.mark.parametrize("strategy", ["stream", "2ps", "overl"])
+@pytest.mark.parametrize("strategy", STRATEGIES)
 @pytest.mark.parametrize("fun", [written_and_read, added_up, scaled_by_the_host])
 def test_what_has_an_order_keeps_it(fun, strategy):
     assert_same_as_column(fun, (WEIGHTS, IMAGE), (None, 1), num_blocks=3, strategy=strategy)

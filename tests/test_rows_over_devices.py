@@ -20,6 +20,7 @@ from jax.sharding import PartitionSpec as P
 import lrjax
 from lrjax.strategies import MicroBatches
 from lrjax.testing import Results, assert_same_as_column, check
+from marks import slow
 from several_devices import is_process_with, run_with
 
 IS_CHILD = is_process_with(8)
@@ -28,7 +29,7 @@ pytestmark = pytest.mark.usefixtures("x64")
 
 
 @pytest.mark.skipif(IS_CHILD, reason="starts that process")
-@pytest.mark.parametrize("marks", ["not slow", pytest.param("slow", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("marks", ["not slow", *slow("slow")])
 def test_on_eight_devices(marks):
     run_with(8, __file__, marks)
 

@@ -13,8 +13,7 @@ from jax.ad_checkpoint import checkpoint_name
 import lrjax
 from graphs import assert_row_local, fallbacks, graphs_of
 from lrjax.testing import Results, assert_same_as_column, check
-
-STRATEGIES = ("stream", "2ps", "overl")
+from marks import STRATEGIES
 
 pytestmark = pytest.mark.usefixtures("x64")
 
@@ -434,7 +433,7 @@ def test_column_is_the_function_itself():
 
 
 @pytest.mark.usefixtures("x64")
-@pytest.mark.parametrize("strategy", ["stream", "2ps", "overl"])
+@pytest.mark.parametrize("strategy", STRATEGIES)
 @pytest.mark.parametrize("height", [1, 28])
 def test_one_row_that_is_broadcast_to_all(strategy, height):
     """The row is a map of a row loop; its copies take it whole."""

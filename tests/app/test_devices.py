@@ -22,9 +22,9 @@ BY_ROWS = {"strategy__name": "stream", "strategy__num_blocks": "2", "data__valid
 
 
 @pytest.mark.skipif(IS_CHILD, reason="starts that process")
-@pytest.mark.parametrize("marks", ["not slow", pytest.param("slow", marks=pytest.mark.slow)])
-def test_on_four_devices(marks):
-    run_with(4, __file__, marks)
+@pytest.mark.slow
+def test_on_four_devices():
+    run_with(4, __file__)
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +51,7 @@ MESHES = {
 
 
 @in_child
-@pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.slow) for name in MESHES])
+@pytest.mark.parametrize("name", MESHES)
 def test_losses_are_those_of_one_device(name, tmp_path, one_device):
     settings = {**BY_ROWS, **MESHES[name], "train__steps": 6}
     assert_same_losses(train(tmp_path / "run", **settings), one_device)
@@ -73,7 +73,6 @@ def test_rows_and_data_then_another_mesh_then_one_device(tmp_path, one_device):
 
 
 @in_child
-@pytest.mark.slow
 def test_pixels_with_labels_are_divided_with_their_images(tmp_path):
     settings = {**BY_ROWS, "model__name": "tiny_pixels", "data__validation": 0.25}
     expected = train(tmp_path / "one", **settings)

@@ -18,6 +18,7 @@ import quick
 from lrjax.app import building, checkpoints, logs, report, runs, saved, using
 from lrjax.app.data import SegmentationFolder
 from lrjax.app.data.sources import checksum_of_files
+from marks import slow
 
 SETTINGS = {
     "all": {
@@ -371,7 +372,7 @@ def test_masks_count_among_the_files(tmp_path):
     assert found[0] != found[1]
 
 
-@pytest.mark.parametrize("spelling", ["absolute", "relative", "with a slash"])
+@pytest.mark.parametrize("spelling", ["absolute", *slow("relative", "with a slash")])
 def test_data_that_moved_are_named_again(folders, tmp_path, monkeypatch, spelling):
     (folders / "images").rename(tmp_path / "moved")
     (folders / "held out").rename(tmp_path / "also moved")

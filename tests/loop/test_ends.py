@@ -19,7 +19,7 @@ from lrjax.rowgraph.graph import build
 from lrjax.rowgraph.tracing import trace
 from lrjax.strategies.base import TOP_DOWN
 from lrjax.testing import assert_same_as_column
-from marks import STRATEGIES
+from marks import STRATEGIES, slow
 from strategies.test_strategies import GEOMETRIES, convolve, normal
 
 NHWC = ("NHWC", "HWIO", "NHWC")
@@ -116,7 +116,7 @@ def test_a_window_is_a_slab_where_copies_take_longer():
 
 
 @pytest.mark.usefixtures("x64", "everywhere")
-@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("strategy", ["stream", *slow("2ps", "overl")])
 @pytest.mark.parametrize("name", GEOMETRIES)
 def test_geometries(name, strategy):
     fun, shapes, image = GEOMETRIES[name]
@@ -126,7 +126,7 @@ def test_geometries(name, strategy):
 
 @pytest.mark.usefixtures("x64", "everywhere")
 @pytest.mark.parametrize("strategy", STRATEGIES)
-@pytest.mark.parametrize("name", ["unet_none", "resnet_frozen", "resnet"])
+@pytest.mark.parametrize("name", ["unet_none", *slow("resnet_frozen", "resnet")])
 def test_networks(name, strategy):
     call = TrainingCall(MODELS[name])
     assert_same_as_column(call, call.arguments(), (None, 1, None), num_blocks=3, strategy=strategy)

@@ -32,9 +32,9 @@ in_child = pytest.mark.skipif(not IS_CHILD, reason="runs in the process with eig
 
 
 @pytest.mark.skipif(IS_CHILD, reason="starts that process")
-@pytest.mark.parametrize("marks", ["not slow", pytest.param("slow", marks=pytest.mark.slow)])
-def test_on_eight_devices(marks):
-    run_with(8, __file__, marks)
+@pytest.mark.slow
+def test_on_eight_devices():
+    run_with(8, __file__)
 
 
 @pytest.fixture
@@ -45,28 +45,10 @@ def everywhere(monkeypatch):
     monkeypatch.setattr(halos, "LARGEST_HALO", 3.0)
 
 
-FAST = {(batch_norm, 3, 45), (unet, 2, 37), (far_reaching, 3, 45)}
-
-
-def cases():
-    every = [
-        (network, devices, height)
-        for network in NETWORKS
-        for devices, height in ((2, 37), (3, 45), (8, 64))
-    ]
-    return [
-        pytest.param(
-            *case,
-            id=f"{case[0].__name__}-{case[1]}-{case[2]}",
-            marks=[] if case in FAST else pytest.mark.slow,
-        )
-        for case in every
-    ]
-
-
 @in_child
 @pytest.mark.usefixtures("x64", "everywhere")
-@pytest.mark.parametrize(("network", "devices", "height"), cases())
+@pytest.mark.parametrize(("devices", "height"), [(2, 37), (3, 45), (8, 64)])
+@pytest.mark.parametrize("network", NETWORKS)
 def test_same_as_column(network, devices, height):
     args, expected = (PARAMS, image_of(height)), None
     most = -(-height // devices)

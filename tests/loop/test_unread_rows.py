@@ -7,6 +7,7 @@ import pytest
 from jax import lax
 
 import lrjax
+from marks import STRATEGIES
 
 KERNELS = 0.3 * np.random.default_rng(0).standard_normal((2, 3, 3, 1, 1))
 IMAGE = np.abs(np.random.default_rng(1).standard_normal((1, 33, 8, 1))) + 0.1
@@ -67,7 +68,7 @@ CASES = {
 
 
 @pytest.mark.usefixtures("x64")
-@pytest.mark.parametrize("strategy", ["stream", "2ps", "overl"])
+@pytest.mark.parametrize("strategy", STRATEGIES)
 @pytest.mark.parametrize("name", CASES)
 def test_gradients_are_columns(name, strategy):
     fun, rows, held = CASES[name]

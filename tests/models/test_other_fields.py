@@ -9,7 +9,7 @@ from jax import lax
 from jax.scipy.ndimage import map_coordinates
 
 from lrjax.testing import assert_same_as_column
-from marks import STRATEGIES
+from marks import slow
 
 pytestmark = pytest.mark.usefixtures("x64")
 
@@ -225,7 +225,7 @@ LOSSES = {
 }
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("strategy", ["stream", *slow("2ps", "overl")])
 @pytest.mark.parametrize("loss", LOSSES)
 def test_by_rows_is_column(loss, strategy):
     assert_same_as_column(loss, LOSSES[loss], (None, 1), num_blocks=3, strategy=strategy)

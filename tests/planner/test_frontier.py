@@ -46,6 +46,7 @@ def test_it_prints_and_draws(curve, tmp_path):
     assert (tmp_path / "curve.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.slow
 def test_times_are_measured_side_by_side(tmp_path):
     args = structs(64, 16, batch=2, dtype=np.float32, convolutions=2)
     curve = lrjax.frontier(logits, *args, in_axes=(None, 1), steps=2, timed=True)

@@ -44,7 +44,8 @@ CHOICES = [
     ("fun", "choices"),
     [
         *((f, c) for f in (features, loss) for c in CHOICES[:1]),
-        *((features, c) for c in CHOICES[1:]),
+        *((features, c) for c in CHOICES[1:4]),
+        *(pytest.param(features, c, marks=pytest.mark.slow) for c in CHOICES[4:]),
     ],
 )
 def test_gradients_are_columns(fun, choices, x64):

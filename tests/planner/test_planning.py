@@ -141,6 +141,7 @@ def test_no_room_for_any_plan_is_said(monkeypatch, column_peak):
         lrjax.frontier(logits, *ARGS, in_axes=(None, 1), target="cpu", steps=2)
 
 
+@pytest.mark.slow
 def test_the_curve_says_that_columns_peak_is_a_prediction(monkeypatch):
     refuse(monkeypatch, lambda number: number == 0)
     curve = lrjax.frontier(logits, *ARGS, in_axes=(None, 1), target="cpu", steps=2)
@@ -151,6 +152,7 @@ def test_the_curve_says_that_columns_peak_is_a_prediction(monkeypatch):
     assert all(not point.plan.is_column for point in curve.of("lrjax"))
 
 
+@pytest.mark.slow
 def test_a_curve_from_less_than_any_plan_takes():
     """So low may column's peak be predicted, where it does not compile."""
     prover = Prover(problem_of(logits, ARGS, (None, 1), "cpu", None))

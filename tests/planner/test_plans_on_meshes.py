@@ -30,9 +30,9 @@ alone = pytest.mark.skipif(IS_CHILD, reason="needs one device")
 
 
 @pytest.mark.skipif(IS_CHILD, reason="starts that process")
-@pytest.mark.parametrize("marks", ["not slow", pytest.param("slow", marks=pytest.mark.slow)])
-def test_on_eight_devices(marks):
-    run_with(8, __file__, marks)
+@pytest.mark.slow
+def test_on_eight_devices():
+    run_with(8, __file__)
 
 
 def mesh_of(devices, axis="rows", kind=AxisType.Auto):
@@ -61,17 +61,11 @@ def normalised(params, image):
 
 
 def cases():
-    every = [
-        (fun, devices, height, choices)
-        for fun in (logits, features, normalised)
-        for devices, height in ((3, 40), (8, 64), (2, 37))
-        for choices in (CHOICES, CHOICES[::-1], (Choice("overl", 2), *CHOICES[1:]))
-    ]
-    fast = (logits, 3, 40, CHOICES), (normalised, 2, 37, CHOICES[::-1])
-    for case in every:
-        fun, devices, height, choices = case
-        name = f"{fun.__name__}-{devices}-{height}-{choices[0].strategy.name}"
-        yield pytest.param(*case, id=name, marks=[] if case in fast else pytest.mark.slow)
+    for fun in (logits, features, normalised):
+        for devices, height in ((3, 40), (8, 64), (2, 37)):
+            for choices in (CHOICES, CHOICES[::-1], (Choice("overl", 2), *CHOICES[1:])):
+                name = f"{fun.__name__}-{devices}-{height}-{choices[0].strategy.name}"
+                yield pytest.param(fun, devices, height, choices, id=name)
 
 
 @in_child
@@ -109,7 +103,6 @@ def test_a_budget_is_a_devices(tmp_path, x64):
 
 
 @in_child
-@pytest.mark.slow
 def test_a_frontier_of_one_device_of_eight():
     args = arguments(512, 16, batch=2, convolutions=2)
     call = {"in_axes": (None, 1), "target": "cpu", "steps": 2}

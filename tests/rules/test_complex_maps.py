@@ -8,10 +8,11 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
 from lrjax.testing import assert_same_as_column
+from marks import STRATEGIES
 
 pytestmark = pytest.mark.usefixtures("x64")
 
-STRATEGIES = pytest.mark.parametrize("strategy", ["stream", "2ps", "overl"])
+UNDER_STRATEGIES = pytest.mark.parametrize("strategy", STRATEGIES)
 
 
 def normal(*shape, seed=0):
@@ -59,7 +60,7 @@ def operator_arguments(blocks):
     return normal(1, 13, 6, 2), params
 
 
-@STRATEGIES
+@UNDER_STRATEGIES
 def test_a_fourier_neural_operator(strategy):
     args = operator_arguments(2)
     assert_same_as_column(fourier_operator, args, (1, None), num_blocks=3, strategy=strategy)
@@ -73,7 +74,7 @@ def test_a_fourier_neural_operator_between_checkpoints():
     )
 
 
-@STRATEGIES
+@UNDER_STRATEGIES
 def test_complex_convolutions_and_reductions(strategy):
     def fun(image, first, second):
         padded = jnp.pad(image, ((0, 0), (1, 1), (0, 0), (0, 0)), constant_values=2j)

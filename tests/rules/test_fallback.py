@@ -8,6 +8,7 @@ from jax import lax
 
 import lrjax
 from lrjax.testing import assert_same_as_column
+from marks import STRATEGIES, slow
 
 pytestmark = pytest.mark.usefixtures("x64")
 
@@ -108,7 +109,7 @@ GROUPS = {
 }
 
 
-@pytest.mark.parametrize("strategy", ["stream", "2ps", "overl"])
+@pytest.mark.parametrize("strategy", STRATEGIES)
 @pytest.mark.parametrize("group", GROUPS)
 def test_between_convolutions(group, strategy):
     def fun(image, first, scale, second):
@@ -122,7 +123,7 @@ def test_between_convolutions(group, strategy):
     assert_same_as_column(fun, args, (1, None, None, None), num_blocks=3, strategy=strategy)
 
 
-@pytest.mark.parametrize("strategy", ["stream", "2ps", "overl"])
+@pytest.mark.parametrize("strategy", STRATEGIES)
 @pytest.mark.parametrize("rows", [1, 3])
 def test_a_map_without_rows(rows, strategy):
     """A window that fits nowhere leaves an empty map, which padding brings back."""
@@ -214,7 +215,7 @@ MOVES = (
 )
 
 
-@pytest.mark.parametrize("strategy", ["stream", "2ps", "overl"])
+@pytest.mark.parametrize("strategy", ["stream", *slow("2ps", "overl")])
 @pytest.mark.parametrize("moved", MOVES)
 def test_all_goes_on_by_rows_behind_what_needs_all_rows(moved, strategy):
     """Whatever the height of what it makes is: a crop at random begins a network, say."""

@@ -14,6 +14,7 @@ from lrjax.loop import engine
 from lrjax.loop.step import _Step
 from lrjax.rules.masks import keep_rows
 from lrjax.testing import assert_same_as_column
+from marks import slow
 
 pytestmark = pytest.mark.usefixtures("x64")
 
@@ -114,7 +115,7 @@ def is_unfilled(loop, value):
     return value not in loop.production_fill and is_inexact(loop, value)
 
 
-@pytest.mark.parametrize("strategy", ["2ps", "overl"])
+@pytest.mark.parametrize("strategy", ["2ps", *slow("overl")])
 @pytest.mark.parametrize("fun", NETWORKS)
 def test_differentiated_steps_are_finite_outside(fun, strategy, monkeypatch):
     keep, seen = _Step.keep, []

@@ -11,6 +11,7 @@ import lrjax
 from lrjax.rowgraph.tracing import trace
 from lrjax.strategies.stream import stream_programs
 from lrjax.testing import assert_same_as_column
+from marks import STRATEGIES
 
 AXES = (None, None, 1)
 
@@ -56,7 +57,7 @@ def test_frozen_convolutions_run_once(frozen, trained, backward):
     assert convolutions(frozen, trained) == [frozen + trained, backward]
 
 
-@pytest.mark.parametrize("strategy", ["stream", "2ps", "overl"])
+@pytest.mark.parametrize("strategy", STRATEGIES)
 @pytest.mark.parametrize(("frozen", "trained"), [(6, 1), (3, 3)])
 def test_same_as_column(frozen, trained, strategy):
     with jax.enable_x64(True):

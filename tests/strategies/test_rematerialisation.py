@@ -11,6 +11,7 @@ from lrjax.rowgraph.tracing import trace
 from lrjax.strategies import rematerialisation
 from lrjax.strategies.stream import stream_programs
 from lrjax.testing import assert_same_as_column
+from marks import slow
 
 
 def convolve(image, weights):
@@ -63,7 +64,7 @@ def test_wide_values_are_done_again_from_the_image(monkeypatch):
 
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("share", [0.02, 0.1, 1.0])
-@pytest.mark.parametrize("num_blocks", [2, 15, 61])
+@pytest.mark.parametrize("num_blocks", [2, 61, *slow(15)])
 def test_same_as_column(share, num_blocks, monkeypatch):
     monkeypatch.setattr(rematerialisation, "EXTRA_OPERATIONS", (share,))
     args = arguments()

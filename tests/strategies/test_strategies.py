@@ -10,6 +10,7 @@ from jax.ad_checkpoint import checkpoint_name
 import lrjax
 from graphs import assert_row_local, assert_same_in_blocks, largest_num_blocks
 from lrjax.testing import assert_same_as_column, check, results
+from marks import slow
 
 STRATEGIES = ("stream", "2ps", "overl")
 
@@ -70,7 +71,7 @@ class TestVGGStack:
         args = (vgg_params(), normal(9, 1, 13, 8, 1))
         assert largest_num_blocks(vgg, args, (None, 1), strategy) == 3
 
-    @pytest.mark.parametrize("height", [4, 5, 6, 7, 9, 11, 16])
+    @pytest.mark.parametrize("height", [5, 7, 16, *slow(4, 6, 9, 11)])
     @pytest.mark.parametrize("strategy", STRATEGIES)
     def test_heights(self, height, strategy):
         args = (vgg_params(), normal(9, 2, height, 5, 1))
@@ -104,7 +105,7 @@ class TestVGGStack:
             )
 
 
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, *slow(jnp.float16)])
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_vgg_in_other_precisions(dtype, strategy):
     args = (vgg_params(dtype), normal(9, 2, 30, 16, 1, dtype=dtype))
@@ -179,16 +180,16 @@ GEOMETRIES = {
 }
 
 
-# OverL differs from 2PS in what its blocks compute twice: in these two, at strides and in pools.
-FAST_UNDER_OVERL = ("resnet stem", "pyramid")
+# OverL differs from 2PS in what its blocks compute twice: in two of these, at strides and in pools.
+AT_EVERY_CHANGE = {
+    "stream": tuple(GEOMETRIES),
+    "2ps": ("even kernels", "pyramid"),
+    "overl": ("resnet stem", "pyramid"),
+}
 GEOMETRIES_UNDER_STRATEGIES = [
-    pytest.param(
-        name,
-        strategy,
-        marks=pytest.mark.slow if strategy == "overl" and name not in FAST_UNDER_OVERL else (),
-    )
+    pytest.param(name, strategy, marks=[] if name in fast else pytest.mark.slow)
+    for strategy, fast in AT_EVERY_CHANGE.items()
     for name in GEOMETRIES
-    for strategy in STRATEGIES
 ]
 
 
