@@ -91,6 +91,12 @@ def pytest_runtest_teardown(item):
         gc.collect()
 
 
+@pytest.hookimpl(trylast=True)
+def pytest_sessionfinish(session):
+    """What follows looks for cycles five times and more, among all that is left."""
+    gc.freeze()
+
+
 @pytest.fixture
 def x64():
     """Double precision, for this test only."""

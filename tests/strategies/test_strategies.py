@@ -183,7 +183,7 @@ GEOMETRIES = {
 # OverL differs from 2PS in what its blocks compute twice: in two of these, at strides and in pools.
 AT_EVERY_CHANGE = {
     "stream": tuple(GEOMETRIES),
-    "2ps": ("even kernels", "pyramid"),
+    "2ps": ("resnet stem", "pyramid"),
     "overl": ("resnet stem", "pyramid"),
 }
 GEOMETRIES_UNDER_STRATEGIES = [
