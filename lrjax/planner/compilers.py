@@ -51,6 +51,8 @@ def compiled(
 ) -> tuple[Operation, ...]:
     """The operations as XLA runs them on the target; new values are numbered from ``fresh``."""
     operations = _computed_once(operations)
+    if _is_step(operations):
+        operations = _kept_within_a_step(operations)
     if is_gpu(target):
         return _with_pool_gradients(operations, size, fresh)
     return tuple(operations) if is_tpu(target) else _on_cpu(operations, size, fresh)
@@ -147,6 +149,28 @@ def _computed_once(operations: Sequence[Operation]) -> tuple[Operation, ...]:
             wanted.update(operation.inputs)
         if is_wanted and not operation.is_backward and traits_of(operation.what).is_kept:
             operation = dataclasses.replace(operation, kind=Kind.ROOT)
+        found.append(operation)
+    return tuple(reversed(found))
+
+
+def _kept_within_a_step(operations: Sequence[Operation]) -> tuple[Operation, ...]:
+    """Expensive results that more than one kernel reads, if through others.
+
+    A step of stream's backward pass does both passes' operations, and none says which it is of.
+    """
+    if any(operation.is_backward for operation in operations):
+        return tuple(operations)
+    given = {v for o in operations if o.kind is Kind.LIBRARY for v in o.inputs}
+    readers: dict[int, set[int]] = {}
+    found = []
+    for i, operation in reversed(list(enumerate(operations))):
+        own = {i}
+        if operation.kind is Kind.FUSED and given.isdisjoint(operation.outputs):
+            own = set().union(*(readers.get(v, ()) for v in operation.outputs))
+            if len(own) > 1 and traits_of(operation.what).is_kept:
+                operation, own = dataclasses.replace(operation, kind=Kind.ROOT), {i}
+        for v in operation.inputs:
+            readers.setdefault(v, set()).update(own)
         found.append(operation)
     return tuple(reversed(found))
 

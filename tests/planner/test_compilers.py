@@ -7,7 +7,7 @@ from jax import lax
 
 from experiments.plans import parse
 from lrjax.planner.adjoint import Adjoint
-from lrjax.planner.compilers import compiled, convolution_scratch
+from lrjax.planner.compilers import WINDOW, compiled, convolution_scratch
 from lrjax.planner.liveness import Kind, Operation
 from lrjax.planner.reverse import with_residuals
 from lrjax.planner.steps import Step
@@ -98,3 +98,22 @@ def test_neighbours_that_xla_keeps_no_border_between_are_one_segment():
     whole = parse("vgg16/64/column", "cpu").segments()[0]
     ((segment, _),) = parse("vgg16/64/column+column", "cpu").as_compiled()
     assert len(segment.program.equations) == len(whole.program.equations)
+
+
+@pytest.mark.parametrize(("readers", "kind"), [(1, Kind.FUSED), (2, Kind.ROOT)])
+def test_what_takes_long_is_kept_within_a_step_for_a_second_kernel(readers, kind):
+    """As in a GELU: a product reads x * tanh(x), and later another its slope."""
+    like = jax.ShapeDtypeStruct(MAP, jnp.float32)
+    operations = (
+        Operation(WINDOW, (), (0,), Kind.ROOT, like),
+        Operation(lax.tanh_p, (0,), (1,), Kind.FUSED, like),
+        Operation(lax.mul_p, (0, 1), (2,), Kind.FUSED, like),
+        Operation(lax.dot_general_p, (2,), (3,), Kind.LIBRARY, like),
+        Operation(lax.square_p, (1 if readers > 1 else 0,), (4,), Kind.FUSED, like),
+        Operation(lax.mul_p, (3, 4), (5,), Kind.FUSED, like),
+        Operation(lax.dot_general_p, (5,), (6,), Kind.LIBRARY, like),
+    )
+    found = compiled(operations, dict.fromkeys(range(7), 1.0), 7, "h200")
+    assert [o.kind for o in found if 1 in o.outputs] == [kind]
+    rest = [o for o in found if 1 not in o.outputs]
+    assert rest == [o for o in operations if 1 not in o.outputs]
