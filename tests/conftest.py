@@ -67,7 +67,7 @@ def quick_processes(monkeypatch):
 
 
 def pytest_configure(config):
-    # Tracing makes so many objects that Python looks for cycles all the time: a seventh of a test.
+    # Tracing makes so many objects that Python looks for cycles all the time.
     gc.set_threshold(50_000, 20, 100)
     if "not slow" in config.option.markexpr:
         # Rules are tested under two strategies: OverL runs steps as 2PS does.
@@ -83,7 +83,7 @@ TESTS = itertools.count(1)
 
 @pytest.hookimpl(trylast=True)
 def pytest_runtest_teardown(item):
-    """Forget compiled programs where there are many; to count them takes 15 ms."""
+    """Forget compiled programs where there are many. Counting takes long, hence now and then."""
     if next(TESTS) % 10 or not MAPPINGS.exists():
         return
     if MAPPINGS.read_bytes().count(b"\n") > MOST_MAPPINGS:
