@@ -6,6 +6,7 @@ import numpy as np
 from jax import lax
 
 import lrjax
+from lrjax.program.compatibility import open_jaxpr, scan_arity
 from lrjax.testing import assert_same_as_column
 
 BLOCKS = 16
@@ -33,9 +34,10 @@ def branches(jaxpr, carried=frozenset()):
         if equation.primitive.name == "cond" and carried:
             yield {v.aval.shape for v in equation.outvars}, carried
         if equation.primitive.name == "scan":
-            first = params["num_consts"]
-            inputs = params["jaxpr"].jaxpr.invars[first : first + params["num_carry"]]
-            yield from branches(params["jaxpr"].jaxpr, frozenset(v.aval.shape for v in inputs))
+            first, carries = scan_arity(equation)
+            body, _ = open_jaxpr(params["jaxpr"])
+            inputs = body.invars[first : first + carries]
+            yield from branches(body, frozenset(v.aval.shape for v in inputs))
             continue
         for one in jax.tree.leaves(params, is_leaf=lambda x: hasattr(x, "jaxpr")):
             inner = getattr(one, "jaxpr", one)
