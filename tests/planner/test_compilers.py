@@ -100,8 +100,11 @@ def test_neighbours_that_xla_keeps_no_border_between_are_one_segment():
     assert len(segment.program.equations) == len(whole.program.equations)
 
 
-@pytest.mark.parametrize(("readers", "kind"), [(1, Kind.FUSED), (2, Kind.ROOT)])
-def test_what_takes_long_is_kept_within_a_step_for_a_second_kernel(readers, kind):
+@pytest.mark.parametrize(
+    ("readers", "target", "kind"),
+    [(1, "h200", Kind.FUSED), (2, "h200", Kind.ROOT), (2, "tpu-v5e", Kind.FUSED)],
+)
+def test_what_takes_long_is_kept_within_a_gpus_step_for_a_second_kernel(readers, target, kind):
     """As in a GELU: a product reads x * tanh(x), and later another its slope."""
     like = jax.ShapeDtypeStruct(MAP, jnp.float32)
     operations = (
@@ -113,7 +116,7 @@ def test_what_takes_long_is_kept_within_a_step_for_a_second_kernel(readers, kind
         Operation(lax.mul_p, (3, 4), (5,), Kind.FUSED, like),
         Operation(lax.dot_general_p, (5,), (6,), Kind.LIBRARY, like),
     )
-    found = compiled(operations, dict.fromkeys(range(7), 1.0), 7, "h200")
+    found = compiled(operations, dict.fromkeys(range(7), 1.0), 7, target)
     assert [o.kind for o in found if 1 in o.outputs] == [kind]
     rest = [o for o in found if 1 not in o.outputs]
     assert rest == [o for o in operations if 1 not in o.outputs]
