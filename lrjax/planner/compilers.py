@@ -27,6 +27,8 @@ WINDOW = "window"  # rows that a step reads
 EXTEND = "extend"  # a line buffer's rows and a slab, as one array
 
 _SUMS = (lax.add_p, public.add_jaxvals_p)
+# What XLA:GPU keeps within a step. A SiLU's logistic and an ELU's exponential it computes again.
+_KEPT_IN_STEPS = (lax.tanh_p, lax.rsqrt_p)
 _POOL_GRADIENT = lax.select_and_scatter_add_p
 POOL_GRADIENTS = (_POOL_GRADIENT, GradientOf(lax.reduce_window_max_p))
 # What a ReLU and its gradient compare with zeros.
@@ -168,7 +170,7 @@ def _kept_within_a_step(operations: Sequence[Operation]) -> tuple[Operation, ...
         own = {i}
         if operation.kind is Kind.FUSED and given.isdisjoint(operation.outputs):
             own = set().union(*(readers.get(v, ()) for v in operation.outputs))
-            if len(own) > 1 and traits_of(operation.what).is_kept:
+            if len(own) > 1 and operation.what in _KEPT_IN_STEPS:
                 operation, own = dataclasses.replace(operation, kind=Kind.ROOT), {i}
         for v in operation.inputs:
             readers.setdefault(v, set()).update(own)
