@@ -29,7 +29,7 @@ from lrjax.strategies import MicroBatches
 from marks import slow
 
 ROOT = Path(__file__).resolve().parents[1]
-CHUNKS, NETWORKS = 12, 16
+CHUNKS, NETWORKS = 8, 16
 FAST = 2
 
 # Layers that are local in rows whatever their parameters are.

@@ -179,14 +179,16 @@ FAST = {
     ("overl", 8, far_reaching, 19),
     ("overl", 2, squeeze_and_excite, 33),
 }
+# Devices and rows: shares of several blocks, of two or three rows, and all rows on one device.
+SHARES = ((3, 9), (8, 19), (8, 64))
 SLOW = {
     (strategy, devices, network, height)
-    for strategy in ("stream", "2ps", "overl")
-    for devices in (1, 2, 3, 8)
+    for strategy, shares in {
+        "stream": (*SHARES, (1, 8)), "2ps": SHARES, "overl": SHARES,
+    }.items()
     for network in NETWORKS
-    for height in (8 * devices, 2 * devices + 3)
-    if height > 5
-}
+    for devices, height in shares
+}  # fmt: skip
 
 
 def mesh_of(devices, kind=AxisType.Auto):
@@ -472,10 +474,9 @@ SPECS = {
 
 
 DIVIDED = [
-    (kind, strategy, name)
-    for kind in (AxisType.Auto, AxisType.Explicit)
-    for strategy in ("stream", "2ps", "overl")
-    for name in SPECS
+    *((kind, "stream", name) for kind in (AxisType.Auto, AxisType.Explicit) for name in SPECS),
+    *((AxisType.Auto, strategy, "rows") for strategy in ("2ps", "overl")),
+    *((AxisType.Explicit, strategy, "batch on all") for strategy in ("2ps", "overl")),
 ]
 FAST_DIVIDED = (AxisType.Auto, "stream", "both"), (AxisType.Explicit, "stream", "both")
 

@@ -195,6 +195,7 @@ class RowLoop:
         # another loop's: less is saved than is counted).
         runs = 4 if self.is_differentiated else 1
 
+        @functools.cache
         def inside(step: int) -> float:
             parts = (self.rows_inside(i, step) for i in range(len(self.nodes)))
             pairs = zip(self.nodes, parts, strict=True)
@@ -350,6 +351,13 @@ class RowLoop:
         Shifting moves the whole buffer in every step; a ring wants steady slabs, and pays off
         where the buffer is much deeper than a slab.
         """
+        return value in self._rings
+
+    @functools.cached_property
+    def _rings(self) -> frozenset[int]:
+        return frozenset(filter(self._may_be_ring, self.producer))
+
+    def _may_be_ring(self, value: int) -> bool:
         track = self.track(value)
         return (
             not self.is_differentiated

@@ -114,23 +114,32 @@ class Track:
         return 0 if self.depth <= self.rows else self.depth - min(self.advances)
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Schedule:
     """The steps of one row loop.
 
     Attributes:
-      tracks: one per task.
-      steps: how many there are.
       tasks: what runs.
+      frontiers: of every task, one past its last row before the first step and after every step.
+      recomputes_halos: steps compute all rows that they need, and nothing is kept.
       before: steps before the one that begins at row 0 without a lag.
       needed: where the rows are one device's share, the rows of every task that must be made.
     """
 
-    tracks: tuple[Track, ...]
-    steps: int
     tasks: tuple[Task, ...]
+    frontiers: tuple[Frontier, ...]
+    recomputes_halos: bool = False
     before: int = 0
     needed: tuple[tuple[int, int], ...] = ()
+
+    @property
+    def steps(self) -> int:
+        return len(self.frontiers[0]) - 1
+
+    @functools.cached_property
+    def tracks(self) -> tuple[Track, ...]:
+        """What every task does; not asked for where a schedule is tried for its steps alone."""
+        return _tracks(self.tasks, self.frontiers, recomputes_halos=self.recomputes_halos)
 
 
 def needed_rows(tasks: Sequence[Task]) -> list[tuple[int, int]]:
@@ -166,8 +175,7 @@ def shared_schedule(tasks: Sequence[Task], *, is_share: bool = False) -> Schedul
             if rows[0] > first
         ]
         if not missing:
-            found = _with_tracks(tasks, lazy)
-            return dataclasses.replace(found, before=before, needed=tuple(needed))
+            return Schedule(tuple(tasks), tuple(lazy), before=before, needed=tuple(needed))
         before += max(1, math.ceil(max(missing)))
 
 
@@ -183,7 +191,7 @@ def overlap_schedule(tasks: Sequence[Task]) -> Schedule:
     for i in sinks:
         # Rows that a later window reads ahead of would otherwise belong to no step.
         frontiers[i][0] = min(frontiers[i][0], 0)
-    return _with_tracks(tasks, frontiers, recomputes_halos=True)
+    return Schedule(tuple(tasks), tuple(frontiers), recomputes_halos=True)
 
 
 def _steps_to_end(task: Task) -> int:
@@ -278,7 +286,7 @@ def brought_forward(schedule: Schedule) -> Schedule:
     the other (U-Net's shortcuts), and that part waits, not all of it.
     """
     tasks = schedule.tasks
-    frontiers = [np.array(track.frontier) for track in schedule.tracks]
+    frontiers = list(schedule.frontiers)
     readers: dict[int, list[int]] = {}
     for i, task in enumerate(tasks):
         for j in dict.fromkeys(read.task for read in task.reads):
@@ -288,10 +296,9 @@ def brought_forward(schedule: Schedule) -> Schedule:
         if any(tasks[i].width < tasks[j].width for i in others):
             for i, frontier in _moved(schedule, frontiers, j, others).items():
                 frontiers[i] = frontier
-    if all(np.array_equal(a, b.frontier) for a, b in zip(frontiers, schedule.tracks, strict=True)):
+    if all(map(np.array_equal, frontiers, schedule.frontiers)):
         return schedule
-    found = _with_tracks(tasks, frontiers)
-    return dataclasses.replace(found, before=schedule.before, needed=schedule.needed)
+    return dataclasses.replace(schedule, frontiers=tuple(frontiers))
 
 
 def _moved(
@@ -348,9 +355,9 @@ def _raise_to_demand(tasks: Sequence[Task], frontiers: list[Frontier]) -> None:
                 frontiers[read.task] = np.maximum(frontiers[read.task], needed)
 
 
-def _with_tracks(
-    tasks: Sequence[Task], frontiers: list[Frontier], *, recomputes_halos: bool = False
-) -> Schedule:
+def _tracks(
+    tasks: Sequence[Task], frontiers: Sequence[Frontier], *, recomputes_halos: bool
+) -> tuple[Track, ...]:
     """Rows computed per step and kept between steps, from the last task to the first."""
     windows: list[list[_Window]] = [[] for _ in tasks]
     tracks: list[Track] = [Track((), 0, 0)] * len(tasks)
@@ -377,7 +384,7 @@ def _with_tracks(
                     backs[key] = int((source - row_map.first(frontier - rows))[1:].max())
                 window = _Window(backs[key], row_map.size(rows), read.is_copied)
                 windows[read.task].append(window)
-    return Schedule(tuple(tracks), len(frontiers[0]) - 1, tuple(tasks))
+    return tuple(tracks)
 
 
 @dataclasses.dataclass(frozen=True)

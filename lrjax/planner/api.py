@@ -13,12 +13,14 @@ from lrjax.planner.problem import Problem, problem_of
 from lrjax.planner.progress import OnProgress, Progress
 from lrjax.planner.proof import BudgetTooSmallError, prover_of
 from lrjax.planner.search import Limits
+from lrjax.program.interpreter import collected_seldom
 from lrjax.text import size
 
 MOST_COMPILATIONS = 5
 OBJECTIVES = ("time",)
 
 
+@collected_seldom()
 def plan(
     fun: Callable[..., Any],
     *args: Any,

@@ -27,8 +27,9 @@ WINDOW = "window"  # rows that a step reads
 EXTEND = "extend"  # a line buffer's rows and a slab, as one array
 
 _SUMS = (lax.add_p, public.add_jaxvals_p)
-# What XLA:GPU keeps within a step. A SiLU's logistic and an ELU's exponential it computes again.
-_KEPT_IN_STEPS = (lax.tanh_p, lax.rsqrt_p)
+# What XLA:GPU keeps within a step: a GELU's tanh or erfc, what normalises, a Mish's logarithm, a
+# sine. A SiLU's logistic, an ELU's exponential and an erf it computes again.
+_KEPT_IN_STEPS = (lax.tanh_p, lax.erfc_p, lax.rsqrt_p, lax.log1p_p, lax.sin_p)
 _POOL_GRADIENT = lax.select_and_scatter_add_p
 POOL_GRADIENTS = (_POOL_GRADIENT, GradientOf(lax.reduce_window_max_p))
 # What a ReLU and its gradient compare with zeros.

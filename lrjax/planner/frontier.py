@@ -24,6 +24,7 @@ from lrjax.planner.progress import OnProgress
 from lrjax.planner.proof import Prover, planned, prover_of
 from lrjax.planner.search import Limits
 from lrjax.planner.timing import median_seconds
+from lrjax.program.interpreter import collected_seldom
 from lrjax.strategies import Checkpoint, Column
 from lrjax.text import aligned, shortened
 
@@ -141,6 +142,7 @@ class Frontier:
         draw(self, path, title)
 
 
+@collected_seldom()
 def frontier(
     fun: Callable[..., Any],
     *args: Any,

@@ -18,6 +18,7 @@ from lrjax.planner.problem import Problem
 from lrjax.planner.progress import OnProgress
 from lrjax.planner.proof import MIB, Prover
 from lrjax.planner.search import Limits, Steps
+from lrjax.program.interpreter import collected_seldom
 from lrjax.strategies import Checkpoint, Column
 
 MOST_COMPILATIONS = 5
@@ -80,11 +81,13 @@ class Question:
     grows_rows: bool
 
 
+@collected_seldom()
 def largest(question: Question, method: str, on_progress: OnProgress) -> Largest:
     """The largest size that fits by a method, confirmed by XLA."""
     return _Largest(question, method, on_progress).find()
 
 
+@collected_seldom()
 def largest_by_methods(question: Question, on_progress: OnProgress) -> list[Largest]:
     """The largest size by every method.
 

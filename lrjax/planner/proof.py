@@ -243,13 +243,15 @@ class Prover:
         return [0.99 * limits.budget * one.predicted / one.peak for one in near]
 
     def is_disappointed(self, limits: Limits) -> bool:
-        """Whether much faster plans than those that fit were predicted to fit, and do not."""
+        """Whether much faster plans than those that fit were predicted to fit, and do not.
+
+        How fast they are is known where their programs were read.
+        """
         best, budget = self.best_known(limits), limits.budget
         missed = [s for s in self.known(limits) if not self.fits(s, budget)]
         hoped = (s for s in missed if self.proofs[s].predicted <= budget)
         return best is None or any(
-            self.proofs[s].predicted_seconds < (1 - _MUCH) * self.proofs[best].seconds
-            for s in hoped
+            self.proofs[s].seconds < (1 - _MUCH) * self.proofs[best].seconds for s in hoped
         )
 
     def has_more_to_hope_for(self, limits: Limits) -> bool:

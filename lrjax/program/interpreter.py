@@ -36,6 +36,27 @@ def collection_paused() -> Iterator[None]:
         gc.enable()
 
 
+# New objects after which the youngest are looked through, and how often the older ones are.
+_SELDOM = (100_000, 50, 100)
+
+
+@contextlib.contextmanager
+def collected_seldom() -> Iterator[None]:
+    """Cyclic garbage is collected less often within. Also a decorator.
+
+    For long work of which most lives until its end, such as a search for plans, and which compiles
+    programs meanwhile, so that collection cannot wait until then. A collector that is off stays
+    off.
+    """
+    before = gc.get_threshold()
+    if before[0]:
+        gc.set_threshold(*map(max, before, _SELDOM))
+    try:
+        yield
+    finally:
+        gc.set_threshold(*before)
+
+
 # Words of a frame: CPython then takes a piece of twice as many at least.
 _ROOM = 2**14
 

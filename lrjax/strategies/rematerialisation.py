@@ -81,7 +81,7 @@ def _late_sources(loop: RowLoop) -> set[tuple[int, int]]:
     """Reads, by node and operand, of rows that others have read long before."""
     found: set[tuple[int, int]] = set()
     for value, sources in loop.readers.items():
-        if value not in loop.producer:
+        if value not in loop.producer or len(sources) == 1:
             continue
         back = {s: int(np.max(loop.look_back(s))) for s in sources}
         margin = max(_LATE_SLABS * loop.track(value).rows, _LATE_ROWS)

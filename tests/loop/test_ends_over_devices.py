@@ -47,12 +47,11 @@ def everywhere(monkeypatch):
 
 @in_child
 @pytest.mark.usefixtures("x64", "everywhere")
-@pytest.mark.parametrize(("devices", "height"), [(2, 37), (3, 45), (8, 64)])
+@pytest.mark.parametrize(("devices", "height", "blocks"), [(3, 45, (2, 4)), (8, 64, (4,))])
 @pytest.mark.parametrize("network", NETWORKS)
-def test_same_as_column(network, devices, height):
+def test_same_as_column(network, devices, height, blocks):
     args, expected = (PARAMS, image_of(height)), None
-    most = -(-height // devices)
-    for num_blocks in {min(2, most), min(4, most)}:
+    for num_blocks in blocks:
         expected = assert_same_as_column(
             network, args, (None, 1), num_blocks=num_blocks, expected=expected,
             **over_devices(devices),

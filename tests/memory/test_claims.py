@@ -37,15 +37,15 @@ def test_streams_memory_does_not_grow_with_height():
 
 @pytest.mark.parametrize("strategy", claims.COMPILE_BLOCKS)
 def test_compile_time(strategy):
-    """The least processor time of two compilations each; of up to eight where times scatter.
+    """The processor time of a compilation each; the least of up to eight where times scatter.
 
     What disturbs a compilation only adds to its time: more turns come nearer to the truth.
     """
     few, many = (Method(strategy, num_blocks) for num_blocks in claims.COMPILE_BLOCKS[strategy])
     claims.compile_gradient(COLUMN, claims.COMPILE_SIZE)  # the first one warms the compiler up
     least = {COLUMN: math.inf, few: math.inf, many: math.inf}
-    for _ in range(4):
-        found = claims.compile_cpu_s(tuple(least), repeats=2)
+    for _ in range(8):
+        found = claims.compile_cpu_s(tuple(least), repeats=1)
         least = {method: min(seconds, found[method]) for method, seconds in least.items()}
         slowest = max(least.values()) / least[COLUMN]
         growth = least[many] / least[few]

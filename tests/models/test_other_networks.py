@@ -268,9 +268,9 @@ def keras(monkeypatch):
     [
         ("ResNet50", 64, None, {}),
         ("DenseNet121", 64, "pool3_conv", {}),
-        ("EfficientNetB0", 64, "block4b_add", {}),
+        ("EfficientNetB0", 64, "block3b_add", {}),
         ("MobileNet", 64, None, {"alpha": 0.25}),
-        ("InceptionV3", 107, None, {}),
+        ("InceptionV3", 107, "mixed4", {}),
     ],
 )
 def test_keras(keras, name, size, last, options):

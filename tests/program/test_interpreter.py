@@ -5,7 +5,7 @@ import resource
 
 import pytest
 
-from lrjax.program.interpreter import collection_paused, with_room_for_calls
+from lrjax.program.interpreter import collected_seldom, collection_paused, with_room_for_calls
 
 
 @pytest.fixture
@@ -29,6 +29,26 @@ def test_the_collector_comes_back_after_an_error(collecting):
     with pytest.raises(ZeroDivisionError), collection_paused():
         _ = 1 / 0
     assert gc.isenabled()
+
+
+@pytest.mark.parametrize("before", [(700, 10, 10), (0, 10, 10), (1_000_000, 20, 20)])
+def test_the_collector_runs_seldom_and_afterwards_as_often_as_before(before):
+    usual, within = gc.get_threshold(), []
+
+    @collected_seldom()
+    def failing():
+        within.append(gc.get_threshold())
+        raise ZeroDivisionError
+
+    try:
+        gc.set_threshold(*before)
+        with pytest.raises(ZeroDivisionError):
+            failing()
+        assert gc.get_threshold() == before
+    finally:
+        gc.set_threshold(*usual)
+    # One that is off, or runs less often still, stays so.
+    assert within == [before if before[0] == 0 else tuple(map(max, before, (100_000, 50, 100)))]
 
 
 def test_a_function_with_room_is_the_function():
