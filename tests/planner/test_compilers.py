@@ -101,15 +101,24 @@ def test_neighbours_that_xla_keeps_no_border_between_are_one_segment():
 
 
 @pytest.mark.parametrize(
-    ("readers", "target", "kind"),
-    [(1, "h200", Kind.FUSED), (2, "h200", Kind.ROOT), (2, "tpu-v5e", Kind.FUSED)],
+    ("what", "readers", "target", "kind"),
+    [
+        (lax.tanh_p, 1, "h200", Kind.FUSED),
+        (lax.tanh_p, 2, "h200", Kind.ROOT),
+        (lax.tanh_p, 2, "tpu-v5e", Kind.FUSED),
+        (lax.erfc_p, 2, "h200", Kind.ROOT),
+        (lax.erf_p, 2, "h200", Kind.FUSED),
+        (lax.logistic_p, 2, "h200", Kind.FUSED),
+    ],
 )
-def test_what_takes_long_is_kept_within_a_gpus_step_for_a_second_kernel(readers, target, kind):
+def test_what_takes_long_is_kept_within_a_gpus_step_for_a_second_kernel(
+    what, readers, target, kind
+):
     """As in a GELU: a product reads x * tanh(x), and later another its slope."""
     like = jax.ShapeDtypeStruct(MAP, jnp.float32)
     operations = (
         Operation(WINDOW, (), (0,), Kind.ROOT, like),
-        Operation(lax.tanh_p, (0,), (1,), Kind.FUSED, like),
+        Operation(what, (0,), (1,), Kind.FUSED, like),
         Operation(lax.mul_p, (0, 1), (2,), Kind.FUSED, like),
         Operation(lax.dot_general_p, (2,), (3,), Kind.LIBRARY, like),
         Operation(lax.square_p, (1 if readers > 1 else 0,), (4,), Kind.FUSED, like),

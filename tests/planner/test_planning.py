@@ -228,6 +228,27 @@ def test_where_much_of_the_budget_is_left_others_are_tried_too(monkeypatch, used
     assert prover.has_more_to_hope_for(limits) == is_roomy
 
 
+@pytest.mark.parametrize(
+    ("predicted", "read", "is_disappointed"),
+    [
+        (0.5, 0.5, True),
+        (0.5, 0.98, False),
+        (0.5, None, True),
+        (0.98, 0.5, True),
+        (0.98, 0.98, False),
+    ],
+)
+def test_what_missed_is_mourned_where_it_was_much_faster(
+    monkeypatch, predicted, read, is_disappointed
+):
+    """As its program says, where that was read; as was predicted where it was not."""
+    prover, _ = prover_with(monkeypatch, lambda steps: (1.0, 1.0))
+    fits, missed = prover.model.column, prover.model.simple_plans[-1]
+    prover.proofs[fits] = Proof(90, 90, 1.0, 1.0)
+    prover.proofs[missed] = Proof(110, 90, predicted, read)
+    assert prover.is_disappointed(Limits(100)) == is_disappointed
+
+
 def test_plans_that_are_easy_to_predict_are_tried_too_where_others_leave_memory(monkeypatch):
     prover, _ = prover_with(
         monkeypatch, lambda steps: (3.0 if is_hard_to_predict(steps) else 1.0, 1.0)
