@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 from jax.extend.core import primitives as public
 
-from lrjax.program.inline import replaced_at
+from lrjax.program.inline import FlatEquation, FlatProgram, flatten, replaced_at
 from lrjax.program.varying import is_inexact, varying_axes, varying_over
 from lrjax.rowgraph.bodies import (
     is_positional,
@@ -32,7 +32,7 @@ from lrjax.rowgraph.bodies import (
     run_on_block,
 )
 from lrjax.rowgraph.graph import RowGraph, RowNode
-from lrjax.rules.base import Array, Equation, NotRowLocal, RowOp, Rows, Rule, reads_along
+from lrjax.rules.base import Array, Equation, NotRowLocal, Operand, RowOp, Rows, Rule, reads_along
 from lrjax.rules.dependence import dependences, output_dependences
 from lrjax.rules.linearity import Dependence
 from lrjax.rules.traits import Kind, Traits
@@ -172,6 +172,20 @@ def _derivative(equation: Equation, out_axes: Sequence[int | None]) -> _Derivati
             raise NotRowLocal(f"the cotangent of operand {i} carries rows on axis {axis}")
     is_zero = tuple(dependence is Dependence.ZERO for dependence in given)
     return _Derivative(equation, taken, graph, tuple(wrt), is_zero)
+
+
+def has_additive_derivative(program: FlatProgram, call: FlatEquation) -> bool:
+    """Whether the cotangents that a call gives, on whole arrays, are additive in those it gets."""
+    operands = (Operand(a.shape, a.dtype, None) for a in map(program.aval, call.inputs))
+    outputs = tuple(program.avals[v] for v in call.outputs)
+    if not all(map(is_inexact, outputs)):
+        return False
+    equation = Equation(call.primitive, call.params, tuple(operands), outputs)
+    wrt, structs = differentiable_operands(equation), equation.structs
+    pull_back = functools.partial(_pull_back, equation, wrt)
+    traced = flatten(jax.make_jaxpr(pull_back)(*structs, *outputs))
+    found = output_dependences(traced, traced.inputs[len(structs) :])
+    return all(one in (Dependence.ADDITIVE, Dependence.ZERO) for one in found)
 
 
 def differentiable_operands(equation: Equation) -> list[int]:

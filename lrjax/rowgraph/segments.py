@@ -13,6 +13,7 @@ from lrjax.program.inline import FlatEquation, FlatProgram, dependents, values_o
 from lrjax.program.references import uses_references
 from lrjax.rowgraph.graph import build, size_bytes
 from lrjax.rowgraph.row_mesh import RowMesh
+from lrjax.rules.dependence import needs_whole_cotangent
 
 
 @dataclasses.dataclass(frozen=True)
@@ -209,6 +210,7 @@ def _segment(
     program: FlatProgram, row_axis: dict[int, int], part: dict[int, int], index: int
 ) -> Segment:
     """Equations of one part, and what they need that no row touches (made again in each part)."""
+    part = _with_operations_done_once(program, part)
     is_last = index == max(part.values(), default=0)
     home = index if is_last else -1  # of what no row touches and the program gives
     read_outside = set(values_of(program.outputs))
@@ -238,3 +240,27 @@ def _segment(
         tuple(row_axis.get(v) for v in inputs),
         made,
     )
+
+
+def _with_operations_done_once(program: FlatProgram, part: dict[int, int]) -> dict[int, int]:
+    """The parts also of what no row touches, and which is made once, where it is needed first.
+
+    Made again in every part its derivative would see the cotangents of each alone. What is made
+    of its results is made once as well.
+    """
+    free = [e for e in program.equations if e.outputs and e.outputs[0] not in part]
+    whole = {v for e in free if needs_whole_cotangent(program, e) for v in e.outputs}
+    if not whole:
+        return part
+    once, found = dependents(free, whole), dict(part)
+    needed_in: dict[int, int] = {}  # the first part that reads a value
+    for equation in reversed(program.equations):
+        head = equation.outputs[0]
+        if head not in part and head in once:
+            readers = [needed_in[v] for v in equation.outputs if v in needed_in]
+            if readers:
+                found[head] = min(readers)
+        if head in found:
+            for v in equation.values:
+                needed_in[v] = min(needed_in.get(v, found[head]), found[head])
+    return found

@@ -14,12 +14,13 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 import numpy as np
+from jax import lax
 from jax.extend.core import primitives as public
 
 from lrjax.program.compatibility import open_jaxpr
-from lrjax.program.inline import Atom, FlatProgram, Literal
+from lrjax.program.inline import Atom, FlatEquation, FlatProgram, Literal
 from lrjax.rules.base import traits_of
-from lrjax.rules.linearity import ADDITIVE, FIXED, ZERO, Dependence
+from lrjax.rules.linearity import ADDITIVE, FIXED, ZERO, Dependence, is_coarse
 
 
 def dependences(program: FlatProgram, inputs: Collection[int]) -> dict[int, Dependence]:
@@ -42,6 +43,20 @@ def output_dependences(program: FlatProgram, inputs: Collection[int]) -> list[De
 def has_custom_vjp(program: FlatProgram) -> bool:
     """Whether there is a ``custom_vjp`` in a program, bodies of its equations included."""
     return any(_holds_custom_vjp(e.primitive, e.params) for e in program.equations)
+
+
+def needs_whole_cotangent(program: FlatProgram, equation: FlatEquation) -> bool:
+    """Whether an operation on whole arrays must not be differentiated for parts of a cotangent.
+
+    The rule of a ``custom_vjp`` may do anything with what it gets (clip it, take its sign), and
+    what rounds coarsely rounds the sum to something else than its terms.
+    """
+    if equation.primitive is lax.reduce_precision_p:
+        return True
+    if equation.primitive is lax.convert_element_type_p:
+        atoms = (*equation.inputs, *equation.outputs)
+        return any(is_coarse(program.aval(v).dtype) for v in atoms)
+    return _holds_custom_vjp(equation.primitive, equation.params)
 
 
 def _holds_custom_vjp(primitive: Any, params: Mapping[str, Any]) -> bool:

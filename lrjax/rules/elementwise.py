@@ -24,7 +24,14 @@ from lrjax.rules.base import (
 )
 from lrjax.rules.block_sums import is_small, spread
 from lrjax.rules.geometry import IDENTITY
-from lrjax.rules.linearity import additive_in, additive_in_all, choice, conversion, product
+from lrjax.rules.linearity import (
+    additive_in,
+    additive_in_all,
+    choice,
+    conversion,
+    is_coarse,
+    product,
+)
 from lrjax.rules.traits import Kind, Traits
 
 
@@ -71,6 +78,14 @@ def reduce_precision(equation: Equation) -> RowOp:
     found = elementwise(equation)
     reason = "reduce_precision rounds cotangents" if rounds else None
     return dataclasses.replace(found, undifferentiable=lambda: reason)
+
+
+def convert_element_type(equation: Equation) -> RowOp:
+    """From and to a float8 cotangents are rounded so much that their sum must be there before."""
+    dtypes = {equation.operands[0].dtype, equation.outputs[0].dtype}
+    rounds = len(dtypes) > 1 and any(map(is_coarse, dtypes))
+    reason = "a float8 rounds cotangents" if rounds else None
+    return dataclasses.replace(elementwise(equation), undifferentiable=lambda: reason)
 
 
 def bitcast(equation: Equation) -> RowOp:
@@ -154,7 +169,7 @@ RULES = (
         lax.real_p, lax.sub_p,
     ), elementwise, _SUM),
     Rule((lax.complex_p, lax.conj_p, *primitives("pvary")), elementwise, _ADDITIVE),
-    Rule((lax.convert_element_type_p,), elementwise,
+    Rule((lax.convert_element_type_p,), convert_element_type,
          dataclasses.replace(_SUM, linearity=conversion)),
     Rule((lax.mul_p,), elementwise, dataclasses.replace(_FINITE, linearity=product)),
     Rule((lax.div_p,), elementwise, dataclasses.replace(_UNBOUNDED, linearity=additive_in(0))),

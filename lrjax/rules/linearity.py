@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -64,10 +65,16 @@ def product(equation: FlatEquation, given: Sequence[Dependence]) -> list[Depende
 
 
 def conversion(equation: FlatEquation, given: Sequence[Dependence]) -> list[Dependence]:
-    """To another type: additive unless it rounds to integers."""
-    if not jnp.issubdtype(equation.params["new_dtype"], np.inexact):
+    """To another type: additive, but for rounding, unless that is to integers or to a float8."""
+    dtype = equation.params["new_dtype"]
+    if not jnp.issubdtype(dtype, np.inexact) or is_coarse(dtype):
         return not_additive(equation, given)
     return [of_sum(given, ())]
+
+
+def is_coarse(dtype: Any) -> bool:
+    """A floating type of fewer bits than a half: its rounding is no small error."""
+    return jnp.issubdtype(dtype, np.inexact) and jnp.finfo(dtype).bits < 16
 
 
 def of_sum(terms: Sequence[Dependence], others: Sequence[Dependence]) -> Dependence:

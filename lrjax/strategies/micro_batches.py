@@ -15,6 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.extend.core import primitives as public
 
 from lrjax.loop.dependent_fill import full_depending_on, full_like
 from lrjax.loop.offload import (
@@ -28,9 +29,11 @@ from lrjax.loop.offload import (
 from lrjax.program.inline import flatten, values_of
 from lrjax.program.varying import is_inexact, struct_like
 from lrjax.rowgraph.bodies import run_on_block
+from lrjax.rowgraph.calls import has_additive_derivative
 from lrjax.rowgraph.graph import ColumnNode, Node, RowGraph, build
 from lrjax.rowgraph.segments import Cuttable, Segment
 from lrjax.rules.base import Array, Rows
+from lrjax.rules.dependence import needs_whole_cotangent
 from lrjax.rules.geometry import IDENTITY
 from lrjax.strategies.base import NOTHING_HOSTED, Function, Strategy, named
 from lrjax.strategies.programs import Execution
@@ -151,10 +154,22 @@ def _examples(segment: Segment) -> RowGraph | str:
     for node in graph.nodes:
         if not is_alone(node):
             return f"{node.equation.primitive.name} mixes or numbers them"
+        if isinstance(node, ColumnNode) and not _may_be_repeated(graph, node):
+            name = node.equation.primitive.name
+            return f"the derivative of {name} must see the cotangents of all of them at once"
     if not all(graph.row_axis.get(v) == BATCH_AXIS for v in values_of(outputs)):
         return "a result has none of them"
     sizes |= {graph.program.aval(v).shape[BATCH_AXIS] for v in outputs}
     return graph if len(sizes) == 1 else f"there are {sorted(sizes)} of them"
+
+
+def _may_be_repeated(graph: RowGraph, node: ColumnNode) -> bool:
+    """Whether what no example touches may be differentiated for some of them at a time."""
+    equation = node.equation
+    if not needs_whole_cotangent(graph.program, equation):
+        return True
+    is_call = equation.primitive is public.custom_vjp_call_p
+    return is_call and has_additive_derivative(graph.program, equation)
 
 
 def _is_one_to_one(graph: RowGraph) -> Callable[[Node], bool]:

@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 from lrjax.program.inline import FlatProgram, dependents, flatten, function_of, values_of
 from lrjax.program.varying import is_inexact, varying_axes, varying_over
@@ -59,9 +60,12 @@ def _gradient_depends(program: FlatProgram, wrt: Sequence[int], on: Sequence[int
 def needs_scale(program: FlatProgram) -> bool:
     """Whether a gradient may overflow, or vanish, unless its cotangent is scaled.
 
-    So in float16 and float8, whose exponents have fewer bits than float32's. Scaling a loss against
-    that (arXiv 1710.03740) scales what comes between, which a factor afterwards does not.
+    So in float16 and float8, whose exponents have fewer bits than float32's, and where
+    ``reduce_precision`` rounds as if to these. Scaling a loss against that (arXiv 1710.03740)
+    scales what comes between, which a factor afterwards does not.
     """
+    if any(equation.primitive is lax.reduce_precision_p for equation in program.equations):
+        return True
     made = [program.aval(v) for equation in program.equations for v in equation.outputs]
     return any(
         jnp.finfo(aval.dtype).maxexp < jnp.finfo(jnp.float32).maxexp
