@@ -37,7 +37,7 @@ def compile_within(
       ValueError: for a budget that is no amount of memory.
       lrjax.BudgetTooSmallError: no plan fits.
     """
-    allowed = parse_budget(amount_of(budget), None)
+    allowed = bytes_of(budget)
     model, source = compile_arguments["model"], compile_arguments["source"]
     fun, args, in_axes = training_call(
         model,
@@ -63,9 +63,18 @@ def compile_within(
             return compiled
         left -= compiled.xla_peak - allowed
     raise lrjax.BudgetTooSmallError(
-        f"budget={size(allowed)}: the plan fits, but the whole step takes "
-        f"{size(compiled.xla_peak)} with its optimizer; give that, or another optimizer."
+        f"budget={size(allowed)}: the plan fits, but the whole step takes {compiled.xla_peak:,} "
+        f"bytes with its optimizer; give --budget {compiled.xla_peak}, or another optimizer."
     )
+
+
+def bytes_of(budget: str | int | float) -> int:
+    """A budget in bytes.
+
+    Raises:
+      ValueError: it is no amount of memory.
+    """
+    return parse_budget(amount_of(budget), None)
 
 
 def amount_of(text: str | int | float) -> str | int | float:

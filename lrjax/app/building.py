@@ -83,13 +83,24 @@ class Prepared:
         return None
 
 
-def prepare(config: Config, placement: Placement = ONE_DEVICE) -> Prepared:
+def prepare(
+    config: Config, placement: Placement = ONE_DEVICE, *, kept_plan: Path | None = None
+) -> Prepared:
     """Opens the data and builds the network, the optimiser and the strategy.
+
+    Args:
+      config: the run.
+      placement: its devices.
+      kept_plan: the run's own copy of the plan that it is run by, which the file it was given by
+        may no longer be.
 
     Raises:
       ValueError: something does not exist, cannot be read or does not fit; says what to do.
     """
-    execution = execution_of(config.strategy, placement)
+    chosen = config.strategy
+    if kept_plan is not None and chosen.plan:
+        chosen = chosen.model_copy(update={"plan": str(kept_plan)})
+    execution = execution_of(chosen, placement)
     registry.network(config.model.name)
     whole = source_of(config)
     source, validation = _split(config, whole)
@@ -131,6 +142,10 @@ def _split(config: Config, whole: ImageSource) -> tuple[ImageSource, ImageSource
         source, validation = data.split(whole, float(wanted), seed=config.train.seed)
         data.check_validation(source, validation)
         return source, validation
+    if not place.is_dir():
+        raise ValueError(
+            f"validation: {place} is no directory; give one, or a part of the images such as 0.1"
+        )
     folder = folder_of(
         place, config, size=whole.image_shape[:2], num_classes=len(whole.class_names)
     )

@@ -1,5 +1,9 @@
 """The `lrjax` command: train a network and use it, compare strategies, profile, plan, self-test."""
 
+import os
+import signal
+import sys
+
 from lrjax.app.commands import compare, doctor, evaluate, memory, plan, predict, train
 from lrjax.app.commands.console import app
 
@@ -18,7 +22,24 @@ __all__ = [
 
 def main() -> None:
     """The console script."""
-    app()
+    try:
+        app()
+    except SystemExit as end:
+        if not _was_interrupted(end):
+            raise
+        # XLA's compiler goes on in threads, among which Python's own end is a segmentation fault.
+        print("interrupted", file=sys.stderr)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(128 + signal.SIGINT)
+
+
+def _was_interrupted(error: BaseException) -> bool:
+    """Whether a Ctrl-C ended the command that nobody took for a request to end."""
+    before = error.__context__
+    return isinstance(before, KeyboardInterrupt) or (
+        before is not None and _was_interrupted(before)
+    )
 
 
 @app.callback()

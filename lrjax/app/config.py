@@ -423,6 +423,11 @@ def _dotted(tables: Mapping[Any, Any], path: Path) -> Iterator[tuple[str, Any]]:
         if not isinstance(values, dict):
             if str(section) in Config.model_fields:
                 raise ValueError(f"config: {path}: {section} is a section; give it keys of its own")
+            if section in keys():
+                own, name = str(section).split(".")
+                raise ValueError(
+                    f"config: {path}: {section} is no section; write {name} into section {own}"
+                )
             raise ValueError(
                 f"config: {path}: {section} is no section; {did_you_mean(str(section), keys())}"
             )

@@ -4,17 +4,20 @@ import os
 import shutil
 from pathlib import Path
 
-from lrjax.app import checkpoints, logs, report, saved
+from lrjax.app import building, checkpoints, logs, report, saved
 from lrjax.app.config import Config
 from lrjax.text import listed
 
 
 def check(out: Path, config: Config, *, resume: bool, overwrite: bool) -> None:
-    """Refuses a directory with files that the run would write, unless these may go.
+    """Refuses a directory among the images, or with files that the run would write.
 
     Raises:
-      ValueError: there are some, of an earlier run or of somebody else.
+      ValueError: it lies in a folder of images, or has such files, of an earlier run or of somebody
+        else, which may not go.
     """
+    if not resume:
+        _check_outside_of_images(out, config)
     if resume or overwrite:
         return
     steps = checkpoints.saved_steps(out)
@@ -29,6 +32,15 @@ def check(out: Path, config: Config, *, resume: bool, overwrite: bool) -> None:
             f"out: {out} holds {listed(there)}, which the run would write; name another "
             "directory, replace them with --overwrite, or, if they are a run's, go on with --resume"
         )
+
+
+def _check_outside_of_images(out: Path, config: Config) -> None:
+    for place in building.folders(config).values():
+        if out.resolve().is_relative_to(place.resolve()):
+            raise ValueError(
+                f"out: {out} lies in {place}, where the run's plots and samples would be taken for "
+                "images; name a directory outside of it"
+            )
 
 
 def _written_by(config: Config) -> list[str]:
@@ -56,10 +68,18 @@ def clear(out: Path, *, everything: bool) -> None:
       everything: its checkpoints and logs too.
     """
     remove_results(out)
-    (out / saved.PLAN_FILE).unlink(missing_ok=True)
     if not everything:
         return
     for name in (checkpoints.DIRECTORY, checkpoints.DAMAGED, logs.TENSORBOARD_DIRECTORY):
-        shutil.rmtree(out / name, ignore_errors=True)
-    for name in (logs.LOG_FILE, logs.SAMPLES_FILE):
+        _remove_directory(out / name)
+    for name in (logs.LOG_FILE, logs.SAMPLES_FILE, saved.PLAN_FILE):
         (out / name).unlink(missing_ok=True)
+
+
+def _remove_directory(place: Path) -> None:
+    """A link, to another disk say, stays, and what it leads to is emptied."""
+    if place.is_symlink():
+        for path in place.iterdir() if place.is_dir() else ():
+            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+    elif place.exists():
+        shutil.rmtree(place)

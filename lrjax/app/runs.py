@@ -100,8 +100,9 @@ def check(
     """
     listener = listener or Listener()
     if out is not None:
+        report.check_writable(out)
         directory.check(out, config, resume=resume, overwrite=overwrite)
-    prepared = _prepared(config, listener)
+    prepared = _prepared(config, listener, out if resume else None)
     if out is not None and resume:
         _start(prepared, out, listener)
     # A budget is planned for by compiling, so only model and data are looked at.
@@ -110,8 +111,15 @@ def check(
     return prepared
 
 
-def _prepared(config: Config, listener: Listener) -> Prepared:
-    prepared = prepare(config, placement_of(config.mesh.rows, config.mesh.data))
+def _prepared(config: Config, listener: Listener, resumed: Path | None) -> Prepared:
+    """What is trained; ``resumed`` is the directory of a run that goes on."""
+    if config.strategy.budget is not None:
+        budget.bytes_of(config.strategy.budget)
+    prepared = prepare(
+        config,
+        placement_of(config.mesh.rows, config.mesh.data),
+        kept_plan=saved.kept_plan(resumed) if resumed is not None else None,
+    )
     listener.prepared(prepared)
     for text in (*prepared.notes, *config.notes(prepared.steps)):
         listener.note(text)
@@ -221,7 +229,7 @@ def _run(
     overwrite: bool,
 ) -> Result:
     """`run`, in a directory that no other trainer uses."""
-    prepared = _prepared(config, listener)
+    prepared = _prepared(config, listener, out if resume else None)
     start = _start(prepared, out, listener) if resume else None
     compiled: CompiledStep | None = None
     try:
@@ -280,9 +288,14 @@ def _start(prepared: Prepared, out: Path, listener: Listener) -> Start | None:
 
     Raises:
       ValueError: no checkpoint can be read, it is of another model or version, the data are not
-        the run's, or more steps are done than are asked for.
+        the run's, more steps are done than are asked for, or there are results without one.
     """
     if not checkpoints.saved_steps(out):
+        if (out / report.PARAMETERS_FILE).exists():
+            raise ValueError(
+                f"resume: {out} holds a trained network, and no checkpoint to go on after; name "
+                "another directory, or train it anew with --overwrite instead of --resume"
+            )
         listener.note(f"{out} has no checkpoint yet; starting at the beginning")
         return None
     train = prepared.config.train
@@ -309,6 +322,11 @@ def _start(prepared: Prepared, out: Path, listener: Listener) -> Start | None:
     if found.step > prepared.steps:
         raise ValueError(
             f"steps: got {prepared.steps}, and {found.step} are done; use more than that"
+        )
+    if not prepared.config.run.keep and found.step < prepared.steps:
+        raise ValueError(
+            f"keep: got 0, and {out} has checkpoints, which would be older than the results; use 1 "
+            "or more"
         )
     listener.note(f"going on after step {found.step}")
     return Start(found.step, found.state, found.facts["position"])

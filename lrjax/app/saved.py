@@ -89,6 +89,12 @@ def read_config(run: Path) -> Config:
         raise ValueError(f"run: {path} is no configuration of this lrjax: {error}") from None
 
 
+def kept_plan(run: Path) -> Path | None:
+    """The file of the plan that a run is run by; None where it has none."""
+    place = run / PLAN_FILE
+    return place if place.exists() else None
+
+
 def config_of(nested: dict[str, Any]) -> Config:
     """A configuration from what `Config.model_dump` gave."""
     flat = {

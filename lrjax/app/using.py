@@ -95,7 +95,7 @@ def _own_images(run: Path, network: saved.SavedRun) -> tuple[ImageSource, str]:
             f"with lrjax train --out {run} --resume {missing[1]} FOLDER, or name others here with "
             "--data FOLDER"
         )
-    prepared = building.prepare(config)
+    prepared = building.prepare(config, kept_plan=saved.kept_plan(run))
     difference = prepared.difference(network.facts)
     if difference is not None:
         raise ValueError(

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+from jax.experimental.compilation_cache import compilation_cache
 
 from lrjax.memory.assignment import HOST_COLOR, Assignment, read_dump, schedule
 from lrjax.memory.attribution import Attribution
@@ -235,12 +236,19 @@ def _capacity(target: str | jax.Device | None, device: Any) -> int | None:
 @contextlib.contextmanager
 def _without_cache() -> Iterator[None]:
     """A program out of the compilation cache is not compiled, and so not dumped."""
-    before = jax.config.jax_enable_compilation_cache  # type: ignore[attr-defined]
-    jax.config.update("jax_enable_compilation_cache", False)
+    if not jax.config.jax_enable_compilation_cache:  # type: ignore[attr-defined]
+        yield
+        return
+
+    def use(is_used: bool) -> None:
+        jax.config.update("jax_enable_compilation_cache", is_used)
+        compilation_cache.reset_cache()  # JAX asks for the setting once
+
+    use(False)
     try:
         yield
     finally:
-        jax.config.update("jax_enable_compilation_cache", before)
+        use(True)
 
 
 @contextlib.contextmanager

@@ -53,6 +53,7 @@ def test_a_file_is_read(tmp_path, suffix, text):
         ("a.yaml", "a: [", "while parsing"),
         ("a.yaml", "- a", "is no table"),
         ("a.toml", "steps = 3", "steps is no section; did you mean 'train.steps'"),
+        ("a.yaml", "train.steps: 3", "train.steps is no section; write steps into section train"),
         ("a.toml", "data = 3", "data is a section; give it keys"),
         ("a.yaml", "data: !!python/object/apply:os.getcwd []", "could not determine a constructor"),
         ("a.toml", b"\xff\xfe", "cannot read"),

@@ -15,7 +15,7 @@ from PIL import Image
 from tiny_runs import Notes, assert_same_bits, go_on, train
 
 import quick
-from lrjax.app import building, checkpoints, logs, report, runs, saved, using
+from lrjax.app import building, checkpoints, directory, logs, report, runs, saved, using
 from lrjax.app.data import SegmentationFolder
 from lrjax.app.data.sources import checksum_of_files
 from marks import slow
@@ -79,6 +79,7 @@ def test_steps_after_the_checkpoint_are_made_again(run, whole):
 
 def test_a_run_without_checkpoint_starts_at_the_beginning(run, whole):
     shutil.rmtree(run / checkpoints.DIRECTORY)
+    directory.remove_results(run)
     notes = Notes()
     assert_same_bits(go_on(run, notes, train__steps=6, run__keep=0), whole)
     assert "no checkpoint yet" in notes.notes[0]

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import lax
+from jax.experimental.compilation_cache import compilation_cache
 
 import lrjax
 from lrjax import memory
@@ -250,3 +251,27 @@ def test_measured_memory_is_what_was_predicted():
     assert measured.source == "rss"
     assert measured.predicted_bytes > 500 * MIB
     assert measured.ratio == pytest.approx(1, abs=0.15)
+
+
+def test_a_program_in_the_compilation_cache_is_compiled_again(tmp_path):
+    """JAX asks once whether there is a cache, at the first compilation."""
+    changed = {
+        "jax_compilation_cache_dir": str(tmp_path),
+        "jax_persistent_cache_min_compile_time_secs": 0.0,
+        "jax_persistent_cache_min_entry_size_bytes": -1,
+    }
+    before = {name: getattr(jax.config, name) for name in changed}
+    compilation_cache.reset_cache()
+    try:
+        for name, value in changed.items():
+            jax.config.update(name, value)
+        fun, x = jax.grad(lambda x: jnp.sin(x).sum()), jnp.ones((64, 64))
+        jax.jit(fun)(x)
+        assert list(tmp_path.iterdir())
+        first, second = (lrjax.memory.profile(fun, x, target="cpu").peak_bytes for _ in range(2))
+        assert first == second > 0
+        assert jax.config.jax_enable_compilation_cache
+    finally:
+        for name, value in before.items():
+            jax.config.update(name, value)
+        compilation_cache.reset_cache()

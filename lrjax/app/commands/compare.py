@@ -45,8 +45,9 @@ def compare_strategies(
     except ValueError as error:
         stop(error)
     _check_options(context.args)
+    places = _directories(out, strategy)
     arguments = {
-        spec: _arguments(context.args, _directory(out, spec), parsed)
+        spec: _arguments(context.args, places[spec], parsed)
         for spec, parsed in zip(strategy, chosen, strict=True)
     }
     # The last run's bad option is known before the first run has trained.
@@ -56,7 +57,7 @@ def compare_strategies(
         command = [sys.executable, "-m", "lrjax.app.cli", "train", *own]
         run = subprocess.run(command, env=os.environ, stdin=subprocess.DEVNULL)
         _succeeded(spec, run.returncode)
-    runs = [report.read_metrics(_directory(out, spec)) for spec in strategy]
+    runs = [report.read_metrics(places[spec]) for spec in strategy]
 
     report.write_plot(out / report.COMPARISON_PLOT_FILE, runs)
     differences = [
@@ -80,9 +81,19 @@ def compare_strategies(
         )
 
 
-def _directory(out: Path, spec: str) -> Path:
-    """Where the run of a strategy leaves its files."""
-    return out / re.sub("[^a-z0-9]+", "-", spec)
+def _directories(out: Path, specs: list[str]) -> dict[str, Path]:
+    """Where the run of each strategy leaves its files."""
+    found: dict[str, Path] = {}
+    for spec in specs:
+        if spec in found:
+            stop(f"strategy: {spec} is given twice; give each once")
+        name, number = re.sub("[^a-z0-9]+", "-", spec), 1
+        place = out / name
+        while place in found.values():
+            number += 1
+            place = out / f"{name}-{number}"
+        found[spec] = place
+    return found
 
 
 def _succeeded(spec: str, code: int) -> None:

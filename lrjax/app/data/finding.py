@@ -80,7 +80,9 @@ def _holds(directory: str, other: str) -> bool:
 
 def _add_file(path: Path, found: Found) -> None:
     suffix = path.suffix.lower()
-    if suffix in Image.registered_extensions():
+    if path.exists() and not path.is_file():  # reading a pipe would wait for ever
+        found.unreadable.append(SkippedFile(path, "neither a file nor a directory"))
+    elif suffix in Image.registered_extensions():
         found.files.append(path)
     else:
         found.others[suffix or "without suffix"] += 1
