@@ -391,7 +391,7 @@ def test_tensorboard_that_is_not_installed_says_so(tmp_path, monkeypatch):
         (["--set", "data.balancd=true"], "did you mean 'data.balanced'"),
         (["--set", "data"], "write key=value"),
         (["--config", "nowhere.toml"], "config: cannot read nowhere.toml"),
-        (["--validation", "nowhere"], "validation: nowhere is no directory"),
+        (["--validation", "nowhere"], "nowhere is no directory; give one, or a part"),
         (["--validation", "1.5"], "validation: got 1.5"),
         (["--resume"], "has no config.json"),
         (["--resume", "--overwrite"], "give one of them"),
