@@ -20,7 +20,14 @@ from jax.extend.core import primitives as public
 from lrjax.program.compatibility import open_jaxpr
 from lrjax.program.inline import Atom, FlatEquation, FlatProgram, Literal
 from lrjax.rules.base import traits_of
-from lrjax.rules.linearity import ADDITIVE, FIXED, ZERO, Dependence, is_coarse
+from lrjax.rules.linearity import (
+    ADDITIVE,
+    FIXED,
+    ZERO,
+    Dependence,
+    is_coarse,
+    reduces_precision,
+)
 
 
 def dependences(program: FlatProgram, inputs: Collection[int]) -> dict[int, Dependence]:
@@ -52,7 +59,7 @@ def needs_whole_cotangent(program: FlatProgram, equation: FlatEquation) -> bool:
     what rounds coarsely rounds the sum to something else than its terms.
     """
     if equation.primitive is lax.reduce_precision_p:
-        return True
+        return reduces_precision(equation.params, program.avals[equation.outputs[0]].dtype)
     if equation.primitive is lax.convert_element_type_p:
         atoms = (*equation.inputs, *equation.outputs)
         return any(is_coarse(program.aval(v).dtype) for v in atoms)

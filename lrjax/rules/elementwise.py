@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 
-import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.extend.core import primitives as public
@@ -31,6 +30,7 @@ from lrjax.rules.linearity import (
     conversion,
     is_coarse,
     product,
+    reduces_precision,
 )
 from lrjax.rules.traits import Kind, Traits
 
@@ -73,8 +73,7 @@ def _spread_over(block: tuple[int, ...], window: Array) -> Array:
 
 def reduce_precision(equation: Equation) -> RowOp:
     """Cotangents are rounded too: the sum of rounded parts is not the rounded sum."""
-    params, of_dtype = equation.params, jnp.finfo(equation.outputs[0].dtype)
-    rounds = params["mantissa_bits"] < of_dtype.nmant or params["exponent_bits"] < of_dtype.nexp
+    rounds = reduces_precision(equation.params, equation.outputs[0].dtype)
     found = elementwise(equation)
     reason = "reduce_precision rounds cotangents" if rounds else None
     return dataclasses.replace(found, undifferentiable=lambda: reason)

@@ -8,7 +8,7 @@ in some of its inputs.
 from __future__ import annotations
 
 import enum
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -70,6 +70,12 @@ def conversion(equation: FlatEquation, given: Sequence[Dependence]) -> list[Depe
     if not jnp.issubdtype(dtype, np.inexact) or is_coarse(dtype):
         return not_additive(equation, given)
     return [of_sum(given, ())]
+
+
+def reduces_precision(params: Mapping[str, Any], dtype: Any) -> bool:
+    """Whether a ``reduce_precision`` rounds values of a type at all."""
+    found = jnp.finfo(dtype)
+    return params["mantissa_bits"] < found.nmant or params["exponent_bits"] < found.nexp
 
 
 def is_coarse(dtype: Any) -> bool:

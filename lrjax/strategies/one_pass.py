@@ -13,6 +13,7 @@ from jax import lax
 from lrjax.program.inline import FlatProgram, dependents, flatten, function_of, values_of
 from lrjax.program.varying import is_inexact, varying_axes, varying_over
 from lrjax.rowgraph.graph import RowGraph
+from lrjax.rules.linearity import reduces_precision
 
 
 def gradient_waits(graph: RowGraph, wrt: Sequence[int]) -> bool:
@@ -64,7 +65,8 @@ def needs_scale(program: FlatProgram) -> bool:
     ``reduce_precision`` rounds as if to these. Scaling a loss against that (arXiv 1710.03740)
     scales what comes between, which a factor afterwards does not.
     """
-    if any(equation.primitive is lax.reduce_precision_p for equation in program.equations):
+    rounded = (e for e in program.equations if e.primitive is lax.reduce_precision_p)
+    if any(reduces_precision(e.params, program.avals[e.outputs[0]].dtype) for e in rounded):
         return True
     made = [program.aval(v) for equation in program.equations for v in equation.outputs]
     return any(

@@ -156,6 +156,15 @@ def test_a_factor_of_the_loss_comes_before_what_rounds_maps(strategy):
     assert_same_as_column(fun, (KERNEL, images()), (None, 1), num_blocks=3, strategy=strategy)
 
 
+@pytest.mark.parametrize(("bits", "passes"), [((11, 52), 1), ((8, 23), 2)])
+def test_what_rounds_nothing_takes_one_pass(bits, passes):
+    def fun(kernel, image):
+        return jnp.sin(lax.reduce_precision(convolve(image, kernel), *bits)).sum()
+
+    found = lrjax.explain(fun, KERNEL, images(), in_axes=(None, 1), num_blocks=3, wrt=0)
+    assert len(found.segments[0].passes) == passes
+
+
 @pytest.mark.parametrize("strategy", ["overl", *slow("2ps", "stream")])
 def test_float8_maps(strategy):
     """Compared tightly: the checker allows what a float8 rounds."""
