@@ -491,10 +491,14 @@ def test_a_way_to_run_gives_the_same(name, strategy):
 @pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["stream", "2ps"])
 def test_no_tracer_outlives_its_trace(strategy):
-    jax.clear_caches()  # every trace looks through all objects
+    jax.clear_caches()
     gc.collect()
-    with jax.checking_leaks():
-        jax.eval_shape(jax.grad(by_rows(smooth, strategy, (PARAMS, IMAGE))), PARAMS, IMAGE)
+    gc.freeze()  # every trace looks through all objects: through those of this test
+    try:
+        with jax.checking_leaks():
+            jax.eval_shape(jax.grad(by_rows(smooth, strategy, (PARAMS, IMAGE))), PARAMS, IMAGE)
+    finally:
+        gc.unfreeze()
 
 
 # --- Types ---------------------------------------------------------------------------------------

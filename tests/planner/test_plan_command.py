@@ -1,6 +1,8 @@
 """``lrjax plan``: what it prints and writes, and what it says of bad input."""
 
+import numpy as np
 import pytest
+from networks import logits, structs
 from typer.testing import CliRunner
 
 import lrjax
@@ -28,6 +30,16 @@ def sides(output):
     return found
 
 
+@pytest.fixture
+def small_network(monkeypatch):
+    """Four convolutions for VGG-16's thirteen, for which a search of many plans takes minutes."""
+
+    def call(network, image, batch, dtype, **options):
+        return logits, structs(*image, batch=batch, dtype=np.float32), (None, 1)
+
+    monkeypatch.setattr(command, "training_call", call)
+
+
 @pytest.mark.slow
 def test_a_plan_is_printed_and_saved(tmp_path):
     result = invoke(*SMALL, "--budget", "1GiB", "--save", tmp_path / "plan.json")
@@ -49,7 +61,7 @@ class TestDevices:
         assert lrjax.Plan.load(tmp_path / "plan.json").devices == 2
 
     @pytest.mark.slow
-    def test_a_frontier_for_several(self, tmp_path):
+    def test_a_frontier_for_several(self, tmp_path, small_network):
         call = "--image", "128x32", "--budget", "1GiB", "--steps", 2
         result = invoke(*self.SMALL, *call, "--frontier", tmp_path / "frontier.png")
         assert result.exit_code == 0, result.output
@@ -64,7 +76,7 @@ class TestDevices:
         assert not (tmp_path / "frontier.png").exists()
 
     @pytest.mark.slow
-    def test_the_largest_batch_on_several(self, monkeypatch):
+    def test_the_largest_batch_on_several(self, monkeypatch, small_network):
         only = {"column": inverse.METHODS["column"]}  # others take minutes
         monkeypatch.setattr(inverse, "METHODS", only)
         call = "--maximise", "batch", "--image", "128x32", "--budget", "16MiB"
@@ -75,8 +87,8 @@ class TestDevices:
 
 
 @pytest.mark.slow
-def test_the_largest_batch_by_every_method():
-    result = invoke(*SMALL, "--maximise", "batch", "--budget", "24MiB")
+def test_the_largest_batch_by_every_method(small_network):
+    result = invoke(*SMALL, "--maximise", "batch", "--budget", "2MiB")
     assert result.exit_code == 0, result.output
     found = sides(result.output)
     assert found["lrjax"] >= found["best checkpoint"] >= found["column"] > 0
