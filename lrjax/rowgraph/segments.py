@@ -248,7 +248,7 @@ def _with_operations_done_once(program: FlatProgram, part: dict[int, int]) -> di
     Made again in every part its derivative would see the cotangents of each alone. What is made
     of its results is made once as well.
     """
-    free = [e for e in program.equations if e.outputs and e.outputs[0] not in part]
+    free = [e for e in program.equations if e.outputs[0] not in part]
     whole = {v for e in free if needs_whole_cotangent(program, e) for v in e.outputs}
     if not whole:
         return part

@@ -80,12 +80,12 @@ def _holds(directory: str, other: str) -> bool:
 
 def _add_file(path: Path, found: Found) -> None:
     suffix = path.suffix.lower()
-    if path.exists() and not path.is_file():  # reading a pipe would wait for ever
-        found.unreadable.append(SkippedFile(path, "neither a file nor a directory"))
-    elif suffix in Image.registered_extensions():
-        found.files.append(path)
-    else:
+    if suffix not in Image.registered_extensions():
         found.others[suffix or "without suffix"] += 1
+    elif path.exists() and not path.is_file():  # reading a pipe would wait for ever
+        found.unreadable.append(SkippedFile(path, "neither a file nor a directory"))
+    else:
+        found.files.append(path)
 
 
 def notes_on(found: Iterable[Found], largest: Iterable[int | None] = ()) -> tuple[str, ...]:
